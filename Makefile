@@ -1,0 +1,60 @@
+# Every target sets up what it needs (.ci/setup), system packages included, and is quick where that is done.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+export PYTHON
+
+BIN := .venv/bin
+QUICK := -m "not vm and not slow"
+
+.PHONY: help
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 14
+
+.PHONY: setup
+setup: ## install everything the other targets need
+	@.ci/setup test
+
+.PHONY: demo
+demo: ## a server and a client of this host: echo, a file, a table beside TCP
+	@.ci/setup demo
+	@$(BIN)/shmsock demo
+
+.PHONY: demo-vm
+demo-vm: ## the same between two QEMU guests
+	@.ci/setup vm
+	@$(BIN)/shmsock demo-vm
+
+.PHONY: bench
+bench: ## round trips and throughput, beside TCP
+	@.ci/setup demo
+	@$(BIN)/shmsock bench
+
+.PHONY: test
+test: lint ## everything: checks, all Python versions there are, real guests
+	@.ci/matrix $(QUICK)
+	@$(BIN)/python -m pytest
+
+.PHONY: test-quick
+test-quick: setup ## the tests without guests, on one Python
+	@$(BIN)/python -m pytest -q $(QUICK)
+
+.PHONY: lint
+lint: setup
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+.PHONY: check
+check: lint ## ruff, mypy, and the C core with every compiler's warnings as errors
+	@$(BIN)/python -m pytest -q tests/native/test_build.py tests/test_house.py
+
+.PHONY: format
+format: setup ## let ruff lay out the Python files
+	@$(BIN)/ruff check --fix-only
+	@$(BIN)/ruff format
+
+.PHONY: clean
+clean: ## remove what was built, and the environments
+	rm -rf .venv .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f shmsock/native/*.so
+	find shmsock tests examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,1 @@
+"""Sockets for asyncio over QEMU ivshmem shared memory."""

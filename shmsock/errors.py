@@ -1,0 +1,226 @@
+"""Every exception that shmsock raises on purpose.
+
+    OSError
+     ├─ RegionError                     the region cannot be used; `.errno` and `.filename` say which way
+     │   ├─ RegionNotFoundError         also FileNotFoundError: no such file, no such device
+     │   ├─ RegionExistsError           also FileExistsError: refusing to overwrite
+     │   ├─ RegionPermissionError       also PermissionError: not ours, or not allowed
+     │   ├─ RegionUrlError              also ValueError: not a region URL, or one of a kind not supported
+     │   └─ RegionFormatError           wrong magic, wrong version, truncated: the bytes are not a region
+     ├─ NodeClosedError                 the node was closed, or lost its section
+     └─ ConnectionResetError
+         └─ ProtocolViolation           a broken or hostile peer; only the link to it is affected
+    RuntimeError
+     ├─ ForkedError                     an object inherited over fork() was used in the child
+     └─ WrongThreadError                used from another thread, or under another event loop
+
+Where programs that know asyncio expect a builtin (`socket.gaierror`, `ConnectionRefusedError`, plain
+`OSError` with an errno), that builtin is what they get; the functions below build it. None of them raises:
+they return, so that the caller writes `raise name_unknown(...)` and type checkers see the control flow.
+
+Every message says what was seen, what was expected, and what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import socket
+from collections.abc import Iterable, Sequence
+
+__all__ = [
+    "ForkedError",
+    "NodeClosedError",
+    "ProtocolViolation",
+    "RegionError",
+    "RegionExistsError",
+    "RegionFormatError",
+    "RegionNotFoundError",
+    "RegionPermissionError",
+    "RegionUrlError",
+    "WrongThreadError",
+    "address_unavailable",
+    "disk_full",
+    "forked",
+    "format_error",
+    "name_unknown",
+    "no_buffers",
+    "node_closed",
+    "port_refused",
+    "port_taken",
+    "region_error",
+    "sections_full",
+    "violation",
+    "wrong_thread",
+]
+
+_LISTED = 8
+"""So many names or numbers are spelled out in a message; the rest is counted."""
+
+
+class RegionError(OSError):
+    """The region cannot be used. `.errno` is set always, `.filename` where a file is to blame.
+
+    `str()` is the message alone: it names the file and says more than `[Errno 13]` would.
+    """
+
+    def __str__(self) -> str:
+        return self.strerror or super().__str__()
+
+
+class RegionNotFoundError(RegionError, FileNotFoundError):
+    """No such file, or no such device."""
+
+
+class RegionExistsError(RegionError, FileExistsError):
+    """There is a file already, and nobody said that it may be replaced."""
+
+
+class RegionPermissionError(RegionError, PermissionError):
+    """Not allowed (the message says by whom), or owned by somebody who must not be trusted."""
+
+
+class RegionUrlError(RegionError, ValueError):
+    """Not a region URL, or one of a kind that this version does not support."""
+
+
+class RegionFormatError(RegionError):
+    """The bytes are no region: wrong magic, wrong version, too small, truncated."""
+
+
+class NodeClosedError(OSError):
+    """The node was closed, or had to stop because its section was taken from it."""
+
+
+class ProtocolViolation(ConnectionResetError):
+    """A peer wrote something that no honest peer writes. Only the link to that peer is affected."""
+
+
+class ForkedError(RuntimeError):
+    """An object inherited over fork() was used in the child."""
+
+
+class WrongThreadError(RuntimeError):
+    """Used from another thread, or under another event loop, than the one it belongs to."""
+
+
+_BY_ERRNO: dict[int, type[RegionError]] = {
+    errno.ENOENT: RegionNotFoundError,
+    errno.ENODEV: RegionNotFoundError,
+    errno.EEXIST: RegionExistsError,
+    errno.EACCES: RegionPermissionError,
+    errno.EPERM: RegionPermissionError,
+}
+
+
+def region_error(code: int, message: str, path: str | None = None) -> RegionError:
+    """A RegionError of the class that fits `code`, an errno.
+
+    (`OSError.__new__` does that for OSError itself, and not for classes made from it.)
+    """
+    made = _BY_ERRNO.get(code, RegionError)(code, message)
+    # Set afterwards: with a third argument None, OSError would carry a filename of None as if one were known.
+    if path is not None:
+        made.filename = path
+    return made
+
+
+def format_error(message: str, path: str | None = None) -> RegionFormatError:
+    """The bytes of a region are not what they must be (EINVAL)."""
+    made = RegionFormatError(errno.EINVAL, message)
+    if path is not None:
+        made.filename = path
+    return made
+
+
+def disk_full(path: str, need: int = 0, hint: str = "") -> RegionError:
+    """ENOSPC while `need` bytes (0: unknown) of `path` were to be backed with storage."""
+    room = f"room for {need} bytes more" if need else "room left"
+    do = hint or "free some space, or use a smaller region"
+    return region_error(errno.ENOSPC, f"disk full: the file system of {path} has no {room}; {do}", path)
+
+
+def _listing(items: Iterable[object], *, nothing: str = "none") -> str:
+    """'a, b, c and 4 more': bounded, since what is listed may come from other peers."""
+    known = [str(item) for item in items]
+    shown = ", ".join(known[:_LISTED])
+    more = len(known) - _LISTED
+    return nothing if not known else f"{shown} and {more} more" if more > 0 else shown
+
+
+def name_unknown(name: object, known: Sequence[str] = ()) -> socket.gaierror:
+    """No attached peer has this name: what getaddrinfo says about a host it does not know."""
+    message = f"no peer named {name!r} is attached to the region (attached: {_listing(sorted(known))})"
+    close = difflib.get_close_matches(name, known, n=1) if isinstance(name, str) else []
+    hint = f"did you mean {close[0]!r}?" if close else "start it, or see who is there with `shmsock info`"
+    return socket.gaierror(socket.EAI_NONAME, f"{message}; {hint}")
+
+
+def port_refused(name: object, port: int) -> ConnectionRefusedError:
+    """The peer is there and nobody listens, or what listens has its backlog full."""
+    return ConnectionRefusedError(
+        errno.ECONNREFUSED, f"connection to ({name!r}, {port}) refused: nobody there listens on port {port}"
+    )
+
+
+def port_taken(name: object, port: int) -> OSError:
+    """EADDRINUSE: another process that goes by the same name listens on the port already."""
+    return OSError(
+        errno.EADDRINUSE,
+        f"address ({name!r}, {port}) is already in use: another listener of that name has the port; "
+        "stop it, choose another port, or pass reuse_port=True on both sides",
+    )
+
+
+def address_unavailable(host: object, own: Sequence[str] = ()) -> OSError:
+    """EADDRNOTAVAIL: asked to listen under a name that is not the own one."""
+    return OSError(
+        errno.EADDRNOTAVAIL,
+        f"cannot listen on {host!r}: this node goes by {_listing(own)}; listen on None for all peers, "
+        "on 'localhost' for those of this machine, or attach with name=",
+    )
+
+
+def no_buffers(what: str, region_size_hint: str = "") -> OSError:
+    """ENOBUFS: the own section has no `what` left. `region_size_hint`: a size that would do ("128M")."""
+    do = f"make a region of {region_size_hint}" if region_size_hint else "use a larger region"
+    return OSError(
+        errno.ENOBUFS,
+        f"no {what} left in this process's section: close connections, or {do} (`shmsock create`)",
+    )
+
+
+def sections_full(silent: Sequence[object] = (), total: int = 0, path: str | None = None) -> RegionError:
+    """ENOSPC: no section can be claimed. `silent`: the sections whose owner no longer beats."""
+    count = f"all {total} sections" if total else "all sections"
+    if silent:
+        do = f"silent are {_listing(silent)}: free them with `shmsock reap` if their owners are gone for good"
+    else:
+        do = "all their owners are alive; stop one, or create a region with more (`shmsock create --peers N`)"
+    return region_error(errno.ENOSPC, f"{count} of the region are taken: {do}", path)
+
+
+def node_closed(name: object, why: str = "it was closed") -> NodeClosedError:
+    """The node cannot be used any more (EBADF, as a closed socket says)."""
+    return NodeClosedError(errno.EBADF, f"node {name!r} is not attached any more: {why}; attach again")
+
+
+def violation(peer: object, seen: str, expected: str = "") -> ProtocolViolation:
+    """A word of `peer` failed its check. The connection, or the link, is reset."""
+    rest = f", expected {expected}" if expected else ""
+    return ProtocolViolation(
+        errno.ECONNRESET, f"peer {peer} broke the protocol: {seen}{rest}; connection reset"
+    )
+
+
+def forked(what: str) -> ForkedError:
+    """`what` was made by the parent process."""
+    return ForkedError(f"{what} was inherited over fork() and is dead in this process: make a new one here")
+
+
+def wrong_thread(what: str, owner: str = "the one that made it") -> WrongThreadError:
+    """`what` is not thread-safe, just as asyncio's own objects are not."""
+    return WrongThreadError(
+        f"{what} was used from another thread or event loop than {owner}: "
+        "use loop.call_soon_threadsafe() or asyncio.run_coroutine_threadsafe()"
+    )

@@ -1,0 +1,1 @@
+"""The engine: regions' layout, sections and peers, connections. Knows no event loop and no clock (see node.py)."""

@@ -1,0 +1,166 @@
+"""Claiming a section, giving it back, and taking back what the dead left.
+
+Claiming waits (20 ms to see that the claim stands, 300 ms to see that a former owner's beat does not move), and the engine knows
+no clock: so it is a generator that yields seconds to wait and returns the Claim. Nothing else is used by two at once.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Protocol
+
+from shmsock.errors import sections_full
+from shmsock.fabric import layout as lay
+from shmsock.fabric.layout import Identity, Layout
+
+__all__ = ["Claim", "Locks", "Seen", "claim_section", "reap", "survey"]
+
+SETTLE_S = 0.02
+STILL_S = 0.3
+
+
+class Locks(Protocol):
+    """Section locks of the region's file: the kernel drops them with the process that holds them."""
+
+    identity: tuple[int, int]
+
+    def lock_section(self, index: int) -> bool: ...
+    def unlock_section(self, index: int) -> None: ...
+    def section_locked(self, index: int) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Claim:
+    section: int
+    word: int
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One section as somebody outside sees it."""
+
+    section: int
+    claim: int
+    beat: int
+    state: int
+    used: bool
+    who: Identity | None
+    dead: bool
+    """Proven: its lock is under this kernel and nobody holds it."""
+    left: int
+
+
+def survey(layout: Layout, locks: Locks, boot_id: bytes) -> list[Seen]:
+    memory, found = layout.memory, []
+    for i in range(layout.peers):
+        at = layout.section(i)
+        claim, who = memory.load(at + lay.CLAIM), layout.identity(i)
+        lock_here = who is not None and who.flags & lay.FLAG_LOCKED and who.boot_id == boot_id and who.file == locks.identity
+        found.append(
+            Seen(
+                section=i,
+                claim=claim,
+                beat=memory.load(at + lay.BEAT),
+                state=memory.load(at + lay.STATE),
+                used=memory.load(at + lay.INCARNATION) != 0,
+                who=who,
+                dead=bool(claim and lock_here and memory.load(at + lay.STATE) and not locks.section_locked(i)),
+                left=memory.load(at + lay.LEFT),
+            )
+        )
+    return found
+
+
+def _alive(layout: Layout, before: list[Seen]) -> set[int]:
+    """Sections whose beat moved since `before` was taken."""
+    load = layout.memory.load
+    return {s.section for s in before if s.claim and not s.dead and load(layout.section(s.section) + lay.BEAT) != s.beat}
+
+
+def _still_read(layout: Layout, section: int, alive: set[int]) -> bool:
+    """Does a living peer still read what the section's last owner published?"""
+    load = layout.memory.load
+    for reader in alive - {section}:
+        users = load(layout.pair(reader, section) + lay.USERS)
+        tag = load(layout.pair(section, reader) + lay.BELL) >> 32
+        if users & 0xFFFFFFFF and users >> 32 == tag:
+            return True
+    return False
+
+
+def claim_section(
+    layout: Layout, locks: Locks, boot_id: bytes, machine_id: bytes, rng: random.Random, *, path: str | None = None
+) -> Generator[float, None, Claim]:
+    """Claim a section: never used ones first, then those left cleanly (oldest first), then those of the proven dead.
+
+    Yields seconds to wait. Raises RegionError (ENOSPC) that names the silent sections when there is none.
+    """
+    before = survey(layout, locks, boot_id)
+    fresh = [s for s in before if not s.claim and not s.used]
+    for seen in fresh:
+        claim = yield from _take(layout, locks, seen, rng)
+        if claim:
+            return claim
+    # Reuse: only now is it worth watching the beats, and every answer below rests on that.
+    before = survey(layout, locks, boot_id)
+    yield STILL_S
+    alive = _alive(layout, before)
+    machines = {s.who.machine_id for s in before if s.section in alive and s.who}
+    left = sorted((s for s in before if not s.claim), key=lambda s: s.left)
+    dead = [s for s in before if s.claim and s.section not in alive and (s.dead or _rebooted(s, boot_id, machine_id, machines))]
+    for seen in left + dead:
+        if not _still_read(layout, seen.section, alive):
+            claim = yield from _take(layout, locks, seen, rng)
+            if claim:
+                return claim
+    silent = [s for s in before if s.claim and s.section not in alive and s not in dead]
+    names = [f"{s.section} ({s.who.name if s.who else 'no name'})" for s in silent]
+    raise sections_full(names, layout.peers, path)
+
+
+def _rebooted(seen: Seen, boot_id: bytes, machine_id: bytes, living_machines: set[bytes]) -> bool:
+    """The same machine came back under another boot id, and its beat is still: its former life is over. A machine id that a
+    living peer has too is a cloned image and proves nothing."""
+    who = seen.who
+    return (
+        who is not None
+        and who.machine_id == machine_id != bytes(16)
+        and who.boot_id != boot_id
+        and machine_id not in living_machines
+    )
+
+
+def _take(layout: Layout, locks: Locks, seen: Seen, rng: random.Random) -> Generator[float, None, Claim | None]:
+    if not locks.lock_section(seen.section):
+        return None
+    at, word = layout.section(seen.section) + lay.CLAIM, rng.getrandbits(64) | 1
+    if layout.memory.cas(at, seen.claim, word):
+        yield SETTLE_S  # on some mappings a compare-and-swap is not one: see that ours stands
+        if layout.memory.load(at) == word:
+            return Claim(seen.section, word)
+    locks.unlock_section(seen.section)
+    return None
+
+
+def reap(
+    layout: Layout, locks: Locks, boot_id: bytes, *, force: Callable[[Seen], bool] | None = None, watch_s: float = 3.0
+) -> Generator[float, None, list[Seen]]:
+    """Free the sections whose owner is proven dead, or whose beat is still for `watch_s` seconds and for which `force` says so.
+
+    For `shmsock reap`: a person knows what no observer can, that a silent VM will not come back. Yields seconds to wait,
+    returns what was freed. Sections that somebody still reads are left.
+    """
+    before = survey(layout, locks, boot_id)
+    yield watch_s
+    alive = _alive(layout, before)
+    freed = []
+    for seen in before:
+        if not seen.claim or seen.section in alive or _still_read(layout, seen.section, alive):
+            continue
+        if (seen.dead or (force is not None and force(seen))) and layout.memory.cas(
+            layout.section(seen.section) + lay.CLAIM, seen.claim, 0
+        ):
+            freed.append(seen)
+    return freed

@@ -1,0 +1,212 @@
+"""One endpoint of a connection: its state, and the moves that both the user and the peer can make.
+
+Theory. A connection is two slots, one in each peer's section. A slot's owner writes its words, the other only reads them, so each
+side tells its own story and looks at the other's. A side that has said REL ("I will never again read your ring or write this
+connection") waits in CLOSING until the other says so too; Release is one store, generation + 1, after which slot and ring are
+free for reuse, and which the other side reads as REL.
+
+    event                    OPENING                  OPEN                                   CLOSING
+    ACCEPT, matches          -> OPEN, look once       violation                              -
+    ACCEPT, stale            notify the slot it names (any state)
+    REFUSE                   Release, fail            ignore                                 ignore
+    cancel, timeout          Release at once          abort                                  -
+    write_eof                -                        FIN                                    -
+    close                    = cancel                 FIN+REL -> CLOSING, look once          -
+    abort, violation         = cancel                 RST+REL -> CLOSING, look once          add RST
+    peer FIN, all read       -                        EOF                                    -
+    peer REL                 -                        writes fail; read to FIN, Release      Release
+    peer RST, generation     -                        Release, reset                         Release
+    peer gone                Release, fail            drain to its last tail, then EOF       Release
+                                                      if FIN, else reset
+
+Release is -> FREE. From OPEN and CLOSING it notifies the peer. The credit of a cancelled CONNECT comes back with its answer.
+"""
+
+from __future__ import annotations
+
+import errno
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from shmsock.errors import violation
+
+if TYPE_CHECKING:
+    from shmsock.fabric.node import Engine
+
+__all__ = [
+    "BAD", "CLOSED", "DATA", "EMPTY", "EOF", "FIN", "MOVED", "REL", "RESET", "RESET_BIT", "SPACE", "STALE", "VIOLATION", "YIELD",
+    "Connection", "State",
+]  # fmt: skip
+
+# statuses of read and write (enum sh_status)
+EMPTY, EOF, RESET, YIELD, VIOLATION, STALE, CLOSED = -1, -2, -3, -4, -5, -6, -7
+# bits of look (enum sh_bits)
+DATA, FIN, REL, RESET_BIT, BAD, SPACE, MOVED = 1, 2, 4, 8, 16, 32, 64
+COPY_MAX = 1 << 20
+
+
+class State(Enum):
+    FREE = "FREE"
+    OPENING = "OPENING"
+    OPEN = "OPEN"
+    CLOSING = "CLOSING"
+
+
+class Connection:
+    """`handler` belongs to the driver. `local` and `remote` are (name, port). All methods are called by the node's thread."""
+
+    __slots__ = (
+        "__weakref__", "engine", "ep", "error", "gen", "handler", "local", "orphaned_ns", "peer", "peer_slot", "remote", "ring",
+        "rx", "rx_bytes", "slot", "state", "tried",
+    )  # fmt: skip
+
+    def __init__(self, engine: Engine, slot: int, ring: tuple[int, int], peer: int) -> None:
+        self.engine, self.slot, self.ring, self.peer = engine, slot, ring, peer
+        self.ep: Any = engine.lib.sh_ep_at(engine.nd, slot)
+        self.gen: int = engine.lib.sh_ep_gen(self.ep)
+        self.state = State.OPENING
+        self.handler: Any = None
+        self.local: tuple[str, int] = ("", 0)
+        self.remote: tuple[str, int] = ("", 0)
+        self.peer_slot = -1
+        self.rx: Any = b""
+        self.rx_bytes = 0
+        self.orphaned_ns = 0
+        self.error: OSError | None = None
+        self.tried: tuple[int, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<Connection {self.state.value} {self.local} - {self.remote} slot {self.slot} of generation {self.gen}>"
+
+    # -- moves of the peer
+
+    def open(self, peer_slot: int, peer_gen: int) -> int:
+        """OPENING -> OPEN with that slot. 0, RESET (that slot is gone) or VIOLATION."""
+        engine = self.engine
+        off, size = engine.ffi.new("uint64_t *"), engine.ffi.new("uint32_t *")
+        status: int = engine.lib.sh_ep_open(self.ep, self.peer, peer_slot, peer_gen, off, size)
+        if status == 0:
+            self.peer_slot, self.rx_bytes = peer_slot, size[0]
+            self.rx = engine.memory.view(off[0], size[0])
+            self.state = State.OPEN
+            engine.mapped(self)
+        return status
+
+    def look(self) -> int:
+        """Take in what the peer did; returns LOOK bits for the driver, 0 when there is nothing for it. May end the connection."""
+        if self.state is State.FREE:
+            return 0
+        bits: int = self.engine.lib.sh_look(self.ep)
+        if self.state is State.CLOSING:
+            if bits & (RESET_BIT | BAD | REL):
+                self.release()
+            return 0
+        if bits & RESET_BIT:
+            self.fail(ConnectionResetError(errno.ECONNRESET, f"connection reset by peer {self.remote}"))
+        elif bits & BAD:
+            self.violated("an impossible position, epoch or flag in a slot")
+        elif bits & REL and bits & FIN and not bits & DATA:
+            self.release()
+        return bits
+
+    def gone(self, now_ns: int) -> None:
+        """The peer is dead, has left, or dropped the link."""
+        if self.state is not State.OPEN:
+            self.release()
+            return
+        if not self.orphaned_ns:
+            self.orphaned_ns = now_ns or 1
+            self.engine.lib.sh_ep_orphan(self.ep)
+
+    def violated(self, seen: str) -> None:
+        peer = self.peer
+        self.error = violation(f"{self.remote[0]!r} (section {peer})", seen)
+        self.abort()
+        self.engine.offence(peer)
+
+    def fail(self, error: OSError) -> None:
+        self.error = error
+        self.release()
+
+    # -- moves of the user
+
+    def finish(self) -> None:
+        """write_eof: FIN behind what was written."""
+        if self.state is State.OPEN:
+            self.engine.lib.sh_ep_shut(self.ep, 1, 0, 0)
+
+    def close(self) -> None:
+        """FIN and REL: what was written arrives, nothing more is read."""
+        self._shut(rst=0)
+
+    def abort(self) -> None:
+        """RST and REL: the peer gets a reset, now."""
+        self._shut(rst=1)
+
+    def _shut(self, rst: int) -> None:
+        if self.state is State.OPENING:
+            self.release()
+        elif self.state is State.OPEN and self.orphaned_ns:
+            self.release()
+        elif self.state is not State.FREE and (self.state is State.OPEN or rst):
+            self.engine.lib.sh_ep_shut(self.ep, 1 - rst, 1, rst)
+            self.state = State.CLOSING
+            self.look()
+
+    def release(self) -> None:
+        """-> FREE. The slot and its ring are the engine's again."""
+        if self.state is not State.FREE:
+            notify = self.state is not State.OPENING
+            self.state = State.FREE
+            self.engine.lib.sh_ep_release(self.ep, int(notify))
+            self.engine.released(self)
+
+    # -- bytes
+
+    def write(self, data: Any, size: int) -> int:
+        """Bytes taken, at most `size`; fewer when the ring is full (an event comes when there is space); or a status."""
+        if self.state is not State.OPEN:
+            return CLOSED
+        taken: int = self.engine.lib.sh_write(self.ep, data, size)
+        if taken == VIOLATION:
+            self.violated("its head went where nothing was written")
+        return taken
+
+    def read(self, want: int) -> bytes | int:
+        """1 to `want` bytes that are there, or a status. Does not wait."""
+        if self.state is not State.OPEN:
+            return self.ended()
+        span: int = self.engine.lib.sh_read_now(self.ep, min(want, COPY_MAX))
+        return self.take(span) if span > 0 else self.ended_by(span)
+
+    def take(self, span: int) -> bytes | int:
+        """Copy out what sh_read_now or sh_read_begin found. RESET when the slot changed hands under the copy."""
+        n, at = span & 0xFFFFFFFF, span >> 32
+        end = at + n
+        if end <= self.rx_bytes:
+            data: bytes = self.rx[at:end]
+        else:
+            data = self.rx[at:] + self.rx[: end - self.rx_bytes]
+        status: int = self.engine.lib.sh_read_end(self.ep, n)
+        return self.ended_by(status) if status else data
+
+    def ended(self) -> int:
+        """What reading from a connection that is not open answers."""
+        return EOF if self.error is None else RESET
+
+    def ended_by(self, status: int) -> int:
+        """A status that read_now, read_begin or read_end gave: act on it, hand it on."""
+        if status == VIOLATION:
+            self.violated("an impossible position, epoch or flag in a slot")
+            return RESET
+        if status == RESET:
+            if self.error is None:
+                what = "reset by peer" if not self.orphaned_ns else "lost: its peer is gone,"
+                self.fail(ConnectionResetError(errno.ECONNRESET, f"connection {what} {self.remote}"))
+        elif status == EOF:
+            if self.engine.lib.sh_look(self.ep) & REL or self.orphaned_ns:
+                self.release()  # read to FIN, and the peer reads nothing any more
+        elif status == STALE:
+            self.error = self.error or self.engine.failure()
+            return RESET
+        return status

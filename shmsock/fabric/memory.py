@@ -1,0 +1,60 @@
+"""Words and bytes of a region, for the cold paths: format, claim, identity. The hot ones are C."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+__all__ = ["Core", "Memory", "native_core"]
+
+
+class Core(NamedTuple):
+    """The compiled core: what cffi calls `ffi` and `lib`. Tests pass a variant over lazy memory."""
+
+    ffi: Any
+    lib: Any
+
+
+def native_core() -> Core:
+    from shmsock.native._core import ffi, lib
+
+    return Core(ffi, lib)
+
+
+class Memory:
+    """A mapped region. Offsets and sizes in bytes, words are aligned 64-bit."""
+
+    def __init__(self, core: Core, mapping: Any, *, write_combining: bool = False) -> None:
+        self.core = core
+        self.buffer = core.ffi.from_buffer("uint8_t[]", mapping)
+        self.base = core.ffi.cast("void *", self.buffer)
+        self.size = len(self.buffer)
+        self.wc = int(write_combining)
+
+    def load(self, offset: int) -> int:
+        value: int = self.core.lib.sh_load64(self.base, offset)
+        return value
+
+    def store(self, offset: int, value: int) -> None:
+        self.core.lib.sh_store64(self.base, offset, value, self.wc)
+
+    def cas(self, offset: int, old: int, new: int) -> bool:
+        return bool(self.core.lib.sh_cas64(self.base, offset, old, new))
+
+    def fence(self) -> None:
+        self.core.lib.sh_full_fence(self.wc)
+
+    def read(self, offset: int, n: int) -> bytes:
+        copy = self.core.ffi.new("uint8_t[]", n)
+        self.core.lib.sh_read_bytes(self.base, offset, copy, n)
+        return bytes(self.core.ffi.buffer(copy))
+
+    def write(self, offset: int, data: bytes) -> None:
+        self.core.lib.sh_write_bytes(self.base, offset, data, len(data))
+
+    def view(self, offset: int, n: int) -> Any:
+        """A buffer whose slices are copies (bytes): how ring bytes come out."""
+        return self.core.ffi.buffer(self.core.ffi.cast("uint8_t *", self.base) + offset, n)
+
+    def release(self) -> None:
+        """Let go of the mapping, so that it can be closed. No call into C may follow."""
+        self.core.ffi.release(self.buffer)

@@ -1,0 +1,122 @@
+"""Who is there: one Peer per section, sampled ten times a second, on the caller's clock."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from shmsock.fabric import layout as lay
+from shmsock.fabric.layout import Identity, Layout
+
+if TYPE_CHECKING:
+    from shmsock.fabric.connection import Connection
+
+__all__ = ["Peer", "Peers"]
+
+SAMPLES = 10
+ADOPTIONS_PER_S = 10
+VIOLATIONS = 3
+
+
+class Peer:
+    """What this node knows of one section's owner, and of the link to it."""
+
+    def __init__(self, section: int, credits: int) -> None:
+        self.section = section
+        self.incarnation = 0
+        self.claim = 0
+        self.who: Identity | None = None
+        self.live = False
+        self.beat = -1
+        self.beat_ns = 0
+        self.samples = 0
+        # the link
+        self.connections: dict[int, Connection] = {}  # by the peer's slot
+        self.credits = credits
+        self.waiting: deque[Connection] = deque()  # CONNECTs that wait for a credit
+        self.answers: deque[tuple[int, ...]] = deque()  # ACCEPT and REFUSE that found the message ring full
+        self.ring_bytes = 0  # of my arena, in connections that this peer opened
+        self.slots = 0
+        self.violations = 0
+        self.backoff_s = 1
+        self.ignore_until_ns = 0
+        self.adoptions: deque[int] = deque(maxlen=ADOPTIONS_PER_S)
+
+    @property
+    def name(self) -> str:
+        return self.who.name if self.who else f"section-{self.section}"
+
+
+class Peers:
+    """All sections but the own one are strangers; the own one is a peer too (a node may connect to itself)."""
+
+    def __init__(self, layout: Layout, own: int, own_identity: Identity, credits: int, dead_after_s: float) -> None:
+        self.layout, self.own = layout, own
+        self.me = own_identity
+        self.dead_after_ns = int(dead_after_s * 1e9)
+        self.all = [Peer(i, credits) for i in range(layout.peers)]
+
+    def __getitem__(self, section: int) -> Peer:
+        return self.all[section]
+
+    def refresh(self, peer: Peer, now_ns: int) -> None:
+        """Is there somebody, and who? Reads two words unless a new life began."""
+        load, at = self.layout.memory.load, self.layout.section(peer.section)
+        life, state = load(at + lay.INCARNATION), load(at + lay.STATE)
+        peer.claim = load(at + lay.CLAIM)
+        if life != peer.incarnation:
+            peer.incarnation = life
+            peer.who = self.layout.identity(peer.section)
+            peer.beat, peer.beat_ns, peer.samples = -1, now_ns, 0
+            peer.live = False
+        if peer.who is None or not peer.claim or state not in (lay.LIVE, lay.LEAVING):
+            peer.live = False
+        elif peer.samples == 0:
+            peer.live = True
+
+    def refresh_all(self, now_ns: int) -> None:
+        for peer in self.all:
+            self.refresh(peer, now_ns)
+
+    def sample(self, now_ns: int) -> list[Peer]:
+        """One look at every beat. Returns the peers that are gone since the last: left, or silent too long."""
+        gone = []
+        for peer in self.all:
+            was = peer.live
+            self.refresh(peer, now_ns)
+            if peer.section != self.own and peer.live:
+                beat = self.layout.memory.load(self.layout.section(peer.section) + lay.BEAT)
+                if beat != peer.beat:
+                    peer.beat, peer.beat_ns, peer.samples = beat, now_ns, 0
+                else:
+                    peer.samples += 1
+                    if peer.samples >= SAMPLES and now_ns - peer.beat_ns >= self.dead_after_ns:
+                        peer.live = False
+            elif peer.who is not None and peer.section != self.own and peer.claim:
+                beat = self.layout.memory.load(self.layout.section(peer.section) + lay.BEAT)
+                if beat != peer.beat:  # thought dead, and beats again: a stopped process or VM was continued
+                    peer.beat, peer.beat_ns, peer.samples = beat, now_ns, 0
+                    self.refresh(peer, now_ns)
+            if was and not peer.live:
+                gone.append(peer)
+        return gone
+
+    def declare_dead(self, peer: Peer) -> None:
+        """The kernel said so: its lock fell."""
+        peer.beat = self.layout.memory.load(self.layout.section(peer.section) + lay.BEAT)
+        peer.live, peer.samples = False, max(peer.samples, 1)
+
+    def same_kernel(self, peer: Peer) -> bool:
+        return peer.who is not None and peer.who.boot_id == self.me.boot_id
+
+    def named(self, name: str | None, *, local: bool = False) -> list[Peer]:
+        """Live peers by name (None: any of the own machine), own section included."""
+        return [
+            p
+            for p in self.all
+            if p.live and p.who and (self.same_kernel(p) if name is None or local else True) and name in (None, p.who.name)
+        ]
+
+    def names(self) -> Iterable[str]:
+        return {p.who.name for p in self.all if p.live and p.who}

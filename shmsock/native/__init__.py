@@ -1,0 +1,1 @@
+"""The C core (see LAYOUT.md for what lies in memory, core.h for what is called)."""

@@ -1,0 +1,121 @@
+/* core.h - what Python calls. The lines between the markers are read as cffi's cdef (build.py), so only plain C stands there.
+ *
+ * All of it is called by the thread that owns the node, except the keeper's own loop. Positions count bytes, run free modulo 2^32
+ * and are masked on access: capacity is a power of two, so overflow is harmless. */
+#ifndef SHMSOCK_CORE_H
+#define SHMSOCK_CORE_H
+
+#include <stdint.h>
+
+/* cdef-begin */
+typedef struct sh_node sh_node;
+typedef struct sh_ep sh_ep;
+typedef struct sh_keeper sh_keeper;
+
+typedef struct {
+    uint64_t section_bytes, pair_off, pair_bytes, toggle_off, ack_off, message_off;
+    uint64_t slot_off, arena_off, arena_bytes;
+    uint32_t peers, slots;
+} sh_geometry;
+
+typedef struct {
+    uint32_t kind, reason, slot, dst_slot, gen, dst_gen, port, src_port;
+} sh_note;
+
+enum sh_state { SH_STATE_NONE, SH_STATE_LIVE, SH_STATE_LEAVING, SH_STATE_LEFT };
+enum sh_kind { SH_CONNECT = 1, SH_ACCEPT, SH_REFUSE };
+enum sh_reason { SH_NO_LISTENER = 1, SH_NO_SLOT, SH_NO_MEMORY, SH_BACKLOG, SH_STALE_CONNECT };
+enum sh_listen { SH_LISTEN_USED = 1, SH_LISTEN_REUSE = 2, SH_LISTEN_LOCAL = 4 };
+enum sh_flag { SH_FLAG_LOCKED = 1 };
+/* what read, look and spin answer when it is no count */
+enum sh_status {
+    SH_EMPTY = -1,     /* nothing there: arm and suspend */
+    SH_EOF = -2,       /* FIN, and all was read */
+    SH_RESET = -3,     /* RST, generation gone, or peer gone: no more bytes */
+    SH_YIELD = -4,     /* the loop turn's budget is used up: let the loop turn once */
+    SH_VIOLATION = -5, /* the peer wrote nonsense */
+    SH_STALE = -6,     /* this node may not touch the region any more: closed, forked, or its section was taken */
+    SH_CLOSED = -7     /* this side's writing has ended, or the peer will never read */
+};
+/* bits of sh_look() and of what sh_pump() returns */
+enum sh_bits {
+    SH_LOOK_DATA = 1, SH_LOOK_FIN = 2, SH_LOOK_REL = 4, SH_LOOK_RESET = 8, SH_LOOK_BAD = 16, SH_LOOK_SPACE = 32, SH_LOOK_MOVED = 64
+};
+enum sh_event { SH_EV_SLOT = 0, SH_EV_ADOPT = 1, SH_EV_MESSAGE = 2 };
+enum sh_counter {
+    SH_N_PUMPS, SH_N_READS, SH_N_WRITES, SH_N_BYTES_IN, SH_N_BYTES_OUT, SH_N_NOTIFY, SH_N_PENDING, SH_N_SPIN_HIT, SH_N_SPIN_MISS,
+    SH_N_WAKEUPS, SH_N_HEALED, SH_N_BELLS, SH_N_COUNTERS
+};
+
+/* memory, for the cold paths; offsets in bytes from base, 8-byte aligned */
+uint64_t sh_load64(const void *base, uint64_t offset);
+void sh_store64(void *base, uint64_t offset, uint64_t value, int wc);
+int sh_cas64(void *base, uint64_t offset, uint64_t old, uint64_t value);
+void sh_full_fence(int wc);
+void sh_read_bytes(const void *base, uint64_t offset, void *to, uint32_t n);
+void sh_write_bytes(void *base, uint64_t offset, const void *from, uint32_t n);
+uint64_t sh_clock(void);
+int sh_geometry_of(uint64_t region_id, uint64_t region_bytes, sh_geometry *out);
+int sh_listen_find(const void *base, const sh_geometry *g, uint32_t section, uint32_t port, int wc);
+
+/* node */
+sh_node *sh_node_new(void *base, const sh_geometry *g, uint32_t self, int wc);
+void sh_node_free(sh_node *nd);
+void sh_node_claim(sh_node *nd, uint64_t claim);
+void sh_node_inert(sh_node *nd);
+int sh_node_is_inert(sh_node *nd);
+void sh_node_settings(sh_node *nd, uint64_t hold_ns, uint64_t spin_max_ns, uint64_t spin_yield_ns);
+uint64_t sh_node_counter(sh_node *nd, int which);
+uint64_t sh_turn(sh_node *nd);
+int sh_over(sh_node *nd);
+int sh_pump(sh_node *nd, uint32_t *out, int max);
+int sh_quiet(sh_node *nd);
+int sh_safety(sh_node *nd);
+
+/* links */
+void sh_restart(sh_node *nd, uint32_t peer, uint32_t pair_inc);
+uint32_t sh_adopt(sh_node *nd, uint32_t peer);
+uint32_t sh_peer_inc(sh_node *nd, uint32_t peer);
+int sh_tag_changed(sh_node *nd, uint32_t peer);
+void sh_users(sh_node *nd, uint32_t peer, uint32_t count);
+void sh_notify_slot(sh_node *nd, uint32_t peer, uint32_t slot);
+int sh_message_send(sh_node *nd, uint32_t peer, const sh_note *m);
+int sh_message_recv(sh_node *nd, uint32_t peer, sh_note *m);
+
+/* endpoints */
+sh_ep *sh_ep_at(sh_node *nd, uint32_t slot);
+uint32_t sh_ep_gen(sh_ep *ep);
+void sh_ep_take(sh_ep *ep, uint64_t ring_off, uint32_t ring_bytes);
+int sh_ep_open(sh_ep *ep, uint32_t peer, uint32_t peer_slot, uint32_t peer_gen, uint64_t *ring_off, uint32_t *ring_bytes);
+void sh_ep_release(sh_ep *ep, int notify);
+void sh_ep_orphan(sh_ep *ep);
+void sh_ep_shut(sh_ep *ep, int fin, int rel, int rst);
+uint64_t sh_ep_unsent(sh_ep *ep);
+int64_t sh_write(sh_ep *ep, const void *data, uint64_t n);
+int sh_wait_space(sh_ep *ep, int spin);
+int64_t sh_read_begin(sh_ep *ep, uint32_t want, uint32_t min, int spin);
+int64_t sh_read_now(sh_ep *ep, uint32_t want);
+int sh_read_end(sh_ep *ep, uint32_t n);
+int sh_look(sh_ep *ep);
+int sh_arm(sh_ep *ep);
+
+/* keeper */
+sh_keeper *sh_keeper_start(sh_node *nd, int event_fd, int lock_fd, uint64_t beat_ns, uint64_t cap_ns, int *error);
+void sh_keeper_arm(sh_keeper *k, int armed);
+void sh_keeper_watch(sh_keeper *k, uint32_t peer, int locked);
+uint64_t sh_keeper_unlocked(sh_keeper *k);
+void sh_keeper_stop(sh_keeper *k);
+/* cdef-end */
+
+#ifdef SHMSOCK_FAKE_MEMORY
+/* cdef-fake-begin */
+void sh_fake_reset(void);
+void sh_fake_cpu(int cpu);
+int sh_fake_pending(int cpu);
+int sh_fake_drain(int cpu, int stores);
+void sh_fake_hook(void (*hook)(void), int steps);
+void sh_fake_time(uint64_t now_ns);
+/* cdef-fake-end */
+#endif
+
+#endif

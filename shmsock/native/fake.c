@@ -1,0 +1,109 @@
+/* fake.c - memory as lazy as x86 allows, for tests (only with SHMSOCK_FAKE_MEMORY). Every CPU has a store buffer: its own loads
+ * see it, others do not until the test drains it, oldest first, or a fence does. A hook may run after any number of accesses,
+ * in the middle of whatever the core is doing: that is where a test lets the other side run. */
+#ifdef SHMSOCK_FAKE_MEMORY
+#include "node.h"
+
+#include <stdlib.h>
+
+#define CPUS 8
+#define STORES 65536
+#define CHUNK 64
+
+struct pending { uint8_t *at; uint32_t n; uint8_t bytes[CHUNK]; };
+struct cpu { struct pending *q; uint32_t first, last; };
+
+static struct cpu cpus[CPUS];
+static int current;
+static uint64_t now_ns;
+static void (*step_hook)(void);
+static int step_left;
+
+static void step(void)
+{
+    if (step_hook && step_left > 0 && --step_left == 0)
+        step_hook();
+}
+
+static void drain(struct cpu *c, uint32_t stores)
+{
+    for (; stores && c->first != c->last; stores--, c->first++) {
+        struct pending *s = &c->q[c->first % STORES];
+        memcpy(s->at, s->bytes, s->n);
+    }
+}
+
+static void push(void *at, const void *from, uint32_t n)
+{
+    struct cpu *c = &cpus[current];
+
+    if (!c->q)
+        c->q = malloc(STORES * sizeof *c->q);
+    for (const uint8_t *b = from; n; ) {
+        uint32_t m = n < CHUNK ? n : CHUNK;
+        if (c->last - c->first == STORES)
+            drain(c, 1);
+        struct pending *s = &c->q[c->last++ % STORES];
+        s->at = at;
+        s->n = m;
+        memcpy(s->bytes, b, m);
+        at = (uint8_t *)at + m;
+        b += m;
+        n -= m;
+    }
+}
+
+static void fetch(void *to, const void *from, uint32_t n)
+{
+    const struct cpu *c = &cpus[current];
+    const uint8_t *lo = from, *hi = lo + n;
+
+    memcpy(to, from, n);
+    for (uint32_t i = c->first; i != c->last; i++) {
+        const struct pending *s = &c->q[i % STORES];
+        const uint8_t *a = s->at > lo ? s->at : lo, *b = s->at + s->n < hi ? s->at + s->n : hi;
+        if (a < b)
+            memcpy((uint8_t *)to + (a - lo), s->bytes + (a - s->at), (size_t)(b - a));
+    }
+}
+
+uint64_t sh_fake_load(const uint64_t *p) { uint64_t v; step(); fetch(&v, p, sizeof v); return v; }
+void sh_fake_store(uint64_t *p, uint64_t v) { step(); push(p, &v, sizeof v); }
+void sh_fake_fence(void) { step(); drain(&cpus[current], UINT32_MAX); }
+void sh_fake_copy_out(void *to, const void *from, uint32_t n) { step(); push(to, from, n); }
+void sh_fake_copy_in(void *to, const void *from, uint32_t n) { step(); fetch(to, from, n); }
+
+int sh_fake_cas(uint64_t *p, uint64_t old, uint64_t new_)
+{
+    sh_fake_fence(); /* a locked instruction empties the buffer */
+    if (*p != old)
+        return 0;
+    *p = new_;
+    return 1;
+}
+
+uint64_t sh_clock(void) { return now_ns; }
+
+void sh_fake_reset(void)
+{
+    for (int i = 0; i < CPUS; i++)
+        cpus[i].first = cpus[i].last = 0;
+    current = 0;
+    step_hook = NULL;
+    step_left = 0;
+    now_ns = 0;
+}
+
+void sh_fake_cpu(int cpu) { current = cpu; }
+int sh_fake_pending(int cpu) { return (int)(cpus[cpu].last - cpus[cpu].first); }
+int sh_fake_drain(int cpu, int stores)
+{
+    uint32_t before = cpus[cpu].first;
+    drain(&cpus[cpu], stores < 0 ? UINT32_MAX : (uint32_t)stores);
+    return (int)(cpus[cpu].first - before);
+}
+void sh_fake_hook(void (*hook)(void), int steps) { step_hook = hook; step_left = steps; }
+void sh_fake_time(uint64_t ns) { now_ns = ns; }
+#else
+typedef int sh_fake_is_for_tests; /* ISO C wants a declaration */
+#endif

@@ -1,0 +1,93 @@
+/* node.h - the private side of a node: shadows of all it published, and what it last saw of others. Never in shared memory. */
+#ifndef SHMSOCK_NODE_H
+#define SHMSOCK_NODE_H
+
+#include "atomics.h"
+#include "core.h"
+#include "layout.h"
+
+#define SH_LIKELY(x) __builtin_expect(!!(x), 1)
+#define SH_UNLIKELY(x) __builtin_expect(!!(x), 0)
+
+struct sh_link { /* towards one peer */
+    struct sh_pair *out;       /* in my section: written by me */
+    const struct sh_pair *in;  /* in the peer's section, about me: written by the peer */
+    uint64_t *t_out, *a_out;   /* toggles of the peer's slots; what I acknowledged of my own slots */
+    const uint64_t *t_in, *a_in;
+    struct sh_message *m_out;
+    const struct sh_message *m_in;
+    uint32_t my_inc, peer_inc; /* peer_inc: adopted, 0 = none yet */
+    uint32_t count;            /* low half of my bell */
+    uint32_t msg_tail, msg_head;
+    uint64_t last;             /* the peer's bell as the pump last saw it; the keeper reads it too, hence atomic */
+    int news;                  /* SH_NEWS_*: what the pump has yet to report */
+    uint64_t suspect;          /* bell at a safety look that found something; still the same at the next: healed */
+    int suspected;
+    uint64_t t[SH_MAX_WORDS];    /* my toggles */
+    uint64_t a[SH_MAX_WORDS];    /* my acknowledgements */
+    uint64_t open[SH_MAX_WORDS]; /* my slots open with this peer */
+};
+
+struct sh_ep {
+    sh_node *nd;
+    struct sh_slot *mine;
+    const struct sh_slot *theirs; /* NULL until open */
+    uint8_t *tx;
+    const uint8_t *rx;
+    uint32_t tx_bytes, rx_bytes;  /* powers of two */
+    uint32_t tail, head_seen;     /* producer */
+    uint32_t head, tail_seen;     /* consumer */
+    uint32_t gen, peer_gen;
+    uint64_t flags;               /* FIN RST REL WANT as published in P */
+    uint64_t p_last;              /* the peer's P as last taken over */
+    uint32_t peer, peer_slot, slot;
+    uint8_t orphan;               /* the peer is gone: what it published may still be read */
+    uint8_t waiting;              /* somebody is suspended on this slot since wait_since */
+    uint64_t wait_since;
+    uint64_t window_ns;           /* learnt busy-poll window */
+};
+
+struct sh_node {
+    uint8_t *base;
+    sh_geometry g;
+    uint32_t self, words;
+    int wc;
+    int inert;                    /* atomic: closed, forked, or not the owner any more */
+    const uint64_t *claim_at;
+    uint64_t claim, region_id;
+    uint64_t turn_end_ns, hold_ns, spin_max_ns, spin_yield_ns;
+    uint64_t n[SH_N_COUNTERS];
+    int attention;                /* a bell spoke of a message or a new life: the pump must run */
+    uint32_t start;               /* peer the next pump begins with: nobody is always last */
+    uint64_t ready[SH_MAX_WORDS];   /* slots the pump owes a look */
+    uint64_t touched[SH_MAX_WORDS]; /* read since the last pump: their toggles are left unacknowledged until then */
+    uint64_t later[SH_MAX_WORDS];   /* were touched: looked at next time, if they are not touched again */
+    struct sh_link *links;
+    struct sh_ep *eps;
+};
+
+#define SH_NEWS_TAG 1  /* the bell carries another pair_inc than the adopted one */
+#define SH_NEWS_MAIL 2 /* messages wait */
+
+#define SH_BIT(slot) (1ull << ((slot) & 63))
+#define SH_WORD(slot) ((slot) >> 6)
+
+uint8_t *sh_section_at(const void *base, const sh_geometry *g, uint32_t section);
+struct sh_pair *sh_pair_at(const void *base, const sh_geometry *g, uint32_t of, uint32_t towards);
+void sh_ring_bell(sh_node *nd, struct sh_link *l);
+int sh_collect(sh_node *nd, struct sh_link *l);
+int sh_refresh(sh_ep *ep);
+void sh_rearm_touched(sh_node *nd);
+
+static inline uint64_t sh_p_word(const sh_ep *ep)
+{
+    return (uint64_t)ep->gen << SH_GEN_SHIFT | ep->flags | ep->tail;
+}
+
+/* May this node still write its section? A zombie (stopped for long, its section taken by another) stops here. */
+static inline int sh_may_write(const sh_node *nd)
+{
+    return SH_LIKELY(!__atomic_load_n(&nd->inert, __ATOMIC_RELAXED)) && SH_LIKELY(sh_peek(nd->claim_at) == nd->claim);
+}
+
+#endif

@@ -1,0 +1,420 @@
+/* ring.c - the way of a byte: write -> ring -> P -> toggle, and look -> ring -> C. One producer, one consumer, two sections.
+ *
+ * The rules' names (F1, R1, W) are those of LAYOUT.md, "Ordering". Each comment "SYNC X" has its partner of the same name. */
+#include "node.h"
+
+#include <sched.h>
+
+#define COPY_MAX (1u << 20) /* bytes per memcpy: a signal or a claim check is never further away than this */
+
+/* ---- telling the peer ---- */
+
+void sh_ring_bell(sh_node *nd, struct sh_link *l)
+{
+    l->count++;
+    nd->n[SH_N_BELLS]++;
+    sh_store(&l->out->bell, SH_PACK(l->my_inc, l->count), nd->wc);
+}
+
+void sh_notify_slot(sh_node *nd, uint32_t peer, uint32_t slot)
+{
+    struct sh_link *l = &nd->links[peer];
+    uint64_t *t = &l->t[SH_WORD(slot)];
+
+    sh_fence(nd->wc); /* SYNC F1: what was published, before the look at A; partner: R1, A before the look at P */
+    if ((sh_load(&l->a_in[SH_WORD(slot)], nd->wc) ^ *t) & SH_BIT(slot)) {
+        nd->n[SH_N_PENDING]++; /* the peer was told and has not looked yet: it will see this too */
+        return;
+    }
+    *t ^= SH_BIT(slot);
+    nd->n[SH_N_NOTIFY]++;
+    sh_put(&l->t_out[SH_WORD(slot)], *t);
+    sh_ring_bell(nd, l); /* SYNC BELL: toggle before bell; partner: sh_collect, bell before toggle */
+}
+
+static void publish(sh_ep *ep)
+{
+    sh_store(&ep->mine->p, sh_p_word(ep), ep->nd->wc); /* SYNC P: bytes before tail; partner: sh_refresh */
+}
+
+/* ---- producer ---- */
+
+/* Take over the consumer's head. It may only grow, and never past what was written. */
+static int see_head(sh_ep *ep)
+{
+    uint64_t c = sh_load(&ep->theirs->c, ep->nd->wc);
+
+    if (SH_GEN(c) != ep->peer_gen)
+        return 0; /* its P says what happened */
+    if (SH_LOW(c) - ep->head_seen > ep->tail - ep->head_seen)
+        return SH_VIOLATION;
+    ep->head_seen = SH_LOW(c);
+    return 0;
+}
+
+static uint32_t space_of(const sh_ep *ep) { return ep->tx_bytes - (ep->tail - ep->head_seen); }
+
+static int writable(const sh_ep *ep)
+{
+    if (SH_UNLIKELY(!sh_may_write(ep->nd)))
+        return SH_STALE;
+    if (SH_UNLIKELY(!ep->theirs || ep->orphan || (ep->flags & (SH_FIN | SH_RST | SH_REL)) || (ep->p_last & (SH_REL | SH_RST))))
+        return SH_CLOSED;
+    return 0;
+}
+
+/* Ask to be told of space. Returns the space found after asking. */
+static int want_space(sh_ep *ep)
+{
+    int r;
+
+    if (!(ep->flags & SH_WANT)) {
+        ep->flags |= SH_WANT;
+        publish(ep);
+    }
+    sh_fence(ep->nd->wc); /* SYNC W: WANT before the look at head; partner: sh_read_end, head before the look at WANT */
+    r = see_head(ep);
+    return r < 0 ? r : (int)space_of(ep);
+}
+
+/* Put up to n bytes into the ring. Returns how many went in, fewer only when the ring is full (WANT is set then). */
+int64_t sh_write(sh_ep *ep, const void *data, uint64_t n)
+{
+    const uint8_t *from = data;
+    uint64_t left = n;
+    int r = writable(ep);
+
+    if (SH_UNLIKELY(r < 0))
+        return r;
+    while (left) {
+        uint32_t space = space_of(ep), at, m, first;
+
+        if (space < left) {
+            if (SH_UNLIKELY((r = see_head(ep)) < 0))
+                return r;
+            space = space_of(ep);
+        }
+        if (!space) {
+            if ((r = want_space(ep)) < 0)
+                return r;
+            if (!r)
+                break;
+            continue;
+        }
+        m = left < space ? (uint32_t)left : space;
+        if (m > COPY_MAX)
+            m = COPY_MAX;
+        at = ep->tail & (ep->tx_bytes - 1);
+        first = ep->tx_bytes - at < m ? ep->tx_bytes - at : m;
+        sh_copy_out(ep->tx + at, from, first);
+        if (first < m)
+            sh_copy_out(ep->tx, from + first, m - first);
+        ep->tail += m;
+        ep->flags &= ~SH_WANT;
+        publish(ep);
+        sh_notify_slot(ep->nd, ep->peer, ep->peer_slot);
+        from += m;
+        left -= m;
+    }
+    ep->nd->n[SH_N_WRITES]++;
+    ep->nd->n[SH_N_BYTES_OUT] += n - left;
+    return (int64_t)(n - left);
+}
+
+void sh_ep_shut(sh_ep *ep, int fin, int rel, int rst)
+{
+    if (!ep->theirs || !sh_may_write(ep->nd))
+        return;
+    ep->flags = (ep->flags & ~SH_WANT) | (fin ? SH_FIN : 0) | (rel ? SH_REL : 0) | (rst ? SH_RST : 0);
+    publish(ep);
+    sh_notify_slot(ep->nd, ep->peer, ep->peer_slot);
+}
+
+/* Bytes published that the peer has not taken; 0 when nobody will ever take them. */
+uint64_t sh_ep_unsent(sh_ep *ep)
+{
+    if (!ep->theirs || sh_refresh(ep) < 0 || (ep->p_last & (SH_REL | SH_RST)) || see_head(ep) < 0)
+        return 0;
+    return ep->tail - ep->head_seen;
+}
+
+/* ---- waiting in C, GIL released ---- */
+
+/* One step of a spin: others' news end it, the clock ends it, and after a while each look yields the CPU: on one core the peer
+ * cannot run otherwise. Returns 0 to go on. */
+static int spin_step(sh_ep *ep, uint64_t end, uint64_t yield_at)
+{
+    uint64_t now;
+
+    for (uint32_t j = 0; j < ep->nd->g.peers; j++) {
+        struct sh_link *l = &ep->nd->links[j];
+        if (sh_peek(&l->in->bell) != l->last && sh_collect(ep->nd, l))
+            return 1;
+    }
+    now = sh_clock();
+    if (now >= end)
+        return 1;
+    if (now >= yield_at)
+        sched_yield();
+    return 0;
+}
+
+static int nothing_ready(const sh_node *nd)
+{
+    uint64_t any = nd->attention;
+
+    for (uint32_t w = 0; w < nd->words; w++)
+        any |= nd->ready[w];
+    return !any;
+}
+
+/* Busy-poll one word of the peer (its P or C) until it is no longer `seen`. Learns how long it pays. */
+static int spin_on(sh_ep *ep, const uint64_t *word, uint64_t seen, uint64_t now)
+{
+    sh_node *nd = ep->nd;
+    uint64_t window = ep->window_ns < nd->spin_max_ns ? ep->window_ns : nd->spin_max_ns;
+    uint64_t end = now + window < nd->turn_end_ns ? now + window : nd->turn_end_ns;
+
+    if (!window || ep->orphan || ep->peer == nd->self || !nothing_ready(nd))
+        return 0;
+    nd->touched[SH_WORD(ep->slot)] |= SH_BIT(ep->slot); /* this slot is polled: its toggle may stay unacknowledged */
+    for (uint32_t k = 1; sh_peek(word) == seen; k++) {
+        if (nd->spin_yield_ns == 0 || k % 8 == 0) {
+            if (spin_step(ep, end, now + nd->spin_yield_ns)) {
+                if (sh_peek(word) != seen)
+                    break;
+                nd->n[SH_N_SPIN_MISS]++;
+                ep->window_ns = window / 2 > 2000 ? window / 2 : 2000;
+                return 0;
+            }
+        } else
+            sh_pause();
+    }
+    nd->n[SH_N_SPIN_HIT]++;
+    ep->window_ns = window * 2 < nd->spin_max_ns ? window * 2 : nd->spin_max_ns;
+    return 1;
+}
+
+/* Space for a writer that waits: > 0 bytes free, 0 none (WANT is set and armed: suspend), or a status. */
+int sh_wait_space(sh_ep *ep, int spin)
+{
+    int r = writable(ep);
+
+    if (r < 0)
+        return r;
+    if ((r = see_head(ep)) < 0 || space_of(ep))
+        return r < 0 ? r : (int)space_of(ep);
+    if ((r = want_space(ep)) != 0)
+        return r;
+    if (spin) {
+        uint64_t now = sh_clock();
+        if (now < ep->nd->turn_end_ns
+            && spin_on(ep, &ep->theirs->c, (uint64_t)ep->peer_gen << SH_GEN_SHIFT | ep->head_seen, now)) {
+            if ((r = see_head(ep)) < 0)
+                return r;
+            if (space_of(ep))
+                return (int)space_of(ep);
+        }
+    }
+    return 0;
+}
+
+/* ---- consumer ---- */
+
+/* Take over the peer's P: copied once, checked, and only the copy is used. 0, SH_RESET or SH_VIOLATION. */
+int sh_refresh(sh_ep *ep)
+{
+    uint64_t p = sh_load(&ep->theirs->p, ep->nd->wc); /* SYNC P */
+
+    if (p == ep->p_last)
+        return 0;
+    if (SH_GEN(p) != ep->peer_gen)
+        return SH_RESET;
+    if (SH_EPOCH(p) != 0 || SH_LOW(p) - ep->head > ep->rx_bytes || SH_LOW(p) - ep->head < ep->tail_seen - ep->head
+        || ((ep->p_last & SH_FIN) && SH_LOW(p) != ep->tail_seen))
+        return SH_VIOLATION;
+    if (p & SH_RST)
+        return SH_RESET;
+    ep->p_last = p;
+    ep->tail_seen = SH_LOW(p);
+    return 0;
+}
+
+/* What an empty ring means. */
+static int empty(const sh_ep *ep)
+{
+    return ep->p_last & SH_FIN ? SH_EOF : ep->orphan || (ep->p_last & SH_REL) ? SH_RESET : SH_EMPTY;
+}
+
+static int64_t span(const sh_ep *ep, uint32_t n)
+{
+    return (int64_t)(ep->head & (ep->rx_bytes - 1)) << 32 | n;
+}
+
+/* What can be read without waiting: offset in the ring << 32 | bytes (they may wrap), or a status. */
+int64_t sh_read_now(sh_ep *ep, uint32_t want)
+{
+    uint32_t avail;
+    int r;
+
+    if (SH_UNLIKELY(!sh_may_write(ep->nd)))
+        return SH_STALE;
+    if (SH_UNLIKELY(!ep->theirs))
+        return SH_RESET;
+    if ((r = sh_refresh(ep)) < 0)
+        return r;
+    avail = ep->tail_seen - ep->head;
+    return avail ? span(ep, avail < want ? avail : want) : empty(ep);
+}
+
+/* The fast read: at least `min` and at most `want` bytes, spinning for them when `spin` allows. Answers like sh_read_now;
+ * SH_EMPTY also when something but less than min is there. */
+int64_t sh_read_begin(sh_ep *ep, uint32_t want, uint32_t min, int spin)
+{
+    sh_node *nd = ep->nd;
+    uint64_t now;
+    uint32_t avail;
+    int r;
+
+    if (SH_UNLIKELY(!sh_may_write(nd)))
+        return SH_STALE;
+    if (SH_UNLIKELY(!ep->theirs))
+        return SH_RESET;
+    if ((now = sh_clock()) >= nd->turn_end_ns)
+        return SH_YIELD;
+    for (;;) {
+        avail = ep->tail_seen - ep->head;
+        if (avail < min) {
+            if (SH_UNLIKELY((r = sh_refresh(ep)) < 0))
+                return r;
+            avail = ep->tail_seen - ep->head;
+        }
+        if (avail >= min)
+            return span(ep, avail < want ? avail : want);
+        if (!spin || (ep->p_last & SH_FIN) || !spin_on(ep, &ep->theirs->p, ep->p_last, now))
+            return avail ? SH_EMPTY : empty(ep);
+        now = sh_clock();
+        if (now >= nd->turn_end_ns)
+            spin = 0;
+    }
+}
+
+/* n bytes were copied out: give their space back. SH_RESET: the slot changed hands meanwhile, the copy is worthless. */
+int sh_read_end(sh_ep *ep, uint32_t n)
+{
+    sh_node *nd = ep->nd;
+    uint32_t old = ep->head, quarter = ep->rx_bytes / 4;
+
+    if (SH_UNLIKELY(!sh_may_write(nd)))
+        return SH_STALE;
+    sh_acquire(nd->wc);
+    if (SH_UNLIKELY(SH_GEN(sh_load(&ep->theirs->p, nd->wc)) != ep->peer_gen))
+        return SH_RESET;
+    ep->head += n;
+    sh_store(&ep->mine->c, (uint64_t)ep->gen << SH_GEN_SHIFT | ep->head, nd->wc);
+    nd->touched[SH_WORD(ep->slot)] |= SH_BIT(ep->slot);
+    nd->n[SH_N_READS]++;
+    nd->n[SH_N_BYTES_IN] += n;
+    if (old / quarter != ep->head / quarter) {
+        sh_fence(nd->wc); /* SYNC W; a crossing that is not reached is made good by sh_arm and sh_rearm_touched */
+        if (!ep->orphan && (sh_load(&ep->theirs->p, nd->wc) & SH_WANT))
+            sh_notify_slot(nd, ep->peer, ep->peer_slot);
+    }
+    return 0;
+}
+
+/* What is the matter with this slot? Bits SH_LOOK_*; MOVED says that bytes or space came since the last look. */
+int sh_look(sh_ep *ep)
+{
+    uint32_t tail = ep->tail_seen, head = ep->head_seen;
+    int bits = 0, r;
+
+    if (!ep->theirs)
+        return 0;
+    r = sh_refresh(ep);
+    if (r < 0)
+        return r == SH_RESET ? SH_LOOK_RESET : SH_LOOK_BAD;
+    if (see_head(ep) < 0)
+        return SH_LOOK_BAD;
+    if (ep->tail_seen != ep->head)
+        bits |= SH_LOOK_DATA;
+    if (ep->p_last & SH_FIN)
+        bits |= SH_LOOK_FIN;
+    if (ep->p_last & SH_REL)
+        bits |= SH_LOOK_REL;
+    if (space_of(ep))
+        bits |= SH_LOOK_SPACE;
+    if (tail != ep->tail_seen || head != ep->head_seen) {
+        bits |= SH_LOOK_MOVED;
+        if (ep->waiting) { /* a spin would have paid: let the window grow again */
+            uint64_t gap = sh_clock() - ep->wait_since;
+            if (gap < ep->nd->spin_max_ns && 2 * gap > ep->window_ns)
+                ep->window_ns = 2 * gap;
+        }
+        ep->waiting = 0;
+    }
+    return bits;
+}
+
+/* Acknowledge this slot's toggle without looking: the caller fences and looks. */
+static int acknowledge(sh_node *nd, sh_ep *ep)
+{
+    struct sh_link *l = &nd->links[ep->peer];
+    uint32_t w = SH_WORD(ep->slot);
+
+    if (!((sh_peek(&l->t_in[w]) ^ l->a[w]) & SH_BIT(ep->slot)))
+        return 0;
+    l->a[w] ^= SH_BIT(ep->slot);
+    sh_put(&l->a_out[w], l->a[w]);
+    return 1;
+}
+
+/* Before suspending: from here on the peer must tell. 1: something is there after all, look again. 0: suspend. */
+int sh_arm(sh_ep *ep)
+{
+    sh_node *nd = ep->nd;
+    int r;
+
+    if (!sh_may_write(nd) || !ep->theirs)
+        return 1;
+    nd->touched[SH_WORD(ep->slot)] &= ~SH_BIT(ep->slot);
+    acknowledge(nd, ep);
+    sh_fence(nd->wc); /* SYNC R1, SYNC W */
+    r = sh_refresh(ep);
+    if (r < 0 || ep->tail_seen != ep->head || (ep->p_last & SH_FIN) || ep->orphan)
+        return 1;
+    if (ep->p_last & SH_WANT)
+        sh_notify_slot(nd, ep->peer, ep->peer_slot);
+    ep->waiting = 1;
+    ep->wait_since = sh_clock();
+    return 0;
+}
+
+/* At every pump: what was read since the last one is armed again. Slots with news are looked at by the pump after this one, so
+ * that a reader that is just between two reads is not disturbed. */
+void sh_rearm_touched(sh_node *nd)
+{
+    uint64_t found = 0;
+
+    for (uint32_t w = 0; w < nd->words; w++)
+        for (uint64_t m = nd->touched[w]; m; m &= m - 1) {
+            acknowledge(nd, &nd->eps[w * 64 + (uint32_t)__builtin_ctzll(m)]);
+            found = 1;
+        }
+    if (!found)
+        return;
+    sh_fence(nd->wc); /* SYNC R1, SYNC W: one for all of them */
+    for (uint32_t w = 0; w < nd->words; w++) {
+        for (uint64_t m = nd->touched[w]; m; m &= m - 1) {
+            sh_ep *ep = &nd->eps[w * 64 + (uint32_t)__builtin_ctzll(m)];
+            uint64_t p = sh_load(&ep->theirs->p, nd->wc);
+
+            if (p != ep->p_last || ep->tail_seen != ep->head
+                || ((ep->flags & SH_WANT) && SH_LOW(sh_load(&ep->theirs->c, nd->wc)) != ep->head_seen))
+                nd->later[w] |= SH_BIT(ep->slot);
+            if (!ep->orphan && SH_GEN(p) == ep->peer_gen && (p & SH_WANT))
+                sh_notify_slot(nd, ep->peer, ep->peer_slot);
+        }
+        nd->touched[w] = 0;
+    }
+}

@@ -1,0 +1,156 @@
+"""Regions: the shared bytes, by URL.
+
+/path, file:/path       a file: under /dev/shm, on hugetlbfs, or wherever files can be mapped
+pci:auto                the one ivshmem device of this guest
+pci:0000:00:04.0        that ivshmem device (short: pci:00:04.0)
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Mapping
+
+from shmsock.address import default_region
+from shmsock.errors import RegionUrlError, format_error
+from shmsock.region import pci
+from shmsock.region.bar2 import PciRegion, open_pci, udev_rule
+from shmsock.region.base import Description, Region
+from shmsock.region.create import DEFAULT_SIZE, Prepare, create_file, open_default
+from shmsock.region.file import FileRegion, open_file
+from shmsock.region.pci import Bar, PciDevice, find_devices
+from shmsock.region.sizes import format_size, parse_size
+
+__all__ = [
+    "DEFAULT_SIZE",
+    "Bar",
+    "Description",
+    "FileRegion",
+    "PciDevice",
+    "PciRegion",
+    "Region",
+    "create_file",
+    "default_url",
+    "find_devices",
+    "format_size",
+    "open",
+    "open_default",
+    "open_file",
+    "open_pci",
+    "open_region",
+    "parse_size",
+    "parse_url",
+    "udev_rule",
+]
+
+Url = str | os.PathLike[str]
+
+_ACCEPTED = "expected /path, file:/path, pci:auto or pci:0000:00:04.0"
+
+
+def parse_url(url: Url) -> tuple[str, str]:
+    """(kind, argument): ("file", absolute path) or ("pci", "auto" or a full address).
+
+    Raises RegionUrlError (a ValueError too): EINVAL for what is no region URL, EOPNOTSUPP for kinds to come.
+    """
+    text = os.fspath(url)
+    if not isinstance(text, str):
+        raise TypeError(f"a region URL is a str or a path of str, not {type(text).__name__}")
+    if not text or "\0" in text:
+        raise _bad(f"{text!r} is no region URL: {_ACCEPTED}")
+    if text.startswith("/"):
+        return "file", "/" + text.lstrip("/")
+    kind, colon, argument = text.partition(":")
+    if not colon:
+        raise _bad(f"{text!r} is no region URL: {_ACCEPTED}; a relative path is not, make it absolute")
+    if kind == "file":
+        if not argument.startswith("/"):
+            raise _bad(f"{text!r} names a relative path: {_ACCEPTED}")
+        if argument.startswith("//") and not argument.startswith("///"):
+            raise _bad(f"{text!r} names a host: {_ACCEPTED}")
+        return "file", "/" + argument.lstrip("/")
+    if kind == "pci":
+        if argument == "auto":
+            return "pci", "auto"
+        try:
+            return "pci", pci.normalize_address(argument)
+        except ValueError as error:
+            raise _bad(f"{text!r} is no region URL: {error}; {_ACCEPTED}") from None
+    if kind in ("vfio", "ivshmem"):
+        raise RegionUrlError(
+            errno.EOPNOTSUPP, f"{text!r}: {kind}: is not supported by this version; {_ACCEPTED}"
+        )
+    raise _bad(f"{text!r} is no region URL: unknown kind {kind!r}; {_ACCEPTED}")
+
+
+def default_url(environ: Mapping[str, str] | None = None, *, sysfs: str = pci.SYSFS) -> str:
+    """The region to use when none is named: SHMSOCK_REGION, else an ivshmem device, else this user's own.
+
+    Never raises: whether the region can be used is for open() to say.
+    """
+    chosen = (os.environ if environ is None else environ).get("SHMSOCK_REGION", "")
+    return chosen or ("pci:auto" if find_devices(sysfs) else f"file:{default_region()}")
+
+
+def open(
+    url: Url | None = None,
+    *,
+    writable: bool = True,
+    create_default: bool = False,
+    prepare: Prepare | None = None,
+    probe: Callable[[PciDevice], bool] | None = None,
+    prefer_wc: bool = True,
+    sysfs: str = pci.SYSFS,
+) -> Region:
+    """Map a region; None: the default one.
+
+    `create_default`: make this user's own region (`default_region()`) if that is meant and not there;
+    `prepare` formats it. `probe`: tells several devices apart for pci:auto. `prefer_wc`: see open_pci().
+    `sysfs`: for tests.
+
+    Raises RegionError (RegionUrlError, RegionNotFoundError, RegionPermissionError, RegionFormatError, ...).
+    """
+    kind, argument = parse_url(url) if url is not None else _parse_default(sysfs)
+    if kind == "pci":
+        if argument == "auto":
+            argument = pci.choose_device(sysfs, probe).address
+        return open_pci(argument, writable=writable, prefer_wc=prefer_wc, sysfs=sysfs)
+    if bar := pci.resource_address(argument):
+        # As a plain file it would be mapped without enabling the device, and with the wrong fences.
+        raise _bad(f"{argument} is a BAR of a PCI device: name it pci:{bar}")
+    if argument == default_region():
+        return open_default(argument, prepare=prepare, create=create_default and writable, writable=writable)
+    return open_file(argument, writable=writable)
+
+
+def open_region(url: Url | None = None, *, size: int | None = None, writable: bool = True) -> memoryview:
+    """The raw bytes of a region, for people who want nothing else.
+
+        with open_region("pci:auto") as memory:
+            memory[0] = 1
+
+    `size`: only the first so many bytes. The mapping goes when the view and all slices of it are released or
+    collected. Nothing is kept from others, no lock is taken. On a file with holes a full disk is a SIGBUS
+    (`shmsock create` makes files without).
+
+    Raises what open() raises, and RegionFormatError when the region has fewer than `size` bytes.
+    """
+    with open(url, writable=writable) as region:
+        if size is not None and not 0 < size <= region.size:
+            raise format_error(
+                f"region {region.url} has {format_size(region.size)}, expected the {size} bytes asked for",
+                region.path,
+            )
+        view = memoryview(region.detach())
+    return view if size is None else view[:size]
+
+
+def _parse_default(sysfs: str) -> tuple[str, str]:
+    try:
+        return parse_url(default_url(sysfs=sysfs))
+    except RegionUrlError as error:  # which of the two is to blame shows in where it came from
+        raise RegionUrlError(error.errno, f"SHMSOCK_REGION: {error}") from None
+
+
+def _bad(message: str) -> RegionUrlError:
+    return RegionUrlError(errno.EINVAL, message)

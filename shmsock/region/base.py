@@ -1,0 +1,316 @@
+"""A region: shared bytes, mapped. What every kind of region offers to the engine."""
+
+from __future__ import annotations
+
+import errno
+import os
+import warnings
+from dataclasses import dataclass
+from mmap import ACCESS_READ, ACCESS_WRITE, PAGESIZE
+from mmap import mmap as Mapping
+from typing import TYPE_CHECKING, TypeVar
+
+from shmsock.errors import ForkedError, RegionError, forked, format_error, region_error
+from shmsock.region import locks
+from shmsock.region.sizes import format_size
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from shmsock.region.pci import PciDevice
+
+__all__ = ["MINIMUM", "Description", "Region", "check_size", "identity_of", "map_bytes"]
+
+_R = TypeVar("_R", bound="Region")
+
+MINIMUM = PAGESIZE
+"""Bytes. Nothing smaller is taken for a region; the engine asks for more."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `shmsock info` says about a region before it looks into it."""
+
+    url: str
+    kind: str
+    path: str
+    size: int
+    writable: bool
+    write_combining: bool
+    sparse: bool
+    can_lock: bool
+    identity: tuple[int, int]
+    filesystem: str
+    page_size: int
+    allocated: int
+    """Bytes that have storage."""
+    mode: int
+    uid: int
+    gid: int
+    device: PciDevice | None = None
+
+
+class Region:
+    """Shared bytes and the locks that go with them. Also a context manager that closes.
+
+    Loads and stores go to `mmap`; take its address with `ffi.from_buffer(region.mmap)`. Before touching any
+    byte of a region that is `sparse`, `ensure()` it: reading counts as touching.
+    """
+
+    url: str
+    """Canonical: "file:/dev/shm/x" or "pci:0000:00:04.0"."""
+    kind: str
+    """"file" or "pci"."""
+    path: str
+    """The file that is mapped."""
+    size: int
+    """Bytes mapped."""
+    writable: bool
+    write_combining: bool
+    """May stores be combined and pass each other, so that they need `sfence` and loads `lfence`?"""
+    sparse: bool
+    """Must bytes be backed by `ensure()` before they are touched?"""
+    identity: tuple[int, int]
+    """(st_dev, st_ino) of what is locked. Two processes of one kernel that agree on it map the same
+    thing and see each other's locks. (Otherwise it may still be one device, through two sysfs mounts.)"""
+
+    def __init__(
+        self,
+        *,
+        url: str,
+        kind: str,
+        path: str,
+        mapping: Mapping,
+        fd: int,
+        writable: bool,
+        write_combining: bool = False,
+        sparse: bool = False,
+    ) -> None:
+        """Takes `mapping` and `fd` over, unless it raises.
+
+        `fd` must come from an open() of its own: the mapping keeps a duplicate of the descriptor that it was
+        made from, and a lock would live as long as that.
+        """
+        self.url, self.kind, self.path = url, kind, path
+        self.size = len(mapping)
+        self.writable, self.write_combining, self.sparse = writable, write_combining, sparse
+        self.identity = identity_of(fd)
+        self._can_lock = locks.supported(fd)
+        self._locked: set[int] = set()
+        self._pid = os.getpid()
+        self._mmap: Mapping | None = mapping
+        self._fd = fd  # last: from here on it is ours to close
+
+    def __repr__(self) -> str:
+        state = "closed" if self._fd < 0 else format_size(self.size)
+        return f"<{type(self).__name__} {self.url} {state}>"
+
+    # -- memory
+
+    @property
+    def mmap(self) -> Mapping:
+        """The mapping. Raises ForkedError after drop_inherited(), ValueError after close()."""
+        if self._mmap is None:
+            raise self._gone()
+        return self._mmap
+
+    @property
+    def closed(self) -> bool:
+        return self._fd < 0
+
+    def ensure(self, offset: int, length: int) -> None:
+        """Back the bytes [offset, offset + length) with storage; their values stay.
+
+        Here they have it already. Raises ValueError outside the region, OSError (ENOSPC) if the disk is full.
+        """
+        self._check_range(offset, length)
+
+    def _check_range(self, offset: int, length: int) -> None:
+        self._open_fd()
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise ValueError(
+                f"bytes {offset}..{offset + length} are outside of {self.url}, which has {self.size}"
+            )
+
+    # -- locks
+
+    @property
+    def can_lock(self) -> bool:
+        """Does this file know locks? If not, every section looks free, and nothing follows from that."""
+        return self._can_lock
+
+    @property
+    def lock_fd(self) -> int:
+        """The descriptor for F_OFD_GETLK, -1 when there are no locks. Valid until close()."""
+        return self._fd if self._can_lock else -1
+
+    def lock_section(self, index: int) -> bool:
+        """Lock section `index` until close() or the end of this process; False if somebody else has it.
+
+        True without effect when the file knows no locks (`can_lock`). Raises RegionError if read-only.
+        """
+        fd = self._open_fd()
+        if not self.writable:
+            raise region_error(
+                errno.EBADF, f"{self.url} was opened read-only: it takes a writable one to claim a section"
+            )
+        if not self._can_lock:
+            return True
+        if not locks.try_lock(fd, index):
+            return False
+        self._locked.add(index)
+        return True
+
+    def unlock_section(self, index: int) -> None:
+        """Give the lock of section `index` back; nothing happens if it is not held here."""
+        fd = self._open_fd()
+        if index in self._locked:
+            self._locked.discard(index)
+            locks.unlock(fd, index)
+
+    def section_locked(self, index: int) -> bool:
+        """Does somebody else, be it another Region of this process, hold the lock of section `index`?"""
+        fd = self._open_fd()
+        return self._can_lock and locks.is_locked(fd, index)
+
+    # -- the end
+
+    def close(self) -> None:
+        """Give up locks, mapping and descriptors. A second call does nothing.
+
+        Raises BufferError, and changes nothing, while a buffer of the mapping is in use.
+        """
+        if self._fd < 0:
+            return
+        if os.getpid() != self._pid:
+            self.drop_inherited()
+            return
+        if self._mmap is not None:
+            try:
+                self._mmap.close()
+            except BufferError:
+                raise BufferError(
+                    f"{self.url} is still in use: release the memoryviews and buffers of its mapping, then "
+                    "close it again"
+                ) from None
+        # Explicitly, since a forked child may still have a copy of the descriptor.
+        for index in self._locked:
+            locks.unlock(self._fd, index)
+        self._close_fd()
+
+    def drop_inherited(self) -> None:
+        """In a forked child: let go of everything, without touching the parent's locks or memory.
+
+        The mapping itself stays for as long as somebody has a buffer of it.
+        """
+        if self._fd < 0:
+            return
+        mapping, self._mmap = self._mmap, None
+        self._close_fd()  # never unlock here: the lock is the parent's as well
+        if mapping is not None:
+            try:
+                mapping.close()
+            except BufferError:
+                pass
+
+    def detach(self) -> Mapping:
+        """Close everything but the mapping, and hand that to the caller."""
+        self._open_fd()
+        mapping, self._mmap = self.mmap, None
+        self.close()
+        return mapping
+
+    def _close_fd(self) -> None:
+        fd, self._fd = self._fd, -1
+        self._locked.clear()
+        self._can_lock = False
+        os.close(fd)
+
+    def _open_fd(self) -> int:
+        if self._fd < 0:
+            raise self._gone()
+        return self._fd
+
+    def _gone(self) -> ForkedError | ValueError:
+        if os.getpid() != self._pid:
+            return forked(f"region {self.url}")
+        return ValueError(f"region {self.url} is closed")
+
+    def __enter__(self: _R) -> _R:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # A descriptor, unlike a mapping, does not go away by itself. (__init__ may not have come that far.)
+        if getattr(self, "_fd", -1) < 0:
+            return
+        try:
+            if os.getpid() == self._pid:
+                warnings.warn(f"unclosed region {self.url}", ResourceWarning, source=self, stacklevel=2)
+        finally:
+            self._close_fd()
+
+    # -- for people
+
+    def describe(self) -> Description:
+        """Raises ValueError when closed."""
+        status = os.fstat(self._open_fd())
+        return Description(
+            url=self.url,
+            kind=self.kind,
+            path=self.path,
+            size=self.size,
+            writable=self.writable,
+            write_combining=self.write_combining,
+            sparse=self.sparse,
+            can_lock=self._can_lock,
+            identity=self.identity,
+            filesystem=self._filesystem_type(),
+            page_size=self._page_size(),
+            allocated=self._allocated(status),
+            mode=status.st_mode & 0o7777,
+            uid=status.st_uid,
+            gid=status.st_gid,
+            device=self._device(),
+        )
+
+    def _filesystem_type(self) -> str:
+        return "sysfs"
+
+    def _page_size(self) -> int:
+        return PAGESIZE
+
+    def _allocated(self, status: os.stat_result) -> int:
+        return self.size
+
+    def _device(self) -> PciDevice | None:
+        return None
+
+
+def identity_of(fd: int) -> tuple[int, int]:
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
+
+
+def check_size(path: str, size: int, minimum: int = MINIMUM) -> None:
+    """Raises RegionFormatError when there are fewer bytes than a region takes."""
+    if size < minimum:
+        seen = "is empty" if not size else f"has {format_size(size)}"
+        raise format_error(
+            f"region {path} {seen}, expected at least {format_size(minimum)}: truncated, or not a region; "
+            f"make it anew with `shmsock create {path} --size 64M --force`",
+            path,
+        )
+
+
+def map_bytes(fd: int, size: int, writable: bool) -> Mapping:
+    """Map `size` bytes of `fd`, shared. Raises what mmap(2) does, RegionError if the file is shorter."""
+    access = ACCESS_WRITE if writable else ACCESS_READ
+    try:
+        return Mapping(fd, size, access=access)
+    except ValueError as error:  # the module compares with the size of the file: it shrank just now
+        raise RegionError(errno.EINVAL, f"truncated while it was being mapped ({error})") from None

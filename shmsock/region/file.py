@@ -1,0 +1,246 @@
+"""Regions in files: /dev/shm, hugetlbfs, or any path that can be mapped."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import pwd
+import stat
+
+from shmsock.errors import RegionError, disk_full, format_error, region_error
+from shmsock.region import storage
+from shmsock.region.base import MINIMUM, Region, check_size, identity_of, map_bytes
+from shmsock.region.sizes import format_size
+
+__all__ = ["FileRegion", "check_regular", "explain_open", "open_file", "owner_name"]
+
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+    stat.S_IFLNK: "a symbolic link",
+}
+
+
+class FileRegion(Region):
+    """A region in a file."""
+
+    def __init__(
+        self, path: str, mapping: mmap.mmap, fd: int, writable: bool, fs: storage.FileSystem
+    ) -> None:
+        status = os.fstat(fd)
+        # hugetlbfs reserves at mmap() all pages that the file lacks. Elsewhere only tmpfs counts blocks
+        # exactly; calling ensure() where it is not needed costs little.
+        full = fs.huge or (fs.type == "tmpfs" and status.st_blocks * 512 >= status.st_size)
+        super().__init__(
+            url=f"file:{path}",
+            kind="file",
+            path=path,
+            mapping=mapping,
+            fd=fd,
+            writable=writable,
+            sparse=not full,
+        )
+        self._fs = fs
+
+    def ensure(self, offset: int, length: int) -> None:
+        """Back the bytes [offset, offset + length) with storage; their values stay.
+
+        Raises ValueError outside the region; RegionError: ENOSPC when the disk is full, RegionFormatError
+        when the file was truncated under the mapping.
+        """
+        self._check_range(offset, length)
+        if not self.sparse or not length:
+            return
+        if not self.writable:
+            raise region_error(
+                errno.EBADF, f"{self.url} was opened read-only: its holes cannot be filled", self.path
+            )
+        self._back(offset, length)
+
+    def allocate(self) -> None:
+        """Back the whole region, hugetlbfs included, so that no touch can fail. Raises as ensure() does."""
+        self._check_range(0, self.size)
+        self._back(0, self.size)
+        self.sparse = False
+
+    def _back(self, offset: int, length: int) -> None:
+        fd = self._open_fd()
+        seen = os.fstat(fd).st_size
+        if seen < offset + length:  # allocating would make the file longer again, behind the culprit's back
+            raise format_error(
+                f"region {self.path} was truncated to {format_size(seen)} while it was in use, expected "
+                f"{format_size(self.size)}; restart what uses it, and create it anew",
+                self.path,
+            )
+        try:
+            storage.back(fd, self.mmap, self._fs.type, offset, length)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM):
+                raise region_error(
+                    error.errno or errno.EIO,
+                    f"cannot allocate bytes of {self.path}: {error.strerror}",
+                    self.path,
+                ) from None
+            if self._fs.huge:
+                hint = storage.huge_page_hint(length, self._fs.block_size)
+            else:
+                free = os.fstatvfs(fd)
+                room = format_size(free.f_bavail * free.f_frsize)
+                hint = f"{room} are free: make room, or use a smaller region"
+            raise disk_full(self.path, length, hint) from None
+
+    def _filesystem_type(self) -> str:
+        return self._fs.type
+
+    def _page_size(self) -> int:
+        return self._fs.unit
+
+    def _allocated(self, status: os.stat_result) -> int:
+        return min(self.size, status.st_blocks * 512)
+
+
+def open_file(path: str, *, writable: bool = True, minimum: int = MINIMUM) -> FileRegion:
+    """Map the whole of the file `path`, which must be a regular one and no symbolic link.
+
+    Raises RegionError with the errno that fits: RegionNotFoundError, RegionPermissionError, RegionFormatError
+    (fewer than `minimum` bytes), ENODEV (cannot be mapped), ENOMEM (no huge pages), ...
+    """
+    path = os.path.join(os.getcwd(), path)  # itself if absolute, as it mostly is
+    fd = _open(path, writable)
+    try:
+        status = os.fstat(fd)
+        check_regular(path, status.st_mode)
+        check_size(path, status.st_size, minimum)
+        fs = storage.filesystem(fd)
+        if status.st_size % fs.unit and fs.huge:  # checked before: mmap() would succeed, and munmap() fail
+            raise format_error(
+                f"region {path} has {format_size(status.st_size)}, expected a multiple of the huge page, "
+                f"{format_size(fs.unit)}; `shmsock create` rounds up",
+                path,
+            )
+        try:
+            mapping = map_bytes(fd, status.st_size, writable)
+        except OSError as error:
+            raise _explain_map(error, path, status.st_size, fs) from None
+        try:
+            # Not dup(): locks must belong to a description of their own (see Region.__init__).
+            second = _open(path, writable)
+            try:
+                if identity_of(second) != identity_of(fd):
+                    raise region_error(
+                        errno.ESTALE, f"region {path} was replaced while it was opened: try again", path
+                    )
+                return FileRegion(path, mapping, second, writable, fs)
+            except BaseException:
+                os.close(second)
+                raise
+        except BaseException:
+            mapping.close()
+            raise
+    finally:
+        os.close(fd)
+
+
+def _open(path: str, writable: bool) -> int:
+    """open(2) for a regular file; raises RegionError."""
+    try:
+        check_regular(path, os.lstat(path).st_mode)  # first: opening a device may already do something
+        # O_NONBLOCK: should it have become a named pipe since, do not wait for its other end.
+        flags = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+        return os.open(path, flags | (os.O_RDWR if writable else os.O_RDONLY))
+    except RegionError:
+        raise
+    except OSError as error:
+        raise explain_open(error, path, writable) from None
+
+
+def check_regular(path: str, mode: int) -> None:
+    """Raises RegionError unless `mode` (st_mode) is a regular file's."""
+    if stat.S_ISREG(mode):
+        return
+    kind = stat.S_IFMT(mode)
+    seen = _KINDS.get(kind, "of an unknown kind")
+    if kind == stat.S_IFLNK:
+        raise region_error(
+            errno.ELOOP,
+            f"region {path} is a symbolic link, expected a regular file: links are not followed, name the "
+            "file itself",
+            path,
+        )
+    code = errno.EISDIR if kind == stat.S_IFDIR else errno.EINVAL
+    raise region_error(
+        code, f"region {path} is {seen}, expected a regular file: name a file in it, or another path", path
+    )
+
+
+def explain_open(error: OSError, path: str, writable: bool = True) -> RegionError:
+    """What it means that `path` could not be opened."""
+    code = error.errno or errno.EIO
+    directory = os.path.dirname(path) or "/"
+    if code == errno.ENOENT and not os.path.isdir(directory):
+        text = f"region {path} does not exist, nor does the directory {directory}: make that first"
+    elif code == errno.ENOENT:
+        text = f"region {path} does not exist: make it with `shmsock create {path} --size 64M`"
+    elif code in (errno.EACCES, errno.EPERM):
+        wish = "reading and writing" if writable else "reading"
+        text = f"no permission to open region {path} for {wish}: {_who(path)}"
+    elif code == errno.EROFS:
+        text = f"region {path} lies on a read-only file system, expected a writable one: mount it so"
+    elif code == errno.ELOOP:
+        text = f"region {path} is a symbolic link, or reached through a loop of them: name the file itself"
+    elif code == errno.ENOTDIR:
+        text = f"region {path}: a part of the path is not a directory"
+    else:
+        text = f"cannot open region {path}: {os.strerror(code)}"
+    return region_error(code, text, path)
+
+
+def _who(path: str) -> str:
+    """Who may open `path`, who we are, and what would help."""
+    me = f"this process runs as {owner_name(os.geteuid())}"
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return f"a directory on the way to it is closed to us, {me}"
+    return (
+        f"it belongs to {owner_name(status.st_uid)}, mode {stat.S_IMODE(status.st_mode):04o}, and {me}; run "
+        "as its owner, or open it to a group: chgrp, chmod 0660 (`shmsock create --mode 0660`)"
+    )
+
+
+def owner_name(uid: int) -> str:
+    """'uid 0 (root)'."""
+    try:
+        return f"uid {uid} ({pwd.getpwuid(uid).pw_name})"
+    except KeyError:
+        return f"uid {uid}"
+
+
+def _explain_map(error: OSError, path: str, size: int, fs: storage.FileSystem) -> RegionError:
+    """What it means that the `size` bytes of `path` could not be mapped."""
+    code = error.errno or errno.EIO
+    amount = format_size(size)
+    if isinstance(error, RegionError):
+        return format_error(f"region {path} was {error.strerror}: try again", path)
+    if code == errno.ENOMEM and fs.huge:
+        text = f"cannot map the {amount} of region {path}: {storage.huge_page_hint(size, fs.block_size)}"
+    elif code == errno.ENOMEM:
+        text = f"cannot map the {amount} of region {path}: no memory, or a limit on address space (ulimit -v)"
+    elif code in (errno.ENODEV, errno.EOPNOTSUPP, errno.EIO, errno.EINVAL):
+        # Not through region_error(): ENODEV would read as "no such device".
+        made = RegionError(
+            code,
+            f"region {path} lies on a file system ({fs.type}) that cannot map files for sharing "
+            f"({os.strerror(code)}): use /dev/shm, hugetlbfs or a local disk",
+        )
+        made.filename = path
+        return made
+    elif code in (errno.EACCES, errno.EPERM):
+        text = f"no permission to map region {path}: {_who(path)}"
+    else:
+        text = f"cannot map the {amount} of region {path}: {os.strerror(code)}"
+    return region_error(code, text, path)

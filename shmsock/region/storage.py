@@ -1,0 +1,102 @@
+"""What lies under a file: its file system, huge pages, and how to back bytes with storage.
+
+A shared mapping of a file with holes is a trap: when the file system is full, touching a hole is a SIGBUS
+instead of an error. (On tmpfs loads as well as stores: reading a hole allocates its page.)
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from dataclasses import dataclass
+
+from shmsock.region.sizes import format_size
+
+__all__ = ["FileSystem", "back", "filesystem", "huge_page_hint"]
+
+# Where fallocate(2) is real. Elsewhere glibc's posix_fallocate() reads and rewrites one byte per block, which
+# would overwrite what another process stores there at that moment.
+_FALLOCATE = frozenset(("btrfs", "devtmpfs", "ext4", "f2fs", "hugetlbfs", "tmpfs", "xfs"))
+
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module has no name for it
+
+
+@dataclass(frozen=True)
+class FileSystem:
+    """Where a file lies."""
+
+    type: str
+    """As mount(8) names it: "tmpfs", "hugetlbfs", "ext4"; "unknown" when /proc does not say."""
+    block_size: int
+    """Bytes. On hugetlbfs the size of one huge page."""
+
+    @property
+    def huge(self) -> bool:
+        return self.type == "hugetlbfs"
+
+    @property
+    def unit(self) -> int:
+        """Sizes of files, and lengths of mappings, are multiples of so many bytes."""
+        return self.block_size if self.huge else mmap.PAGESIZE
+
+
+def filesystem(file: int | str, mountinfo: str = "/proc/self/mountinfo") -> FileSystem:
+    """The file system of a descriptor or path. Raises OSError when `file` is not there."""
+    device = os.stat(file).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    kind = "unknown"
+    try:
+        with open(mountinfo, encoding="utf-8", errors="surrogateescape") as table:
+            for line in table:
+                # 36 35 98:0 /root /mount/point options optional... - type source options
+                mount, _, source = line.partition(" - ")
+                if mount.split()[2:3] == [wanted] and source:
+                    kind = source.split()[0]
+                    break
+    except OSError:
+        pass  # no /proc: the type only steers messages and the way of allocating
+    return FileSystem(kind, os.statvfs(file).f_bsize)
+
+
+def back(fd: int, mapping: mmap.mmap, kind: str, offset: int, length: int) -> None:
+    """Give the bytes [offset, offset + length) storage, without changing any. Touching them cannot fail then.
+
+    `fd`: of the same file, open for writing. `kind`: FileSystem.type.
+    Raises OSError, ENOSPC or EDQUOT when there is no room.
+    """
+    if kind not in _FALLOCATE:
+        start = offset // mmap.PAGESIZE * mmap.PAGESIZE
+        try:
+            mapping.madvise(_MADV_POPULATE_WRITE, start, offset + length - start)
+            return
+        except OSError as error:
+            if error.errno == errno.EFAULT:  # "a SIGBUS would have been generated"
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+            if error.errno != errno.EINVAL:
+                raise
+            # EINVAL: a kernel before 5.14; the emulation is better than a SIGBUS.
+    os.posix_fallocate(fd, offset, length)
+
+
+def huge_page_hint(size: int, page: int, root: str = "/sys/kernel/mm/hugepages") -> str:
+    """How many huge pages `size` bytes take, how many there are, and the command that reserves them."""
+    need = -(-size // page)
+    directory = f"{root}/hugepages-{page // 1024}kB"
+    counts = []
+    for name in ("nr_hugepages", "free_hugepages", "resv_hugepages"):
+        try:
+            with open(f"{directory}/{name}", encoding="ascii") as file:
+                counts.append(int(file.read()))
+        except (OSError, ValueError):
+            counts.append(0)
+    total, free, reserved = counts
+    available = max(0, free - reserved)
+    wanted = total - available + need
+    command = (
+        f"sysctl vm.nr_hugepages={wanted}" if page == 2 << 20 else f"echo {wanted} > {directory}/nr_hugepages"
+    )
+    return (
+        f"it takes {need} huge pages of {format_size(page)}, and {available} of {total} are free; "
+        f"reserve more on this host: {command}"
+    )

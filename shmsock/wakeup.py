@@ -1,0 +1,67 @@
+"""What wakes a sleeping loop: one eventfd, filled by the keeper thread when a bell moves.
+
+The keeper is native, holds no GIL and takes no signals. It also beats (others see that this process lives) and watches the locks of
+peers under the same kernel.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from shmsock.fabric.memory import Core
+
+__all__ = ["Keeper", "eventfd"]
+
+BEAT_NS = 100_000_000
+
+
+def eventfd() -> int:
+    """A non-blocking eventfd. `os.eventfd` exists from 3.10 on Linux; raises OSError when descriptors run out."""
+    return os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+
+class Keeper:
+    """The keeper thread of one node. Owns the eventfd `fd`."""
+
+    def __init__(self, core: Core, nd: Any, *, lock_fd: int, look_cap_us: int) -> None:
+        self._lib, self._nd = core.lib, nd
+        self.fd = eventfd()
+        error = core.ffi.new("int *")
+        self._keeper = core.lib.sh_keeper_start(nd, self.fd, lock_fd, BEAT_NS, look_cap_us * 1000, error)
+        if not self._keeper:
+            os.close(self.fd)
+            raise OSError(error[0], f"cannot start the keeper thread: {os.strerror(error[0])}")
+
+    def arm(self, armed: bool) -> None:
+        """Watch the bells, and make `fd` readable at the first that moved; or stop watching."""
+        self._lib.sh_keeper_arm(self._keeper, int(armed))
+
+    def drain(self) -> None:
+        """Empty the eventfd. Before the pump looks, never after: what comes in between must make it readable again."""
+        try:
+            os.eventfd_read(self.fd)
+        except BlockingIOError:
+            pass
+
+    def watch(self, section: int, locked: bool) -> None:
+        """Watch the lock of that section, or stop watching it."""
+        self._lib.sh_keeper_watch(self._keeper, section, int(locked))
+
+    def unlocked(self) -> int:
+        """Mask of watched sections whose lock fell."""
+        mask: int = self._lib.sh_keeper_unlocked(self._keeper)
+        return mask
+
+    def stop(self) -> None:
+        """Join the thread (it is never in the way for longer than a millisecond) and close the eventfd."""
+        keeper, self._keeper = self._keeper, None
+        if keeper:
+            self._lib.sh_keeper_stop(keeper)
+            os.close(self.fd)
+
+    def forget(self) -> None:
+        """In a forked child there is no thread to join."""
+        if self._keeper:
+            self._keeper = None
+            os.close(self.fd)

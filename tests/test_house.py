@@ -1,0 +1,227 @@
+"""The house rules that a script can see: imports go downward, files stay small, the engine stays pure."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "shmsock"
+
+# Room (first part of the name under shmsock) -> floor. A room may import its own floor and those below it,
+# where no two rooms of one floor import each other. The package itself, on top, gathers the public names.
+FLOORS = {
+    "native": 0,
+    "errors": 1,
+    "address": 1,
+    "region": 1,
+    "fabric": 2,
+    "wakeup": 2,
+    "aio": 3,
+    "anyio": 3,
+    "tools": 4,
+    "testing": 4,
+    "cli": 5,
+    "__main__": 6,
+    "": 5,
+}
+EXEMPT = {"", "__main__"}
+
+# The engine knows no event loop, no clock, no thread and no way to map memory.
+ENGINE = "fabric"
+NOT_IN_ENGINE = {
+    "anyio", "asyncio", "concurrent", "datetime", "mmap", "multiprocessing", "select", "selectors", "signal",
+    "socket", "subprocess", "threading", "time", "trio", "uvloop",
+}  # fmt: skip
+
+MAX_LINES = 500
+MAX_EXAMPLE_LINES = 60
+
+
+def module_name(file: Path, package: Path) -> str:
+    parts = file.relative_to(package.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def modules(package: Path) -> dict[str, Path]:
+    return {module_name(file, package): file for file in sorted(package.rglob("*.py"))}
+
+
+def imports(name: str, file: Path, known: dict[str, Path]) -> Iterator[tuple[int, str]]:
+    """Line and full module name of all that a file imports, lazily and for type checkers too."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"), file.name)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                up = node.level - (file.name == "__init__.py")
+                parent = name.split(".")[: -up or None]
+                base = ".".join([*parent, *([base] if base else [])])
+            for alias in node.names:
+                inner = f"{base}.{alias.name}"
+                is_module = inner in known or inner == "shmsock.native._core"
+                yield node.lineno, inner if is_module else base
+
+
+def room(name: str) -> str:
+    return name.partition(".")[2].partition(".")[0]
+
+
+def floor_breaches(package: Path) -> list[str]:
+    known = modules(package)
+    breaches = []
+    beside: dict[str, set[str]] = {}
+    for name, file in known.items():
+        here = room(name)
+        if here not in FLOORS:
+            breaches.append(f"{name}: a room without a floor; give it one in FLOORS")
+            continue
+        if here in EXEMPT:
+            continue
+        for line, target in imports(name, file, known):
+            if target.partition(".")[0] != package.name:
+                continue
+            there = room(target)
+            if FLOORS.get(there, 99) > FLOORS[here]:
+                breaches.append(f"{name}:{line} (floor {FLOORS[here]}) imports {target} from above")
+            elif there != here and FLOORS[there] == FLOORS[here]:
+                beside.setdefault(here, set()).add(there)
+    breaches += [
+        f"{here} and {there} import each other"
+        for here, others in beside.items()
+        for there in others
+        if here < there and here in reachable(there, beside)
+    ]
+    return breaches
+
+
+def reachable(start: str, edges: dict[str, set[str]]) -> set[str]:
+    found: set[str] = set()
+    todo = [start]
+    while todo:
+        new = edges.get(todo.pop(), set()) - found
+        found |= new
+        todo += new
+    return found
+
+
+def engine_breaches(package: Path) -> list[str]:
+    known = modules(package)
+    return [
+        f"{name}:{line} imports {target}"
+        for name, file in known.items()
+        if room(name) == ENGINE
+        for line, target in imports(name, file, known)
+        if target.partition(".")[0] in NOT_IN_ENGINE
+    ]
+
+
+def long_files(folder: Path, suffixes: set[str], limit: int) -> list[str]:
+    counted = {
+        file: len(file.read_text(encoding="utf-8").splitlines())
+        for file in sorted(folder.rglob("*"))
+        if file.suffix in suffixes
+    }
+    return [f"{file.relative_to(folder.parent)}: {n} lines" for file, n in counted.items() if n > limit]
+
+
+def test_imports_go_downward() -> None:
+    assert floor_breaches(PACKAGE) == []
+
+
+def test_engine_knows_no_loop_and_no_clock() -> None:
+    assert engine_breaches(PACKAGE) == []
+
+
+def test_files_are_small() -> None:
+    assert long_files(PACKAGE, {".py", ".pyi", ".c", ".h"}, MAX_LINES) == []
+
+
+def test_examples_are_short() -> None:
+    assert long_files(ROOT / "examples", {".py"}, MAX_EXAMPLE_LINES - 1) == []
+
+
+def test_no_test_folder_is_named_after_a_dependency() -> None:
+    declared = re.search(r"^dependencies = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert declared is not None
+    names = set(re.findall(r'"([a-z0-9_-]+)', declared[1])) | {"asyncio", "uvloop", "trio", "pytest"}
+    assert {"cffi", "anyio"} <= names
+    assert [p for p in (ROOT / "tests").rglob("*") if p.is_dir() and p.name in names] == []
+
+
+# The rules can fail: a made-up package breaks each of them.
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    for file, text in {
+        "__init__.py": "from shmsock.aio import streams",
+        "errors.py": "",
+        "address.py": "from .errors import X",
+        "fabric/__init__.py": "",
+        "fabric/node.py": "import struct\nfrom ..native import _core\nfrom .. import errors",
+        "fabric/links.py": "from . import node\nfrom .node import Node",
+        "aio/__init__.py": "import asyncio",
+        "aio/streams.py": "from shmsock.fabric.node import Node",
+        "native/__init__.py": "",
+    }.items():
+        path = tmp_path / "shmsock" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return tmp_path / "shmsock"
+
+
+def test_good_package_passes(package: Path) -> None:
+    assert floor_breaches(package) == []
+    assert engine_breaches(package) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import shmsock.aio.streams",
+        "from shmsock.aio import streams",
+        "from ..aio.streams import Reader",
+        "from .. import aio",
+        "from .. import open_connection",
+        "from shmsock import open_connection",
+        "def f():\n    from ..aio import streams",
+    ],
+)
+def test_upward_import_is_found(package: Path, line: str) -> None:
+    (package / "fabric" / "bad.py").write_text(line)
+    (breach,) = floor_breaches(package)
+    assert breach.startswith("shmsock.fabric.bad:")
+    assert breach.endswith("from above")
+
+
+def test_upward_import_in_a_package_file_is_found(package: Path) -> None:
+    (package / "fabric" / "__init__.py").write_text("from ..aio import streams")
+    assert len(floor_breaches(package)) == 1
+
+
+def test_unknown_room_is_found(package: Path) -> None:
+    (package / "attic.py").write_text("")
+    assert "without a floor" in floor_breaches(package)[0]
+
+
+def test_rooms_importing_each_other_are_found(package: Path) -> None:
+    (package / "errors.py").write_text("from .address import X")
+    assert floor_breaches(package) == ["address and errors import each other"]
+
+
+@pytest.mark.parametrize("line", ["import time", "from asyncio import sleep", "import concurrent.futures"])
+def test_impure_engine_is_found(package: Path, line: str) -> None:
+    (package / "fabric" / "bad.py").write_text(line)
+    assert len(engine_breaches(package)) == 1
+
+
+def test_long_file_is_found(package: Path) -> None:
+    (package / "errors.py").write_text("\n" * 501)
+    assert long_files(package, {".py"}, MAX_LINES) == ["shmsock/errors.py: 501 lines"]

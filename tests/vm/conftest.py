@@ -1,0 +1,88 @@
+"""Guests for tests. A test that fails shows the serial log of every guest that was up."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from shmsock.tools.qemu import Fleet, Guest, Ivshmem
+
+PAIR_SIZE = 64 << 20
+
+_up: list[Fleet] = []
+
+
+class Pair(NamedTuple):
+    """Two guests with one region and no network; `region` is the host's path to it."""
+
+    a: Guest
+    b: Guest
+    region: Path
+    size: int
+
+
+@pytest.fixture
+def fleet() -> Iterator[Fleet]:
+    """Guests of one test's own."""
+    with Fleet() as fleet:
+        _up.append(fleet)
+        yield fleet
+        _up.remove(fleet)
+
+
+class _Pairs:
+    """vm-a and vm-b, kept from test to test; a guest that a test has spoilt is booted anew."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet = fleet
+        self.region = fleet.shared_file(PAIR_SIZE)
+        self.guests: dict[str, Guest] = {}
+
+    def get(self) -> Pair:
+        for name in "vm-a", "vm-b":
+            guest = self.guests.get(name)
+            if guest is None or not guest.alive:
+                self.guests[name] = self.fleet.boot(name, ivshmem=[Ivshmem(self.region, PAIR_SIZE)])
+        return Pair(self.guests["vm-a"], self.guests["vm-b"], self.region, PAIR_SIZE)
+
+    def clean(self) -> None:
+        """No command runs, and the region holds zeroes, for the next test."""
+        for guest in self.guests.values():
+            try:
+                if guest.paused:
+                    guest.cont()
+                guest.kill_commands()
+            except Exception:
+                guest.kill()
+        with self.region.open("r+b") as file, mmap.mmap(file.fileno(), PAIR_SIZE) as memory:
+            memory.madvise(mmap.MADV_REMOVE)
+
+
+@pytest.fixture(scope="session")
+def _pairs() -> Iterator[_Pairs]:
+    with Fleet() as fleet:
+        yield _Pairs(fleet)
+
+
+@pytest.fixture
+def two_guests(_pairs: _Pairs) -> Iterator[Pair]:
+    """vm-a and vm-b, sharing 64 MiB of zeroes through ivshmem-plain; no network. Booted once per session."""
+    _up.append(_pairs.fleet)
+    try:
+        yield _pairs.get()
+    finally:
+        _up.remove(_pairs.fleet)
+        _pairs.clean()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Generator[None, Any, Any]:
+    report = yield
+    if report.failed:
+        for fleet in _up:
+            report.sections.extend(fleet.report())
+    return report
