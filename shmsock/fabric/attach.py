@@ -15,7 +15,7 @@ from shmsock.errors import sections_full
 from shmsock.fabric import layout as lay
 from shmsock.fabric.layout import Identity, Layout
 
-__all__ = ["Claim", "Locks", "Seen", "claim_section", "reap", "survey"]
+__all__ = ["Claim", "Locks", "Seen", "claim_section", "name_taken", "reap", "release_claim", "survey"]
 
 SETTLE_S = 0.02
 STILL_S = 0.3
@@ -120,6 +120,26 @@ def claim_section(
     raise sections_full(names, layout.peers, path)
 
 
+def name_taken(layout: Layout, locks: Locks, boot_id: bytes, name: str) -> Generator[float, None, Identity | None]:
+    """Who else goes by this name and is alive: another machine (its boot id differs), such as a clone of the same image.
+
+    Yields seconds to wait, only if somebody is in doubt: a still beat is that machine before its reboot.
+    """
+    others = [s for s in survey(layout, locks, boot_id) if s.claim and not s.dead and s.who and s.who.name == name]
+    others = [s for s in others if s.who and s.who.boot_id != boot_id]
+    if others:
+        yield STILL_S
+        alive = _alive(layout, others)
+        return next((s.who for s in others if s.section in alive), None)
+    return None
+
+
+def release_claim(layout: Layout, locks: Locks, claim: Claim) -> None:
+    """Undo a claim that no engine was made of."""
+    layout.memory.cas(layout.section(claim.section) + lay.CLAIM, claim.word, 0)
+    locks.unlock_section(claim.section)
+
+
 def _rebooted(seen: Seen, boot_id: bytes, machine_id: bytes, living_machines: set[bytes]) -> bool:
     """The same machine came back under another boot id, and its beat is still: its former life is over. A machine id that a
     living peer has too is a cloned image and proves nothing."""
@@ -136,12 +156,16 @@ def _take(layout: Layout, locks: Locks, seen: Seen, rng: random.Random) -> Gener
     if not locks.lock_section(seen.section):
         return None
     at, word = layout.section(seen.section) + lay.CLAIM, rng.getrandbits(64) | 1
-    if layout.memory.cas(at, seen.claim, word):
-        yield SETTLE_S  # on some mappings a compare-and-swap is not one: see that ours stands
-        if layout.memory.load(at) == word:
-            return Claim(seen.section, word)
-    locks.unlock_section(seen.section)
-    return None
+    taken = False
+    try:
+        if layout.memory.cas(at, seen.claim, word):
+            yield SETTLE_S  # on some mappings a compare-and-swap is not one: see that ours stands
+            taken = layout.memory.load(at) == word
+    finally:
+        if not taken:  # also when whoever drives this generator gave up
+            layout.memory.cas(at, word, seen.claim)
+            locks.unlock_section(seen.section)
+    return Claim(seen.section, word) if taken else None
 
 
 def reap(

@@ -196,6 +196,8 @@ class Connection:
 
     def ended_by(self, status: int) -> int:
         """A status that read_now, read_begin or read_end gave: act on it, hand it on."""
+        if self.state is not State.OPEN:
+            return self.ended()
         if status == VIOLATION:
             self.violated("an impossible position, epoch or flag in a slot")
             return RESET

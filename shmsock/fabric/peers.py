@@ -108,7 +108,8 @@ class Peers:
         peer.live, peer.samples = False, max(peer.samples, 1)
 
     def same_kernel(self, peer: Peer) -> bool:
-        return peer.who is not None and peer.who.boot_id == self.me.boot_id
+        known = peer.who is not None and peer.who.boot_id == self.me.boot_id != bytes(16)
+        return known or peer.section == self.own
 
     def named(self, name: str | None, *, local: bool = False) -> list[Peer]:
         """Live peers by name (None: any of the own machine), own section included."""

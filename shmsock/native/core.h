@@ -68,6 +68,7 @@ void sh_node_settings(sh_node *nd, uint64_t hold_ns, uint64_t spin_max_ns, uint6
 uint64_t sh_node_counter(sh_node *nd, int which);
 uint64_t sh_turn(sh_node *nd);
 int sh_over(sh_node *nd);
+uint64_t sh_moved(sh_node *nd);
 int sh_pump(sh_node *nd, uint32_t *out, int max);
 int sh_quiet(sh_node *nd);
 int sh_safety(sh_node *nd);

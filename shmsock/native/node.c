@@ -131,6 +131,9 @@ int sh_collect(sh_node *nd, struct sh_link *l)
     return any || l->news;
 }
 
+/* Bytes and connections moved so far: what hotness is earned by. */
+uint64_t sh_moved(sh_node *nd) { return nd->n[SH_N_READS] + nd->n[SH_N_WRITES] + nd->moved_messages; }
+
 /* One pass. Fills out[] with kind << 24 | (slot or peer), at most max of them; what does not fit is kept for the next pass. */
 int sh_pump(sh_node *nd, uint32_t *out, int max)
 {
@@ -344,6 +347,7 @@ int sh_message_recv(sh_node *nd, uint32_t peer, sh_note *m)
     *m = (sh_note){.kind = in.kind, .reason = in.reason, .slot = in.slot, .dst_slot = in.dst_slot, .gen = in.gen,
                    .dst_gen = in.dst_gen, .port = in.port, .src_port = in.src_port};
     l->msg_head++;
+    nd->moved_messages++;
     sh_store(&l->out->inbox, SH_PACK(l->peer_inc, l->msg_head), nd->wc);
     return 1;
 }

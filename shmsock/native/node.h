@@ -57,6 +57,7 @@ struct sh_node {
     uint64_t claim, region_id;
     uint64_t turn_end_ns, hold_ns, spin_max_ns, spin_yield_ns;
     uint64_t n[SH_N_COUNTERS];
+    uint64_t moved_messages;
     int attention;                /* a bell spoke of a message or a new life: the pump must run */
     uint32_t start;               /* peer the next pump begins with: nobody is always last */
     uint64_t ready[SH_MAX_WORDS];   /* slots the pump owes a look */

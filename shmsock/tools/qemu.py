@@ -74,6 +74,9 @@ class Fleet:
 
     def __init__(self) -> None:
         require()
+        for path in sys.executable, guest_agent.__file__:
+            if Path(path).is_relative_to("/tmp") or Path(path).is_relative_to("/run"):
+                raise GuestUnavailable(f"{path} is hidden in guests, which have their own /tmp and /run")
         self.kernel: Kernel = find_kernel()
         self.guests: list[Guest] = []
         self.directory = Path(tempfile.mkdtemp(prefix="shmsock-vm-"))

@@ -38,7 +38,7 @@ def no_leaks(tmp_path: Path) -> Iterator[None]:
     yield
     gc.collect()
     assert open_files() == before
-    assert mappings(str(tmp_path)) == 0
+    assert mappings(str(tmp_path)) == mappings("/dev/shm/shmsock-test-") == 0
 
 
 @pytest.fixture
@@ -48,6 +48,14 @@ def shared() -> Iterator[Path]:
     directory.chmod(0o1777)
     yield directory
     shutil.rmtree(directory)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    """A region file of 1 MiB, in the directory that is checked for leaks."""
+    name = tmp_path / "region"
+    name.write_bytes(bytes(1 << 20))
+    return str(name)
 
 
 def in_child(function: Callable[[], Any], uid: int | None = None) -> Any:
@@ -85,3 +93,75 @@ def as_nobody() -> Callable[[Callable[[], Any]], Any]:
     if os.geteuid() != 0:
         pytest.skip("takes root to become another user")
     return lambda function: in_child(function, NOBODY)
+
+
+class FakeSysfs:
+    """A sysfs tree below a directory, with as many devices as wanted."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = str(root)
+        self.devices = root / "bus/pci/devices"
+        self.devices.mkdir(parents=True)
+
+    def add(
+        self,
+        address: str = "0000:00:04.0",
+        *,
+        size: int = 1 << 20,
+        doorbell: bool = False,
+        revision: int = 1,
+        enabled: int = 0,
+        decoding: bool = True,
+        driver: str | None = None,
+        ids: tuple[int, int] = (0x1AF4, 0x1110),
+        unassigned: bool = False,
+        wc: bool = True,
+    ) -> Path:
+        """As QEMU's q35 and a 6.1 kernel show an ivshmem device; returns its directory."""
+        device = self.devices / address
+        device.mkdir()
+        start = 0x800000000
+        flags = 0x14220C | (0x20000000 if unassigned else 0)
+        bars = [
+            (0xFEBD1000, 0xFEBD10FF, 0x40200),
+            (0xFEBD0000, 0xFEBD0FFF, 0x40200) if doorbell else (0, 0, 0),
+            (0 if unassigned else start, size - 1 if unassigned else start + size - 1, flags)
+            if size
+            else (0, 0, 0),
+        ]
+        bars += [(0, 0, 0)] * 10
+        config = bytearray(64)
+        config[4] = 2 if decoding else 0
+        for name, text in {
+            "vendor": f"{ids[0]:#06x}",
+            "device": f"{ids[1]:#06x}",
+            "subsystem_vendor": "0x1af4",
+            "subsystem_device": "0x1100",
+            "class": "0x050000",
+            "revision": f"{revision:#04x}",
+            "enable": str(enabled),
+            "numa_node": "-1",
+            "resource": "\n".join(f"0x{a:016x} 0x{b:016x} 0x{c:016x}" for a, b, c in bars),
+        }.items():
+            (device / name).write_text(text + "\n")
+        (device / "config").write_bytes(config)
+        if driver:
+            target = self.devices.parent / "drivers" / driver
+            target.mkdir(parents=True, exist_ok=True)
+            (device / "driver").symlink_to(f"../../drivers/{driver}")
+        if size and not unassigned:
+            for name in ("resource2", "resource2_wc")[: 2 if wc else 1]:
+                with open(device / name, "wb") as file:
+                    file.truncate(size)
+        return device
+
+
+@pytest.fixture
+def sysfs(tmp_path: Path) -> FakeSysfs:
+    return FakeSysfs(tmp_path / "sys")
+
+
+@pytest.fixture
+def shared_sysfs(shared: Path) -> FakeSysfs:
+    """One that other users see as well."""
+    return FakeSysfs(shared / "sys")

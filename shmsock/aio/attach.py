@@ -1,0 +1,223 @@
+"""Attaching: a region, a section of it, a node. Explicitly with attach(), or at first use, once per loop and region."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import os
+import random
+import warnings
+import weakref
+from collections.abc import AsyncGenerator, Generator
+from types import TracebackType
+from typing import Any, TypeVar
+
+from shmsock import address, region
+from shmsock.aio.driver import Node
+from shmsock.errors import region_error
+from shmsock.fabric import layout as lay
+from shmsock.fabric.attach import claim_section, name_taken, release_claim
+from shmsock.fabric.layout import Identity, Layout, format_region, is_blank, read_layout
+from shmsock.fabric.memory import Memory, native_core
+from shmsock.fabric.node import Engine
+from shmsock.fabric.peers import Peer
+from shmsock.fabric.settings import Settings
+from shmsock.region.base import Region
+from shmsock.wakeup import Keeper
+
+__all__ = ["attach", "current_node", "prepare_region"]
+
+T = TypeVar("T")
+_implicit: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, asyncio.Task[Node]]] = weakref.WeakKeyDictionary()
+_nodes: weakref.WeakSet[Node] = weakref.WeakSet()
+
+
+def prepare_region(made: Region, peers: int = 16) -> None:
+    """Format a new region and give storage to its fixed part. Raises RegionFormatError, OSError (ENOSPC)."""
+    made.ensure(0, lay.HEADER)
+    memory = Memory(native_core(), made.mmap, write_combining=made.write_combining)
+    try:
+        _back_fixed_part(made, format_region(memory, peers=peers))
+    finally:
+        memory.release()
+
+
+def _back_fixed_part(made: Region, layout: Layout) -> None:
+    """Others' pages too: on a sparse file even looking at a hole takes a page, and a full disk would be a SIGBUS."""
+    if made.sparse:
+        for section in range(layout.peers):
+            made.ensure(layout.section(section), layout.arena_off)
+
+
+def _holds_a_region(device: region.PciDevice) -> bool:
+    with region.open_pci(device.address) as candidate:
+        memory = Memory(native_core(), candidate.mmap, write_combining=candidate.write_combining)
+        try:
+            return memory.load(lay.H_MAGIC) == lay.MAGIC
+        finally:
+            memory.release()
+
+
+async def _follow(steps: Generator[float, None, T]) -> T:
+    """Drive a claim: sleep what it says."""
+    try:
+        while True:
+            await asyncio.sleep(next(steps))
+    except StopIteration as end:
+        value: T = end.value
+        return value
+    finally:
+        steps.close()
+
+
+async def _make(url: str | None, name: str | None, settings: Settings | None) -> Node:
+    """Open, format if it is a blank BAR2, claim, start. Everything is undone when a step fails or is cancelled."""
+    explicit = name is not None or bool(os.environ.get("SHMSOCK_NAME"))
+    own = address.node_name(name) if name is not None else address.default_name()
+    loop, rng = asyncio.get_running_loop(), random.SystemRandom()
+    opened = region.open(url, create_default=True, prepare=prepare_region, probe=_holds_a_region)
+    memory = None
+    claim = layout = None
+    try:
+        memory = Memory(native_core(), opened.mmap, write_combining=opened.write_combining)
+        try:
+            blank = opened.kind == "pci" and is_blank(memory)
+            layout = format_region(memory) if blank else read_layout(memory)
+        except OSError as error:
+            error.filename = opened.path
+            raise
+        _back_fixed_part(opened, layout)
+        boot, machine = address.boot_id(), address.machine_id()
+        other = await _follow(name_taken(layout, opened, boot, own))
+        if other is not None and explicit:
+            raise region_error(
+                98,
+                f"the name {own!r} is taken by another machine on this region (process {other.pid} there): set SHMSOCK_NAME or "
+                "name= to one of your own; was this VM cloned?",
+            )
+        claim = await _follow(claim_section(layout, opened, boot, machine, rng, path=opened.path))
+        if other is not None:
+            own, was = f"{own[:56]}-{claim.section}", own
+            warnings.warn(f"the name {was!r} is taken by another machine: this node is {own!r}", RuntimeWarning, stacklevel=2)
+        flags = lay.FLAG_LOCKED if opened.can_lock else 0
+        identity = Identity(own, boot, machine, os.getpid(), flags, opened.identity)
+        keepers: list[Keeper] = []
+
+        def watch(peer: Peer, on: bool) -> None:
+            who = peer.who
+            here = who is not None and who.flags & lay.FLAG_LOCKED and who.boot_id == boot and who.file == opened.identity
+            if keepers and peer.section != claim.section:
+                keepers[0].watch(peer.section, on and bool(here))
+
+        engine = Engine(
+            layout, claim, identity, settings=settings, rng=rng, ensure=opened.ensure if opened.sparse else None, watch=watch,
+            now_ns=memory.core.lib.sh_clock(),
+        )  # fmt: skip
+        try:
+            keepers.append(
+                Keeper(memory.core, engine.nd, lock_fd=opened.lock_fd, look_cap_us=engine.settings.look_cap_us)
+            )
+            node = Node(opened, engine, keepers[0], loop)
+        except BaseException:
+            for keeper in keepers:
+                keeper.stop()
+            engine.leave()
+            raise
+    except BaseException:
+        if claim is not None and layout is not None:
+            release_claim(layout, opened, claim)
+        if memory is not None:
+            memory.release()
+        opened.close()
+        raise
+    _nodes.add(node)
+    return node
+
+
+class attach:  # noqa: N801 - used as a function
+    """A node of its own on a region: `async with shmsock.attach("pci:auto", name="vm-a") as node: ...`, or `await` it and
+    `await node.aclose()` later.
+
+    `region`: a URL; None: SHMSOCK_REGION, else the one ivshmem device there is, else this user's own in /dev/shm. `name`: what
+    others call this node; None: SHMSOCK_NAME, else the host's name. Raises RegionError, OSError (ENOSPC) when no section is free,
+    OSError (EADDRINUSE) when an explicit name is another machine's. Cancelled, it leaves nothing behind.
+    """
+
+    def __init__(self, region: str | None = None, *, name: str | None = None, settings: Settings | None = None) -> None:
+        self._args = (None if region is None else os.fspath(region), name, settings)
+        self._node: Node | None = None
+
+    def __await__(self) -> Generator[Any, None, Node]:
+        return _make(*self._args).__await__()
+
+    async def __aenter__(self) -> Node:
+        self._node = await _make(*self._args)
+        return self._node
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        assert self._node is not None
+        await self._node.aclose()
+
+
+async def _until_the_loop_ends(node: Node) -> AsyncGenerator[None, None]:
+    """Primed once, this generator is known to the loop, whose shutdown_asyncgens() ends it: under asyncio.run and uvloop.run that
+    is before the loop closes, also after an exception."""
+    try:
+        yield
+    finally:
+        _implicit.pop(node.loop, None)
+        await node.aclose()
+
+
+async def _make_implicit(url: str | None, name: str | None) -> Node:
+    node = await _make(url, name, None)
+    guard = _until_the_loop_ends(node)
+    await guard.__anext__()
+    node.guard = guard
+    return node
+
+
+async def current_node(url: str | None = None, name: str | None = None) -> Node:
+    """The node of the running loop for that region, attached at first use. Cancelling one of several that wait stops no other."""
+    loop = asyncio.get_running_loop()
+    for other in list(_nodes):
+        if other.loop is not loop and other.loop.is_closed():
+            other.close()  # its loop was closed without shutdown_asyncgens()
+            _implicit.pop(other.loop, None)
+    if url is not None:
+        url = os.fspath(url)
+    mine = _implicit.setdefault(loop, {})
+    key = url if url is not None else "\0" + region.default_url()
+    task = mine.get(key)
+    if task is not None and task.done():
+        if task.cancelled() or task.exception() is not None or task.result().closed or not task.result().engine.alive:
+            task = None
+        elif name is not None and address.node_name(name) != task.result().name:
+            raise ValueError(
+                f"this loop is attached as {task.result().name!r}, not {name!r}: use shmsock.attach(region, name=...) for another"
+            )
+    if task is None:
+        task = mine[key] = loop.create_task(_make_implicit(url, name))
+        task.add_done_callback(_seen)
+    return await asyncio.shield(task)
+
+
+def _seen(task: asyncio.Task[Node]) -> None:
+    if not task.cancelled():
+        task.exception()  # whoever waited has it; nobody did when all were cancelled
+
+
+def _at_exit() -> None:
+    for node in list(_nodes):
+        node.close()
+
+
+def _after_fork() -> None:
+    for node in list(_nodes):
+        node.inherited()
+    _nodes.clear()
+    _implicit.clear()
+
+
+atexit.register(_at_exit)
+os.register_at_fork(after_in_child=_after_fork)

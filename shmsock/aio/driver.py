@@ -1,0 +1,319 @@
+"""The node of one event loop: runs the engine's pump as a callback, hot while bytes move, cold on one eventfd.
+
+The pump is the same for every loop: look, hand out events, decide whether to come again by `call_soon` or to let the keeper
+watch. It is a callback, never a task, in a context of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import os
+import threading
+import time
+from collections.abc import Callable, Generator
+from types import coroutine
+from typing import Any, Protocol
+
+from shmsock.address import is_any, is_local, normalize_name
+from shmsock.errors import address_unavailable, forked, name_unknown, port_refused, wrong_thread
+from shmsock.fabric import layout as lay
+from shmsock.fabric.connection import Connection
+from shmsock.fabric.listeners import Listener
+from shmsock.fabric.node import Engine
+from shmsock.fabric.peers import Peer
+from shmsock.region.base import Region
+from shmsock.wakeup import Keeper
+
+__all__ = ["Handler", "Node", "yield_once"]
+
+CREDIT_CAP_NS = 5_000_000
+
+
+class Handler(Protocol):
+    """What an engine's connection belongs to."""
+
+    def ready(self, bits: int) -> None: ...
+    def failed(self, error: OSError) -> None: ...
+
+
+@coroutine
+def yield_once() -> Generator[None, None, None]:
+    """Let the loop turn once."""
+    yield
+
+
+class _Opening:
+    """A connection that waits for its answer."""
+
+    def __init__(self, waiter: asyncio.Future[None]) -> None:
+        self.waiter = waiter
+
+    def ready(self, bits: int) -> None:
+        """Bytes came with the answer: they are looked at when the waiter has made a transport of it."""
+
+    def connected(self) -> None:
+        if not self.waiter.done():
+            self.waiter.set_result(None)
+
+    def failed(self, error: OSError) -> None:
+        if not self.waiter.done():
+            self.waiter.set_exception(error)
+
+
+class Node:
+    """This process's side of a region, for one event loop. Made by attach(); not thread-safe, as asyncio's objects are not."""
+
+    def __init__(self, region: Region, engine: Engine, keeper: Keeper, loop: asyncio.AbstractEventLoop) -> None:
+        self.region, self.engine, self.keeper, self.loop = region, engine, keeper, loop
+        self.lib, self.nd = engine.lib, engine.nd
+        self.name, self.section = engine.name, engine.section
+        self.ident = threading.get_ident()
+        self.pid = os.getpid()
+        self.context = contextvars.Context()
+        self.scheduled = False  # the pump will run in the next turn of the loop
+        self.woken = 0  # tasks that were woken by the pump and have not run yet
+        self.closed = False
+        self.transports: set[Any] = set()
+        self.guard: Any = None  # what detaches an implicit node when its loop ends
+        self._ready_queue: Any = getattr(loop, "_ready", None)
+        self._armed = False
+        self._moved = 0
+        self._last_pump = self._last_hit = time.monotonic_ns()
+        self._gap = 1 << 62
+        self._credit = CREDIT_CAP_NS
+        one_cpu = len(os.sched_getaffinity(0)) == 1
+        us = engine.settings
+        self._hot_ns = 0 if one_cpu else us.hot_us * 1000
+        # On one CPU a spin that does not yield only keeps the peer from answering.
+        self.lib.sh_node_settings(self.nd, us.hold_us * 1000, us.busy_poll_us * 1000, 0 if one_cpu else 1000)
+        self.context.run(loop.add_reader, keeper.fd, self._wake)
+        self._timer = loop.call_later(0.1, self._tick, context=self.context)
+        self.begin_turn()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"section {self.section}"
+        return f"<shmsock.Node {self.name!r} {self.region.url} {state}>"
+
+    # -- the pump
+
+    def check(self) -> None:
+        """Raises ForkedError, RuntimeError (another thread) or NodeClosedError, before anything in C is touched."""
+        if threading.get_ident() != self.ident:
+            raise wrong_thread(repr(self))
+        if os.getpid() != self.pid:
+            raise forked(repr(self))
+        self.engine.check()
+
+    def begin_turn(self) -> None:
+        """What happens now happens in a turn of the loop that has its own budget, and a pump follows it."""
+        self.scheduled = True
+        self.lib.sh_turn(self.nd)
+        self.loop.call_soon(self._pump, context=self.context)
+
+    def may_spin(self) -> bool:
+        """Nothing else is to be run by this loop, as far as can be known."""
+        ready = self._ready_queue
+        return not self.woken and (ready is None or len(ready) <= self.scheduled)
+
+    def _wake(self) -> None:
+        self.keeper.drain()
+        self._armed = False
+        if not self.scheduled:
+            self._pump()
+
+    def _tick(self) -> None:
+        self._timer = self.loop.call_later(0.1, self._tick, context=self.context)
+        if not self.scheduled:
+            self._pump()
+
+    def _pump(self) -> None:
+        self.scheduled = False
+        if self.closed:
+            return
+        now = time.monotonic_ns()
+        engine = self.engine
+        for kind, target, arg in engine.pump(now, self.keeper.unlocked()):
+            try:
+                self._dispatch(kind, target, arg)
+            except (SystemExit, KeyboardInterrupt):
+                raise
+            except BaseException as error:
+                self.loop.call_exception_handler(
+                    {"message": f"shmsock: unhandled error in {kind} of {target!r}", "exception": error, "node": self}
+                )
+        if not self.scheduled and not self.closed:
+            if self._stay_hot(now):
+                self.begin_turn()
+            elif engine.alive:
+                self._armed = True
+                self.keeper.arm(True)
+
+    def _stay_hot(self, now: int) -> bool:
+        """Come again at once? When something is owed; or when bytes moved, they moved shortly before as well, and looking in vain
+        has not used more than a quarter of the time."""
+        moved = self.lib.sh_moved(self.nd)
+        since, self._last_pump = now - self._last_pump, now
+        if moved != self._moved:
+            self._moved = moved
+            self._gap, self._last_hit = now - self._last_hit, now
+            self._credit = min(self._credit + since, CREDIT_CAP_NS)
+        else:
+            hot = now - self._last_hit < self._hot_ns
+            self._credit = max(self._credit - since, 0) if hot else min(self._credit + since // 4, CREDIT_CAP_NS)
+        if not self.engine.quiet:
+            return True
+        return self._gap < self._hot_ns and now - self._last_hit < self._hot_ns and self._credit > 0
+
+    def _dispatch(self, kind: str, target: Any, arg: Any) -> None:
+        if kind == "ready":
+            if target.handler is not None:
+                target.handler.ready(arg)
+        elif kind == "accepted":
+            target.pending -= 1
+            if target.handler is None or target.closed:
+                arg.abort()
+            else:
+                target.handler(arg)
+        elif kind == "connected":
+            target.handler.connected()
+        elif kind == "failed":
+            target.handler.failed(arg)
+        elif kind == "down":
+            self.loop.call_exception_handler({"message": f"shmsock: {self!r} is down", "exception": arg, "node": self})
+
+    # -- names
+
+    def find(self, host: Any, port: int, tried: tuple[int, ...]) -> Peer:
+        """Who is to be asked for (host, port). Raises socket.gaierror, ConnectionRefusedError."""
+        engine = self.engine
+        if isinstance(host, int) and not isinstance(host, bool):
+            if not 0 <= host < engine.layout.peers:
+                raise name_unknown(host, [str(p.section) for p in engine.peers.all if p.live])
+            engine.peers.refresh_all(time.monotonic_ns())
+            peer = engine.peers[host]
+            if not peer.live:
+                raise name_unknown(host, [str(p.section) for p in engine.peers.all if p.live])
+            if host in tried or not engine.listeners.flags(peer, port):
+                raise port_refused(host, port)
+            return peer
+        name = None if host is None or host == "" or is_local(host) else self._name(host)
+        found, known = engine.listeners.elsewhere(name, port, exclude=tried)
+        if not found:
+            raise port_refused(host, port) if known else name_unknown(host, list(engine.peers.names()))
+        fresh = [p for p in found if p.samples <= found[0].samples]
+        return engine.rng.choice(fresh)
+
+    def _name(self, host: str) -> str:
+        try:
+            return normalize_name(host)
+        except ValueError as error:
+            unknown = name_unknown(host, list(self.engine.peers.names()))
+            unknown.strerror = f"{error}"
+            raise unknown from None
+
+    async def connect(self, host: Any, port: int, local_port: int = 0) -> Connection:
+        """A connection in OPEN. Raises what find() does, OSError (ENOBUFS), ConnectionResetError when the peer goes away.
+
+        Cancelled, it takes the request back; nothing is left.
+        """
+        self.check()
+        tried: tuple[int, ...] = ()
+        refused: OSError | None = None
+        while True:
+            try:
+                peer = self.find(host, port, tried)
+            except OSError:
+                if refused is None:
+                    raise
+                raise refused from None  # the last one there was
+            waiter = self.loop.create_future()
+            local = (self.name, local_port or self.engine.listeners.ephemeral())
+            conn = self.engine.connect(peer.section, port, local=local, remote=peer.name)
+            conn.handler = _Opening(waiter)
+            if not self.scheduled:
+                self.begin_turn()
+            try:
+                await waiter
+                return conn
+            except (ConnectionRefusedError, ConnectionResetError) as error:
+                tried, refused = (*tried, peer.section), error  # reuse_port: another may take it
+            except BaseException:
+                conn.handler = None
+                if not self.engine._failure:
+                    conn.abort()
+                raise
+
+    def listen(self, hosts: list[Any], port: int, *, backlog: int, reuse_port: bool) -> Listener:
+        """Listen for all peers, or for those of this machine when every host is a loopback. Raises OSError (EADDRNOTAVAIL,
+        EADDRINUSE)."""
+        self.check()
+        local_only = True
+        for host in hosts:
+            if is_local(host):
+                continue
+            if not is_any(host) and self._own(host) is False:
+                raise address_unavailable(host, [self.name])
+            local_only = False
+        return self.engine.listen(port, backlog=backlog, reuse_port=reuse_port, local_only=local_only)
+
+    def _own(self, host: Any) -> bool:
+        try:
+            return host == self.section if isinstance(host, int) else normalize_name(host) == self.name
+        except ValueError:
+            return False
+
+    # -- the end
+
+    async def aclose(self) -> None:
+        """Detach. Closed writers get up to `flush_s` to hand over what they still hold; everything else is closed as the end of
+        the process would."""
+        if self.closed or os.getpid() != self.pid:
+            return
+        deadline = self.loop.time() + self.engine.settings.flush_s
+        try:
+            while self.engine.alive and self.loop.time() < deadline and any(t.flushing for t in self.transports):
+                await asyncio.sleep(0.001)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Detach at once. Never raises; harmless when repeated."""
+        if self.closed:
+            return
+        self.closed = True
+        if os.getpid() != self.pid:
+            return
+        if not self.loop.is_closed():
+            self.loop.remove_reader(self.keeper.fd)
+            self._timer.cancel()
+        for transport in list(self.transports):
+            transport.node_closed()
+        self.engine.leave()
+        self.keeper.stop()
+        self.engine.memory.release()
+        self.region.close()
+
+    def inherited(self) -> None:
+        """In a forked child: everything of the parent's is inert here."""
+        self.closed = True
+        self.engine.abandon(OSError(9, str(forked(repr(self)))))
+        self.keeper.forget()
+        self.region.drop_inherited()
+
+    def call(self, callback: Callable[..., object], *args: Any) -> None:
+        """Run something of this node from __del__, possibly on another thread: later, in the loop."""
+        if not self.closed and not self.loop.is_closed():
+            try:
+                self.loop.call_soon_threadsafe(callback, *args)
+            except RuntimeError:
+                pass  # the loop was closed just now
+
+    def statistics(self) -> dict[str, Any]:
+        """Counters of the engine, and who is there: {"peers": [...]}, for tools."""
+        counts: dict[str, Any] = dict(self.engine.statistics())
+        counts["name"], counts["section"], counts["region"] = self.name, self.section, self.region.url
+        counts["names"] = sorted(self.engine.peers.names())
+        counts["state"] = "closed" if self.closed else "attached" if self.engine.alive else "down"
+        counts["format"] = lay.VERSION
+        return counts

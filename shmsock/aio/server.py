@@ -1,0 +1,171 @@
+"""The server object: asyncio.Server's surface over one listener."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import sys
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from shmsock.aio.transport import ShmTransport
+from shmsock.fabric.connection import Connection, State
+from shmsock.fabric.listeners import Listener
+
+if TYPE_CHECKING:
+    from shmsock.aio.driver import Node
+
+__all__ = ["Server"]
+
+
+class _ListeningSocket:
+    """What `Server.sockets` holds: enough to ask for the address."""
+
+    def __init__(self, name: str, port: int) -> None:
+        self._address = (name, port)
+
+    def getsockname(self) -> tuple[str, int]:
+        return self._address
+
+    def __repr__(self) -> str:
+        return f"<shmsock listening socket {self._address}>"
+
+
+class Server(asyncio.AbstractServer):
+    """Returned by start_server(). The port is taken when it is made; connections are accepted from start_serving() on."""
+
+    def __init__(
+        self, node: Node, hosts: list[Any], port: int, factory: Callable[[], asyncio.BaseProtocol], *, backlog: int, reuse_port: bool
+    ) -> None:
+        self._node, self._factory = node, factory
+        self._context = contextvars.copy_context()
+        self._listener: Listener | None = node.listen(hosts, port, backlog=backlog, reuse_port=reuse_port)
+        self._socket = _ListeningSocket(node.name, self._listener.port)
+        self._serving = False
+        self._forever: asyncio.Future[None] | None = None
+        self._waiters: list[asyncio.Future[None]] = []
+        self._transports: set[ShmTransport] = set()
+        self._queue: list[Connection] = []
+
+    def __repr__(self) -> str:
+        return f"<shmsock.Server {self._socket.getsockname()} {'closed' if self._listener is None else 'open'}>"
+
+    # -- connections
+
+    def _accept(self, conn: Connection) -> None:
+        assert self._listener is not None
+        if not self._serving:
+            self._queue.append(conn)
+            self._listener.pending += 1
+            return
+        # A context of its own for each: contextvars of one client are never seen in another's handler.
+        context = self._context.copy()
+        context.run(self._made, conn, context)
+
+    def _made(self, conn: Connection, context: contextvars.Context) -> None:
+        try:
+            protocol = self._factory()
+        except BaseException:
+            conn.abort()
+            raise
+        ShmTransport(self._node, conn, protocol, context, self).start()
+
+    def _attach(self, transport: ShmTransport) -> None:
+        self._transports.add(transport)
+
+    def _detach(self, transport: ShmTransport) -> None:
+        self._transports.discard(transport)
+        if self._listener is None and not self._transports:
+            self._wake()
+
+    def _wake(self) -> None:
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    # -- asyncio.Server
+
+    @property
+    def sockets(self) -> tuple[Any, ...]:
+        return () if self._listener is None else (self._socket,)
+
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        return self._node.loop
+
+    def is_serving(self) -> bool:
+        return self._serving
+
+    async def start_serving(self) -> None:
+        self._start()
+        await asyncio.sleep(0)
+
+    def _start(self) -> None:
+        if self._serving or self._listener is None:
+            return
+        self._serving = True
+        self._listener.handler = self._accept
+        queue, self._queue = self._queue, []
+        for conn in queue:
+            self._listener.pending -= 1
+            if conn.state is not State.FREE:
+                self._accept(conn)
+
+    async def serve_forever(self) -> None:
+        if self._forever is not None:
+            raise RuntimeError(f"server {self!r} is already being awaited on serve_forever()")
+        if self._listener is None:
+            raise RuntimeError(f"server {self!r} is closed")
+        self._start()
+        self._forever = self._node.loop.create_future()
+        try:
+            await self._forever
+        except asyncio.CancelledError:
+            try:
+                self.close()
+                await self.wait_closed()
+            finally:
+                raise
+        finally:
+            self._forever = None
+
+    def close(self) -> None:
+        """Stop listening. Connections that are open stay."""
+        listener, self._listener = self._listener, None
+        if listener is None:
+            return
+        self._serving = False
+        listener.close()
+        for conn in self._queue:
+            conn.abort()
+        self._queue.clear()
+        if self._forever is not None and not self._forever.done():
+            self._forever.cancel()
+        if not self._transports:
+            self._wake()
+
+    async def wait_closed(self) -> None:
+        """Until close() was called and, as in Python from 3.12 on, the last connection has ended."""
+        if self._listener is None and (not self._transports or sys.version_info < (3, 12)):
+            return
+        waiter = self._node.loop.create_future()
+        self._waiters.append(waiter)
+        await waiter
+
+    def close_clients(self) -> None:
+        """Close all connections (asyncio.Server has this from 3.13 on)."""
+        for transport in list(self._transports):
+            transport.close()
+
+    def abort_clients(self) -> None:
+        """Reset all connections."""
+        for transport in list(self._transports):
+            transport.abort()
+
+    async def __aenter__(self) -> Server:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+        await self.wait_closed()

@@ -1,0 +1,332 @@
+"""asyncio streams over shared memory: StreamReader and StreamWriter with a straight way to the ring.
+
+The reader is asyncio's own with one hook replaced, `_wait_for_data`, and short cuts in read(n) and readexactly(n): one call into C that
+spins, one copy, one call that gives the space back. Bytes leave the ring only after the last await of an operation, so
+cancelling loses none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+import warnings
+import weakref
+from asyncio.streams import _DEFAULT_LIMIT  # type: ignore[attr-defined]
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from shmsock.address import check_port
+from shmsock.aio.attach import current_node
+from shmsock.aio.driver import Node, yield_once
+from shmsock.aio.server import Server
+from shmsock.aio.transport import ShmTransport
+from shmsock.errors import wrong_thread
+from shmsock.fabric.connection import EMPTY, EOF, RESET, YIELD
+
+__all__ = ["ShmStreamReader", "ShmStreamWriter", "open_connection", "start_server"]
+
+COPY_MAX = 1 << 20
+IDLE_MAX = 4096  # bytes that the pump moves into a buffer that nobody reads
+_get_ident = threading.get_ident
+
+# What this module relies on inside asyncio. A Python that renames one of these must fail at import, not in the field.
+_PRIVATE = ("_wakeup_waiter", "_wait_for_data", "_maybe_resume_transport")
+_PRIVATE_STATE = ("_buffer", "_eof", "_exception", "_waiter", "_limit", "_loop", "_transport", "_paused")
+_code = asyncio.StreamReader.__init__.__code__.co_names
+if missing := [x for x in _PRIVATE if not hasattr(asyncio.StreamReader, x)] + [x for x in _PRIVATE_STATE if x not in _code]:
+    raise ImportError(f"asyncio.StreamReader of this Python has no {missing}: shmsock does not know it")
+
+
+class ShmStreamReader(asyncio.StreamReader):
+    """asyncio.StreamReader on a ring. Same methods, errors and limits."""
+
+    _transport: Any
+    _buffer: bytearray
+    _eof: bool
+    _exception: BaseException | None
+    _waiter: asyncio.Future[None] | None
+    _limit: int
+    _loop: asyncio.AbstractEventLoop
+
+    _direct = False
+    _was_woken = False
+
+    def _attach(self, transport: ShmTransport) -> None:
+        """Direct mode from here on. (A method and not __init__: stock readers are adopted by changing their class.)"""
+        self._direct = True
+        self._node, self._conn, self._ep = transport.node, transport.conn, transport.conn.ep
+        self._ident = transport.node.ident
+        self._begin, self._end = transport.conn.engine.lib.sh_read_begin, transport.conn.engine.lib.sh_read_end
+        self._rx, self._rx_bytes = transport.conn.rx, transport.conn.rx_bytes
+        transport.adopt(self, weakref.ref(self))
+
+    def _detach(self) -> None:
+        """The transport is over. What is in the buffer can still be read."""
+        self._direct = False
+
+    # -- the short cuts
+
+    async def read(self, n: int = -1) -> bytes:
+        """As asyncio's: up to n bytes, b"" at EOF. Raises ConnectionResetError."""
+        if n > 0 and self._direct and not self._buffer and self._exception is None and self._waiter is None:
+            node = self._node
+            if _get_ident() != self._ident:
+                raise wrong_thread(repr(node))
+            if not node.scheduled:
+                node.begin_turn()
+            span = self._begin(self._ep, n if n < COPY_MAX else COPY_MAX, 1, node.may_spin())
+            if span > 0:
+                count, at = span & 0xFFFFFFFF, span >> 32
+                if at + count > self._rx_bytes:
+                    count = self._rx_bytes - at  # up to the ring's end: read() may return less, and one copy is enough
+                data: bytes = self._rx[at : at + count]
+                if not self._end(self._ep, count):
+                    return data
+                self._conn.ended_by(RESET)
+        return await super().read(n)
+
+    async def readexactly(self, n: int) -> bytes:
+        """As asyncio's: n bytes, or asyncio.IncompleteReadError."""
+        if 0 < n <= COPY_MAX and self._direct and not self._buffer and self._exception is None and self._waiter is None:
+            node = self._node
+            if _get_ident() != self._ident:
+                raise wrong_thread(repr(node))
+            if not node.scheduled:
+                node.begin_turn()
+            span = self._begin(self._ep, n, n, n <= self._rx_bytes and node.may_spin())
+            if span > 0:
+                data = self._conn.take(span)
+                if isinstance(data, bytes):
+                    return data
+        return await super().readexactly(n)
+
+    # -- the hook
+
+    async def _wait_for_data(self, func_name: str) -> None:
+        """Until there is something in the buffer, EOF, or an exception. What asyncio's own does with feed_data()."""
+        if not self._direct:
+            if self._transport is None or not isinstance(self._transport, ShmTransport):
+                await super()._wait_for_data(func_name)  # type: ignore[misc]
+            elif not self._eof and self._exception is None:
+                await self._sleep(func_name)  # connection_lost is on its way
+            return
+        if self._waiter is not None:
+            raise RuntimeError(f"{func_name}() called while another coroutine is already waiting for incoming data")
+        node = self._node
+        if _get_ident() != self._ident:
+            raise wrong_thread(repr(node))
+        room = max(2 * self._limit, 1 << 16)
+        while self._direct:
+            if not node.scheduled:
+                node.begin_turn()
+            status = self._pull(room, node.may_spin())
+            if status > 0 or self._eof:
+                return
+            if self._exception is not None:
+                raise self._exception
+            if status == YIELD:
+                await yield_once()
+            elif status == EMPTY and not node.lib.sh_arm(self._ep):
+                await self._sleep(func_name)
+                if self._exception is not None:
+                    raise self._exception
+        if not self._buffer and not self._eof and self._exception is None:
+            await self._sleep(func_name)
+        if self._exception is not None:
+            raise self._exception
+
+    async def _sleep(self, func_name: str) -> None:
+        if self._waiter is not None:
+            raise RuntimeError(f"{func_name}() called while another coroutine is already waiting for incoming data")
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+            if self._was_woken:
+                self._was_woken = False
+                self._node.woken -= 1
+
+    def _pull(self, room: int, spin: bool) -> int:
+        """Move up to `room` bytes into the buffer. Returns how many, or a status that was acted upon."""
+        span = self._begin(self._ep, min(room, COPY_MAX), 1, spin)
+        return self._take_over(span)
+
+    def _take_over(self, span: int) -> int:
+        if span > 0:
+            data = self._conn.take(span)
+            if isinstance(data, bytes):
+                self._buffer += data
+                return len(data)
+            span = data
+        else:
+            span = self._conn.ended_by(span)
+        transport = self._transport
+        if span == EOF:
+            if transport is not None:
+                transport.got_eof()
+        elif span == RESET and self._conn.error is not None:
+            self.set_exception(self._conn.error)
+            if transport is not None:
+                transport.force_close(self._conn.error)
+        elif span == RESET:
+            self.feed_eof()
+        return span
+
+    def _on_ready(self) -> None:
+        """The pump has news. Wake who waits; with nobody there, take in a little, so that at_eof() and who looks into the
+        buffer (connection pools do) are told the truth."""
+        if not self._direct:
+            return
+        waiter = self._waiter
+        if waiter is not None:
+            if not waiter.done():
+                waiter.set_result(None)
+                if not self._was_woken:
+                    self._was_woken = True
+                    self._node.woken += 1
+            return
+        if len(self._buffer) < IDLE_MAX and not self._eof and self._exception is None:
+            self._take_over(self._node.lib.sh_read_now(self._ep, IDLE_MAX - len(self._buffer)))
+
+
+class ShmStreamWriter(asyncio.StreamWriter):
+    """asyncio.StreamWriter with a drain() that costs little when there is nothing to wait for."""
+
+    _transport: ShmTransport
+    _reader: Any
+
+    async def drain(self) -> None:
+        """Wait until the peer has taken enough. Raises ConnectionResetError, BrokenPipeError. Cancelling loses nothing."""
+        transport = self._transport
+        node = transport.node
+        if _get_ident() != node.ident:
+            raise wrong_thread(repr(node))
+        if not node.scheduled:
+            node.begin_turn()
+        if not transport._pending and not transport._closing and transport._broken is None:
+            reader = self._reader
+            if reader is None or reader._exception is None:
+                if node.lib.sh_over(node.nd):
+                    await yield_once()
+                return
+        await self._drain_slowly(transport, node)
+
+    async def _drain_slowly(self, transport: ShmTransport, node: Node) -> None:
+        lib = node.lib
+        while transport._protocol_paused and not transport._closing and transport._broken is None:
+            space = lib.sh_wait_space(transport._ep, node.may_spin())
+            if space > 0:
+                transport._flush()
+                if lib.sh_over(node.nd):
+                    await yield_once()
+            elif space == 0:
+                transport.space_waiter = node.loop.create_future()
+                try:
+                    await transport.space_waiter
+                finally:
+                    transport.space_waiter = None
+            else:
+                transport._write_failed(space)
+            if not node.scheduled:
+                node.begin_turn()
+        if transport._broken is not None:
+            raise transport._broken
+        await super().drain()
+
+    def __del__(self) -> None:
+        # asyncio's own closes here; the collector may run on another thread than the loop's, where that is not allowed
+        transport = getattr(self, "_transport", None)
+        if transport is None or transport.is_closing() or transport.node.closed:
+            return
+        if transport.node.loop.is_closed():
+            warnings.warn("loop is closed", ResourceWarning, stacklevel=2)
+            return
+        transport.node.call(transport.close)
+        warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2)
+
+
+class _ClientProtocol(asyncio.StreamReaderProtocol):
+    """Takes the reader into direct mode as soon as there is a transport."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        reader = self._stream_reader  # type: ignore[attr-defined]
+        if isinstance(transport, ShmTransport) and isinstance(reader, ShmStreamReader):
+            reader._attach(transport)
+        super().connection_made(transport)
+
+
+def _accepting(callback: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    def with_fast_writer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Any:
+        writer.__class__ = ShmStreamWriter
+        return callback(reader, writer)
+
+    return with_fast_writer
+
+
+async def open_connection(
+    host: str | int | None = None,
+    port: int | None = None,
+    *,
+    limit: int = _DEFAULT_LIMIT,
+    local_addr: tuple[str | None, int] | None = None,
+    region: str | None = None,
+    name: str | None = None,
+    node: Node | None = None,
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """asyncio.open_connection over shared memory: connect to `port` of the peer named `host`.
+
+    `host`: a peer's name, a section number, or None / "localhost" for this machine. `limit`: bytes, as asyncio's. `local_addr`: only
+    its port counts. `region`, `name`: see attach(); the implicit node of this loop is used, or `node`.
+
+    Raises socket.gaierror (nobody has the name), ConnectionRefusedError (nobody listens there), OSError (ENOBUFS: no slot or no memory
+    for a ring), ConnectionResetError (the peer went away). A peer whose loop is blocked is waited for; cancel to give up:
+    nothing is left behind.
+    """
+    node = node or await current_node(region, name)
+    if port is None:
+        raise ValueError("a port is needed to connect")
+    local_port = check_port(local_addr[1]) if local_addr else 0
+    loop = node.loop
+    reader = ShmStreamReader(limit=limit, loop=loop)
+    protocol = _ClientProtocol(reader, loop=loop)
+    conn = await node.connect(host, check_port(port), local_port)
+    transport = ShmTransport(node, conn, protocol, contextvars.copy_context())
+    transport.start()
+    return reader, ShmStreamWriter(transport, protocol, reader, loop)
+
+
+async def start_server(
+    client_connected_cb: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None] | None],
+    host: Any = None,
+    port: int | None = None,
+    *,
+    limit: int = _DEFAULT_LIMIT,
+    backlog: int = 100,
+    reuse_port: bool | None = None,
+    start_serving: bool = True,
+    region: str | None = None,
+    name: str | None = None,
+    node: Node | None = None,
+) -> Server:
+    """asyncio.start_server over shared memory: call `client_connected_cb(reader, writer)` for each connection to `port`.
+
+    `host`: None, "" or the own name for all peers, "localhost" for those of this machine. `port`: None or 0: one is chosen.
+    `backlog`: connections accepted and not yet handled. `reuse_port`: several processes of one host may share the port.
+
+    Raises OSError (EADDRINUSE, EADDRNOTAVAIL), and what attach() raises.
+    """
+    node = node or await current_node(region, name)
+    loop = node.loop
+
+    def factory() -> asyncio.StreamReaderProtocol:
+        reader = ShmStreamReader(limit=limit, loop=loop)
+        return _ClientProtocol(reader, _accepting(client_connected_cb), loop=loop)
+
+    hosts = list(host) if isinstance(host, (list, tuple, set)) else [host]
+    server = Server(node, hosts, check_port(port or 0), factory, backlog=backlog, reuse_port=bool(reuse_port))
+    if start_serving:
+        await server.start_serving()
+    return server
+

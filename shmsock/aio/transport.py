@@ -1,0 +1,380 @@
+"""The transport of a shared-memory connection: asyncio's contract on top, one engine connection below.
+
+Two ways lead the bytes to the user. In direct mode a stream reader takes them from the ring itself (streams.py), and the transport
+only wakes it. Otherwise the pump delivers them to the protocol by data_received().
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import errno
+import threading
+import warnings
+from asyncio import transports as _transports
+from typing import TYPE_CHECKING, Any
+
+from shmsock.errors import wrong_thread
+from shmsock.fabric.connection import CLOSED, DATA, EMPTY, EOF, REL, SPACE, STALE, YIELD, Connection, State
+
+if TYPE_CHECKING:
+    from shmsock.aio.driver import Node
+    from shmsock.aio.server import Server
+    from shmsock.aio.streams import ShmStreamReader
+
+__all__ = ["ShmTransport"]
+
+COPY_MAX = 1 << 20
+DELIVER_MAX = 256 * 1024  # bytes given to one protocol in one pass
+_get_ident = threading.get_ident
+
+
+class ShmTransport(_transports._FlowControlMixin, asyncio.Transport):  # type: ignore[misc,name-defined]
+    """A stream between two peers of a region. `get_extra_info` knows "peername" and "sockname", as (name, port)."""
+
+    def __init__(
+        self,
+        node: Node,
+        conn: Connection,
+        protocol: asyncio.BaseProtocol,
+        context: contextvars.Context,
+        server: Server | None = None,
+    ) -> None:
+        super().__init__({"peername": conn.remote, "sockname": conn.local}, node.loop)
+        self.node, self.conn, self.context = node, conn, context
+        self._ep, self._write_ring, self._ident = conn.ep, conn.engine.lib.sh_write, node.ident
+        self._server = server
+        self._pending = bytearray()  # what the ring had no room for
+        self._eof_wanted = False  # write_eof() was called: FIN follows _pending
+        self._closing = False
+        self._lost = False  # connection_lost() is on its way, or was called
+        self._writes_after_loss = 0
+        self._read_eof = False
+        self._broken: OSError | None = None  # the peer takes no more; what it wrote is still to be read
+        self._reading_paused = False
+        self.space_waiter: asyncio.Future[None] | None = None
+        self.reader: Any = None  # weak reference to a reader in direct mode
+        self._protocol = protocol
+        conn.handler = self
+        node.transports.add(self)
+        if server is not None:
+            server._attach(self)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._lost else "closing" if self._closing else "open"
+        return f"<ShmTransport {state} {self.conn.local} - {self.conn.remote}>"
+
+    def start(self) -> None:
+        """connection_made, then reading: as asyncio's own order is."""
+        self._protocol.connection_made(self)  # may be the eager task of a client callback
+        if not self._lost:
+            self.ready(DATA)
+
+    # -- protocol and reading
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        """Ends direct mode for good: bytes that the reader took already stay in its buffer, the rest goes to `protocol`."""
+        self._protocol = protocol
+        self.reader = None
+        if not self._lost:
+            self.node.loop.call_soon(self.ready, DATA)
+
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        return self._protocol
+
+    def adopt(self, reader: ShmStreamReader, reference: Any) -> None:
+        """Direct mode: `reader` takes bytes from the ring."""
+        self.reader = reference
+
+    def is_reading(self) -> bool:
+        return not self._reading_paused and not self._closing
+
+    def pause_reading(self) -> None:
+        self._reading_paused = True
+
+    def resume_reading(self) -> None:
+        if self._reading_paused and not self._closing:
+            self._reading_paused = False
+            if self.reader is None:
+                self.node.loop.call_soon(self._resumed)
+
+    def _resumed(self) -> None:
+        if not self._lost and self.reader is None:
+            self.ready(DATA)
+
+    # -- events of the engine
+
+    def ready(self, bits: int) -> None:
+        """The engine saw something: bytes, space, FIN, REL or an error of the connection."""
+        if self._lost:
+            return
+        if bits & SPACE and (self._pending or self.space_waiter):
+            self._flush()
+        if bits & REL and self._pending:
+            self._write_failed()
+        reader = self.reader() if self.reader is not None else None
+        if reader is not None:
+            reader._on_ready()
+        elif self.reader is not None:
+            self._discard()  # its owner dropped the reader: as asyncio's reader would, read and forget
+        elif not self._reading_paused and not self._closing and not self._read_eof:
+            self._deliver()
+        if self.conn.error is not None and not self._lost and reader is None:
+            self.force_close(self.conn.error)
+
+    def failed(self, error: OSError) -> None:
+        self.force_close(error)
+
+    def _deliver(self) -> None:
+        """Protocol mode: hand over what is there, bounded, and come again if more is."""
+        given = 0
+        while given < DELIVER_MAX and not (self._reading_paused or self._closing or self._lost or self.reader):
+            data = self.conn.read(COPY_MAX)
+            if isinstance(data, int):
+                if data == EOF:
+                    self.got_eof()
+                elif data not in (EMPTY, YIELD) and self.conn.error is not None:
+                    self.force_close(self.conn.error)
+                return
+            given += len(data)
+            self._give(data)
+        if not (self._reading_paused or self._closing or self._lost):
+            self.node.loop.call_soon(self._resumed)
+
+    def _give(self, data: bytes) -> None:
+        protocol = self._protocol
+        try:
+            if isinstance(protocol, asyncio.BufferedProtocol):
+                view = memoryview(data)
+                while view:
+                    buffer = protocol.get_buffer(len(view))
+                    if not len(buffer):
+                        raise RuntimeError("get_buffer() returned an empty buffer")
+                    n = min(len(buffer), len(view))
+                    memoryview(buffer).cast("B")[:n] = view[:n]
+                    view = view[n:]
+                    protocol.buffer_updated(n)
+            else:
+                self.context.run(protocol.data_received, data)  # type: ignore[attr-defined]
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            self._fatal_error(error, "Fatal error: protocol.data_received() call failed.")
+
+    def _discard(self) -> None:
+        while isinstance(data := self.conn.read(COPY_MAX), bytes):
+            pass
+        if data == EOF:
+            self._read_eof = True
+
+    def got_eof(self) -> None:
+        """FIN was read. The protocol says whether the write side stays open."""
+        if self._read_eof:
+            return
+        self._read_eof = True
+        keep = self.context.run(self._protocol.eof_received)  # type: ignore[attr-defined]
+        if self._broken is not None:
+            self.force_close(self._broken)
+        elif not keep:
+            self.close()
+
+    # -- writing
+
+    def _check_thread(self) -> None:
+        if _get_ident() != self._ident:
+            raise wrong_thread(repr(self))
+
+    def write(self, data: Any) -> None:
+        """Never blocks. What the ring has no room for is kept; get_write_buffer_size() says how much that is.
+
+        Raises TypeError, RuntimeError after write_eof() or from another thread.
+        """
+        if _get_ident() == self._ident and not self._pending and not self._closing and type(data) is bytes:
+            n = len(data)
+            taken = self._write_ring(self._ep, data, n) if not self._eof_wanted and n else CLOSED
+            if taken == n:
+                if not self.node.scheduled:
+                    self.node.begin_turn()
+                return
+            if taken > 0:
+                data = memoryview(data)[taken:]
+        self._write_slowly(data)
+
+    def _write_slowly(self, data: Any) -> None:
+        self._check_thread()
+        if not isinstance(data, (bytes, bytearray, memoryview)):
+            raise TypeError(f"data argument must be a bytes-like object, not {type(data).__name__!r}")
+        if self._eof_wanted:
+            raise RuntimeError("Cannot call write() after write_eof()")
+        if isinstance(data, memoryview) and (data.ndim != 1 or data.itemsize != 1 or not data.contiguous):
+            data = data.cast("B") if data.contiguous else memoryview(bytes(data))
+        size = len(data)
+        if not size:
+            return
+        if self._closing or self._lost or self._broken is not None:
+            if self._lost or self._broken is not None:
+                self._after_loss()
+                return
+            if not self._pending:
+                return  # closed: like asyncio's own, bytes after close() are lost
+        if not self._pending:
+            taken = self.conn.write(self.node.engine.ffi.from_buffer(data) if size else b"", size)
+            if not self.node.scheduled and self.node.engine.alive:
+                self.node.begin_turn()
+            if taken == size:
+                return
+            if taken < 0:
+                self._write_failed(taken)
+                return
+            data = memoryview(data)[taken:]
+        self._pending += data
+        self._maybe_pause_protocol()
+
+    def writelines(self, list_of_data: Any) -> None:
+        self.write(b"".join(list_of_data))
+
+    def _after_loss(self) -> None:
+        self._writes_after_loss += 1
+        if self._writes_after_loss >= 5:
+            from asyncio.log import logger
+
+            logger.warning("shmsock: write() to a lost connection: %r", self)
+
+    def _write_failed(self, status: int = CLOSED) -> None:
+        """The peer reads no more. What it wrote before is still worth reading: the connection ends with that."""
+        error = self.conn.error
+        self._pending.clear()
+        if status == STALE:
+            error = self.node.engine.failure()
+        if error is None and not self._closing:
+            error = BrokenPipeError(errno.EPIPE, f"{self.conn.remote} closed the connection and reads no more")
+        if self._closing or self._read_eof or self.conn.error is not None or status == STALE:
+            self.force_close(error)
+        else:
+            self._broken = error
+            self._maybe_resume_protocol()
+            self._wake_writer()
+
+    def _flush(self) -> None:
+        pending = self._pending
+        if pending:
+            view = self.node.engine.ffi.from_buffer(pending)
+            try:
+                taken = self.conn.write(view, len(pending))
+            finally:
+                self.node.engine.ffi.release(view)
+            if taken < 0:
+                self._write_failed(taken)
+                return
+            del pending[:taken]
+            self._maybe_resume_protocol()
+        if not pending:
+            if self._closing:
+                self._finish_close()
+            elif self._eof_wanted:
+                self.conn.finish()
+        self._wake_writer()
+
+    def _wake_writer(self) -> None:
+        waiter = self.space_waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    def write_eof(self) -> None:
+        """FIN behind what was written; reading goes on."""
+        self._check_thread()
+        if self._closing or self._eof_wanted:
+            return
+        self._eof_wanted = True
+        if not self._pending:
+            self.conn.finish()
+
+    def can_write_eof(self) -> bool:
+        return True
+
+    def get_write_buffer_size(self) -> int:
+        return len(self._pending)
+
+    @property
+    def flushing(self) -> bool:
+        """Closed, and not yet rid of what was written."""
+        return bool(self._pending) and (self._closing or self._eof_wanted)
+
+    # -- the end
+
+    def is_closing(self) -> bool:
+        return self._closing
+
+    def close(self) -> None:
+        """Flush, then FIN: what was written arrives. connection_lost(None) follows, not from within this call."""
+        self._check_thread()
+        if self._closing:
+            return
+        self._closing = True
+        if not self._pending:
+            self._finish_close()
+
+    def _finish_close(self) -> None:
+        self.conn.close()
+        self._end(None)
+
+    def abort(self) -> None:
+        """Reset the connection. connection_lost(None) follows."""
+        self._check_thread()
+        self.force_close(None)
+
+    def force_close(self, error: BaseException | None) -> None:
+        """RST; what was not written is lost. connection_lost(error) follows."""
+        if self._lost:
+            return
+        self._closing = True
+        self._pending.clear()
+        if self.node.engine.alive:
+            self.conn.abort()
+        self._end(error)
+
+    _force_close = force_close  # asyncio's TLS code calls it by this name
+
+    def _end(self, error: BaseException | None) -> None:
+        if self._lost:
+            return
+        self._lost = True
+        self.node.transports.discard(self)
+        self._wake_writer()
+        reader = self.reader() if self.reader is not None else None
+        if reader is not None:
+            reader._detach()
+        if not self._loop.is_closed():
+            self._loop.call_soon(self._call_connection_lost, error, context=self.context)
+        if not self.node.scheduled and self.node.engine.alive and not self.node.closed:
+            self.node.begin_turn()
+
+    def _call_connection_lost(self, error: BaseException | None) -> None:
+        try:
+            self._protocol.connection_lost(error)  # type: ignore[arg-type]
+        finally:
+            self.conn.handler = None
+            server, self._server = self._server, None
+            if server is not None:
+                server._detach(self)
+
+    def _fatal_error(self, error: BaseException, message: str = "Fatal error on transport") -> None:
+        if not isinstance(error, OSError):
+            self._loop.call_exception_handler(
+                {"message": message, "exception": error, "transport": self, "protocol": self._protocol}
+            )
+        self.force_close(error)
+
+    def node_closed(self) -> None:
+        """The node detaches: like a process's end, what is open is closed."""
+        if not self._lost:
+            self._closing = True
+            self._pending.clear()
+            if self.conn.state is not State.FREE:
+                self.conn.close()
+            self._end(None)
+
+    def __del__(self, _warn: Any = warnings.warn) -> None:
+        # Never into C from here: the collector may run on any thread, while the loop's own is inside C.
+        if not getattr(self, "_lost", True):
+            _warn(f"unclosed transport {self!r}", ResourceWarning, source=self)
