@@ -76,7 +76,7 @@ def survey(layout: Layout, locks: Locks, boot_id: bytes) -> list[Seen]:
 def _alive(layout: Layout, before: list[Seen]) -> set[int]:
     """Sections whose beat moved since `before` was taken."""
     load = layout.memory.load
-    return {s.section for s in before if s.claim and not s.dead and load(layout.section(s.section) + lay.BEAT) != s.beat}
+    return {s.section for s in before if s.claim and load(layout.section(s.section) + lay.BEAT) != s.beat}
 
 
 def _still_read(layout: Layout, section: int, alive: set[int]) -> bool:
@@ -115,8 +115,11 @@ def claim_section(
             claim = yield from _take(layout, locks, seen, rng)
             if claim:
                 return claim
-    silent = [s for s in before if s.claim and s.section not in alive and s not in dead]
-    names = [f"{s.section} ({s.who.name if s.who else 'no name'})" for s in silent]
+    names = []
+    for seen in before:
+        if seen.section not in alive:
+            still_read = ", still being read" if seen in left or seen in dead else ""
+            names.append(f"{seen.section} ({seen.who.name if seen.who else 'no name'}{still_read})")
     raise sections_full(names, layout.peers, path)
 
 

@@ -120,12 +120,13 @@ class Listeners:
         group.remove(listener)
         if not group:
             del self.mine[listener.port]
-        if self.engine.alive:
-            self._store(listener.index, 0)
-            self._free.append(listener.index)
+        self._store(listener.index, 0)
+        self._free.append(listener.index)
 
     def _store(self, index: int, entry: int) -> None:
         memory, at = self.engine.memory, self.engine.layout.section(self.engine.section)
+        if self.engine.lib.sh_node_is_inert(self.engine.nd):
+            return  # the section may be another's by now
         memory.store(at + lay.LISTENER + 8 * index, entry)
         if index >= self._count:
             self._count = index + 1

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from shmsock.errors import NodeClosedError, no_buffers, node_closed, port_refused
+from shmsock.errors import NodeClosedError, no_buffers, node_closed, port_refused, violation
 from shmsock.fabric import layout as lay
 from shmsock.fabric.arena import MIN_RING, Arena
 from shmsock.fabric.attach import Claim, Locks
@@ -88,6 +88,7 @@ class Engine:
         self._orphans: set[Connection] = set()
         self._mail: set[int] = set()
         self._tags: set[int] = set()  # links whose tag changed while they were ignored
+        self._condemned: set[int] = set()  # peers that broke the rules too often: the pump drops them
         self._reap: dict[int, tuple[int, int, int]] = {}
         self._next_sample = now_ns
         self._next_safety = now_ns + SAFETY_NS
@@ -118,18 +119,25 @@ class Engine:
     def leave(self) -> None:
         """Close what is open as a process's end would, and give the section back. What was published stays readable."""
         if self._failure is None:
-            at = self.layout.section(self.section)
-            self.memory.store(at + lay.STATE, lay.LEAVING)
-            for listener in list(self.listeners):
-                listener.close()
-            for conn in list(self.connections.values()):
-                conn.close()
             if not self.lib.sh_node_is_inert(self.nd):
-                self.memory.store(at + lay.STATE, lay.GONE)
-                self.memory.fence()
-                self.memory.cas(at + lay.CLAIM, self.claim.word, 0)
+                self._give_back()
             self._failure = node_closed(self.name)
         self.lib.sh_node_inert(self.nd)
+
+    def _give_back(self) -> None:
+        memory, at = self.memory, self.layout.section(self.section)
+        memory.store(at + lay.STATE, lay.LEAVING)
+        for listener in list(self.listeners):
+            listener.close()
+        for conn in list(self.connections.values()):
+            conn.close()
+        if not self.lib.sh_node_is_inert(self.nd):
+            # no clock is common to all machines: count departures, so that the oldest is reused first
+            latest = max(memory.load(self.layout.section(i) + lay.LEFT) for i in range(self.layout.peers))
+            memory.store(at + lay.LEFT, (latest + 1) & 0xFFFFFFFFFFFFFFFF)
+            memory.store(at + lay.STATE, lay.GONE)
+            memory.fence()
+            memory.cas(at + lay.CLAIM, self.claim.word, 0)
 
     def abandon(self, why: OSError) -> None:
         """In a forked child, or when the section was lost: every call fails from now on, nothing is stored."""
@@ -147,6 +155,9 @@ class Engine:
         return self._failure is None
 
     def check(self) -> None:
+        """Raises when this node is over. A zombie finds it out here, at its next call, and not only in the pump."""
+        if self._failure is None and self.lib.sh_node_is_inert(self.nd):
+            self._down(self.failure())
         if self._failure is not None:
             raise self._failure
 
@@ -180,6 +191,8 @@ class Engine:
             self._next_safety = now_ns + SAFETY_NS
             if self.lib.sh_safety(self.nd):
                 self._mail.update(range(self.layout.peers))
+        for section in list(self._condemned):
+            self._punish(self.peers[section], now_ns)
         return self._take_events()
 
     def _take_events(self) -> list[Event]:
@@ -189,7 +202,7 @@ class Engine:
     @property
     def quiet(self) -> bool:
         """Nothing is owed a pass."""
-        return not self._events and not self._mail and bool(self.lib.sh_quiet(self.nd))
+        return not (self._events or self._mail or self._condemned) and bool(self.lib.sh_quiet(self.nd))
 
     def next_deadline(self) -> int:
         """When to pump again at the latest, monotonic nanoseconds."""
@@ -234,7 +247,12 @@ class Engine:
         self._mail.add(peer.section)
         self._publish_users(peer)
         self.peers.refresh(peer, now_ns)
-        if peer.live:
+        self._watch_lock(peer)
+
+    def _watch_lock(self, peer: Peer) -> None:
+        """Once per life. Its bells may be heard before its section says that it is there, so every sample asks."""
+        if peer.live and not peer.watched:
+            peer.watched = True
             self._watch(peer, True)
 
     def drop(self, peer: Peer, now_ns: int) -> None:
@@ -260,24 +278,30 @@ class Engine:
         self._mail.discard(peer.section)
 
     def offence(self, section: int) -> None:
-        """A peer broke a rule: after three its link is dropped, and it is not listened to for a while, longer each time."""
+        """A peer broke a rule: after three its link is dropped, by the pump and not in the middle of what found it."""
         peer = self.peers[section]
         self.counts["violations"] += 1
         peer.violations += 1
         if peer.violations >= VIOLATIONS:
-            peer.violations = 0
-            now = self.lib.sh_clock()
-            peer.ignore_until_ns = now + peer.backoff_s * 1_000_000_000
-            peer.backoff_s = min(peer.backoff_s * 2, 60)
-            self.drop(peer, now)
+            self._condemned.add(section)
+
+    def _punish(self, peer: Peer, now_ns: int) -> None:
+        """Drop the link, and do not adopt the peer, that is not listen to it, for a while: longer each time."""
+        self._end_connections(peer, now_ns)
+        self.lib.sh_restart(self.nd, peer.section, self._pair_inc(self.section, peer.section))
+        self._tags.add(peer.section)
+        self._condemned.discard(peer.section)
+        peer.violations = 0
+        peer.ignore_until_ns = now_ns + peer.backoff_s * 1_000_000_000
+        peer.backoff_s = min(peer.backoff_s * 2, 60)
 
     def _lost_locks(self, mask: int, now_ns: int) -> None:
         while mask:
             section = (mask & -mask).bit_length() - 1
             mask &= mask - 1
             peer = self.peers[section]
-            self._watch(peer, False)  # until its section's next life is adopted
-            if peer.live:
+            self._watch(peer, False)  # until its section's next life
+            if peer.here:
                 self.peers.declare_dead(peer)
                 self._lost(peer, now_ns)
 
@@ -289,6 +313,8 @@ class Engine:
         self._next_sample = now_ns + SAMPLE_NS
         for peer in self.peers.sample(now_ns):
             self._lost(peer, now_ns)
+        for peer in self.peers.all:
+            self._watch_lock(peer)
         for section in list(self._tags):
             if now_ns >= self.peers[section].ignore_until_ns:
                 self._tag_changed(self.peers[section], now_ns)
@@ -382,12 +408,19 @@ class Engine:
     def connect(self, section: int, port: int, *, local: tuple[str, int], remote: str, tried: tuple[int, ...] = ()) -> Connection:
         """Ask `section` for a connection to `port`. The answer is an event, connected or failed.
 
-        Raises OSError (ENOBUFS) when slots or arena are exhausted, OSError (ENOSPC) when the disk is full.
+        Raises OSError (ENOBUFS) when slots or arena are exhausted, OSError (ENOSPC) when the disk is full,
+        ConnectionRefusedError when nobody is there, ProtocolViolation while it is not listened to.
         """
         self.check()
-        peer = self.peers[section]
-        if not self.lib.sh_peer_inc(self.nd, section) or self.lib.sh_tag_changed(self.nd, section):
-            self._adopt(peer, self.lib.sh_clock())
+        peer, now_ns = self.peers[section], self.lib.sh_clock()
+        self.peers.refresh(peer, now_ns)
+        if not peer.live:
+            raise port_refused(remote, port)
+        adopted = self.lib.sh_peer_inc(self.nd, section)
+        if not adopted and now_ns < peer.ignore_until_ns:
+            raise violation(f"{remote!r} (section {section})", f"{VIOLATIONS} times; it is not listened to for a while")
+        if not adopted or self.lib.sh_tag_changed(self.nd, section):
+            self._adopt(peer, now_ns)
         conn = self._take_slot(peer, accepted=False)
         if isinstance(conn, int):
             raise self._no_room(conn)
@@ -501,6 +534,9 @@ class Engine:
                 error = port_refused(*conn.remote)
             self._events.append(Event("failed", conn, error))
             return
+        old = peer.connections.get(slot)
+        if old is not None:
+            self._ready(old.slot)  # released, accepted anew, and we have not looked since
         status = conn.open(slot, gen) if slot not in peer.connections else VIOLATION
         if status < 0:
             conn.release()

@@ -28,6 +28,8 @@ class Peer:
         self.claim = 0
         self.who: Identity | None = None
         self.live = False
+        self.here = False  # was live, and sample() has not told yet that it is gone
+        self.watched = False  # its lock: somebody was asked to
         self.beat = -1
         self.beat_ns = 0
         self.samples = 0
@@ -69,11 +71,11 @@ class Peers:
             peer.incarnation = life
             peer.who = self.layout.identity(peer.section)
             peer.beat, peer.beat_ns, peer.samples = -1, now_ns, 0
-            peer.live = False
+            peer.live = peer.watched = False
         if peer.who is None or not peer.claim or state not in (lay.LIVE, lay.LEAVING):
             peer.live = False
         elif peer.samples == 0:
-            peer.live = True
+            peer.live = peer.here = True
 
     def refresh_all(self, now_ns: int) -> None:
         for peer in self.all:
@@ -83,7 +85,6 @@ class Peers:
         """One look at every beat. Returns the peers that are gone since the last: left, or silent too long."""
         gone = []
         for peer in self.all:
-            was = peer.live
             self.refresh(peer, now_ns)
             if peer.section != self.own and peer.live:
                 beat = self.layout.memory.load(self.layout.section(peer.section) + lay.BEAT)
@@ -98,14 +99,15 @@ class Peers:
                 if beat != peer.beat:  # thought dead, and beats again: a stopped process or VM was continued
                     peer.beat, peer.beat_ns, peer.samples = beat, now_ns, 0
                     self.refresh(peer, now_ns)
-            if was and not peer.live:
+            if peer.here and not peer.live:  # whoever noticed first
+                peer.here = False
                 gone.append(peer)
         return gone
 
     def declare_dead(self, peer: Peer) -> None:
         """The kernel said so: its lock fell."""
         peer.beat = self.layout.memory.load(self.layout.section(peer.section) + lay.BEAT)
-        peer.live, peer.samples = False, max(peer.samples, 1)
+        peer.live, peer.here, peer.samples = False, False, max(peer.samples, 1)
 
     def same_kernel(self, peer: Peer) -> bool:
         known = peer.who is not None and peer.who.boot_id == self.me.boot_id != bytes(16)

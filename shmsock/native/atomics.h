@@ -33,7 +33,7 @@ static inline void sh_hard_fence(void) { __asm__ __volatile__("dsb sy" ::: "memo
 
 uint64_t sh_fake_load(const uint64_t *p);
 void sh_fake_store(uint64_t *p, uint64_t v);
-void sh_fake_fence(void);
+void sh_fake_fence(const char *function);
 void sh_fake_copy_out(void *to, const void *from, uint32_t n);
 void sh_fake_copy_in(void *to, const void *from, uint32_t n);
 int sh_fake_cas(uint64_t *p, uint64_t old, uint64_t new_);
@@ -41,7 +41,7 @@ static inline uint64_t sh_load(const uint64_t *p, int wc) { (void)wc; return sh_
 static inline uint64_t sh_peek(const uint64_t *p) { return sh_fake_load(p); }
 static inline void sh_store(uint64_t *p, uint64_t v, int wc) { (void)wc; sh_fake_store(p, v); }
 static inline void sh_put(uint64_t *p, uint64_t v) { sh_fake_store(p, v); }
-static inline void sh_fence(int wc) { (void)wc; sh_fake_fence(); }
+#define sh_fence(wc) ((void)(wc), sh_fake_fence(__func__))
 static inline void sh_acquire(int wc) { (void)wc; }
 static inline void sh_copy_out(void *to, const void *from, uint32_t n) { sh_fake_copy_out(to, from, n); }
 static inline void sh_copy_in(void *to, const void *from, uint32_t n) { sh_fake_copy_in(to, from, n); }

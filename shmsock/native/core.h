@@ -116,6 +116,10 @@ int sh_fake_pending(int cpu);
 int sh_fake_drain(int cpu, int stores);
 void sh_fake_hook(void (*hook)(void), int steps);
 void sh_fake_time(uint64_t now_ns);
+void sh_fake_cut(int cpu);
+void sh_fake_bury(int cpu);
+void sh_fake_omit(const char *function);
+int sh_fake_bells_differ(sh_node *nd);
 /* cdef-fake-end */
 #endif
 

@@ -162,6 +162,7 @@ int sh_pump(sh_node *nd, uint32_t *out, int max)
             continue;
         }
         out[n++] = (l->news & SH_NEWS_TAG ? SH_EV_ADOPT : SH_EV_MESSAGE) << 24 | j;
+        l->unread = !(l->news & SH_NEWS_TAG);
         l->news = 0; /* what is left unread of the mail is found again by sh_message_recv's caller */
     }
     nd->start = (nd->start + 1) % nd->g.peers;
@@ -207,14 +208,15 @@ int sh_safety(sh_node *nd)
                 suspect = 1;
             for (uint64_t m = l->open[w] & ~due; m; m &= m - 1) {
                 sh_ep *ep = &nd->eps[w * 64 + (uint32_t)__builtin_ctzll(m)];
-                if (sh_load(&ep->theirs->p, nd->wc) != ep->p_last) {
+                /* WANT is published without a bell: it is seen when bytes are taken */
+                if ((sh_load(&ep->theirs->p, nd->wc) ^ ep->p_last) & ~SH_WANT) {
                     nd->ready[w] |= SH_BIT(ep->slot);
                     suspect = 1;
                 }
             }
         }
         box = sh_load(&l->in->outbox, nd->wc);
-        if (SH_HIGH(box) == l->my_inc && SH_LOW(box) != l->msg_head && !(l->news & SH_NEWS_MAIL)) {
+        if (SH_HIGH(box) == l->my_inc && SH_LOW(box) != l->msg_head && !(l->news & SH_NEWS_MAIL) && !l->unread) {
             l->news |= SH_NEWS_MAIL;
             nd->attention = 1;
             suspect = 1;
@@ -235,6 +237,8 @@ void sh_restart(sh_node *nd, uint32_t peer, uint32_t pair_inc)
 {
     struct sh_link *l = &nd->links[peer];
 
+    if (!sh_may_write(nd))
+        return;
     for (uint32_t w = 0; w < nd->words; w++) {
         l->t[w] = l->a[w] = l->open[w] = 0;
         sh_put(&l->t_out[w], 0);
@@ -245,7 +249,7 @@ void sh_restart(sh_node *nd, uint32_t peer, uint32_t pair_inc)
     sh_put(&l->out->users, 0);
     l->my_inc = pair_inc;
     l->peer_inc = l->count = l->msg_tail = l->msg_head = 0;
-    l->news = l->suspected = 0;
+    l->news = l->suspected = l->unread = 0;
     sh_store(&l->out->bell, SH_PACK(pair_inc, 0), nd->wc); /* last: who sees the tag sees the cleared words */
     sh_fence(nd->wc);
     /* no bell has the tag 0 and the count all ones: the next pump takes this for a change */
@@ -258,9 +262,11 @@ uint32_t sh_adopt(sh_node *nd, uint32_t peer)
     struct sh_link *l = &nd->links[peer];
     uint64_t bell = sh_load(&l->in->bell, nd->wc);
 
+    if (!sh_may_write(nd))
+        return 0;
     l->peer_inc = SH_HIGH(bell);
     l->msg_tail = l->msg_head = 0;
-    l->news = l->suspected = 0;
+    l->news = l->suspected = l->unread = 0;
     __atomic_store_n(&l->last, bell, __ATOMIC_RELAXED);
     for (uint32_t w = 0; w < nd->words; w++) {
         l->open[w] = 0;
@@ -291,7 +297,8 @@ int sh_tag_changed(sh_node *nd, uint32_t peer)
 /* Publish how many connections may still read this peer's rings: its section is not reused while this is not 0. */
 void sh_users(sh_node *nd, uint32_t peer, uint32_t count)
 {
-    sh_store(&nd->links[peer].out->users, SH_PACK(nd->links[peer].peer_inc, count), nd->wc);
+    if (sh_may_write(nd))
+        sh_store(&nd->links[peer].out->users, SH_PACK(nd->links[peer].peer_inc, count), nd->wc);
 }
 
 /* ---- messages ---- */
@@ -334,6 +341,7 @@ int sh_message_recv(sh_node *nd, uint32_t peer, sh_note *m)
 
     if (!sh_may_write(nd))
         return SH_STALE;
+    l->unread = 0;
     box = sh_load(&l->in->outbox, nd->wc);
     if (!l->peer_inc || SH_HIGH(box) != l->my_inc || SH_LOW(box) == l->msg_head)
         return 0;
@@ -347,6 +355,7 @@ int sh_message_recv(sh_node *nd, uint32_t peer, sh_note *m)
     *m = (sh_note){.kind = in.kind, .reason = in.reason, .slot = in.slot, .dst_slot = in.dst_slot, .gen = in.gen,
                    .dst_gen = in.dst_gen, .port = in.port, .src_port = in.src_port};
     l->msg_head++;
+    l->unread = 1;
     nd->moved_messages++;
     sh_store(&l->out->inbox, SH_PACK(l->peer_inc, l->msg_head), nd->wc);
     return 1;

@@ -21,6 +21,7 @@ struct sh_link { /* towards one peer */
     uint32_t msg_tail, msg_head;
     uint64_t last;             /* the peer's bell as the pump last saw it; the keeper reads it too, hence atomic */
     int news;                  /* SH_NEWS_*: what the pump has yet to report */
+    int unread;                /* mail was reported, and the caller has not yet seen that there is no more */
     uint64_t suspect;          /* bell at a safety look that found something; still the same at the next: healed */
     int suspected;
     uint64_t t[SH_MAX_WORDS];    /* my toggles */

@@ -369,6 +369,12 @@ static int acknowledge(sh_node *nd, sh_ep *ep)
     return 1;
 }
 
+/* Has a writer that waits for space been given some? Whoever acknowledges a toggle owes this look as much as the one at P. */
+static int space_came(const sh_ep *ep)
+{
+    return (ep->flags & SH_WANT) && SH_LOW(sh_load(&ep->theirs->c, ep->nd->wc)) != ep->head_seen;
+}
+
 /* Before suspending: from here on the peer must tell. 1: something is there after all, look again. 0: suspend. */
 int sh_arm(sh_ep *ep)
 {
@@ -385,6 +391,8 @@ int sh_arm(sh_ep *ep)
         return 1;
     if (ep->p_last & SH_WANT)
         sh_notify_slot(nd, ep->peer, ep->peer_slot);
+    if (space_came(ep))
+        nd->ready[SH_WORD(ep->slot)] |= SH_BIT(ep->slot); /* not the reader's business, but the toggle spoke of it */
     ep->waiting = 1;
     ep->wait_since = sh_clock();
     return 0;
@@ -409,8 +417,7 @@ void sh_rearm_touched(sh_node *nd)
             sh_ep *ep = &nd->eps[w * 64 + (uint32_t)__builtin_ctzll(m)];
             uint64_t p = sh_load(&ep->theirs->p, nd->wc);
 
-            if (p != ep->p_last || ep->tail_seen != ep->head
-                || ((ep->flags & SH_WANT) && SH_LOW(sh_load(&ep->theirs->c, nd->wc)) != ep->head_seen))
+            if (p != ep->p_last || ep->tail_seen != ep->head || space_came(ep))
                 nd->later[w] |= SH_BIT(ep->slot);
             if (!ep->orphan && SH_GEN(p) == ep->peer_gen && (p & SH_WANT))
                 sh_notify_slot(nd, ep->peer, ep->peer_slot);

@@ -1,0 +1,331 @@
+"""Format, claim, reuse, reap: the little that several processes may do to one word at a time."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import random
+from collections.abc import Generator
+from typing import Any
+
+import pytest
+
+from shmsock.errors import RegionError, RegionFormatError
+from shmsock.fabric import layout as lay
+from shmsock.fabric.attach import Seen, reap, survey
+from shmsock.fabric.layout import default_slots, format_region, is_blank, read_layout
+from shmsock.fabric.memory import Memory
+from tests.fabric.world import KERNEL, Node, World, fake_core, send
+
+OTHER = b"kernel-of-host-B"
+
+
+def blank(size: int = 1 << 20) -> Memory:
+    core = fake_core()
+    core.lib.sh_fake_reset()
+    return Memory(core, mmap.mmap(-1, size))
+
+
+# -- format
+
+
+def test_format_then_read() -> None:
+    memory = blank()
+    assert is_blank(memory)
+    made = format_region(memory, peers=5)
+    found = read_layout(memory)
+    assert not is_blank(memory)
+    assert (found.region_id, found.peers, found.slots) == (made.region_id, 5, made.slots)
+    assert format_region(memory, peers=9).region_id == made.region_id
+
+
+def test_two_that_format_at_once_write_the_same() -> None:
+    """Interleaved at every access, on CPUs of their own, even with other wishes: one geometry comes out."""
+    core = fake_core()
+    for steps in range(1, 700, 2):
+        memory = blank()
+        other: list[int] = []
+
+        def meanwhile(memory: Memory = memory, other: list[int] = other) -> None:
+            core.lib.sh_fake_cpu(2)
+            other.append(format_region(memory, peers=3).region_id)
+            core.lib.sh_fake_cpu(1)
+
+        hook = core.ffi.callback("void(void)", meanwhile)
+        core.lib.sh_fake_cpu(1)
+        core.lib.sh_fake_hook(hook, steps)
+        mine = format_region(memory, peers=4).region_id
+        core.lib.sh_fake_hook(core.ffi.NULL, 0)
+        if not other:
+            break
+        core.lib.sh_fake_drain(1, -1)
+        core.lib.sh_fake_drain(2, -1)
+        core.lib.sh_fake_cpu(0)
+        assert other == [mine] == [read_layout(memory).region_id]
+    assert steps > 10
+
+
+def test_half_a_format_is_finished_by_the_next() -> None:
+    memory = blank()
+    memory.cas(lay.H_ID, 0, 5 << 24 | 1 << 63 | 4 << 8 | 3)
+    assert is_blank(memory)
+    with pytest.raises(RegionFormatError, match="not formatted"):
+        read_layout(memory)
+    assert format_region(memory, peers=9).peers == 3
+
+
+@pytest.mark.parametrize(
+    ("offset", "value", "says"),
+    [
+        (lay.H_MAGIC, 0, "not formatted, or zeroed"),
+        (lay.H_MAGIC, 0x1234, "it holds something else"),
+        (lay.H_VERSION, 2, "version 2, this shmsock knows 1"),
+        (lay.H_VERSION, 1 << 63, "version"),
+        (lay.H_BYTES, 1 << 21, "truncated"),
+        (lay.H_BYTES, 1 << 63, "truncated"),
+        (lay.H_BYTES, 0, "do not go together"),
+        (lay.H_BYTES, 8192, "do not go together"),
+        (lay.H_ID, 0, "do not go together"),
+        (lay.H_ID, (1 << 64) - 1, "do not go together"),
+        (lay.H_ID, 5 << 24 | 4 << 8 | 65, "do not go together"),
+        (lay.H_ID, 5 << 24 | 12 << 8 | 4, "do not go together"),
+        (lay.H_ID, 5 << 24 | 1 << 16 | 4 << 8 | 4, "do not go together"),
+    ],
+)
+def test_wrong_headers_are_told_apart(offset: int, value: int, says: str) -> None:
+    memory = blank()
+    format_region(memory, peers=4)
+    memory.store(offset, value)
+    with pytest.raises(RegionFormatError, match=says) as info:
+        read_layout(memory)
+    assert info.value.errno == errno.EINVAL
+
+
+def test_random_headers_are_refused_or_make_sense() -> None:
+    memory, rng = blank(), random.Random(7)
+    for _ in range(3000):
+        memory.store(lay.H_MAGIC, lay.MAGIC)
+        memory.store(lay.H_VERSION, lay.VERSION)
+        memory.store(lay.H_BYTES, rng.choice((memory.size, rng.getrandbits(rng.randrange(64)))))
+        memory.store(lay.H_ID, rng.getrandbits(40) << 24 | rng.choice((0, 0, 1)) << 16 | rng.randrange(14) << 8 | rng.randrange(70))
+        try:
+            layout = read_layout(memory)
+        except RegionFormatError:
+            continue
+        assert layout.section(layout.peers) <= memory.size
+        assert layout.arena_off + layout.arena_bytes == layout.section_bytes
+
+
+@pytest.mark.parametrize("size", [4096, 8192, 65536])
+def test_too_small_a_region_says_what_would_do(size: int) -> None:
+    memory = blank(size)
+    with pytest.raises(RegionFormatError, match=r"make it (\d+) or more") as info:
+        format_region(memory, peers=64)
+    words = str(info.value).split("make it ")[1].split()
+    need = int(words[0])
+    assert default_slots(memory, need, 64)
+    assert not default_slots(memory, need // 2, 64)
+    for peers in (0, 65, -1):
+        with pytest.raises(RegionError) as bad:
+            format_region(blank(), peers=peers)
+        assert bad.value.errno == errno.EINVAL
+
+
+def test_foreign_content_is_not_overwritten() -> None:
+    for offset, value in ((0, 0x464C457F), (100, 1), (4088, 1)):
+        memory = blank()
+        memory.store(offset // 8 * 8, value)
+        with pytest.raises(RegionFormatError, match="something else"):
+            format_region(memory, peers=4)
+
+
+# -- claim
+
+
+def crowd(world: World, n: int, **how: Any) -> list[Node]:
+    made = [world.attach(f"n{i}", **how) for i in range(n)]
+    world.quiet()
+    return made
+
+
+def test_never_used_sections_come_first_and_in_order(world: World) -> None:
+    nodes = crowd(world, 2)
+    world.leave(nodes[0])
+    world.quiet()
+    assert [n.section for n in crowd(world, 2)] == [2, 3]
+
+
+def test_left_sections_are_reused_the_oldest_first(world: World) -> None:
+    nodes = crowd(world, 4)
+    for i in (2, 0, 3):
+        world.leave(nodes[i])
+        world.advance(0.5)
+    assert [n.section for n in crowd(world, 3)] == [2, 0, 3]
+
+
+def test_left_comes_before_dead(world: World) -> None:
+    nodes = crowd(world, 4)
+    world.kill(nodes[0])
+    world.leave(nodes[2])
+    assert [n.section for n in crowd(world, 2)] == [2, 0]
+
+
+def test_silent_is_not_dead(world: World) -> None:
+    """No lock, or one of another kernel: a paused VM may write at any time."""
+    a = world.attach("alpha", locked=False)
+    b = world.attach("beta", kernel=OTHER)
+    world.attach("gamma")
+    world.attach("delta")
+    world.freeze(a)
+    world.freeze(b)
+    world.advance(100)
+    with pytest.raises(RegionError, match=r"0 \(alpha\), 1 \(beta\).*reap") as info:
+        world.attach("e")
+    assert info.value.errno == errno.ENOSPC
+    assert info.value.filename == "region"
+
+
+def test_all_alive(world: World) -> None:
+    crowd(world, 4)
+    with pytest.raises(RegionError, match="all their owners are alive"):
+        world.attach("e")
+
+
+def test_the_same_machine_came_back(world: World) -> None:
+    """Machine id known, boot id new, beat still: its former life is over."""
+    a = world.attach("alpha", kernel=OTHER, machine=b"B" * 16)
+    crowd(world, 3)
+    world.freeze(a)
+    world.kernels[b"kernel of host B"] = {}
+    again = world.attach("alpha", kernel=b"kernel-of-B-next", machine=b"B" * 16)
+    assert again.section == a.section
+
+
+@pytest.mark.parametrize("why", ["another machine", "no machine id", "a clone lives", "its beat moves"])
+def test_the_same_machine_came_back_only_if_it_is_sure(why: str) -> None:
+    world = World(peers=3)
+    machine = bytes(16) if why == "no machine id" else b"B" * 16
+    a = world.attach("alpha", kernel=OTHER, machine=machine)
+    world.attach("beta", machine=machine if why == "a clone lives" else b"C" * 16)
+    world.attach("gamma", machine=b"D" * 16)
+    if why != "its beat moves":
+        world.freeze(a)
+    with pytest.raises(RegionError):
+        world.attach("alpha", kernel=b"kernel-of-B-next", machine=b"E" * 16 if why == "another machine" else machine)
+
+
+def test_a_section_is_not_reused_while_somebody_reads_it() -> None:
+    world = World(peers=2)
+    a, b = world.pair()
+    c, s = world.open(a, b)
+    a.write(c, b"precious")
+    a.close(c)
+    world.leave(a)
+    world.drain()
+    world.advance(0.5)
+    with pytest.raises(RegionError, match=r"0 \(a, still being read\)"):
+        world.attach("c")
+    assert b.read(s) == b"precious"
+    b.read(s)
+    again = world.attach("c")
+    assert again.section == a.section
+    world.quiet()
+    x, y = world.open(again, b)
+    assert send(world, again, x, b"hello", b, y) == b"hello"
+    world.check()
+
+
+def test_a_dead_reader_holds_nothing() -> None:
+    world = World(peers=2)
+    a, b = world.pair()
+    c, _ = world.open(a, b)
+    a.write(c, b"precious")
+    world.kill(a)
+    world.advance(0.5)
+    world.kill(b)
+    assert world.attach("c").section == 0
+    assert world.attach("d").section == 1
+
+
+def test_a_live_section_whose_lock_cannot_be_seen_is_not_taken() -> None:
+    """Two VMs restored from one snapshot share the boot id, and their locks are in two kernels: the beat tells."""
+    world = World(peers=1)
+    a = world.attach("a")
+    a.locks.die()
+    with pytest.raises(RegionError):
+        world.attach("a")
+    assert a.engine.alive
+
+
+def test_two_claim_at_once_and_get_one_each() -> None:
+    world = World(peers=2)
+    from shmsock.fabric.attach import claim_section
+
+    def process() -> Node:
+        return world.process("p")
+
+    runs: list[tuple[Node, Generator[float, None, Any]]] = []
+    for _ in range(2):
+        node = process()
+        node.state = "running"
+        node.locks.table = {}  # each under a kernel of its own: only memory decides
+        who = node.who
+        runs.append((node, claim_section(world.layout, node.locks, who.boot_id, who.machine_id, world.rng)))
+    got: list[int] = []
+    while runs:
+        node, steps = runs.pop(0)
+        try:
+            world.run(node, next, steps)
+            runs.append((node, steps))
+        except StopIteration as done:
+            got.append(done.value.section)
+    assert sorted(got) == [0, 1]
+
+
+# -- reap
+
+
+def run_reap(world: World, node: Node, **how: Any) -> list[int]:
+    steps = reap(world.layout, node.locks, KERNEL, **how)
+    try:
+        while True:
+            world.advance(world.run(node, next, steps))
+    except StopIteration as done:
+        world.drain()
+        return [seen.section for seen in done.value]
+
+
+def test_reap_frees_the_proven_dead_and_nobody_else(world: World) -> None:
+    a, b, c = crowd(world, 3)
+    silent = world.attach("silent", kernel=OTHER)
+    conn, s = world.open(a, b)
+    a.write(conn, b"unread")
+    world.kill(a)
+    world.kill(c)
+    world.freeze(silent)
+    world.advance(1)
+    assert run_reap(world, b) == [c.section]
+    b.read_all(s)
+    assert run_reap(world, b) == [a.section]
+    asked: list[Seen] = []
+
+    def yes(seen: Seen) -> bool:
+        asked.append(seen)
+        return True
+
+    assert run_reap(world, b, force=yes) == [silent.section]
+    assert [(x.section, x.who.name if x.who else "") for x in asked] == [(silent.section, "silent")]
+    assert [n.section for n in crowd(world, 2)] == [0, 2]
+
+
+def test_survey_tells_what_is_there(world: World) -> None:
+    a, b = world.pair()
+    world.kill(b)
+    c = world.attach("c")
+    world.leave(c)
+    world.drain()
+    seen = world.run(a, survey, world.layout, world.process("tool").locks, KERNEL)
+    assert [x.who and x.who.name for x in seen] == ["a", "b", "c", None]
+    assert [x.dead for x in seen] == [False, True, False, False]
+    assert [bool(x.claim) for x in seen] == [True, True, False, False]
+    assert [x.used for x in seen] == [True, True, True, False]

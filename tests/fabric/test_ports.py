@@ -1,0 +1,167 @@
+"""Who has a port, and who is found under a name."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from shmsock.fabric import layout as lay
+from shmsock.fabric import listeners
+from shmsock.fabric.connection import State
+from shmsock.fabric.layout import LISTENERS
+from tests.fabric.world import Node, World
+
+
+def sections(node: Node, name: str | None, port: int, exclude: tuple[int, ...] = ()) -> list[int]:
+    found, _ = node.call(node.engine.listeners.elsewhere, name, port, exclude=exclude)
+    return [p.section for p in found]
+
+
+def test_a_port_belongs_to_one_process_of_a_name(world: World) -> None:
+    a = world.attach("host")
+    b = world.attach("host")
+    c = world.attach("other")
+    listener = a.listen(80)
+    world.drain()
+    for node in (a, b):
+        with pytest.raises(OSError, match="in use") as info:
+            node.listen(80)
+        assert info.value.errno == errno.EADDRINUSE
+    c.listen(80)
+    world.drain()
+    assert sections(c, "host", 80) == [a.section]
+    a.call(listener.close)
+    world.drain()
+    b.listen(80)
+    world.drain()
+    assert sections(c, "host", 80) == [b.section]
+
+
+def test_a_dead_process_has_no_port(world: World) -> None:
+    a = world.attach("host")
+    a.listen(80)
+    b = world.attach("host")
+    world.quiet()
+    world.kill(a)
+    world.drain()
+    world.advance(0.2)
+    b.listen(80)
+
+
+def test_reuse_port(world: World) -> None:
+    a = world.attach("host")
+    b = world.attach("host")
+    c = world.attach("other")
+    world.quiet()
+    first = a.listen(80, reuse_port=True)
+    second = a.listen(80, reuse_port=True)
+    world.drain()
+    b.listen(80, reuse_port=True)
+    world.drain()
+    with pytest.raises(OSError):
+        b.listen(80)
+    assert sections(c, "host", 80) == [a.section, b.section]
+    assert sections(c, "host", 80, exclude=(a.section,)) == [b.section]
+    for _ in range(4):
+        c.connect(a, 80)
+    world.quiet()
+    assert (first.pending, second.pending) == (2, 2)
+
+
+def test_reuse_needs_both(world: World) -> None:
+    a = world.attach("host")
+    b = world.attach("host")
+    world.quiet()
+    a.listen(80)
+    world.drain()
+    with pytest.raises(OSError):
+        b.listen(80, reuse_port=True)
+
+
+def test_ephemeral_ports_differ(world: World) -> None:
+    a, b = world.attach("host"), world.attach("host")
+    world.quiet()
+    ports = [n.listen(0).port for n in (a, b) for _ in range(20)]
+    assert len(set(ports)) == 40
+    assert all(32768 <= p < 65536 for p in ports)
+
+
+def test_local_listeners(world: World) -> None:
+    a = world.attach("host")
+    b = world.attach("neighbour")
+    far = world.attach("far", kernel=b"kernel-of-host-B")
+    world.quiet()
+    a.listen(80, local_only=True)
+    world.drain()
+    assert sections(b, "host", 80) == [a.section]
+    assert sections(b, None, 80) == [a.section]
+    assert sections(far, "host", 80) == []
+    near, away = b.connect(a, 80), far.connect(a, 80)
+    world.quiet()
+    assert near.state is State.OPEN
+    assert isinstance(far.failed(away), ConnectionRefusedError)
+
+
+def test_names(world: World) -> None:
+    a, b = world.pair()
+    found, known = a.call(a.engine.listeners.elsewhere, "b", 80)
+    assert (found, known) == ([], True)
+    assert a.call(a.engine.listeners.elsewhere, "nobody", 80) == ([], False)
+    assert set(a.engine.peers.names()) == {"a", "b"}
+    a.listen(80)
+    assert sections(a, "a", 80) == [a.section]
+    world.leave(b)
+    world.drain()
+    assert a.call(a.engine.listeners.elsewhere, "b", 80) == ([], False)
+
+
+def test_a_table_full_of_listeners() -> None:
+    world = World(peers=1)
+    a = world.attach("a")
+    for port in range(1, LISTENERS + 1):
+        a.listen(port)
+    with pytest.raises(OSError, match="listener entries") as info:
+        a.listen(LISTENERS + 1)
+    assert info.value.errno == errno.ENOBUFS
+    a.call(next(iter(a.engine.listeners)).close)
+    a.listen(LISTENERS + 1)
+    world.check()
+
+
+@pytest.mark.parametrize("how", ["lazy", "eager"])
+def test_two_listen_at_every_moment_of_each_other(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """Of two of one name that want a port, never both get it; and one does, when the other is not stuck in between."""
+    monkeypatch.setattr(listeners, "PATIENCE", 5)
+    winners = set()
+    for order in (0, 1):
+        for step in range(1, 200):
+            world = World(how, step, peers=2, size=400 << 10)
+            nodes = world.attach("host"), world.attach("host")
+            world.quiet()
+            first, second = nodes[order], nodes[1 - order]
+            got: list[Node] = []
+
+            def listen(node: Node, got: list[Node] = got) -> None:
+                try:
+                    node.listen(80)
+                    got.append(node)
+                except OSError as error:
+                    assert error.errno == errno.EADDRINUSE
+
+            def meanwhile(world: World = world, second: Node = second) -> None:
+                world.jitter()
+                listen(second)  # noqa: B023
+
+            hook = world.ffi.callback("void(void)", meanwhile)
+            world.lib.sh_fake_hook(hook, step)
+            listen(first)
+            world.lib.sh_fake_hook(world.ffi.NULL, 0)
+            world.drain()
+            assert len(got) <= 1, (order, step)
+            entries = [world.word(world.layout.section(n.section) + lay.LISTENER) for n in nodes]
+            assert sum(bool(e) for e in entries) == len(got)
+            if got:
+                winners.add(nodes.index(got[0]))
+            world.check()
+    assert winners == {0, 1}

@@ -1,0 +1,236 @@
+"""No wakeup is lost: two nodes that sleep as a driver does, that is until a bell differs from what their pump last saw.
+
+The clock stands still, so no safety look ever helps out. Stores become visible late, in random order between the two, and in
+half of the runs the other side is run in the middle of a call, after a random number of accesses to shared memory. Leaving out
+any of the fences is found out (the last tests), so the others mean something.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Generator
+from typing import Any
+
+import pytest
+
+from shmsock.fabric.connection import EMPTY, YIELD, Connection
+from shmsock.fabric.settings import Settings
+from tests.fabric.world import Node, World
+
+SMALL = Settings(ring_bytes=4096, busy_poll_us=100)
+Task = Generator[None, None, None]
+
+
+class Hung(AssertionError):
+    pass
+
+
+class Sleeper:
+    """One process: tasks that run when their connection is ready, a pump, and sleep when nobody has anything to do."""
+
+    def __init__(self, world: World, node: Node) -> None:
+        self.world, self.node = world, node
+        self.tasks: list[tuple[Connection, Task]] = []
+        self.woken: set[Connection] = set()
+        self.asleep = False
+
+    def start(self, conn: Connection, task: Task) -> None:
+        self.tasks.append((conn, task))
+        self.woken.add(conn)
+
+    def step(self) -> bool:
+        """One turn of the loop. False: asleep, and nothing rang."""
+        node = self.node
+        if self.asleep and not self.world.lib.sh_fake_bells_differ(node.engine.nd):
+            return False
+        self.asleep = False
+        node.pump()
+        ready = self.take_ready()
+        for conn, task in list(self.tasks):
+            if conn in ready:
+                try:
+                    next(task)
+                except StopIteration:
+                    self.tasks.remove((conn, task))
+        if node.engine.quiet and not node.events:
+            self.asleep = True
+        return True
+
+    def take_ready(self) -> set[Connection]:
+        ready = self.woken | {event.target for event in self.node.take("ready")}
+        self.woken = set()
+        return ready
+
+
+def writer(world: World, node: Node, conn: Connection, data: bytes, rng: random.Random) -> Task:
+    """Waits for space as drain() does; each yield sleeps until the connection is ready."""
+    lib, at = world.lib, 0
+    while at < len(data):
+        piece = data[at : at + rng.choice((1, 7, 60, 300, 3000, 5000))]
+        taken = node.write(conn, piece)
+        assert taken >= 0
+        at += taken
+        while taken < len(piece):
+            space = node.call(lib.sh_wait_space, conn.ep, 0)
+            assert space >= 0
+            if space:
+                break
+            yield
+        if rng.random() < 0.2:
+            node.pump()
+    node.finish(conn)
+
+
+def patient_reader(world: World, node: Node, conn: Connection, got: bytearray, rng: random.Random) -> Task:
+    """As a protocol's transport: reads only when told, and then all there is."""
+    while True:
+        data = node.read(conn, rng.choice((1, 100, 4096)))
+        if isinstance(data, bytes):
+            got += data
+        elif data == EMPTY:
+            yield
+        else:
+            return
+
+
+def touching_reader(spin: int) -> Callable[..., Task]:
+    """As a stream: the fast read, then arm, then sleep. Its toggle stays unacknowledged between reads."""
+
+    def reader(world: World, node: Node, conn: Connection, got: bytearray, rng: random.Random) -> Task:
+        lib = world.lib
+        while True:
+            span = node.call(lib.sh_read_begin, conn.ep, rng.choice((1, 100, 4096)), 1, spin)
+            if span > 0:
+                data = node.call(conn.take, span)
+                assert isinstance(data, bytes)
+                got += data
+                if rng.random() < 0.1:
+                    node.pump()
+            elif span == EMPTY:
+                if not node.call(lib.sh_arm, conn.ep):
+                    yield
+            elif span == YIELD:
+                node.call(lib.sh_turn, node.engine.nd)
+            else:
+                return
+
+    return reader
+
+
+def greedy_reader(world: World, node: Node, conn: Connection, got: bytearray, rng: random.Random) -> Task:
+    """As readexactly: waits for more than there is, and so takes what is there to private memory before it sleeps."""
+    lib = world.lib
+    while True:
+        need = rng.choice((2, 50, 4096))
+        span = node.call(lib.sh_read_begin, conn.ep, 4096, need, 0)
+        if span == EMPTY:
+            data = node.read(conn)
+            if isinstance(data, bytes):
+                got += data
+            elif data == EMPTY and not node.call(lib.sh_arm, conn.ep):
+                yield
+        elif span > 0:
+            data = node.call(conn.take, span)
+            assert isinstance(data, bytes)
+            got += data
+        else:
+            return
+
+
+READERS = {"patient": patient_reader, "touching": touching_reader(0), "spinning": touching_reader(1), "greedy": greedy_reader}
+
+
+def play(world: World, a: Node, b: Node, reader: Callable[..., Task], rng: random.Random, conns: int = 1) -> None:
+    """Bytes both ways over some connections, until all is read. Raises Hung when everybody sleeps and nobody rings."""
+    sides = {a: Sleeper(world, a), b: Sleeper(world, b)}
+    jobs: list[tuple[bytes, bytearray]] = []
+    ends: list[tuple[Node, Connection]] = []
+    for _ in range(conns):
+        c, s = world.open(a, b)
+        ends += [(a, c), (b, s)]
+        for src, out, dst, end in ((a, c, b, s), (b, s, a, c)):
+            data, got = rng.randbytes(rng.choice((10, 2000, 9000))), bytearray()
+            jobs.append((data, got))
+            # two tasks of one connection share its ready events, as a transport and its protocol do
+            sides[src].start(out, writer(world, src, out, data, rng))
+            sides[dst].start(end, reader(world, dst, end, got, rng))
+    world.meanwhile = lambda node: sides[node].step()
+    order = list(sides.values())
+    for _ in range(20000):
+        if not any(side.tasks for side in order):
+            break
+        side = rng.choice(order)
+        if not side.step() and not any(other.step() for other in order):
+            world.drain()  # what is on its way arrives, sooner or later
+            if not any(other.step() for other in order):
+                raise Hung(f"{world!r}: asleep with {[len(got) for _, got in jobs]} of {[len(d) for d, _ in jobs]} bytes")
+    else:
+        raise Hung(f"{world!r}: no end")
+    for data, got in jobs:
+        assert bytes(got) == data, world
+    world.meanwhile = Node.pump
+    for node, conn in ends:
+        node.close(conn)
+    world.quiet()
+    assert a.connections == b.connections == []
+
+
+def tick(world: World) -> None:
+    """In spins the clock must go on, or they never end: a microsecond per interruption."""
+    interrupt = world._interrupt
+
+    def later() -> None:
+        world.now += 20_000
+        world.lib.sh_fake_time(world.now)
+        interrupt()
+
+    world.hook = world.ffi.callback("void(void)", later)
+
+
+def rounds(how: str, reader: str, seed: int, count: int) -> World:
+    world = World(how, seed, peers=2, size=2 << 20)
+    if reader == "spinning":
+        tick(world)
+    a, b = world.attach("a", settings=SMALL), world.attach("b", settings=SMALL)
+    world.quiet()
+    b.listen(backlog=1000)
+    for i in range(count):
+        play(world, a, b, READERS[reader], random.Random(f"{how} {reader} {seed} {i}"), 1 + i % 3)
+    for node in (a, b):
+        assert node.statistic("healed") == 0
+    return world
+
+
+CASES = [(how, reader) for how in ("lazy", "nested") for reader in READERS if (how, reader) != ("lazy", "spinning")]
+
+
+@pytest.mark.parametrize(("how", "reader"), CASES)
+def test_nobody_sleeps_forever(how: str, reader: str) -> None:
+    for seed in range(12):
+        rounds(how, reader, seed, 12).check()
+
+
+@pytest.mark.parametrize("function", ["sh_notify_slot", "sh_collect", "want_space", "sh_arm", "sh_rearm_touched"])
+def test_each_fence_is_needed(function: str) -> None:
+    """Without the fences of that function somebody sleeps forever: so the tests above would notice."""
+    hung = 0
+    for seed in range(40):
+        for how, reader in CASES:
+            world: Any = None
+            try:
+                original = World.__init__
+
+                def without(self: World, *args: Any, original: Any = original, **kwargs: Any) -> None:
+                    original(self, *args, **kwargs)
+                    self.lib.sh_fake_omit(function.encode())
+
+                World.__init__ = without  # type: ignore[method-assign]
+                rounds(how, reader, seed, 4)
+            except Hung:
+                hung += 1
+            finally:
+                World.__init__ = original  # type: ignore[method-assign]
+            del world
+        if hung:
+            return
+    raise AssertionError(f"the fence in {function} was never missed")
