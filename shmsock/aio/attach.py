@@ -104,14 +104,13 @@ async def _make(url: str | None, name: str | None, settings: Settings | None) ->
         keepers: list[Keeper] = []
 
         def watch(peer: Peer, on: bool) -> None:
-            who = peer.who
-            here = who is not None and who.flags & lay.FLAG_LOCKED and who.boot_id == boot and who.file == opened.identity
             if keepers and peer.section != claim.section:
-                keepers[0].watch(peer.section, on and bool(here))
+                here = peer.who is not None and peer.who.lock_tells(boot, opened.identity)
+                keepers[0].watch(peer.section, on and here)
 
         engine = Engine(
             layout, claim, identity, settings=settings, rng=rng, ensure=opened.ensure if opened.sparse else None, watch=watch,
-            now_ns=memory.core.lib.sh_clock(),
+            locks=opened, now_ns=memory.core.lib.sh_clock(),
         )  # fmt: skip
         try:
             keepers.append(

@@ -72,11 +72,15 @@ class Node:
         self.pid = os.getpid()
         self.context = contextvars.Context()
         self.scheduled = False  # the pump will run in the next turn of the loop
-        self.woken = 0  # tasks that were woken by the pump and have not run yet
         self.closed = False
         self.transports: set[Any] = set()
         self.guard: Any = None  # what detaches an implicit node when its loop ends
-        self._ready_queue: Any = getattr(loop, "_ready", None)
+        #: What the loop runs next; whenever a read asks, the pump is in it, so more than one means: do not spin. uvloop keeps its
+        #: own to itself: there it stands for the pump and for the tasks that the pump woke and that have not run yet.
+        self.queue: Any = getattr(loop, "_ready", None)
+        self._known = self.queue is not None
+        if not self._known:
+            self.queue = [None]
         self._armed = False
         self._moved = 0
         self._last_pump = self._last_hit = time.monotonic_ns()
@@ -107,14 +111,25 @@ class Node:
 
     def begin_turn(self) -> None:
         """What happens now happens in a turn of the loop that has its own budget, and a pump follows it."""
+        if threading.get_ident() != self.ident:
+            raise wrong_thread(repr(self))
         self.scheduled = True
         self.lib.sh_turn(self.nd)
         self.loop.call_soon(self._pump, context=self.context)
 
     def may_spin(self) -> bool:
-        """Nothing else is to be run by this loop, as far as can be known."""
-        ready = self._ready_queue
-        return not self.woken and (ready is None or len(ready) <= self.scheduled)
+        """Nothing else is to be run by this loop, as far as can be known. (The pump must be scheduled.)"""
+        return len(self.queue) < 2
+
+    def will_run(self) -> None:
+        """The pump woke a task."""
+        if not self._known:
+            self.queue.append(None)
+
+    def runs(self) -> None:
+        """And it runs."""
+        if not self._known:
+            self.queue.pop()
 
     def _wake(self) -> None:
         self.keeper.drain()
@@ -278,12 +293,15 @@ class Node:
             self.close()
 
     def close(self) -> None:
-        """Detach at once. Never raises; harmless when repeated."""
+        """Detach at once; harmless when repeated. Raises RuntimeError on another thread while the loop runs."""
         if self.closed:
             return
+        if threading.get_ident() != self.ident and self.loop.is_running():
+            raise wrong_thread(repr(self))
         self.closed = True
         if os.getpid() != self.pid:
             return
+        self.lib.sh_node_own(self.nd)  # at exit, the thread of the loop may be gone
         if not self.loop.is_closed():
             self.loop.remove_reader(self.keeper.fd)
             self._timer.cancel()

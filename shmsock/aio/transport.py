@@ -45,6 +45,8 @@ class ShmTransport(_transports._FlowControlMixin, asyncio.Transport):  # type: i
         self._ep, self._write_ring, self._ident = conn.ep, conn.engine.lib.sh_write, node.ident
         self._server = server
         self._pending = bytearray()  # what the ring had no room for
+        self.calm = True  # writes go straight to the ring and drain() has nothing to wait for: see _settle()
+        self.drains = 0
         self._eof_wanted = False  # write_eof() was called: FIN follows _pending
         self._closing = False
         self._lost = False  # connection_lost() is on its way, or was called
@@ -189,9 +191,9 @@ class ShmTransport(_transports._FlowControlMixin, asyncio.Transport):  # type: i
 
         Raises TypeError, RuntimeError after write_eof() or from another thread.
         """
-        if _get_ident() == self._ident and not self._pending and not self._closing and type(data) is bytes:
+        if self.calm and type(data) is bytes:
             n = len(data)
-            taken = self._write_ring(self._ep, data, n) if not self._eof_wanted and n else CLOSED
+            taken = self._write_ring(self._ep, data, n)
             if taken == n:
                 if not self.node.scheduled:
                     self.node.begin_turn()
@@ -228,6 +230,7 @@ class ShmTransport(_transports._FlowControlMixin, asyncio.Transport):  # type: i
                 return
             data = memoryview(data)[taken:]
         self._pending += data
+        self.calm = False
         self._maybe_pause_protocol()
 
     def writelines(self, list_of_data: Any) -> None:
@@ -251,7 +254,7 @@ class ShmTransport(_transports._FlowControlMixin, asyncio.Transport):  # type: i
         if self._closing or self._read_eof or self.conn.error is not None or status == STALE:
             self.force_close(error)
         else:
-            self._broken = error
+            self._broken, self.calm = error, False
             self._maybe_resume_protocol()
             self._wake_writer()
 
@@ -267,6 +270,7 @@ class ShmTransport(_transports._FlowControlMixin, asyncio.Transport):  # type: i
                 self._write_failed(taken)
                 return
             del pending[:taken]
+            self._settle()
             self._maybe_resume_protocol()
         if not pending:
             if self._closing:
@@ -274,6 +278,9 @@ class ShmTransport(_transports._FlowControlMixin, asyncio.Transport):  # type: i
             elif self._eof_wanted:
                 self.conn.finish()
         self._wake_writer()
+
+    def _settle(self) -> None:
+        self.calm = not (self._pending or self._closing or self._eof_wanted or self._broken)
 
     def _wake_writer(self) -> None:
         waiter = self.space_waiter
@@ -285,7 +292,7 @@ class ShmTransport(_transports._FlowControlMixin, asyncio.Transport):  # type: i
         self._check_thread()
         if self._closing or self._eof_wanted:
             return
-        self._eof_wanted = True
+        self._eof_wanted, self.calm = True, False
         if not self._pending:
             self.conn.finish()
 
@@ -310,7 +317,7 @@ class ShmTransport(_transports._FlowControlMixin, asyncio.Transport):  # type: i
         self._check_thread()
         if self._closing:
             return
-        self._closing = True
+        self._closing, self.calm = True, False
         if not self._pending:
             self._finish_close()
 
@@ -327,7 +334,7 @@ class ShmTransport(_transports._FlowControlMixin, asyncio.Transport):  # type: i
         """RST; what was not written is lost. connection_lost(error) follows."""
         if self._lost:
             return
-        self._closing = True
+        self._closing, self.calm = True, False
         self._pending.clear()
         if self.node.engine.alive:
             self.conn.abort()
@@ -368,7 +375,7 @@ class ShmTransport(_transports._FlowControlMixin, asyncio.Transport):  # type: i
     def node_closed(self) -> None:
         """The node detaches: like a process's end, what is open is closed."""
         if not self._lost:
-            self._closing = True
+            self._closing, self.calm = True, False
             self._pending.clear()
             if self.conn.state is not State.FREE:
                 self.conn.close()

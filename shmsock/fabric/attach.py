@@ -57,7 +57,7 @@ def survey(layout: Layout, locks: Locks, boot_id: bytes) -> list[Seen]:
     for i in range(layout.peers):
         at = layout.section(i)
         claim, who = memory.load(at + lay.CLAIM), layout.identity(i)
-        lock_here = who is not None and who.flags & lay.FLAG_LOCKED and who.boot_id == boot_id and who.file == locks.identity
+        lock_here = who is not None and who.lock_tells(boot_id, locks.identity)
         found.append(
             Seen(
                 section=i,

@@ -36,6 +36,10 @@ class Identity:
     flags: int
     file: tuple[int, int]
 
+    def lock_tells(self, boot_id: bytes, file: tuple[int, int]) -> bool:
+        """Would this process see it if the owner's section lock fell: same kernel, same file?"""
+        return bool(self.flags & FLAG_LOCKED) and self.boot_id == boot_id != bytes(16) and self.file == file
+
 
 class Layout:
     """The geometry of a formatted region: a function of its id and size alone."""

@@ -107,7 +107,7 @@ class Listeners:
     def _namesakes(self) -> list[Peer]:
         peers = self.engine.peers
         peers.refresh_all(self.engine.lib.sh_clock())
-        return [p for p in peers.named(self.engine.name) if p.section != self.engine.section]
+        return [p for p in peers.named(self.engine.name, local=True) if p.section != self.engine.section]
 
     def flags(self, peer: Peer, port: int) -> int:
         """What a peer's table says of a port; 0: it does not listen there."""

@@ -58,6 +58,7 @@ class Engine:
         rng: random.Random | None = None,
         ensure: Callable[[int, int], None] | None = None,
         watch: Callable[[Peer, bool], None] | None = None,
+        locks: Locks | None = None,
         now_ns: int = 0,
     ) -> None:
         self.layout, self.memory, self.claim = layout, layout.memory, claim
@@ -75,7 +76,7 @@ class Engine:
         )
         if not self.nd:
             raise MemoryError("no memory for a node's private state")
-        self.peers = Peers(layout, self.section, identity, self.settings.max_connects, self.settings.dead_after_s)
+        self.peers = Peers(layout, self.section, identity, self.settings.max_connects, self.settings.dead_after_s, locks)
         self.arena = Arena(layout.arena_off, layout.arena_bytes)
         self.free_slots = list(range(layout.slots - 1, -1, -1))
         self.connections: dict[int, Connection] = {}

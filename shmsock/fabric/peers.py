@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from shmsock.fabric import layout as lay
+from shmsock.fabric.attach import Locks
 from shmsock.fabric.layout import Identity, Layout
 
 if TYPE_CHECKING:
@@ -53,8 +54,10 @@ class Peer:
 class Peers:
     """All sections but the own one are strangers; the own one is a peer too (a node may connect to itself)."""
 
-    def __init__(self, layout: Layout, own: int, own_identity: Identity, credits: int, dead_after_s: float) -> None:
-        self.layout, self.own = layout, own
+    def __init__(
+        self, layout: Layout, own: int, own_identity: Identity, credits: int, dead_after_s: float, locks: Locks | None = None
+    ) -> None:
+        self.layout, self.own, self.locks = layout, own, locks
         self.me = own_identity
         self.dead_after_ns = int(dead_after_s * 1e9)
         self.all = [Peer(i, credits) for i in range(layout.peers)]
@@ -114,12 +117,20 @@ class Peers:
         return known or peer.section == self.own
 
     def named(self, name: str | None, *, local: bool = False) -> list[Peer]:
-        """Live peers by name (None: any of the own machine), own section included."""
+        """Live peers by name (None: any of the own machine), own section included. Here a killed one is found out at once: who is
+        restarted after a crash shall not meet its own ghost."""
+        here = name is None or local
         return [
             p
             for p in self.all
-            if p.live and p.who and (self.same_kernel(p) if name is None or local else True) and name in (None, p.who.name)
+            if p.live and p.who and name in (None, p.who.name) and (not here or self.same_kernel(p)) and not self.killed(p)
         ]
+
+    def killed(self, peer: Peer) -> bool:
+        """Proven dead by its lock, whatever its beat says."""
+        if self.locks is None or peer.who is None or peer.section == self.own:
+            return False
+        return peer.who.lock_tells(self.me.boot_id, self.locks.identity) and not self.locks.section_locked(peer.section)
 
     def names(self) -> Iterable[str]:
         return {p.who.name for p in self.all if p.live and p.who}

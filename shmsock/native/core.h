@@ -34,7 +34,7 @@ enum sh_status {
     SH_RESET = -3,     /* RST, generation gone, or peer gone: no more bytes */
     SH_YIELD = -4,     /* the loop turn's budget is used up: let the loop turn once */
     SH_VIOLATION = -5, /* the peer wrote nonsense */
-    SH_STALE = -6,     /* this node may not touch the region any more: closed, forked, or its section was taken */
+    SH_STALE = -6,     /* not this node's to touch (any more): closed, forked, another thread, or its section was taken */
     SH_CLOSED = -7     /* this side's writing has ended, or the peer will never read */
 };
 /* bits of sh_look() and of what sh_pump() returns */
@@ -64,6 +64,7 @@ void sh_node_free(sh_node *nd);
 void sh_node_claim(sh_node *nd, uint64_t claim);
 void sh_node_inert(sh_node *nd);
 int sh_node_is_inert(sh_node *nd);
+void sh_node_own(sh_node *nd);
 void sh_node_settings(sh_node *nd, uint64_t hold_ns, uint64_t spin_max_ns, uint64_t spin_yield_ns);
 uint64_t sh_node_counter(sh_node *nd, int which);
 uint64_t sh_turn(sh_node *nd);
@@ -95,6 +96,7 @@ uint64_t sh_ep_unsent(sh_ep *ep);
 int64_t sh_write(sh_ep *ep, const void *data, uint64_t n);
 int sh_wait_space(sh_ep *ep, int spin);
 int64_t sh_read_begin(sh_ep *ep, uint32_t want, uint32_t min, int spin);
+int64_t sh_read_exactly(sh_ep *ep, uint32_t n, int spin);
 int64_t sh_read_now(sh_ep *ep, uint32_t want);
 int sh_read_end(sh_ep *ep, uint32_t n);
 int sh_look(sh_ep *ep);

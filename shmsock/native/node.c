@@ -61,6 +61,7 @@ void sh_node_free(sh_node *nd)
 void sh_node_claim(sh_node *nd, uint64_t claim)
 {
     nd->claim = claim;
+    nd->owner = pthread_self();
     for (uint32_t s = 0; s < nd->g.slots; s++) {
         sh_ep *ep = &nd->eps[s];
         ep->gen = (SH_GEN(sh_peek(&ep->mine->p)) + 1) & SH_GEN_MASK;
@@ -74,7 +75,8 @@ void sh_node_claim(sh_node *nd, uint64_t claim)
 }
 
 void sh_node_inert(sh_node *nd) { __atomic_store_n(&nd->inert, 1, __ATOMIC_RELEASE); }
-int sh_node_is_inert(sh_node *nd) { return !sh_may_write(nd); }
+int sh_node_is_inert(sh_node *nd) { return !sh_holds(nd); }
+void sh_node_own(sh_node *nd) { nd->owner = pthread_self(); }
 
 void sh_node_settings(sh_node *nd, uint64_t hold_ns, uint64_t spin_max_ns, uint64_t spin_yield_ns)
 {

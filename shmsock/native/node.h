@@ -6,6 +6,8 @@
 #include "core.h"
 #include "layout.h"
 
+#include <pthread.h>
+
 #define SH_LIKELY(x) __builtin_expect(!!(x), 1)
 #define SH_UNLIKELY(x) __builtin_expect(!!(x), 0)
 
@@ -53,6 +55,7 @@ struct sh_node {
     sh_geometry g;
     uint32_t self, words;
     int wc;
+    pthread_t owner;              /* the one thread that may call */
     int inert;                    /* atomic: closed, forked, or not the owner any more */
     const uint64_t *claim_at;
     uint64_t claim, region_id;
@@ -86,10 +89,16 @@ static inline uint64_t sh_p_word(const sh_ep *ep)
     return (uint64_t)ep->gen << SH_GEN_SHIFT | ep->flags | ep->tail;
 }
 
-/* May this node still write its section? A zombie (stopped for long, its section taken by another) stops here. */
-static inline int sh_may_write(const sh_node *nd)
+/* Is the section still this node's? A zombie (stopped for long, its section taken by another) is found out here. */
+static inline int sh_holds(const sh_node *nd)
 {
     return SH_LIKELY(!__atomic_load_n(&nd->inert, __ATOMIC_RELAXED)) && SH_LIKELY(sh_peek(nd->claim_at) == nd->claim);
+}
+
+/* May this call write the section? Not from another thread: it ends here, before anything is touched. */
+static inline int sh_may_write(const sh_node *nd)
+{
+    return SH_LIKELY(pthread_equal(pthread_self(), nd->owner)) && sh_holds(nd);
 }
 
 #endif

@@ -299,6 +299,16 @@ int64_t sh_read_begin(sh_ep *ep, uint32_t want, uint32_t min, int spin)
     }
 }
 
+/* The fast readexactly: where in the ring `n` bytes begin that are there and do not wrap, or a status. */
+int64_t sh_read_exactly(sh_ep *ep, uint32_t n, int spin)
+{
+    int64_t found = sh_read_begin(ep, n, n, spin && n <= ep->rx_bytes);
+
+    if (found < 0)
+        return found;
+    return (found >> 32) + n <= ep->rx_bytes ? found >> 32 : SH_EMPTY; /* over the edge: the slow way joins two pieces */
+}
+
 /* n bytes were copied out: give their space back. SH_RESET: the slot changed hands meanwhile, the copy is worthless. */
 int sh_read_end(sh_ep *ep, uint32_t n)
 {
@@ -369,10 +379,11 @@ static int acknowledge(sh_node *nd, sh_ep *ep)
     return 1;
 }
 
-/* Has a writer that waits for space been given some? Whoever acknowledges a toggle owes this look as much as the one at P. */
+/* Has a writer that waits for space been given some? Whoever acknowledges a toggle owes this look as much as the one at P.
+ * Space that is known already counts: somebody may have taken the head over and told nobody. */
 static int space_came(const sh_ep *ep)
 {
-    return (ep->flags & SH_WANT) && SH_LOW(sh_load(&ep->theirs->c, ep->nd->wc)) != ep->head_seen;
+    return (ep->flags & SH_WANT) && (space_of(ep) || SH_LOW(sh_load(&ep->theirs->c, ep->nd->wc)) != ep->head_seen);
 }
 
 /* Before suspending: from here on the peer must tell. 1: something is there after all, look again. 0: suspend. */
@@ -417,7 +428,8 @@ void sh_rearm_touched(sh_node *nd)
             sh_ep *ep = &nd->eps[w * 64 + (uint32_t)__builtin_ctzll(m)];
             uint64_t p = sh_load(&ep->theirs->p, nd->wc);
 
-            if (p != ep->p_last || ep->tail_seen != ep->head || space_came(ep))
+            /* FIN and REL that a read took over are news to whoever waits for the end, or to write */
+            if (p != ep->p_last || ep->tail_seen != ep->head || (p & (SH_FIN | SH_REL)) || space_came(ep))
                 nd->later[w] |= SH_BIT(ep->slot);
             if (!ep->orphan && SH_GEN(p) == ep->peer_gen && (p & SH_WANT))
                 sh_notify_slot(nd, ep->peer, ep->peer_slot);

@@ -29,6 +29,7 @@ import secrets
 import shutil
 import sys
 import tempfile
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -81,6 +82,7 @@ class Fleet:
         self.guests: list[Guest] = []
         self.directory = Path(tempfile.mkdtemp(prefix="shmsock-vm-"))
         self._files: list[Path] = []
+        self._namespace = uuid.uuid4()  # of the guests' machine ids
 
     def __enter__(self) -> Fleet:
         return self
@@ -107,6 +109,7 @@ class Fleet:
     ) -> Guest:
         """Start a guest with this host name and return at once; whoever uses it first waits for it.
 
+        A guest that is booted again under its name is the same machine as before (it has the same DMI UUID).
         `ivshmem`: devices, in this order on the PCI bus. `modules`: kernel modules to load besides. `iommu`:
         a virtual IOMMU, for vfio. `append`: more of the kernel's command line. `extra`: more arguments for
         QEMU. `accel`: "kvm", "tcg", or "auto": the environment variable SHMSOCK_QEMU_ACCEL, else KVM where
@@ -132,7 +135,8 @@ class Fleet:
             machine += ",kernel-irqchip=split"
             append = f"intel_iommu=on {append}"
         argv = [
-            *(QEMU, "-name", name, "-machine", machine, "-smp", str(cpus), "-m", str(memory_mb)),
+            *(QEMU, "-name", name, "-uuid", str(uuid.uuid5(self._namespace, name)), "-machine", machine),
+            *("-smp", str(cpus), "-m", str(memory_mb)),
             *("-accel", "kvm" if accel == "kvm" else "tcg,thread=multi"),
             *("-cpu", cpu or ("host" if accel == "kvm" else "max,la57=off")),
             *("-object", f"memory-backend-memfd,id=ram,size={memory_mb}M,share=on"),

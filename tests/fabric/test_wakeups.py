@@ -7,6 +7,7 @@ any of the fences is found out (the last tests), so the others mean something.
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Generator
 from typing import Any
@@ -62,9 +63,13 @@ class Sleeper:
         return ready
 
 
-def writer(world: World, node: Node, conn: Connection, data: bytes, rng: random.Random) -> Task:
+def writer(
+    world: World, node: Node, conn: Connection, data: bytes, rng: random.Random, may_start: Callable[[], bool]
+) -> Task:
     """Waits for space as drain() does; each yield sleeps until the connection is ready."""
     lib, at = world.lib, 0
+    while not may_start():
+        yield
     while at < len(data):
         piece = data[at : at + rng.choice((1, 7, 60, 300, 3000, 5000))]
         taken = node.write(conn, piece)
@@ -99,7 +104,7 @@ def touching_reader(spin: int) -> Callable[..., Task]:
     def reader(world: World, node: Node, conn: Connection, got: bytearray, rng: random.Random) -> Task:
         lib = world.lib
         while True:
-            span = node.call(lib.sh_read_begin, conn.ep, rng.choice((1, 100, 4096)), 1, spin)
+            span = node.call(lib.sh_read_begin, conn.ep, rng.choice((1, 100, 4096)), 1, spin and not world.busy)
             if span > 0:
                 data = node.call(conn.take, span)
                 assert isinstance(data, bytes)
@@ -148,12 +153,17 @@ def play(world: World, a: Node, b: Node, reader: Callable[..., Task], rng: rando
     for _ in range(conns):
         c, s = world.open(a, b)
         ends += [(a, c), (b, s)]
+        answers = rng.random() < 0.5  # the second direction begins when the first has ended
+        request: tuple[bytes, bytearray] = (b"", bytearray())
         for src, out, dst, end in ((a, c, b, s), (b, s, a, c)):
             data, got = rng.randbytes(rng.choice((10, 2000, 9000))), bytearray()
             jobs.append((data, got))
             # two tasks of one connection share its ready events, as a transport and its protocol do
-            sides[src].start(out, writer(world, src, out, data, rng))
+            may_start = functools.partial(lambda sent, arrived: len(sent) == len(arrived), *request)
             sides[dst].start(end, reader(world, dst, end, got, rng))
+            sides[src].start(out, writer(world, src, out, data, rng, may_start))
+            if answers:
+                request = data, got
     world.meanwhile = lambda node: sides[node].step()
     order = list(sides.values())
     for _ in range(20000):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from shmsock.tools.qemu import Fleet, Guest, Ivshmem
+from tests.vm.peers import Peers
 
 PAIR_SIZE = 64 << 20
 
@@ -77,6 +78,14 @@ def two_guests(_pairs: _Pairs) -> Iterator[Pair]:
     finally:
         _up.remove(_pairs.fleet)
         _pairs.clean()
+
+
+@pytest.fixture
+def peers() -> Iterator[Peers]:
+    """Starts workers in guests and on the host, see peers.py."""
+    peers = Peers()
+    yield peers
+    peers.close()
 
 
 @pytest.hookimpl(wrapper=True)
