@@ -293,13 +293,14 @@ uint32_t sh_peer_inc(sh_node *nd, uint32_t peer) { return nd->links[peer].peer_i
 /* Does the bell carry another pair_inc than the adopted one? Decides between a restart and a violation. */
 int sh_tag_changed(sh_node *nd, uint32_t peer)
 {
-    return SH_HIGH(sh_load(&nd->links[peer].in->bell, nd->wc)) != nd->links[peer].peer_inc;
+    return sh_may_write(nd) && SH_HIGH(sh_load(&nd->links[peer].in->bell, nd->wc)) != nd->links[peer].peer_inc;
 }
 
 /* Publish how many connections may still read this peer's rings: its section is not reused while this is not 0. */
 void sh_users(sh_node *nd, uint32_t peer, uint32_t count)
 {
     if (sh_may_write(nd))
+        if (sh_may_write(nd))
         sh_store(&nd->links[peer].out->users, SH_PACK(nd->links[peer].peer_inc, count), nd->wc);
 }
 

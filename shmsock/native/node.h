@@ -48,6 +48,7 @@ struct sh_ep {
     uint8_t waiting;              /* somebody is suspended on this slot since wait_since */
     uint64_t wait_since;
     uint64_t window_ns;           /* learnt busy-poll window */
+    uint32_t misses;              /* spins that found nothing */
 };
 
 struct sh_node {

@@ -133,7 +133,7 @@ void sh_ep_shut(sh_ep *ep, int fin, int rel, int rst)
 /* Bytes published that the peer has not taken; 0 when nobody will ever take them. */
 uint64_t sh_ep_unsent(sh_ep *ep)
 {
-    if (!ep->theirs || sh_refresh(ep) < 0 || (ep->p_last & (SH_REL | SH_RST)) || see_head(ep) < 0)
+    if (!sh_may_write(ep->nd) || !ep->theirs || sh_refresh(ep) < 0 || (ep->p_last & (SH_REL | SH_RST)) || see_head(ep) < 0)
         return 0;
     return ep->tail - ep->head_seen;
 }
@@ -184,7 +184,8 @@ static int spin_on(sh_ep *ep, const uint64_t *word, uint64_t seen, uint64_t now)
                 if (sh_peek(word) != seen)
                     break;
                 nd->n[SH_N_SPIN_MISS]++;
-                ep->window_ns = window / 2 > 2000 ? window / 2 : 2000;
+                /* now and then a long one again: where waking is slow, no wait without a spin looks short enough to learn from */
+                ep->window_ns = ++ep->misses % 16 == 0 ? nd->spin_max_ns / 4 : window / 2 > 2000 ? window / 2 : 2000;
                 return 0;
             }
         } else
@@ -339,7 +340,7 @@ int sh_look(sh_ep *ep)
     uint32_t tail = ep->tail_seen, head = ep->head_seen;
     int bits = 0, r;
 
-    if (!ep->theirs)
+    if (!sh_may_write(ep->nd) || !ep->theirs)
         return 0;
     r = sh_refresh(ep);
     if (r < 0)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from shmsock.fabric.connection import EMPTY, YIELD, Connection
+from shmsock.fabric.connection import EMPTY, RESET, YIELD, Connection, State
 from shmsock.fabric.settings import Settings
 from tests.fabric.world import Node, World
 
@@ -244,3 +244,105 @@ def test_each_fence_is_needed(function: str) -> None:
         if hung:
             return
     raise AssertionError(f"the fence in {function} was never missed")
+
+
+def meanwhile(world: World, steps: int, act: Callable[[], object]) -> Any:
+    """`act` runs after so many memory accesses of the next call. Keep what is returned until then."""
+    hook = world.ffi.callback("void(void)", act)
+    world.lib.sh_fake_hook(hook, steps)
+    return hook
+
+
+def test_a_toggle_that_a_spin_passed_over_is_not_left_behind_by_release() -> None:
+    """A slot that was read keeps its toggle; a spin on another slot takes the bell; then the slot ends and is used anew."""
+    world = World()
+    a, b = world.attach("a", settings=SMALL), world.attach("b", settings=SMALL)
+    (_, s1), (c2, s2) = world.open(a, b), world.open(a, b)
+    a.write(c2, b"x")
+    b.pump()
+    assert b.read(s2) == b"x"
+
+    def act() -> None:
+        a.abort(c2)
+        a.connect(b)
+
+    hook = meanwhile(world, 40, act)
+    b.call(world.lib.sh_turn, b.engine.nd)
+    assert b.call(world.lib.sh_read_begin, s1.ep, 10, 1, 1) == EMPTY
+    assert hook
+    assert c2.state is not State.OPEN
+    assert b.read(s2) == RESET
+    b.pump()
+    t = b.accepted()
+    assert t.slot == s2.slot
+    world.quiet()
+    (event,) = a.take("connected")
+    b.take("ready")
+    a.write(event.target, b"hello")
+    assert world.lib.sh_fake_bells_differ(b.engine.nd)
+    world.quiet()
+    assert b.read(t) == b"hello"
+    world.check()
+
+
+def test_bytes_that_a_paused_reader_leaves_are_no_lost_wakeup() -> None:
+    """The ring is full, the writer said WANT, and for seconds nobody reads: nothing was healed, since nothing was lost."""
+    world = World()
+    a, b = world.pair()
+    c, s = world.open(a, b)
+    a.write(c, bytes(1 << 20))
+    world.advance(5)
+    assert a.call(world.lib.sh_wait_space, c.ep, 0) == 0
+    world.advance(5)
+    a.take("ready")
+    b.read(s, 10)
+    world.quiet()
+    assert [e.target for e in a.take("ready")] == [c]
+    world.check()
+
+
+def test_mail_that_waits_for_its_turn_is_no_lost_wakeup() -> None:
+    """More CONNECTs than one pass answers, just when the safety look is due."""
+    world = World()
+    a, b = world.pair()
+    b.listen(backlog=1000)
+    world.stop(a)
+    world.advance(0.85)
+    world.resume(a)
+    for _ in range(30):
+        a.connect(b)
+    world.now += 200_000_000
+    world.lib.sh_fake_time(world.now)
+    b.pump()
+    world.stop(a)
+    world.stop(b)
+    world.now += 1_200_000_000
+    world.lib.sh_fake_time(world.now)
+    world.resume(b)
+    b.pump()
+    world.resume(a)
+    world.quiet()
+    assert len(a.connections) == 30
+    world.check()
+
+
+@pytest.mark.parametrize("lost", ["bell", "toggle"])
+def test_the_safety_look_heals_what_a_hostile_hand_took(lost: str) -> None:
+    """And counts it: so healed == 0 elsewhere says something."""
+    world = World()
+    a, b = world.pair()
+    c, s = world.open(a, b)
+    b.take("ready")
+    at = world.layout.pair(a.section, b.section)
+    toggles = at + int(world.layout.geometry.toggle_off)
+    bell, toggle = world.word(at), world.word(toggles)
+    a.write(c, b"x")
+    world.poke(at, bell)
+    if lost == "toggle":
+        world.poke(toggles, toggle)
+    b.pump()
+    assert not b.take("ready")
+    world.advance(1.2)
+    assert s in [e.target for e in b.take("ready")]
+    world.advance(1.2)
+    assert b.statistic("healed") == 1

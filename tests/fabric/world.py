@@ -339,7 +339,16 @@ class World:
     def start(self, node: Node, settings: Settings = SETTINGS) -> None:
         claim = self.claim(node)
         node.engine = self.run(
-            node, Engine, self.layout, claim, node.who, settings=settings, rng=self.rng, watch=node.watch, now_ns=self.now
+            node,
+            Engine,
+            self.layout,
+            claim,
+            node.who,
+            settings=settings,
+            rng=self.rng,
+            watch=node.watch,
+            locks=node.locks,
+            now_ns=self.now,
         )
         self.nodes.append(node)
         node.state = "running"
