@@ -74,6 +74,7 @@ class Node:
         self.scheduled = False  # the pump will run in the next turn of the loop
         self.closed = False
         self.transports: set[Any] = set()
+        self._flushed: asyncio.Future[None] | None = None
         self.guard: Any = None  # what detaches an implicit node when its loop ends
         #: What the loop runs next; whenever a read asks, the pump is in it, so more than one means: do not spin. uvloop keeps its
         #: own to itself: there it stands for the pump and for the tasks that the pump woke and that have not run yet.
@@ -280,6 +281,11 @@ class Node:
 
     # -- the end
 
+    def flushed(self) -> None:
+        """A transport got rid of what it held."""
+        if self._flushed is not None and not self._flushed.done():
+            self._flushed.set_result(None)
+
     async def aclose(self) -> None:
         """Detach. Closed writers get up to `flush_s` to hand over what they still hold; everything else is closed as the end of
         the process would."""
@@ -287,8 +293,11 @@ class Node:
             return
         deadline = self.loop.time() + self.engine.settings.flush_s
         try:
-            while self.engine.alive and self.loop.time() < deadline and any(t.flushing for t in self.transports):
-                await asyncio.sleep(0.001)
+            while self.engine.alive and any(t.flushing for t in self.transports):
+                if (left := deadline - self.loop.time()) <= 0:
+                    break
+                self._flushed = self.loop.create_future()
+                await asyncio.wait([self._flushed], timeout=left)
         finally:
             self.close()
 

@@ -51,6 +51,7 @@ class ShmStreamReader(asyncio.StreamReader):
 
     _direct = False  # bytes are taken from the ring, by this reader alone
     _fast = False  # direct, and no exception is set and nobody waits: what the short cuts ask
+    _spun = False  # a short cut has spun in vain just now
     _was_woken = False
 
     def _attach(self, transport: ShmTransport) -> None:
@@ -88,6 +89,8 @@ class ShmStreamReader(asyncio.StreamReader):
                 if not self._end(self._ep, end - at):
                     return data
                 self._conn.ended_by(RESET)
+            elif span == EMPTY:
+                self._spun = True
             elif span == STALE:
                 node.check()
         return await super().read(n)
@@ -104,6 +107,8 @@ class ShmStreamReader(asyncio.StreamReader):
                 if not self._end(self._ep, n):
                     return data
                 self._conn.ended_by(RESET)
+            elif at == EMPTY:
+                self._spun = True
             elif at == STALE:
                 node.check()
         return await super().readexactly(n)
@@ -125,7 +130,8 @@ class ShmStreamReader(asyncio.StreamReader):
         while self._direct:
             if not node.scheduled:
                 node.begin_turn()
-            status = self._pull(room, node.may_spin())
+            status = self._pull(room, not self._spun and node.may_spin())
+            self._spun = False
             if status > 0 or self._eof:
                 return
             if self._exception is not None:

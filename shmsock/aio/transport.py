@@ -277,6 +277,7 @@ class ShmTransport(_transports._FlowControlMixin, asyncio.Transport):  # type: i
                 self._finish_close()
             elif self._eof_wanted:
                 self.conn.finish()
+            self.node.flushed()
         self._wake_writer()
 
     def _settle(self) -> None:
@@ -347,6 +348,7 @@ class ShmTransport(_transports._FlowControlMixin, asyncio.Transport):  # type: i
             return
         self._lost = True
         self.node.transports.discard(self)
+        self.node.flushed()
         self._wake_writer()
         reader = self.reader() if self.reader is not None else None
         if reader is not None:

@@ -435,6 +435,8 @@ void sh_ep_release(sh_ep *ep, int notify)
     ep->gen = (ep->gen + 1) & SH_GEN_MASK;
     sh_store(&ep->mine->p, (uint64_t)ep->gen << SH_GEN_SHIFT, nd->wc);
     sh_put(&ep->mine->link, 0);
+    if (ep->theirs && (nd->touched[w] & ~keep))
+        sh_acknowledge(nd, ep); /* a spin may have taken the bell and left the toggle: the slot's next user would never be told */
     sh_fence(nd->wc);
     if (ep->theirs) {
         nd->links[ep->peer].open[w] &= keep;

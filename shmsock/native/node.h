@@ -83,6 +83,7 @@ struct sh_pair *sh_pair_at(const void *base, const sh_geometry *g, uint32_t of, 
 void sh_ring_bell(sh_node *nd, struct sh_link *l);
 int sh_collect(sh_node *nd, struct sh_link *l);
 int sh_refresh(sh_ep *ep);
+int sh_acknowledge(sh_node *nd, sh_ep *ep);
 void sh_rearm_touched(sh_node *nd);
 
 static inline uint64_t sh_p_word(const sh_ep *ep)

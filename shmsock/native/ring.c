@@ -368,7 +368,7 @@ int sh_look(sh_ep *ep)
 }
 
 /* Acknowledge this slot's toggle without looking: the caller fences and looks. */
-static int acknowledge(sh_node *nd, sh_ep *ep)
+int sh_acknowledge(sh_node *nd, sh_ep *ep)
 {
     struct sh_link *l = &nd->links[ep->peer];
     uint32_t w = SH_WORD(ep->slot);
@@ -396,7 +396,7 @@ int sh_arm(sh_ep *ep)
     if (!sh_may_write(nd) || !ep->theirs)
         return 1;
     nd->touched[SH_WORD(ep->slot)] &= ~SH_BIT(ep->slot);
-    acknowledge(nd, ep);
+    sh_acknowledge(nd, ep);
     sh_fence(nd->wc); /* SYNC R1, SYNC W */
     r = sh_refresh(ep);
     if (r < 0 || ep->tail_seen != ep->head || (ep->p_last & SH_FIN) || ep->orphan)
@@ -418,7 +418,7 @@ void sh_rearm_touched(sh_node *nd)
 
     for (uint32_t w = 0; w < nd->words; w++)
         for (uint64_t m = nd->touched[w]; m; m &= m - 1) {
-            acknowledge(nd, &nd->eps[w * 64 + (uint32_t)__builtin_ctzll(m)]);
+            sh_acknowledge(nd, &nd->eps[w * 64 + (uint32_t)__builtin_ctzll(m)]);
             found = 1;
         }
     if (!found)

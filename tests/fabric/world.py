@@ -184,6 +184,7 @@ class World:
         self.trouble: BaseException | None = None
         self.hook = self.ffi.callback("void(void)", self._interrupt)
         self.cut: Node | None = None
+        self.drains = self.rng.choice((0.05, 0.2, 0.5))  # how eagerly
         self.meanwhile: Callable[[Node], object] = Node.pump
         self._free_cpus = list(range(71, 0, -1))
         self.advance(1.0)
@@ -212,7 +213,7 @@ class World:
             self.drain()
             return
         for cpu in [0, *(n.cpu for n in self.nodes)]:
-            if self.rng.random() < 0.5:
+            if self.rng.random() < self.drains:
                 self.lib.sh_fake_drain(cpu, self.rng.choice((1, 2, 3, 5, 8, 20, 100)))
 
     # -- running a node

@@ -1,0 +1,132 @@
+"""Child processes that run a role (tests/aio/roles.py) and talk with their test in lines."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 60.0
+"""Seconds that anything may take on a busy machine."""
+
+Main = Callable[[Coroutine[Any, Any, Any]], Any]
+
+
+def runner(loop: str) -> Main:
+    """asyncio.run or uvloop.run."""
+    if loop == "uvloop":
+        import uvloop
+
+        return uvloop.run  # type: ignore[no-any-return]
+    return asyncio.run
+
+
+async def readable(fd: int) -> None:
+    """Until `fd` is readable."""
+    loop = asyncio.get_running_loop()
+    waiter = loop.create_future()
+    loop.add_reader(fd, lambda: waiter.done() or waiter.set_result(None))
+    try:
+        await waiter
+    finally:
+        loop.remove_reader(fd)
+
+
+class Lines:
+    """Lines out of a pipe, in a coroutine of any loop."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd, self._buffer = fd, b""
+
+    async def next(self) -> str:
+        """One line; "" at the end."""
+        while b"\n" not in self._buffer:
+            await readable(self._fd)
+            more = os.read(self._fd, 65536)
+            if not more:
+                return ""
+            self._buffer += more
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return line.decode()
+
+
+class Child:
+    """A process that runs a role. Used as `async with Child("echo", region) as child`, always ends with its block."""
+
+    def __init__(self, role: str, *args: Any, loop: str = "asyncio", env: dict[str, str] | None = None) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-m", "tests.aio.roles", loop, role, json.dumps([str(a) if isinstance(a, Path) else a for a in args])],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, env={**os.environ, **(env or {})},
+        )  # fmt: skip
+        assert self.process.stdout is not None
+        self._lines = Lines(self.process.stdout.fileno())
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    async def line(self) -> str:
+        return await asyncio.wait_for(self._lines.next(), PATIENCE)
+
+    async def says(self, expected: str) -> None:
+        line = await self.line()
+        assert line == expected, f"child said {line!r}, expected {expected!r}; exit code {self.process.poll()}"
+
+    def tell(self, line: str = "go") -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(line.encode() + b"\n")
+        self.process.stdin.flush()
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until the kernel has taken it all away."""
+        self.process.kill()
+        self.process.wait(PATIENCE)
+
+    def stop(self) -> None:
+        """SIGSTOP, and wait until it stands still."""
+        self.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOWAIT)
+
+    def resume(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    async def ended(self) -> int:
+        """Its exit code."""
+        fd = os.pidfd_open(self.pid)
+        try:
+            await asyncio.wait_for(readable(fd), PATIENCE)
+        finally:
+            os.close(fd)
+        return self.process.wait()
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.kill()
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            self.process.stdin.close()
+        except BrokenPipeError:
+            pass
+        self.process.stdout.close()
+
+    async def __aenter__(self) -> Child:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self.close()
+
+
+def pattern(seed: int, at: int, size: int) -> bytes:
+    """`size` bytes of an endless sequence, from position `at`: a byte lost, doubled or moved shows."""
+    first = at // 8
+    words = range(first, (at + size + 7) // 8 + 1)
+    text = b"".join((seed * 2654435761 + w * 40503).to_bytes(16, "little")[:8] for w in words)
+    return text[at - first * 8 : at - first * 8 + size]
