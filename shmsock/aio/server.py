@@ -6,7 +6,6 @@ import asyncio
 import contextvars
 import sys
 from collections.abc import Callable
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from shmsock.aio.transport import ShmTransport
@@ -166,6 +165,6 @@ class Server(asyncio.AbstractServer):
     async def __aenter__(self) -> Server:
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(self, *exc: object) -> None:
         self.close()
         await self.wait_closed()

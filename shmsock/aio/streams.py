@@ -137,7 +137,10 @@ class ShmStreamReader(asyncio.StreamReader):
             if self._exception is not None:
                 raise self._exception
             if status == YIELD:
+                had = len(self._buffer)
                 await yield_once()
+                if len(self._buffer) != had:
+                    return  # the pump took them in meanwhile, as nobody was waiting
             elif status == EMPTY and not node.lib.sh_arm(self._ep):
                 await self._sleep(func_name)
                 if self._exception is not None:

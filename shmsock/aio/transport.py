@@ -24,12 +24,26 @@ if TYPE_CHECKING:
 
 __all__ = ["ShmTransport"]
 
+if TYPE_CHECKING:
+
+    class _FlowControl(asyncio.Transport):
+        """What asyncio's own write limits look like; asyncio knows them by this very class when it sends files."""
+
+        _loop: asyncio.AbstractEventLoop
+        _protocol_paused: bool
+
+        def __init__(self, extra: dict[str, Any], loop: asyncio.AbstractEventLoop) -> None: ...
+        def _maybe_pause_protocol(self) -> None: ...
+        def _maybe_resume_protocol(self) -> None: ...
+else:
+    _FlowControl = _transports._FlowControlMixin
+
 COPY_MAX = 1 << 20
 DELIVER_MAX = 256 * 1024  # bytes given to one protocol in one pass
 _get_ident = threading.get_ident
 
 
-class ShmTransport(_transports._FlowControlMixin, asyncio.Transport):  # type: ignore[misc,name-defined]
+class ShmTransport(_FlowControl, asyncio.Transport):
     """A stream between two peers of a region. `get_extra_info` knows "peername" and "sockname", as (name, port)."""
 
     def __init__(
@@ -150,9 +164,9 @@ class ShmTransport(_transports._FlowControlMixin, asyncio.Transport):  # type: i
                 view = memoryview(data)
                 while view:
                     buffer = protocol.get_buffer(len(view))
-                    if not len(buffer):
+                    if not len(memoryview(buffer)):
                         raise RuntimeError("get_buffer() returned an empty buffer")
-                    n = min(len(buffer), len(view))
+                    n = min(len(memoryview(buffer)), len(view))
                     memoryview(buffer).cast("B")[:n] = view[:n]
                     view = view[n:]
                     protocol.buffer_updated(n)

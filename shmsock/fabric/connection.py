@@ -56,8 +56,8 @@ class Connection:
     """`handler` belongs to the driver. `local` and `remote` are (name, port). All methods are called by the node's thread."""
 
     __slots__ = (
-        "__weakref__", "engine", "ep", "error", "gen", "handler", "local", "orphaned_ns", "peer", "peer_slot", "remote", "ring",
-        "rx", "rx_bytes", "slot", "state", "tried",
+        "__weakref__", "accepted", "engine", "ep", "error", "gen", "handler", "local", "orphaned_ns", "peer", "peer_slot", "remote", "ring",
+        "rx", "rx_bytes", "slot", "state",
     )  # fmt: skip
 
     def __init__(self, engine: Engine, slot: int, ring: tuple[int, int], peer: int) -> None:
@@ -73,7 +73,7 @@ class Connection:
         self.rx_bytes = 0
         self.orphaned_ns = 0
         self.error: OSError | None = None
-        self.tried: tuple[int, ...] = ()
+        self.accepted = False
 
     def __repr__(self) -> str:
         return f"<Connection {self.state.value} {self.local} - {self.remote} slot {self.slot} of generation {self.gen}>"

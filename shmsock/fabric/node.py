@@ -11,25 +11,23 @@ import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from shmsock.errors import NodeClosedError, no_buffers, node_closed, port_refused, violation
+from shmsock.errors import NodeClosedError, node_closed
 from shmsock.fabric import layout as lay
-from shmsock.fabric.arena import MIN_RING, Arena
 from shmsock.fabric.attach import Claim, Locks
-from shmsock.fabric.connection import STALE, VIOLATION, Connection, State
-from shmsock.fabric.layout import Identity, Layout, region_for
+from shmsock.fabric.connection import STALE, Connection, State
+from shmsock.fabric.handshake import Handshake
+from shmsock.fabric.layout import Identity, Layout
 from shmsock.fabric.listeners import Listener, Listeners
 from shmsock.fabric.peers import ADOPTIONS_PER_S, VIOLATIONS, Peer, Peers
 from shmsock.fabric.settings import Settings
+from shmsock.fabric.slots import Slots
 
 __all__ = ["Engine", "Event"]
 
-CONNECT, ACCEPT, REFUSE = 1, 2, 3
-NO_LISTENER, NO_SLOT, NO_MEMORY, BACKLOG, STALE_CONNECT = 1, 2, 3, 4, 5
 EV_SLOT, EV_ADOPT, EV_MESSAGE = 0, 1, 2
 SAMPLE_NS = 100_000_000
 SAFETY_NS = 1_000_000_000
 EVENTS_PER_PASS = 64
-MESSAGES_PER_PASS = 16
 COUNTERS = (
     "pumps", "reads", "writes", "bytes_in", "bytes_out", "notifies", "notifies_pending", "spin_hits", "spin_misses", "wakeups",
     "healed", "bells",
@@ -67,27 +65,23 @@ class Engine:
         self.ffi, self.lib = self.memory.core
         self.section = claim.section
         self.name = identity.name
-        self._ensure = ensure or (lambda offset, length: None)
         self._watch = watch or (lambda peer, on: None)
-        self._backed: set[int] = set()
-        self._ensure(layout.section(self.section), layout.arena_off)
+        self.slots = Slots(self, ensure)
+        self.arena, self.free_slots, self.connections = self.slots.arena, self.slots.free, self.slots.connections
         self.nd = self.ffi.gc(
             self.lib.sh_node_new(self.memory.base, layout.geometry, self.section, self.memory.wc), self.lib.sh_node_free
         )
         if not self.nd:
             raise MemoryError("no memory for a node's private state")
         self.peers = Peers(layout, self.section, identity, self.settings.max_connects, self.settings.dead_after_s, locks)
-        self.arena = Arena(layout.arena_off, layout.arena_bytes)
-        self.free_slots = list(range(layout.slots - 1, -1, -1))
-        self.connections: dict[int, Connection] = {}
         self.listeners = Listeners(self)
+        self.handshake = Handshake(self)
         self.counts = {"accepted": 0, "connected": 0, "refused": 0, "violations": 0, "adoptions": 0, "peers_lost": 0}
         self._out = self.ffi.new("uint32_t[]", EVENTS_PER_PASS)
-        self._note = self.ffi.new("sh_note *")
         self._events: list[Event] = []
         self._failure: OSError | None = None
         self._orphans: set[Connection] = set()
-        self._mail: set[int] = set()
+        self.mail: set[int] = set()
         self._tags: set[int] = set()  # links whose tag changed while they were ignored
         self._condemned: set[int] = set()  # peers that broke the rules too often: the pump drops them
         self._reap: dict[int, tuple[int, int, int]] = {}
@@ -176,14 +170,14 @@ class Engine:
             word = self._out[i]
             kind, what = word >> 24, word & 0xFFFFFF
             if kind == EV_SLOT:
-                self._ready(what)
+                self.ready(what)
             elif kind == EV_ADOPT:
-                self._tag_changed(self.peers[what], now_ns)
+                self.tag_changed(self.peers[what], now_ns)
             else:
-                self._mail.add(what)
-        if self._mail:
-            for section in list(self._mail):
-                self._messages(self.peers[section], now_ns)
+                self.mail.add(what)
+        if self.mail:
+            for section in list(self.mail):
+                self.handshake.messages(self.peers[section], now_ns)
         if unlocked:
             self._lost_locks(unlocked, now_ns)
         if now_ns >= self._next_sample:
@@ -191,10 +185,13 @@ class Engine:
         if now_ns >= self._next_safety:
             self._next_safety = now_ns + SAFETY_NS
             if self.lib.sh_safety(self.nd):
-                self._mail.update(range(self.layout.peers))
+                self.mail.update(range(self.layout.peers))
         for section in list(self._condemned):
             self._punish(self.peers[section], now_ns)
         return self._take_events()
+
+    def emit(self, kind: str, target: Any, arg: Any = None) -> None:
+        self._events.append(Event(kind, target, arg))
 
     def _take_events(self) -> list[Event]:
         events, self._events = self._events, []
@@ -203,13 +200,13 @@ class Engine:
     @property
     def quiet(self) -> bool:
         """Nothing is owed a pass."""
-        return not (self._events or self._mail or self._condemned) and bool(self.lib.sh_quiet(self.nd))
+        return not (self._events or self.mail or self._condemned) and bool(self.lib.sh_quiet(self.nd))
 
     def next_deadline(self) -> int:
         """When to pump again at the latest, monotonic nanoseconds."""
         return min(self._next_sample, self._next_safety)
 
-    def _ready(self, slot: int) -> None:
+    def ready(self, slot: int) -> None:
         conn = self.connections.get(slot)
         if conn is not None:
             bits = conn.look()
@@ -228,7 +225,7 @@ class Engine:
 
     # -- links
 
-    def _tag_changed(self, peer: Peer, now_ns: int) -> None:
+    def tag_changed(self, peer: Peer, now_ns: int) -> None:
         """Its bell carries a pair_inc that we have not adopted: it restarted, or dropped us, or is new."""
         if now_ns < peer.ignore_until_ns:
             self._tags.add(peer.section)
@@ -238,14 +235,14 @@ class Engine:
             self._tags.add(peer.section)
             return
         peer.adoptions.append(now_ns)
-        self._adopt(peer, now_ns)
+        self.adopt(peer, now_ns)
 
-    def _adopt(self, peer: Peer, now_ns: int) -> None:
+    def adopt(self, peer: Peer, now_ns: int) -> None:
         self._tags.discard(peer.section)
         self._end_connections(peer, now_ns)
         self.counts["adoptions"] += 1
         self.lib.sh_adopt(self.nd, peer.section)
-        self._mail.add(peer.section)
+        self.mail.add(peer.section)
         self._publish_users(peer)
         self.peers.refresh(peer, now_ns)
         self._watch_lock(peer)
@@ -276,7 +273,7 @@ class Engine:
         peer.waiting.clear()
         peer.answers.clear()
         peer.credits = self.settings.max_connects
-        self._mail.discard(peer.section)
+        self.mail.discard(peer.section)
 
     def offence(self, section: int) -> None:
         """A peer broke a rule: after three its link is dropped, by the pump and not in the middle of what found it."""
@@ -318,7 +315,7 @@ class Engine:
             self._watch_lock(peer)
         for section in list(self._tags):
             if now_ns >= self.peers[section].ignore_until_ns:
-                self._tag_changed(self.peers[section], now_ns)
+                self.tag_changed(self.peers[section], now_ns)
         for conn in [c for c in self._orphans if now_ns - c.orphaned_ns > self.settings.linger_s * 1e9]:
             conn.fail(ConnectionResetError(104, f"peer {conn.remote} is gone, and its bytes were not read for linger_s"))
             self._events.append(Event("ready", conn, 0))
@@ -343,20 +340,16 @@ class Engine:
     def mapped(self, conn: Connection) -> None:
         peer = self.peers[conn.peer]
         peer.connections[conn.peer_slot] = conn
+        peer.here = True  # even if its identity makes no sense: there is something to end when it falls silent
         self._publish_users(peer)
 
     def released(self, conn: Connection) -> None:
         """Give slot and ring back. Called once per connection."""
         peer = self.peers[conn.peer]
-        self.connections.pop(conn.slot, None)
         self._orphans.discard(conn)
         if peer.connections.get(conn.peer_slot) is conn:
             del peer.connections[conn.peer_slot]
-        self.arena.give(*conn.ring)
-        self.free_slots.append(conn.slot)
-        if conn.tried == (-1,):
-            peer.slots -= 1
-            peer.ring_bytes -= conn.ring[1]
+        self.slots.give_back(conn, peer)
         if conn.peer_slot >= 0 and self._failure is None:
             self._publish_users(peer)
 
@@ -364,190 +357,13 @@ class Engine:
         orphans = sum(1 for c in self._orphans if c.peer == peer.section) if self._orphans else 0
         self.lib.sh_users(self.nd, peer.section, len(peer.connections) + orphans)
 
-    def _take_slot(self, peer: Peer, *, accepted: bool) -> Connection | int:
-        """A connection in OPENING with slot and ring, or the reason why not."""
-        if not self.free_slots:
-            return NO_SLOT
-        size = Arena.fit(self.settings.ring_bytes, self.arena.free_bytes, len(self.free_slots) - 1)
-        if accepted and peer.section != self.section:
-            if peer.slots * 2 >= self.layout.slots:
-                return NO_SLOT
-            size = min(size, max(MIN_RING, self.layout.arena_bytes // 8))
-            if (peer.ring_bytes + size) * 2 > self.layout.arena_bytes:
-                size = MIN_RING
-                if (peer.ring_bytes + size) * 2 > self.layout.arena_bytes:
-                    return NO_MEMORY
-        ring = self.arena.take(size)
-        if ring is None:
-            return NO_MEMORY
-        try:
-            self._back(*ring)
-        except OSError:
-            self.arena.give(*ring)
-            raise
-        slot = self.free_slots.pop()
-        conn = Connection(self, slot, ring, peer.section)
-        self.lib.sh_ep_take(conn.ep, *ring)
-        self.connections[slot] = conn
-        if accepted:
-            conn.tried = (-1,)
-            peer.slots += 1
-            peer.ring_bytes += ring[1]
-        return conn
-
-    def _back(self, offset: int, size: int) -> None:
-        """Have storage behind ring memory before it is written: a full disk is an OSError here, and a SIGBUS later."""
-        pages = range(offset // MIN_RING, (offset + size) // MIN_RING)
-        if not self._backed.issuperset(pages):
-            self._ensure(self.layout.section(self.section) + offset, size)
-            self._backed.update(pages)
-
-    def _no_room(self, reason: int) -> OSError:
-        what = "connection slots" if reason == NO_SLOT else "ring memory"
-        return no_buffers(what, region_for(self.layout))
-
-    def connect(self, section: int, port: int, *, local: tuple[str, int], remote: str, tried: tuple[int, ...] = ()) -> Connection:
+    def connect(self, section: int, port: int, *, local: tuple[str, int], remote: str) -> Connection:
         """Ask `section` for a connection to `port`. The answer is an event, connected or failed.
 
         Raises OSError (ENOBUFS) when slots or arena are exhausted, OSError (ENOSPC) when the disk is full,
         ConnectionRefusedError when nobody is there, ProtocolViolation while it is not listened to.
         """
-        self.check()
-        peer, now_ns = self.peers[section], self.lib.sh_clock()
-        self.peers.refresh(peer, now_ns)
-        if not peer.live:
-            raise port_refused(remote, port)
-        adopted = self.lib.sh_peer_inc(self.nd, section)
-        if not adopted and now_ns < peer.ignore_until_ns:
-            raise violation(f"{remote!r} (section {section})", f"{VIOLATIONS} times; it is not listened to for a while")
-        if not adopted or self.lib.sh_tag_changed(self.nd, section):
-            self._adopt(peer, now_ns)
-        conn = self._take_slot(peer, accepted=False)
-        if isinstance(conn, int):
-            raise self._no_room(conn)
-        conn.local, conn.remote, conn.tried = local, (remote, port), (*tried, section)
-        peer.waiting.append(conn)
-        self._send_waiting(peer)
-        return conn
-
-    def _send_waiting(self, peer: Peer) -> None:
-        while peer.answers and self._send(peer, *peer.answers[0]):
-            peer.answers.popleft()
-        while peer.waiting and peer.credits > 0 and not peer.answers:
-            conn = peer.waiting[0]
-            if conn.state is State.OPENING and not self._send(
-                peer, CONNECT, 0, conn.slot, 0, conn.gen, 0, conn.remote[1], conn.local[1]
-            ):
-                return
-            peer.waiting.popleft()
-            peer.credits -= conn.state is State.OPENING
-
-    def _send(self, peer: Peer, *fields: int) -> bool:
-        note = self._note
-        note.kind, note.reason, note.slot, note.dst_slot, note.gen, note.dst_gen, note.port, note.src_port = fields
-        status: int = self.lib.sh_message_send(self.nd, peer.section, note)
-        if status == VIOLATION:
-            self.offence(peer.section)
-        return status == 0
-
-    def _messages(self, peer: Peer, now_ns: int) -> None:
-        note = self._note
-        for _ in range(MESSAGES_PER_PASS):
-            status = self.lib.sh_message_recv(self.nd, peer.section, note)
-            if status == VIOLATION:
-                self._mail.discard(peer.section)
-                if self.lib.sh_tag_changed(self.nd, peer.section):
-                    self._tag_changed(peer, now_ns)
-                else:  # the message ring cannot be trusted any more: a violation of the whole link
-                    peer.violations = VIOLATIONS
-                    self.offence(peer.section)
-                return
-            if status != 1:
-                self._mail.discard(peer.section)
-                break
-            kind, slot, dst_slot, gen, dst_gen = note.kind, note.slot, note.dst_slot, note.gen, note.dst_gen
-            if kind == CONNECT:
-                self._on_connect(peer, slot, gen, note.port, note.src_port, now_ns)
-            else:
-                peer.credits = min(peer.credits + 1, self.settings.max_connects)
-                self._on_answer(peer, kind, note.reason, slot, gen, dst_slot, dst_gen)
-        self._send_waiting(peer)
-
-    def _on_connect(self, peer: Peer, slot: int, gen: int, port: int, src_port: int, now_ns: int) -> None:
-        old = peer.connections.get(slot)
-        if old is not None:
-            self._ready(old.slot)  # a released slot whose toggle we have not looked at yet
-        listener = self.listeners.accepting(port, peer)
-        reason, conn = 0, None
-        if slot in peer.connections:
-            reason = STALE_CONNECT
-        elif listener is None:
-            reason = NO_LISTENER
-        elif listener.full:
-            reason = BACKLOG
-        else:
-            try:
-                taken = self._take_slot(peer, accepted=True)
-            except OSError:
-                taken = NO_MEMORY
-            if isinstance(taken, int):
-                reason = taken
-            else:
-                conn = taken
-                status = conn.open(slot, gen)
-                if status < 0:
-                    conn.release()
-                    reason = STALE_CONNECT
-                    if status == VIOLATION:
-                        self.offence(peer.section)
-        if reason or conn is None or listener is None:
-            self.counts["refused"] += 1
-            self._answer(peer, REFUSE, reason, 0, slot, 0, gen, 0, 0)
-            return
-        self.peers.refresh(peer, now_ns)
-        conn.local, conn.remote = (self.name, port), (peer.name, src_port)
-        self.counts["accepted"] += 1
-        self._answer(peer, ACCEPT, 0, conn.slot, slot, conn.gen, gen, 0, 0)
-        listener.pending += 1
-        self._events.append(Event("accepted", listener, conn))
-        self._ready(conn.slot)
-
-    def _answer(self, peer: Peer, *fields: int) -> None:
-        if peer.answers or not self._send(peer, *fields):
-            if len(peer.answers) < 64:  # an honest peer has at most 32 CONNECTs on the way
-                peer.answers.append(fields)
-            else:
-                self.offence(peer.section)
-
-    def _on_answer(self, peer: Peer, kind: int, reason: int, slot: int, gen: int, dst_slot: int, dst_gen: int) -> None:
-        conn = self.connections.get(dst_slot)
-        if conn is None or conn.gen != dst_gen or conn.state is not State.OPENING or conn.peer != peer.section:
-            if kind == ACCEPT:
-                self.lib.sh_notify_slot(self.nd, peer.section, slot)  # it shall look, and find our generation gone
-            return
-        if kind == REFUSE:
-            conn.release()
-            self.counts["refused"] += 1
-            error: OSError
-            if reason in (NO_SLOT, NO_MEMORY):
-                error = OSError(105, f"{conn.remote} has no room for another connection: use a larger region, or close some")
-            else:
-                error = port_refused(*conn.remote)
-            self._events.append(Event("failed", conn, error))
-            return
-        old = peer.connections.get(slot)
-        if old is not None:
-            self._ready(old.slot)  # released, accepted anew, and we have not looked since
-        status = conn.open(slot, gen) if slot not in peer.connections else VIOLATION
-        if status < 0:
-            conn.release()
-            self._events.append(Event("failed", conn, ConnectionResetError(104, f"connection to {conn.remote} was reset at once")))
-            if status == VIOLATION:
-                self.offence(peer.section)
-            return
-        self.counts["connected"] += 1
-        self._events.append(Event("connected", conn))
-        self._ready(conn.slot)
+        return self.handshake.connect(section, port, local=local, remote=remote)
 
     # -- names
 

@@ -398,13 +398,13 @@ int sh_arm(sh_ep *ep)
     nd->touched[SH_WORD(ep->slot)] &= ~SH_BIT(ep->slot);
     sh_acknowledge(nd, ep);
     sh_fence(nd->wc); /* SYNC R1, SYNC W */
+    if (space_came(ep))
+        nd->ready[SH_WORD(ep->slot)] |= SH_BIT(ep->slot); /* not the reader's business, but the toggle spoke of it */
     r = sh_refresh(ep);
     if (r < 0 || ep->tail_seen != ep->head || (ep->p_last & SH_FIN) || ep->orphan)
         return 1;
     if (ep->p_last & SH_WANT)
         sh_notify_slot(nd, ep->peer, ep->peer_slot);
-    if (space_came(ep))
-        nd->ready[SH_WORD(ep->slot)] |= SH_BIT(ep->slot); /* not the reader's business, but the toggle spoke of it */
     ep->waiting = 1;
     ep->wait_since = sh_clock();
     return 0;

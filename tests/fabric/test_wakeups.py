@@ -304,6 +304,24 @@ def test_each_fence_is_needed(function: str) -> None:
     raise AssertionError(f"the fence in {function} was never missed")
 
 
+def test_arming_at_the_end_of_file_keeps_the_word_of_space() -> None:
+    """One toggle spoke of space and of FIN, and the reader that arms acknowledges it (found by seed 1094 of nested touching)."""
+    world = World()
+    a, b = world.pair()
+    c, s = world.open(a, b)
+    a.write(c, bytes(1 << 20))
+    world.quiet()
+    assert a.call(world.lib.sh_wait_space, c.ep, 0) == 0
+    b.read_all(s)
+    b.finish(s)
+    assert a.call(world.lib.sh_arm, c.ep) == 1
+    assert a.read(c) == EOF
+    a.take("ready")
+    world.quiet()
+    assert c in [e.target for e in a.take("ready")]
+    world.check()
+
+
 def meanwhile(world: World, steps: int, act: Callable[[], object]) -> Any:
     """`act` runs after so many memory accesses of the next call. Keep what is returned until then."""
     hook = world.ffi.callback("void(void)", act)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,6 +78,12 @@ def two_guests(_pairs: _Pairs) -> Iterator[Pair]:
     finally:
         _up.remove(_pairs.fleet)
         _pairs.clean()
+
+
+@pytest.fixture
+def boot_again(_pairs: _Pairs) -> Callable[[], Pair]:
+    """For a test that killed one of its `two_guests`: boots it again, over the region as it is."""
+    return _pairs.get
 
 
 @pytest.fixture

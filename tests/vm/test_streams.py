@@ -236,4 +236,8 @@ def test_choosing_a_device(fleet: Fleet, peers: Peers) -> None:
 
 
 def magic(files: list[Path]) -> list[bool]:
-    return [file.open("rb").read(8) == b"SHMSOCK1" for file in files]
+    found = []
+    for path in files:
+        with path.open("rb") as file:
+            found.append(file.read(8) == b"SHMSOCK1")
+    return found

@@ -1,0 +1,83 @@
+"""What this section has to give: slots, and ring memory for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from shmsock.errors import no_buffers
+from shmsock.fabric.arena import MIN_RING, Arena
+from shmsock.fabric.connection import Connection
+from shmsock.fabric.layout import region_for
+
+if TYPE_CHECKING:
+    from shmsock.fabric.node import Engine
+    from shmsock.fabric.peers import Peer
+
+__all__ = ["NO_MEMORY", "NO_SLOT", "Slots"]
+
+NO_SLOT, NO_MEMORY = 2, 3  # enum sh_reason
+
+
+class Slots:
+    """The books are private. A peer that connects gets at most half of either."""
+
+    def __init__(self, engine: Engine, ensure: Callable[[int, int], None] | None) -> None:
+        self.engine = engine
+        self._ensure = ensure
+        self._backed: set[int] = set()
+        self.arena = Arena(engine.layout.arena_off, engine.layout.arena_bytes)
+        self.free = list(range(engine.layout.slots - 1, -1, -1))
+        self.connections: dict[int, Connection] = {}
+        if ensure:
+            ensure(engine.layout.section(engine.section), engine.layout.arena_off)
+
+    def take(self, peer: Peer, *, accepted: bool) -> Connection | int:
+        """A connection in OPENING with slot and ring, or the reason why not."""
+        if not self.free:
+            return NO_SLOT
+        size = Arena.fit(self.engine.settings.ring_bytes, self.arena.free_bytes, len(self.free) - 1)
+        if accepted and peer.section != self.engine.section:
+            if peer.slots * 2 >= self.engine.layout.slots:
+                return NO_SLOT
+            size = min(size, max(MIN_RING, self.engine.layout.arena_bytes // 8))
+            if (peer.ring_bytes + size) * 2 > self.engine.layout.arena_bytes:
+                size = MIN_RING
+                if (peer.ring_bytes + size) * 2 > self.engine.layout.arena_bytes:
+                    return NO_MEMORY
+        ring = self.arena.take(size)
+        if ring is None:
+            return NO_MEMORY
+        try:
+            self._back(*ring)
+        except OSError:
+            self.arena.give(*ring)
+            raise
+        slot = self.free.pop()
+        conn = Connection(self.engine, slot, ring, peer.section)
+        self.engine.lib.sh_ep_take(conn.ep, *ring)
+        self.connections[slot] = conn
+        if accepted:
+            conn.accepted = True
+            peer.slots += 1
+            peer.ring_bytes += ring[1]
+        return conn
+
+    def give_back(self, conn: Connection, peer: Peer) -> None:
+        self.connections.pop(conn.slot, None)
+        self.arena.give(*conn.ring)
+        self.free.append(conn.slot)
+        if conn.accepted:
+            peer.slots -= 1
+            peer.ring_bytes -= conn.ring[1]
+
+    def _back(self, offset: int, size: int) -> None:
+        """Have storage behind ring memory before it is written: a full disk is an OSError here, and a SIGBUS later."""
+        pages = range(offset // MIN_RING, (offset + size) // MIN_RING)
+        if self._ensure and not self._backed.issuperset(pages):
+            self._ensure(self.engine.layout.section(self.engine.section) + offset, size)
+            self._backed.update(pages)
+
+    def no_room(self, reason: int) -> OSError:
+        what = "connection slots" if reason == NO_SLOT else "ring memory"
+        return no_buffers(what, region_for(self.engine.layout))

@@ -1,0 +1,116 @@
+"""Child processes that print a JSON object per line, for demos and benchmarks; they end with their parent."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+__all__ = ["Child", "ChildError", "cpus", "have_uvloop", "python"]
+
+
+class ChildError(OSError):
+    """A child ended before it said what it was asked for. Its own words went to stderr."""
+
+    def __init__(self, argv: list[str], status: int) -> None:
+        role = next((a for a in argv if a in ("server", "client", "serve", "echo", "send")), argv[-1])
+        super().__init__(None, f"the {role} process ended with exit status {status}; it says why above")
+        self.strerror = str(self.args[1])
+
+
+class Child:
+    """A running child process. Leaving its `with` block ends it: kindly by the end of its stdin, then by force."""
+
+    def __init__(self, argv: list[str], env: dict[str, str] | None = None) -> None:
+        self.argv = argv
+        self.process = subprocess.Popen(
+            argv,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, **(env or {})},
+            preexec_fn=_ignore_interrupt,
+            text=True,
+        )
+
+    def line(self) -> dict[str, Any]:
+        """The next thing it says. Raises ChildError when it ended instead."""
+        assert self.process.stdout is not None
+        text = self.process.stdout.readline()
+        if not text:
+            raise ChildError(self.argv, self.process.wait())
+        said: dict[str, Any] = json.loads(text)
+        return said
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """What it says, up to the line with "done"."""
+        while True:
+            said = self.line()
+            yield said
+            if said.get("event") == "done":
+                return
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        if kind is not None:
+            self.process.terminate()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
+
+
+def _ignore_interrupt() -> None:
+    """Ctrl-C goes to the whole foreground group; the parent ends its children in order."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def python(script: str | Path, *arguments: object) -> list[str]:
+    """The command that runs a script with this interpreter."""
+    return [sys.executable, str(script), *(str(a) for a in arguments)]
+
+
+def have_uvloop() -> bool:
+    return importlib.util.find_spec("uvloop") is not None
+
+
+def cpus() -> tuple[int, int, str]:
+    """A CPU for a server, one for a client, and what to say about them. Twice the same when there is one."""
+    allowed = sorted(os.sched_getaffinity(0))
+    if len(allowed) == 1:
+        return allowed[0], allowed[0], f"both on CPU {allowed[0]}, the only one there is"
+    client = allowed[-1]
+    others = [cpu for cpu in allowed[:-1] if client not in _siblings(cpu)]
+    server = (others or allowed)[-1] if others else allowed[0]
+    shared = "" if others else " (two threads of one core)"
+    return server, client, f"server on CPU {server}, client on CPU {client}{shared}"
+
+
+def _siblings(cpu: int) -> set[int]:
+    """The hardware threads of that CPU's core."""
+    try:
+        text = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
+        found: set[int] = set()
+        for part in text.strip().split(","):
+            first, _, last = part.partition("-")
+            found |= set(range(int(first), int(last or first) + 1))
+        return found
+    except (OSError, ValueError):
+        return {cpu}

@@ -1,0 +1,234 @@
+"""What lies in a region, for people: who is attached, who listens, which connections there are. Nothing is written.
+
+Everything read is somebody else's and may be nonsense or half written: shown, bounded, never trusted.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from shmsock.address import boot_id
+from shmsock.fabric import layout as lay
+from shmsock.fabric.attach import Seen, survey
+from shmsock.fabric.layout import Layout, read_layout
+from shmsock.fabric.memory import Memory, native_core
+from shmsock.region.base import Region
+from shmsock.region.pci import PciDevice
+
+__all__ = ["Content", "Section", "busy_sections", "describe_device", "describe_region", "look", "sections"]
+
+BEAT_S = 0.35
+"""A beat moves ten times a second: one that stands still that long is silent, or on a machine that is very busy."""
+SLOT_BYTES, SLOT_P = 192, 0x40
+FIN, REL = 1 << 32, 1 << 34
+
+
+@dataclass(frozen=True)
+class Section:
+    """One peer's part of a region, as seen from outside."""
+
+    number: int
+    state: str
+    """free, left, live, silent, dead (proven: its lock fell), attaching, or leaving."""
+    name: str | None
+    pid: int | None
+    boot: str | None
+    here: bool
+    """Does its owner run under this kernel?"""
+    ports: list[int] = field(default_factory=list)
+    connections: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Content:
+    """`problem` says why there are no sections."""
+
+    state: str
+    """formatted, unformatted, foreign, or broken."""
+    problem: str = ""
+    version: int | None = None
+    region_id: str | None = None
+    bytes: int | None = None
+    peers: int = 0
+    connections_per_peer: int = 0
+    section_bytes: int = 0
+    ring_bytes_per_peer: int = 0
+    sections: list[Section] = field(default_factory=list)
+
+
+def look(region: Region, watch_s: float = BEAT_S) -> Content:
+    """Read a region that others may be using. Takes `watch_s` seconds when it is formatted."""
+    head = _head(region)
+    word = int.from_bytes(head[:8], "little")
+    if not any(head):
+        return Content(
+            "unformatted", "its first page is all zero: nobody formatted it yet, or a boot zeroed it"
+        )
+    if word not in (0, lay.MAGIC):
+        return Content("foreign", f"it begins with {head[:16].hex(' ')}: it holds something else")
+    if word == 0:
+        return Content(
+            "unformatted",
+            "somebody began to format it, or zeroed its first word, and did not come to the end",
+        )
+    memory = Memory(native_core(), region.mmap, write_combining=region.write_combining)
+    try:
+        version = memory.load(lay.H_VERSION)
+        try:
+            layout = read_layout(memory)
+        except OSError as error:
+            return Content("broken", error.strerror or str(error), version, bytes=memory.load(lay.H_BYTES))
+        return Content(
+            "formatted",
+            version=version,
+            region_id=f"{layout.region_id:#018x}",
+            bytes=layout.region_bytes,
+            peers=layout.peers,
+            connections_per_peer=layout.slots,
+            section_bytes=layout.section_bytes,
+            ring_bytes_per_peer=layout.arena_bytes,
+            sections=sections(layout, region, watch_s),
+        )
+    finally:
+        memory.release()
+
+
+def _head(region: Region) -> bytes:
+    """The first page. Of a file with holes not through the mapping: even looking at a hole takes a page of its own."""
+    if region.kind == "file":
+        fd = os.open(region.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            return os.pread(fd, lay.HEADER, 0)
+        finally:
+            os.close(fd)
+    return bytes(region.mmap[: lay.HEADER])
+
+
+def sections(layout: Layout, region: Region, watch_s: float = BEAT_S) -> list[Section]:
+    """Two looks at all sections, `watch_s` seconds apart."""
+    boot = boot_id()
+    before = survey(layout, region, boot)
+    if any(seen.claim for seen in before):
+        time.sleep(watch_s)
+    return [
+        _section(layout, first, now, boot)
+        for first, now in zip(before, survey(layout, region, boot), strict=True)
+    ]
+
+
+def _section(layout: Layout, first: Seen, now: Seen, boot: bytes) -> Section:
+    who = now.who
+    if not now.claim:
+        state = "left" if now.used else "free"
+    elif now.dead:
+        state = "dead"
+    elif now.beat == first.beat and now.claim == first.claim:
+        state = "silent"
+    elif who is None or not now.state:
+        state = "attaching"
+    else:
+        state = "leaving" if now.state == lay.LEAVING else "live"
+    shown = who is not None and state not in ("free", "left")
+    return Section(
+        number=now.section,
+        state=state,
+        name=who.name if who else None,
+        pid=who.pid if who else None,
+        boot=who.boot_id.hex() if who else None,
+        here=who is not None and who.boot_id == boot != bytes(16),
+        ports=_ports(layout, now.section) if shown else [],
+        connections=_connections(layout, now.section) if shown else [],
+    )
+
+
+def _ports(layout: Layout, section: int) -> list[int]:
+    load, at = layout.memory.load, layout.section(section)
+    used = min(load(at + lay.N_LISTENERS), lay.LISTENERS)
+    words = (load(at + lay.LISTENER + 8 * index) for index in range(used))
+    return sorted({word & 0xFFFF for word in words if word >> 16 & 1})
+
+
+def _connections(layout: Layout, section: int) -> list[dict[str, Any]]:
+    load, at = layout.memory.load, layout.section(section) + int(layout.geometry.slot_off)
+    found = []
+    for slot in range(layout.slots):
+        link = load(at + slot * SLOT_BYTES)
+        if link:
+            flags = load(at + slot * SLOT_BYTES + SLOT_P)
+            state = "closing" if flags & REL else "half-closed" if flags & FIN else "open"
+            found.append(
+                {
+                    "slot": slot,
+                    "state": state,
+                    "peer_section": link >> 32 & 0xFF,
+                    "peer_slot": link >> 16 & 0xFFFF,
+                    "generation": link >> 40,
+                }
+            )
+    return found
+
+
+def busy_sections(region: Region) -> list[str]:
+    """Who uses a region now: their beat moves, or this kernel says that they run. Empty when it is no region."""
+    content = look(region)
+    busy = []
+    for section in content.sections:
+        if section.state in ("live", "attaching", "leaving") or (
+            section.state == "silent" and section.here and region.section_locked(section.number)
+        ):
+            stopped = ", stopped" if section.state == "silent" else ""
+            busy.append(
+                f"section {section.number} ({section.name or 'no name'}, process {section.pid}{stopped})"
+            )
+    return busy
+
+
+def describe_region(region: Region) -> dict[str, Any]:
+    """How it is mapped."""
+    known = region.describe()
+    return {
+        "url": known.url,
+        "kind": known.kind,
+        "path": known.path,
+        "size": known.size,
+        "write_combining": known.write_combining,
+        "file_system": known.filesystem,
+        "page_size": known.page_size,
+        "allocated": known.allocated,
+        "mode": f"{known.mode:04o}",
+        "uid": known.uid,
+        "gid": known.gid,
+        "section_locks": known.can_lock,
+    }
+
+
+def describe_device(device: PciDevice) -> dict[str, Any]:
+    """What lspci would say."""
+    return {
+        "address": device.address,
+        "ids": "{:04x}:{:04x}".format(*device.ids),
+        "subsystem": "{:04x}:{:04x}".format(*device.subsystem),
+        "class": f"{device.class_code:06x}",
+        "revision": device.revision,
+        "model": device.model,
+        "doorbell": device.doorbell,
+        "driver": device.driver,
+        "enabled": device.enabled > 0,
+        "decoding": device.decoding,
+        "numa_node": None if device.numa_node < 0 else device.numa_node,
+        "mappable": list(device.mappable),
+        "bars": [
+            {
+                "index": bar.index,
+                "address": f"{bar.address:#x}" if bar.assigned else None,
+                "size": bar.size,
+                "wide": bar.wide,
+                "prefetchable": bar.prefetchable,
+                "text": str(bar),
+            }
+            for bar in device.bars[:3]
+        ],
+    }

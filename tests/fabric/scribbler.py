@@ -1,0 +1,179 @@
+"""A peer that writes anything anywhere: run as `python -m tests.fabric.scribbler SEED ROUNDS`, so that a crash is seen as one.
+
+Two honest nodes (a, b) talk, and a third (x) has connections with both while a hand scribbles over words: of x's section (and
+then a and b must go on as if nothing had happened), or of all of the region (and then only no crash, no hang, no exception).
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+
+from shmsock.fabric import layout as lay
+from shmsock.fabric.connection import CLOSED, EOF, RESET, STALE, VIOLATION, State
+from tests.fabric.world import Node, World
+
+EVENTS = 64 * 3 + 80 * 2
+"""More than a pass can report: slots, links, answers, and the ends of connections (bounded by the slots)."""
+
+
+def words(world: World, section: int, hot: bool) -> Iterator[int]:
+    """Offsets of the words that the section's owner writes; `hot`: only those that others read all the time."""
+    layout, g = world.layout, world.layout.geometry
+    at = layout.section(section)
+    for j in range(layout.peers):
+        pair = layout.pair(section, j)
+        yield from (pair, pair + 0x40, pair + 0x80, pair + 0xC0, pair + g.toggle_off, pair + g.ack_off)
+        yield from (pair + g.message_off + 64 * m + 8 * w for m in range(4) for w in range(4))
+    for slot in range(6):
+        yield from (at + g.slot_off + 192 * slot + where for where in (0, 8, 0x40, 0x80))
+    if not hot:
+        yield from range(at, at + 0x190, 8)
+        yield from range(at + lay.LISTENER, at + lay.LISTENER + 64, 8)
+        yield from range(at + layout.arena_off, at + layout.arena_off + 256, 8)
+
+
+def garbage(rng: random.Random, old: int) -> int:
+    one = 1 << rng.randrange(64)
+    return rng.choice(
+        (
+            rng.getrandbits(64), (1 << 64) - 1, 0, old + 1, old - 1, old ^ one, old ^ one, old + (1 << 32), old ^ 0xFFFFFFFF,
+            old ^ (1 << rng.randrange(32, 36)), (old & ~0xFFFFFFFF) | rng.getrandbits(32), old + (1 << 40),
+        )
+    ) % (1 << 64)  # fmt: skip
+
+
+class Scene:
+    def __init__(self, seed: int, how: str, everywhere: bool) -> None:
+        self.world = World(how, seed, peers=3, size=3 << 20)
+        self.rng, self.everywhere = random.Random(seed), everywhere
+        self.a, self.b, self.x = (self.world.attach(n, kernel=n.encode() * 16) for n in "abx")
+        self.world.quiet()
+        for node in (self.a, self.b, self.x):
+            node.listen(backlog=1000)
+        self.sent, self.got = bytearray(), bytearray()
+        self.out, self.into = self.world.open(self.a, self.b)
+
+    def scribble(self) -> None:
+        world, rng = self.world, self.rng
+        section = rng.randrange(3) if self.everywhere else self.x.section
+        if self.everywhere and rng.random() < 0.05:
+            at = rng.choice((lay.H_MAGIC, lay.H_VERSION, lay.H_ID, lay.H_BYTES))
+        else:
+            at = rng.choice(list(words(world, section, hot=rng.random() < 0.8)))
+            if self.everywhere and at == world.layout.section(section) and rng.random() < 0.9:
+                return  # the claim word ends a node: not every time
+        world.poke(at, garbage(rng, world.word(at)))
+
+    def step(self, node: Node) -> None:
+        """Something that a program might do, with the exceptions that it must expect."""
+        rng, engine = self.rng, node.engine
+        act = rng.randrange(10)
+        conns = [c for c in node.connections if c is not self.out and c is not self.into]
+        try:
+            if act == 0:
+                node.connect(rng.choice([n for n in (self.a, self.b, self.x) if n.state == "running"]))
+            elif act == 1:
+                node.call(engine.listeners.elsewhere, rng.choice(("a", "x", None)), 7000)
+            elif act == 2 and len(list(engine.listeners)) < 5:
+                node.listen(0)
+            elif conns:
+                conn = rng.choice(conns)
+                if act < 5:
+                    taken = node.write(conn, rng.randbytes(rng.choice((1, 100, 20000))))
+                    assert taken >= 0 or taken in (CLOSED, STALE, VIOLATION), taken
+                elif act < 8:
+                    data = node.read(conn)
+                    assert isinstance(data, bytes) or data in (-1, EOF, RESET, STALE), data
+                    if isinstance(data, bytes):
+                        assert len(data) <= 1 << 20
+                elif act == 8:
+                    node.call(rng.choice((conn.close, conn.abort, conn.finish)))
+                else:
+                    node.call(self.world.lib.sh_arm, conn.ep)
+        except OSError:
+            pass  # ENOBUFS, refused, reset, EADDRINUSE, node closed: all of them documented
+
+    def pump(self, node: Node) -> None:
+        events = node.pump()
+        assert len(events) <= EVENTS, len(events)
+        for event in events:
+            if event.kind == "accepted":
+                event.target.pending -= 1
+            if event.kind in ("failed", "down"):
+                assert isinstance(event.arg, OSError)
+        node.events.clear()
+
+    def talk(self) -> None:
+        """The two honest ones."""
+        data = self.rng.randbytes(self.rng.choice((1, 50, 3000)))
+        taken = self.a.write(self.out, data)
+        assert taken >= 0, (taken, self.out)
+        self.sent += data[:taken]
+        found = self.b.read(self.into)
+        if isinstance(found, bytes):
+            self.got += found
+        else:
+            assert found == -1, (found, self.into, self.into.error)
+
+    def run(self, rounds: int) -> None:
+        world, rng = self.world, self.rng
+        for _ in range(rounds):
+            if rng.random() < 0.3:
+                self.scribble()
+            node = rng.choice((self.a, self.b, self.x))
+            if node.engine.alive:
+                self.step(node)
+            self.pump(node)
+            if not self.everywhere and rng.random() < 0.3:
+                self.talk()
+            if rng.random() < 0.05:
+                world.advance(rng.choice((0.1, 0.5, 1.5)))
+        if self.everywhere:
+            return
+        self.honest_end()
+
+    def honest_end(self) -> None:
+        """x falls silent at last: a and b lost no byte, and hold nothing of its any more."""
+        world, (a, b) = self.world, (self.a, self.b)
+        world.freeze(self.x)
+        world.drain()
+        world.advance(8)
+        world.quiet()
+        for _ in range(100):
+            if len(self.got) < len(self.sent):
+                self.talk()
+                world.quiet()
+        found, _ = b.read_all(self.into)
+        self.got += found
+        assert self.got == self.sent
+        assert self.out.state is self.into.state is State.OPEN
+        conn, end = world.open(a, b, 9)
+        a.write(conn, b"still well")
+        world.quiet()
+        assert b.read(end) == b"still well"
+        for node in (a, b):
+            for conn in node.connections:
+                node.abort(conn)
+        world.advance(70)  # linger_s
+        for node in (a, b):
+            assert not node.connections, node.connections
+            assert len(node.engine.free_slots) == world.layout.slots
+            assert node.engine.arena.free_bytes == node.engine.arena.size
+
+
+def main(seed: int, rounds: int) -> None:
+    for how in ("eager", "nested"):
+        for everywhere in (False, True):
+            Scene(seed, how, everywhere).run(rounds)
+
+
+if __name__ == "__main__":
+    first, last, rounds = map(int, sys.argv[1:])
+    for seed in range(first, last):
+        try:
+            main(seed, rounds)
+        except BaseException:
+            print(f"seed {seed}", file=sys.stderr)
+            raise
