@@ -1,7 +1,7 @@
 """Sockets for asyncio over QEMU ivshmem shared memory: two virtual machines of one host talk through BAR2.
 
-    reader, writer = await shmsock.open_connection("vm-b", 7000)
-    server = await shmsock.start_server(handler, port=7000)
+reader, writer = await shmsock.open_connection("vm-b", 7000)
+server = await shmsock.start_server(handler, port=7000)
 """
 
 from __future__ import annotations

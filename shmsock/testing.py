@@ -1,7 +1,7 @@
 """For tests of programs that use shmsock: a pytest plugin (installed with the package) and its parts.
 
-    async def test_my_service(shm_region):          # a private region; module-level functions of shmsock use it
-        server = await shmsock.start_server(handler, port=7000)
+async def test_my_service(shm_region):          # a private region; module-level functions of shmsock use it
+    server = await shmsock.start_server(handler, port=7000)
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ import pytest
 __all__ = ["make_region", "shm_region"]
 
 
-def make_region(directory: str | os.PathLike[str] = "/dev/shm", *, size: int = 64 << 20, peers: int = 16) -> str:
-    """Create and format a region file with a name of its own, sparse. Returns its path; the caller removes it.
+def make_region(
+    directory: str | os.PathLike[str] = "/dev/shm", *, size: int = 64 << 20, peers: int = 16
+) -> str:
+    """Create and format a region file with a name of its own, sparse. Returns its path; the caller removes
+    it.
 
     `size` in bytes. Raises OSError (ENOSPC, EACCES).
     """
@@ -39,7 +42,8 @@ def make_region(directory: str | os.PathLike[str] = "/dev/shm", *, size: int = 6
 
 @pytest.fixture
 def shm_region(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The path of a region that only this test uses (safe with xdist). SHMSOCK_REGION points to it, also for child processes."""
+    """The path of a region that only this test uses (safe with xdist). SHMSOCK_REGION points to it, also for
+    child processes."""
     path = make_region()
     monkeypatch.setenv("SHMSOCK_REGION", path)
     try:

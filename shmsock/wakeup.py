@@ -1,7 +1,7 @@
 """What wakes a sleeping loop: one eventfd, filled by the keeper thread when a bell moves.
 
-The keeper is native, holds no GIL and takes no signals. It also beats (others see that this process lives) and watches the locks of
-peers under the same kernel.
+The keeper is native, holds no GIL and takes no signals. It also beats (others see that this process lives)
+and watches the locks of peers under the same kernel.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ BEAT_NS = 100_000_000
 
 
 def eventfd() -> int:
-    """A non-blocking eventfd. `os.eventfd` exists from 3.10 on Linux; raises OSError when descriptors run out."""
+    """A non-blocking eventfd. `os.eventfd` exists from 3.10 on Linux; raises OSError when descriptors run
+    out."""
     return os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
 
@@ -38,7 +39,8 @@ class Keeper:
         self._lib.sh_keeper_arm(self._keeper, int(armed))
 
     def drain(self) -> None:
-        """Empty the eventfd. Before the pump looks, never after: what comes in between must make it readable again."""
+        """Empty the eventfd. Before the pump looks, never after: what comes in between must make it readable
+        again."""
         try:
             os.eventfd_read(self.fd)
         except BlockingIOError:

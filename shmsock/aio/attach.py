@@ -1,4 +1,5 @@
-"""Attaching: a region, a section of it, a node. Explicitly with attach(), or at first use, once per loop and region."""
+"""Attaching: a region, a section of it, a node. Explicitly with attach(), or at first use, once per loop and
+region."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ from shmsock.wakeup import Keeper
 __all__ = ["attach", "current_node", "prepare_region"]
 
 T = TypeVar("T")
-_implicit: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, asyncio.Task[Node]]] = weakref.WeakKeyDictionary()
+_implicit: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, asyncio.Task[Node]]] = (
+    weakref.WeakKeyDictionary()
+)
 _nodes: weakref.WeakSet[Node] = weakref.WeakSet()
 
 
@@ -43,7 +46,8 @@ def prepare_region(made: Region, peers: int = 16) -> None:
 
 
 def _back_fixed_part(made: Region, layout: Layout) -> None:
-    """Others' pages too: on a sparse file even looking at a hole takes a page, and a full disk would be a SIGBUS."""
+    """Others' pages too: on a sparse file even looking at a hole takes a page, and a full disk would be a
+    SIGBUS."""
     if made.sparse:
         for section in range(layout.peers):
             made.ensure(layout.section(section), layout.arena_off)
@@ -61,7 +65,7 @@ def _holds_a_region(device: region.PciDevice) -> bool:
 async def _follow(steps: Generator[float, None, T]) -> T:
     """Drive a claim: sleep what it says."""
     try:
-        while True:
+        while True:  # noqa: ASYNC110 - these are the delays that the claim asks for
             await asyncio.sleep(next(steps))
     except StopIteration as end:
         value: T = end.value
@@ -71,7 +75,8 @@ async def _follow(steps: Generator[float, None, T]) -> T:
 
 
 async def _make(url: str | None, name: str | None, settings: Settings | None) -> Node:
-    """Open, format if it is a blank BAR2, claim, start. Everything is undone when a step fails or is cancelled."""
+    """Open, format if it is a blank BAR2, claim, start. Everything is undone when a step fails or is
+    cancelled."""
     explicit = name is not None or bool(os.environ.get("SHMSOCK_NAME"))
     own = address.node_name(name) if name is not None else address.default_name()
     loop, rng = asyncio.get_running_loop(), random.SystemRandom()
@@ -92,13 +97,18 @@ async def _make(url: str | None, name: str | None, settings: Settings | None) ->
         if other is not None and explicit:
             raise region_error(
                 98,
-                f"the name {own!r} is taken by another machine on this region (process {other.pid} there): set SHMSOCK_NAME or "
+                f"the name {own!r} is taken by another machine on this region (process {other.pid} there): "
+                "set SHMSOCK_NAME or "
                 "name= to one of your own; was this VM cloned?",
             )
         claim = await _follow(claim_section(layout, opened, boot, machine, rng, path=opened.path))
         if other is not None:
             own, was = f"{own[:56]}-{claim.section}", own
-            warnings.warn(f"the name {was!r} is taken by another machine: this node is {own!r}", RuntimeWarning, stacklevel=2)
+            warnings.warn(
+                f"the name {was!r} is taken by another machine: this node is {own!r}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         flags = lay.FLAG_LOCKED if opened.can_lock else 0
         identity = Identity(own, boot, machine, os.getpid(), flags, opened.identity)
         keepers: list[Keeper] = []
@@ -109,12 +119,21 @@ async def _make(url: str | None, name: str | None, settings: Settings | None) ->
                 keepers[0].watch(peer.section, on and here)
 
         engine = Engine(
-            layout, claim, identity, settings=settings, rng=rng, ensure=opened.ensure if opened.sparse else None, watch=watch,
-            locks=opened, now_ns=memory.core.lib.sh_clock(),
-        )  # fmt: skip
+            layout,
+            claim,
+            identity,
+            settings=settings,
+            rng=rng,
+            ensure=opened.ensure if opened.sparse else None,
+            watch=watch,
+            locks=opened,
+            now_ns=memory.core.lib.sh_clock(),
+        )
         try:
             keepers.append(
-                Keeper(memory.core, engine.nd, lock_fd=opened.lock_fd, look_cap_us=engine.settings.look_cap_us)
+                Keeper(
+                    memory.core, engine.nd, lock_fd=opened.lock_fd, look_cap_us=engine.settings.look_cap_us
+                )
             )
             node = Node(opened, engine, keepers[0], loop)
         except BaseException:
@@ -133,16 +152,19 @@ async def _make(url: str | None, name: str | None, settings: Settings | None) ->
     return node
 
 
-class attach:  # noqa: N801 - used as a function
-    """A node of its own on a region: `async with shmsock.attach("pci:auto", name="vm-a") as node: ...`, or `await` it and
-    `await node.aclose()` later.
+class attach:
+    """A node of its own on a region: `async with shmsock.attach("pci:auto", name="vm-a") as node: ...`, or
+    `await` it and `await node.aclose()` later.
 
-    `region`: a URL; None: SHMSOCK_REGION, else the one ivshmem device there is, else this user's own in /dev/shm. `name`: what
-    others call this node; None: SHMSOCK_NAME, else the host's name. Raises RegionError, OSError (ENOSPC) when no section is free,
-    OSError (EADDRINUSE) when an explicit name is another machine's. Cancelled, it leaves nothing behind.
+    `region`: a URL; None: SHMSOCK_REGION, else the one ivshmem device there is, else this user's own in
+    /dev/shm. `name`: what others call this node; None: SHMSOCK_NAME, else the host's name. Raises
+    RegionError, OSError (ENOSPC) when no section is free, OSError (EADDRINUSE) when an explicit name is
+    another machine's. Cancelled, it leaves nothing behind.
     """
 
-    def __init__(self, region: str | None = None, *, name: str | None = None, settings: Settings | None = None) -> None:
+    def __init__(
+        self, region: str | None = None, *, name: str | None = None, settings: Settings | None = None
+    ) -> None:
         self._args = (None if region is None else os.fspath(region), name, settings)
         self._node: Node | None = None
 
@@ -153,14 +175,16 @@ class attach:  # noqa: N801 - used as a function
         self._node = await _make(*self._args)
         return self._node
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         assert self._node is not None
         await self._node.aclose()
 
 
 async def _until_the_loop_ends(node: Node) -> AsyncGenerator[None, None]:
-    """Primed once, this generator is known to the loop, whose shutdown_asyncgens() ends it: under asyncio.run and uvloop.run that
-    is before the loop closes, also after an exception."""
+    """Primed once, this generator is known to the loop, whose shutdown_asyncgens() ends it: under asyncio.run
+    and uvloop.run that is before the loop closes, also after an exception."""
     try:
         yield
     finally:
@@ -177,7 +201,8 @@ async def _make_implicit(url: str | None, name: str | None) -> Node:
 
 
 async def current_node(url: str | None = None, name: str | None = None) -> Node:
-    """The node of the running loop for that region, attached at first use. Cancelling one of several that wait stops no other."""
+    """The node of the running loop for that region, attached at first use. Cancelling one of several that
+    wait stops no other."""
     loop = asyncio.get_running_loop()
     for other in list(_nodes):
         if other.loop is not loop and other.loop.is_closed():
@@ -189,11 +214,17 @@ async def current_node(url: str | None = None, name: str | None = None) -> Node:
     key = url if url is not None else "\0" + region.default_url()
     task = mine.get(key)
     if task is not None and task.done():
-        if task.cancelled() or task.exception() is not None or task.result().closed or not task.result().engine.alive:
+        if (
+            task.cancelled()
+            or task.exception() is not None
+            or task.result().closed
+            or not task.result().engine.alive
+        ):
             task = None
         elif name is not None and address.node_name(name) != task.result().name:
             raise ValueError(
-                f"this loop is attached as {task.result().name!r}, not {name!r}: use shmsock.attach(region, name=...) for another"
+                f"this loop is attached as {task.result().name!r}, not {name!r}: use shmsock.attach(region, "
+                "name=...) for another"
             )
     if task is None:
         task = mine[key] = loop.create_task(_make_implicit(url, name))

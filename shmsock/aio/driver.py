@@ -1,7 +1,8 @@
-"""The node of one event loop: runs the engine's pump as a callback, hot while bytes move, cold on one eventfd.
+"""The node of one event loop: runs the engine's pump as a callback, hot while bytes move, cold on one
+eventfd.
 
-The pump is the same for every loop: look, hand out events, decide whether to come again by `call_soon` or to let the keeper
-watch. It is a callback, never a task, in a context of its own.
+The pump is the same for every loop: look, hand out events, decide whether to come again by `call_soon` or to
+let the keeper watch. It is a callback, never a task, in a context of its own.
 """
 
 from __future__ import annotations
@@ -62,9 +63,12 @@ class _Opening:
 
 
 class Node:
-    """This process's side of a region, for one event loop. Made by attach(); not thread-safe, as asyncio's objects are not."""
+    """This process's side of a region, for one event loop. Made by attach(); not thread-safe, as asyncio's
+    objects are not."""
 
-    def __init__(self, region: Region, engine: Engine, keeper: Keeper, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, region: Region, engine: Engine, keeper: Keeper, loop: asyncio.AbstractEventLoop
+    ) -> None:
         self.region, self.engine, self.keeper, self.loop = region, engine, keeper, loop
         self.lib, self.nd = engine.lib, engine.nd
         self.name, self.section = engine.name, engine.section
@@ -76,8 +80,9 @@ class Node:
         self.transports: set[Any] = set()
         self._flushed: asyncio.Future[None] | None = None
         self.guard: Any = None  # what detaches an implicit node when its loop ends
-        #: What the loop runs next; whenever a read asks, the pump is in it, so more than one means: do not spin. uvloop keeps its
-        #: own to itself: there it stands for the pump and for the tasks that the pump woke and that have not run yet.
+        #: What the loop runs next; whenever a read asks, the pump is in it, so more than one means: do not
+        #: spin. uvloop keeps its own to itself: there it stands for the pump and for the tasks that the pump
+        #: woke and that have not run yet.
         self.queue: Any = getattr(loop, "_ready", None)
         self._known = self.queue is not None
         if not self._known:
@@ -103,7 +108,8 @@ class Node:
     # -- the pump
 
     def check(self) -> None:
-        """Raises ForkedError, RuntimeError (another thread) or NodeClosedError, before anything in C is touched."""
+        """Raises ForkedError, RuntimeError (another thread) or NodeClosedError, before anything in C is
+        touched."""
         if threading.get_ident() != self.ident:
             raise wrong_thread(repr(self))
         if os.getpid() != self.pid:
@@ -156,7 +162,11 @@ class Node:
                 raise
             except BaseException as error:
                 self.loop.call_exception_handler(
-                    {"message": f"shmsock: unhandled error in {kind} of {target!r}", "exception": error, "node": self}
+                    {
+                        "message": f"shmsock: unhandled error in {kind} of {target!r}",
+                        "exception": error,
+                        "node": self,
+                    }
                 )
         if not self.scheduled and not self.closed:
             if self._stay_hot(now):
@@ -166,8 +176,8 @@ class Node:
                 self.keeper.arm(True)
 
     def _stay_hot(self, now: int) -> bool:
-        """Come again at once? When something is owed; or when bytes moved, they moved shortly before as well, and looking in vain
-        has not used more than a quarter of the time."""
+        """Come again at once? When something is owed; or when bytes moved, they moved shortly before as well,
+        and looking in vain has not used more than a quarter of the time."""
         moved = self.lib.sh_moved(self.nd)
         since, self._last_pump = now - self._last_pump, now
         if moved != self._moved:
@@ -176,7 +186,9 @@ class Node:
             self._credit = min(self._credit + since, CREDIT_CAP_NS)
         else:
             hot = now - self._last_hit < self._hot_ns
-            self._credit = max(self._credit - since, 0) if hot else min(self._credit + since // 4, CREDIT_CAP_NS)
+            self._credit = (
+                max(self._credit - since, 0) if hot else min(self._credit + since // 4, CREDIT_CAP_NS)
+            )
         if not self.engine.quiet:
             return True
         return self._gap < self._hot_ns and now - self._last_hit < self._hot_ns and self._credit > 0
@@ -196,7 +208,9 @@ class Node:
         elif kind == "failed":
             target.handler.failed(arg)
         elif kind == "down":
-            self.loop.call_exception_handler({"message": f"shmsock: {self!r} is down", "exception": arg, "node": self})
+            self.loop.call_exception_handler(
+                {"message": f"shmsock: {self!r} is down", "exception": arg, "node": self}
+            )
 
     # -- names
 
@@ -229,7 +243,8 @@ class Node:
             raise unknown from None
 
     async def connect(self, host: Any, port: int, local_port: int = 0) -> Connection:
-        """A connection in OPEN. Raises what find() does, OSError (ENOBUFS), ConnectionResetError when the peer goes away.
+        """A connection in OPEN. Raises what find() does, OSError (ENOBUFS), ConnectionResetError when the
+        peer goes away.
 
         Cancelled, it takes the request back; nothing is left.
         """
@@ -261,8 +276,8 @@ class Node:
                 raise
 
     def listen(self, hosts: list[Any], port: int, *, backlog: int, reuse_port: bool) -> Listener:
-        """Listen for all peers, or for those of this machine when every host is a loopback. Raises OSError (EADDRNOTAVAIL,
-        EADDRINUSE)."""
+        """Listen for all peers, or for those of this machine when every host is a loopback. Raises OSError
+        (EADDRNOTAVAIL, EADDRINUSE)."""
         self.check()
         local_only = True
         for host in hosts:
@@ -287,8 +302,8 @@ class Node:
             self._flushed.set_result(None)
 
     async def aclose(self) -> None:
-        """Detach. Closed writers get up to `flush_s` to hand over what they still hold; everything else is closed as the end of
-        the process would."""
+        """Detach. Closed writers get up to `flush_s` to hand over what they still hold; everything else is
+        closed as the end of the process would."""
         if self.closed or os.getpid() != self.pid:
             return
         deadline = self.loop.time() + self.engine.settings.flush_s
@@ -302,7 +317,8 @@ class Node:
             self.close()
 
     def close(self) -> None:
-        """Detach at once; harmless when repeated. Raises RuntimeError on another thread while the loop runs."""
+        """Detach at once; harmless when repeated. Raises RuntimeError on another thread while the loop
+        runs."""
         if self.closed:
             return
         if threading.get_ident() != self.ident and self.loop.is_running():

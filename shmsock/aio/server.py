@@ -32,10 +32,18 @@ class _ListeningSocket:
 
 
 class Server(asyncio.AbstractServer):
-    """Returned by start_server(). The port is taken when it is made; connections are accepted from start_serving() on."""
+    """Returned by start_server(). The port is taken when it is made; connections are accepted from
+    start_serving() on."""
 
     def __init__(
-        self, node: Node, hosts: list[Any], port: int, factory: Callable[[], asyncio.BaseProtocol], *, backlog: int, reuse_port: bool
+        self,
+        node: Node,
+        hosts: list[Any],
+        port: int,
+        factory: Callable[[], asyncio.BaseProtocol],
+        *,
+        backlog: int,
+        reuse_port: bool,
     ) -> None:
         self._node, self._factory = node, factory
         self._context = contextvars.copy_context()
@@ -48,7 +56,9 @@ class Server(asyncio.AbstractServer):
         self._queue: list[Connection] = []
 
     def __repr__(self) -> str:
-        return f"<shmsock.Server {self._socket.getsockname()} {'closed' if self._listener is None else 'open'}>"
+        return (
+            f"<shmsock.Server {self._socket.getsockname()} {'closed' if self._listener is None else 'open'}>"
+        )
 
     # -- connections
 

@@ -1,8 +1,8 @@
 """asyncio streams over shared memory: StreamReader and StreamWriter with a straight way to the ring.
 
-The reader is asyncio's own with one hook replaced, `_wait_for_data`, and short cuts in read(n) and readexactly(n): one call into C that
-spins, one copy, one call that gives the space back. Bytes leave the ring only after the last await of an operation, so
-cancelling loses none.
+The reader is asyncio's own with one hook replaced, `_wait_for_data`, and short cuts in read(n) and
+readexactly(n): one call into C that spins, one copy, one call that gives the space back. Bytes leave the ring
+only after the last await of an operation, so cancelling loses none.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from shmsock.aio.attach import current_node
 from shmsock.aio.driver import Node, yield_once
 from shmsock.aio.server import Server
 from shmsock.aio.transport import ShmTransport
-from shmsock.errors import wrong_thread
 from shmsock.fabric.connection import EMPTY, EOF, RESET, STALE, YIELD
 
 __all__ = ["ShmStreamReader", "ShmStreamWriter", "open_connection", "start_server"]
@@ -30,11 +29,14 @@ COPY_MAX = 1 << 20
 IDLE_MAX = 4096  # bytes that the pump moves into a buffer that nobody reads
 _get_ident = threading.get_ident
 
-# What this module relies on inside asyncio. A Python that renames one of these must fail at import, not in the field.
+# What this module relies on inside asyncio. A Python that renames one of these must fail at import, not in
+# the field.
 _PRIVATE = ("_wakeup_waiter", "_wait_for_data", "_maybe_resume_transport")
 _PRIVATE_STATE = ("_buffer", "_eof", "_exception", "_waiter", "_limit", "_loop", "_transport", "_paused")
 _code = asyncio.StreamReader.__init__.__code__.co_names
-if missing := [x for x in _PRIVATE if not hasattr(asyncio.StreamReader, x)] + [x for x in _PRIVATE_STATE if x not in _code]:
+if missing := [x for x in _PRIVATE if not hasattr(asyncio.StreamReader, x)] + [
+    x for x in _PRIVATE_STATE if x not in _code
+]:
     raise ImportError(f"asyncio.StreamReader of this Python has no {missing}: shmsock does not know it")
 
 
@@ -55,7 +57,8 @@ class ShmStreamReader(asyncio.StreamReader):
     _was_woken = False
 
     def _attach(self, transport: ShmTransport) -> None:
-        """Direct mode from here on. (A method and not __init__: stock readers are adopted by changing their class.)"""
+        """Direct mode from here on. (A method and not __init__: stock readers are adopted by changing their
+        class.)"""
         self._direct = self._fast = True
         self._node, self._conn, self._ep = transport.node, transport.conn, transport.conn.ep
         lib = transport.node.lib
@@ -116,7 +119,8 @@ class ShmStreamReader(asyncio.StreamReader):
     # -- the hook
 
     async def _wait_for_data(self, func_name: str) -> None:
-        """Until there is something in the buffer, EOF, or an exception. What asyncio's own does with feed_data()."""
+        """Until there is something in the buffer, EOF, or an exception. What asyncio's own does with
+        feed_data()."""
         if not self._direct:
             if self._transport is None or not isinstance(self._transport, ShmTransport):
                 await super()._wait_for_data(func_name)  # type: ignore[misc]
@@ -124,7 +128,9 @@ class ShmStreamReader(asyncio.StreamReader):
                 await self._sleep(func_name)  # connection_lost is on its way
             return
         if self._waiter is not None:
-            raise RuntimeError(f"{func_name}() called while another coroutine is already waiting for incoming data")
+            raise RuntimeError(
+                f"{func_name}() called while another coroutine is already waiting for incoming data"
+            )
         node = self._node
         room = max(2 * self._limit, 1 << 16)
         while self._direct:
@@ -152,7 +158,9 @@ class ShmStreamReader(asyncio.StreamReader):
 
     async def _sleep(self, func_name: str) -> None:
         if self._waiter is not None:
-            raise RuntimeError(f"{func_name}() called while another coroutine is already waiting for incoming data")
+            raise RuntimeError(
+                f"{func_name}() called while another coroutine is already waiting for incoming data"
+            )
         self._waiter = self._loop.create_future()
         self._fast = False
         try:
@@ -191,8 +199,8 @@ class ShmStreamReader(asyncio.StreamReader):
         return span
 
     def _on_ready(self) -> None:
-        """The pump has news. Wake who waits; with nobody there, take in a little, so that at_eof() and who looks into the
-        buffer (connection pools do) are told the truth."""
+        """The pump has news. Wake who waits; with nobody there, take in a little, so that at_eof() and who
+        looks into the buffer (connection pools do) are told the truth."""
         if not self._direct:
             return
         waiter = self._waiter
@@ -218,10 +226,12 @@ class ShmStreamWriter(asyncio.StreamWriter):
         return self
 
     async def drain(self) -> None:
-        """Wait until the peer has taken enough. Raises ConnectionResetError, BrokenPipeError. Cancelling loses nothing."""
+        """Wait until the peer has taken enough. Raises ConnectionResetError, BrokenPipeError. Cancelling
+        loses nothing."""
         transport = self._transport
         if transport.calm:
-            # Reads look at the clock each time; of drains every eighth is enough to keep a turn within its budget.
+            # Reads look at the clock each time; of drains every eighth is enough to keep a turn within its
+            # budget.
             transport.drains += 1
             if transport.drains & 7:
                 return
@@ -256,7 +266,8 @@ class ShmStreamWriter(asyncio.StreamWriter):
         await super().drain()
 
     def __del__(self) -> None:
-        # asyncio's own closes here; the collector may run on another thread than the loop's, where that is not allowed
+        # asyncio's own closes here; the collector may run on another thread than the loop's, where that is
+        # not allowed
         transport = getattr(self, "_transport", None)
         if transport is None or transport.is_closing() or transport.node.closed:
             return
@@ -297,12 +308,13 @@ async def open_connection(
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """asyncio.open_connection over shared memory: connect to `port` of the peer named `host`.
 
-    `host`: a peer's name, a section number, or None / "localhost" for this machine. `limit`: bytes, as asyncio's. `local_addr`: only
-    its port counts. `region`, `name`: see attach(); the implicit node of this loop is used, or `node`.
+    `host`: a peer's name, a section number, or None / "localhost" for this machine. `limit`: bytes, as
+    asyncio's. `local_addr`: only its port counts. `region`, `name`: see attach(); the implicit node of this
+    loop is used, or `node`.
 
-    Raises socket.gaierror (nobody has the name), ConnectionRefusedError (nobody listens there), OSError (ENOBUFS: no slot or no memory
-    for a ring), ConnectionResetError (the peer went away). A peer whose loop is blocked is waited for; cancel to give up:
-    nothing is left behind.
+    Raises socket.gaierror (nobody has the name), ConnectionRefusedError (nobody listens there), OSError
+    (ENOBUFS: no slot or no memory for a ring), ConnectionResetError (the peer went away). A peer whose loop
+    is blocked is waited for; cancel to give up: nothing is left behind.
     """
     node = node or await current_node(region, name)
     if port is None:
@@ -330,10 +342,12 @@ async def start_server(
     name: str | None = None,
     node: Node | None = None,
 ) -> Server:
-    """asyncio.start_server over shared memory: call `client_connected_cb(reader, writer)` for each connection to `port`.
+    """asyncio.start_server over shared memory: call `client_connected_cb(reader, writer)` for each connection
+    to `port`.
 
-    `host`: None, "" or the own name for all peers, "localhost" for those of this machine. `port`: None or 0: one is chosen.
-    `backlog`: connections accepted and not yet handled. `reuse_port`: several processes of one host may share the port.
+    `host`: None, "" or the own name for all peers, "localhost" for those of this machine. `port`: None or 0:
+    one is chosen. `backlog`: connections accepted and not yet handled. `reuse_port`: several processes of one
+    host may share the port.
 
     Raises OSError (EADDRINUSE, EADDRNOTAVAIL), and what attach() raises.
     """
@@ -349,4 +363,3 @@ async def start_server(
     if start_serving:
         await server.start_serving()
     return server
-

@@ -1,7 +1,8 @@
 """The transport of a shared-memory connection: asyncio's contract on top, one engine connection below.
 
-Two ways lead the bytes to the user. In direct mode a stream reader takes them from the ring itself (streams.py), and the transport
-only wakes it. Otherwise the pump delivers them to the protocol by data_received().
+Two ways lead the bytes to the user. In direct mode a stream reader takes them from the ring itself
+(streams.py), and the transport only wakes it. Otherwise the pump delivers them to the protocol by
+data_received().
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ __all__ = ["ShmTransport"]
 if TYPE_CHECKING:
 
     class _FlowControl(asyncio.Transport):
-        """What asyncio's own write limits look like; asyncio knows them by this very class when it sends files."""
+        """What asyncio's own write limits look like; asyncio knows them by this very class when it sends
+        files."""
 
         _loop: asyncio.AbstractEventLoop
         _protocol_paused: bool
@@ -44,7 +46,8 @@ _get_ident = threading.get_ident
 
 
 class ShmTransport(_FlowControl, asyncio.Transport):
-    """A stream between two peers of a region. `get_extra_info` knows "peername" and "sockname", as (name, port)."""
+    """A stream between two peers of a region. `get_extra_info` knows "peername" and "sockname", as (name,
+    port)."""
 
     def __init__(
         self,
@@ -89,7 +92,8 @@ class ShmTransport(_FlowControl, asyncio.Transport):
     # -- protocol and reading
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
-        """Ends direct mode for good: bytes that the reader took already stay in its buffer, the rest goes to `protocol`."""
+        """Ends direct mode for good: bytes that the reader took already stay in its buffer, the rest goes to
+        `protocol`."""
         self._protocol = protocol
         self.reader = None
         if not self._lost:
@@ -144,7 +148,9 @@ class ShmTransport(_FlowControl, asyncio.Transport):
     def _deliver(self) -> None:
         """Protocol mode: hand over what is there, bounded, and come again if more is."""
         given = 0
-        while given < DELIVER_MAX and not (self._reading_paused or self._closing or self._lost or self.reader):
+        while given < DELIVER_MAX and not (
+            self._reading_paused or self._closing or self._lost or self.reader
+        ):
             data = self.conn.read(COPY_MAX)
             if isinstance(data, int):
                 if data == EOF:
@@ -258,13 +264,16 @@ class ShmTransport(_FlowControl, asyncio.Transport):
             logger.warning("shmsock: write() to a lost connection: %r", self)
 
     def _write_failed(self, status: int = CLOSED) -> None:
-        """The peer reads no more. What it wrote before is still worth reading: the connection ends with that."""
+        """The peer reads no more. What it wrote before is still worth reading: the connection ends with
+        that."""
         error = self.conn.error
         self._pending.clear()
         if status == STALE:
             error = self.node.engine.failure()
         if error is None and not self._closing:
-            error = BrokenPipeError(errno.EPIPE, f"{self.conn.remote} closed the connection and reads no more")
+            error = BrokenPipeError(
+                errno.EPIPE, f"{self.conn.remote} closed the connection and reads no more"
+            )
         if self._closing or self._read_eof or self.conn.error is not None or status == STALE:
             self.force_close(error)
         else:
@@ -328,7 +337,8 @@ class ShmTransport(_FlowControl, asyncio.Transport):
         return self._closing
 
     def close(self) -> None:
-        """Flush, then FIN: what was written arrives. connection_lost(None) follows, not from within this call."""
+        """Flush, then FIN: what was written arrives. connection_lost(None) follows, not from within this
+        call."""
         self._check_thread()
         if self._closing:
             return

@@ -1,1 +1,2 @@
-"""The engine: regions' layout, sections and peers, connections. Knows no event loop and no clock (see node.py)."""
+"""The engine: regions' layout, sections and peers, connections. Knows no event loop and no clock (see
+node.py)."""

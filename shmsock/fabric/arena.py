@@ -1,4 +1,5 @@
-"""Ring memory of one section: a buddy allocator whose books are private (nothing of it is in shared memory)."""
+"""Ring memory of one section: a buddy allocator whose books are private (nothing of it is in shared
+memory)."""
 
 from __future__ import annotations
 
@@ -8,9 +9,11 @@ MIN_RING = 4096
 
 
 class Arena:
-    """Hands out power-of-two blocks of 4 KiB to `largest` bytes, aligned to 4 KiB. Offsets are relative to the section.
+    """Hands out power-of-two blocks of 4 KiB to `largest` bytes, aligned to 4 KiB. Offsets are relative to
+    the section.
 
-    Every free slot keeps a claim to one smallest ring, so that a few large connections do not shut out all others.
+    Every free slot keeps a claim to one smallest ring, so that a few large connections do not shut out all
+    others.
     """
 
     def __init__(self, offset: int, size: int) -> None:
@@ -32,7 +35,8 @@ class Arena:
         return max(MIN_RING, min(largest, 1 << max(spare.bit_length() - 1, 0)))
 
     def take(self, nbytes: int) -> tuple[int, int] | None:
-        """(offset, bytes) of a block of `nbytes`, or of the largest smaller one there is; None when all is taken."""
+        """(offset, bytes) of a block of `nbytes`, or of the largest smaller one there is; None when all is
+        taken."""
         want = nbytes
         while want >= MIN_RING:
             found = min((b for b, blocks in self._free.items() if b >= want and blocks), default=0)

@@ -1,7 +1,8 @@
 """Claiming a section, giving it back, and taking back what the dead left.
 
-Claiming waits (20 ms to see that the claim stands, 300 ms to see that a former owner's beat does not move), and the engine knows
-no clock: so it is a generator that yields seconds to wait and returns the Claim. Nothing else is used by two at once.
+Claiming waits (20 ms to see that the claim stands, 300 ms to see that a former owner's beat does not move),
+and the engine knows no clock: so it is a generator that yields seconds to wait and returns the Claim. Nothing
+else is used by two at once.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ def survey(layout: Layout, locks: Locks, boot_id: bytes) -> list[Seen]:
                 state=memory.load(at + lay.STATE),
                 used=memory.load(at + lay.INCARNATION) != 0,
                 who=who,
-                dead=bool(claim and lock_here and memory.load(at + lay.STATE) and not locks.section_locked(i)),
+                dead=bool(
+                    claim and lock_here and memory.load(at + lay.STATE) and not locks.section_locked(i)
+                ),
                 left=memory.load(at + lay.LEFT),
             )
         )
@@ -91,9 +94,16 @@ def _still_read(layout: Layout, section: int, alive: set[int]) -> bool:
 
 
 def claim_section(
-    layout: Layout, locks: Locks, boot_id: bytes, machine_id: bytes, rng: random.Random, *, path: str | None = None
+    layout: Layout,
+    locks: Locks,
+    boot_id: bytes,
+    machine_id: bytes,
+    rng: random.Random,
+    *,
+    path: str | None = None,
 ) -> Generator[float, None, Claim]:
-    """Claim a section: never used ones first, then those left cleanly (oldest first), then those of the proven dead.
+    """Claim a section: never used ones first, then those left cleanly (oldest first), then those of the
+    proven dead.
 
     Yields seconds to wait. Raises RegionError (ENOSPC) that names the silent sections when there is none.
     """
@@ -109,7 +119,11 @@ def claim_section(
     alive = _alive(layout, before)
     machines = {s.who.machine_id for s in before if s.section in alive and s.who}
     left = sorted((s for s in before if not s.claim), key=lambda s: s.left)
-    dead = [s for s in before if s.claim and s.section not in alive and (s.dead or _rebooted(s, boot_id, machine_id, machines))]
+    dead = [
+        s
+        for s in before
+        if s.claim and s.section not in alive and (s.dead or _rebooted(s, boot_id, machine_id, machines))
+    ]
     for seen in left + dead:
         if not _still_read(layout, seen.section, alive):
             claim = yield from _take(layout, locks, seen, rng)
@@ -123,12 +137,17 @@ def claim_section(
     raise sections_full(names, layout.peers, path)
 
 
-def name_taken(layout: Layout, locks: Locks, boot_id: bytes, name: str) -> Generator[float, None, Identity | None]:
-    """Who else goes by this name and is alive: another machine (its boot id differs), such as a clone of the same image.
+def name_taken(
+    layout: Layout, locks: Locks, boot_id: bytes, name: str
+) -> Generator[float, None, Identity | None]:
+    """Who else goes by this name and is alive: another machine (its boot id differs), such as a clone of the
+    same image.
 
     Yields seconds to wait, only if somebody is in doubt: a still beat is that machine before its reboot.
     """
-    others = [s for s in survey(layout, locks, boot_id) if s.claim and not s.dead and s.who and s.who.name == name]
+    others = [
+        s for s in survey(layout, locks, boot_id) if s.claim and not s.dead and s.who and s.who.name == name
+    ]
     others = [s for s in others if s.who and s.who.boot_id != boot_id]
     if others:
         yield STILL_S
@@ -144,8 +163,8 @@ def release_claim(layout: Layout, locks: Locks, claim: Claim) -> None:
 
 
 def _rebooted(seen: Seen, boot_id: bytes, machine_id: bytes, living_machines: set[bytes]) -> bool:
-    """The same machine came back under another boot id, and its beat is still: its former life is over. A machine id that a
-    living peer has too is a cloned image and proves nothing."""
+    """The same machine came back under another boot id, and its beat is still: its former life is over. A
+    machine id that a living peer has too is a cloned image and proves nothing."""
     who = seen.who
     return (
         who is not None
@@ -155,7 +174,9 @@ def _rebooted(seen: Seen, boot_id: bytes, machine_id: bytes, living_machines: se
     )
 
 
-def _take(layout: Layout, locks: Locks, seen: Seen, rng: random.Random) -> Generator[float, None, Claim | None]:
+def _take(
+    layout: Layout, locks: Locks, seen: Seen, rng: random.Random
+) -> Generator[float, None, Claim | None]:
     if not locks.lock_section(seen.section):
         return None
     at, word = layout.section(seen.section) + lay.CLAIM, rng.getrandbits(64) | 1
@@ -172,12 +193,18 @@ def _take(layout: Layout, locks: Locks, seen: Seen, rng: random.Random) -> Gener
 
 
 def reap(
-    layout: Layout, locks: Locks, boot_id: bytes, *, force: Callable[[Seen], bool] | None = None, watch_s: float = 3.0
+    layout: Layout,
+    locks: Locks,
+    boot_id: bytes,
+    *,
+    force: Callable[[Seen], bool] | None = None,
+    watch_s: float = 3.0,
 ) -> Generator[float, None, list[Seen]]:
-    """Free the sections whose owner is proven dead, or whose beat is still for `watch_s` seconds and for which `force` says so.
+    """Free the sections whose owner is proven dead, or whose beat is still for `watch_s` seconds and for
+    which `force` says so.
 
-    For `shmsock reap`: a person knows what no observer can, that a silent VM will not come back. Yields seconds to wait,
-    returns what was freed. Sections that somebody still reads are left.
+    For `shmsock reap`: a person knows what no observer can, that a silent VM will not come back. Yields
+    seconds to wait, returns what was freed. Sections that somebody still reads are left.
     """
     before = survey(layout, locks, boot_id)
     yield watch_s

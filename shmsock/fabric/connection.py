@@ -1,9 +1,9 @@
 """One endpoint of a connection: its state, and the moves that both the user and the peer can make.
 
-Theory. A connection is two slots, one in each peer's section. A slot's owner writes its words, the other only reads them, so each
-side tells its own story and looks at the other's. A side that has said REL ("I will never again read your ring or write this
-connection") waits in CLOSING until the other says so too; Release is one store, generation + 1, after which slot and ring are
-free for reuse, and which the other side reads as REL.
+Theory. A connection is two slots, one in each peer's section. A slot's owner writes its words, the other only
+reads them, so each side tells its own story and looks at the other's. A side that has said REL ("I will never
+again read your ring or write this connection") waits in CLOSING until the other says so too; Release is one
+store, generation + 1, after which slot and ring are free for reuse, and which the other side reads as REL.
 
     event                    OPENING                  OPEN                                   CLOSING
     ACCEPT, matches          -> OPEN, look once       violation                              -
@@ -19,7 +19,8 @@ free for reuse, and which the other side reads as REL.
     peer gone                Release, fail            drain to its last tail, then EOF       Release
                                                       if FIN, else reset
 
-Release is -> FREE. From OPEN and CLOSING it notifies the peer. The credit of a cancelled CONNECT comes back with its answer.
+Release is -> FREE. From OPEN and CLOSING it notifies the peer. The credit of a cancelled CONNECT comes back
+with its answer.
 """
 
 from __future__ import annotations
@@ -34,9 +35,23 @@ if TYPE_CHECKING:
     from shmsock.fabric.node import Engine
 
 __all__ = [
-    "BAD", "CLOSED", "DATA", "EMPTY", "EOF", "FIN", "MOVED", "REL", "RESET", "RESET_BIT", "SPACE", "STALE", "VIOLATION", "YIELD",
-    "Connection", "State",
-]  # fmt: skip
+    "BAD",
+    "CLOSED",
+    "DATA",
+    "EMPTY",
+    "EOF",
+    "FIN",
+    "MOVED",
+    "REL",
+    "RESET",
+    "RESET_BIT",
+    "SPACE",
+    "STALE",
+    "VIOLATION",
+    "YIELD",
+    "Connection",
+    "State",
+]
 
 # statuses of read and write (enum sh_status)
 EMPTY, EOF, RESET, YIELD, VIOLATION, STALE, CLOSED = -1, -2, -3, -4, -5, -6, -7
@@ -53,12 +68,28 @@ class State(Enum):
 
 
 class Connection:
-    """`handler` belongs to the driver. `local` and `remote` are (name, port). All methods are called by the node's thread."""
+    """`handler` belongs to the driver. `local` and `remote` are (name, port). All methods are called by the
+    node's thread."""
 
     __slots__ = (
-        "__weakref__", "accepted", "engine", "ep", "error", "gen", "handler", "local", "orphaned_ns", "peer", "peer_slot", "remote", "ring",
-        "rx", "rx_bytes", "slot", "state",
-    )  # fmt: skip
+        "__weakref__",
+        "accepted",
+        "engine",
+        "ep",
+        "error",
+        "gen",
+        "handler",
+        "local",
+        "orphaned_ns",
+        "peer",
+        "peer_slot",
+        "remote",
+        "ring",
+        "rx",
+        "rx_bytes",
+        "slot",
+        "state",
+    )
 
     def __init__(self, engine: Engine, slot: int, ring: tuple[int, int], peer: int) -> None:
         self.engine, self.slot, self.ring, self.peer = engine, slot, ring, peer
@@ -76,7 +107,8 @@ class Connection:
         self.accepted = False
 
     def __repr__(self) -> str:
-        return f"<Connection {self.state.value} {self.local} - {self.remote} slot {self.slot} of generation {self.gen}>"
+        where = f"slot {self.slot} of generation {self.gen}"
+        return f"<Connection {self.state.value} {self.local} - {self.remote} {where}>"
 
     # -- moves of the peer
 
@@ -93,7 +125,8 @@ class Connection:
         return status
 
     def look(self) -> int:
-        """Take in what the peer did; returns LOOK bits for the driver, 0 when there is nothing for it. May end the connection."""
+        """Take in what the peer did; returns LOOK bits for the driver, 0 when there is nothing for it. May
+        end the connection."""
         if self.state is State.FREE:
             return 0
         bits: int = self.engine.lib.sh_look(self.ep)
@@ -144,9 +177,7 @@ class Connection:
         self._shut(rst=1)
 
     def _shut(self, rst: int) -> None:
-        if self.state is State.OPENING:
-            self.release()
-        elif self.state is State.OPEN and self.orphaned_ns:
+        if self.state is State.OPENING or (self.state is State.OPEN and self.orphaned_ns):
             self.release()
         elif self.state is not State.FREE and (self.state is State.OPEN or rst):
             self.engine.lib.sh_ep_shut(self.ep, 1 - rst, 1, rst)
@@ -164,7 +195,8 @@ class Connection:
     # -- bytes
 
     def write(self, data: Any, size: int) -> int:
-        """Bytes taken, at most `size`; fewer when the ring is full (an event comes when there is space); or a status."""
+        """Bytes taken, at most `size`; fewer when the ring is full (an event comes when there is space); or a
+        status."""
         if self.state is not State.OPEN:
             return CLOSED
         taken: int = self.engine.lib.sh_write(self.ep, data, size)
@@ -180,7 +212,8 @@ class Connection:
         return self.take(span) if span > 0 else self.ended_by(span)
 
     def take(self, span: int) -> bytes | int:
-        """Copy out what sh_read_now or sh_read_begin found. RESET when the slot changed hands under the copy."""
+        """Copy out what sh_read_now or sh_read_begin found. RESET when the slot changed hands under the
+        copy."""
         n, at = span & 0xFFFFFFFF, span >> 32
         end = at + n
         if end <= self.rx_bytes:

@@ -1,6 +1,7 @@
 """How connections come to be: CONNECT, ACCEPT, REFUSE. Everything after that is bits in the slots.
 
-A CONNECT takes a credit, of which there are 32 per direction, and each gets exactly one answer: honest message rings of 64 cannot overflow.
+A CONNECT takes a credit, of which there are 32 per direction, and each gets exactly one answer: honest
+message rings of 64 cannot overflow.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class Handshake:
             raise port_refused(remote, port)
         adopted = engine.lib.sh_peer_inc(engine.nd, section)
         if not adopted and now_ns < peer.ignore_until_ns:
-            raise violation(f"{remote!r} (section {section})", f"{VIOLATIONS} times; it is not listened to for a while")
+            raise violation(
+                f"{remote!r} (section {section})", f"{VIOLATIONS} times; it is not listened to for a while"
+            )
         if not adopted or engine.lib.sh_tag_changed(engine.nd, section):
             engine.adopt(peer, now_ns)
         conn = engine.slots.take(peer, accepted=False)
@@ -67,7 +70,9 @@ class Handshake:
     def _send(self, peer: Peer, *fields: int) -> bool:
         engine = self.engine
         note = self._note
-        note.kind, note.reason, note.slot, note.dst_slot, note.gen, note.dst_gen, note.port, note.src_port = fields
+        note.kind, note.reason, note.slot, note.dst_slot, note.gen, note.dst_gen, note.port, note.src_port = (
+            fields
+        )
         status: int = engine.lib.sh_message_send(engine.nd, peer.section, note)
         if status == VIOLATION:
             engine.offence(peer.section)
@@ -145,19 +150,31 @@ class Handshake:
             else:
                 engine.offence(peer.section)
 
-    def _on_answer(self, peer: Peer, kind: int, reason: int, slot: int, gen: int, dst_slot: int, dst_gen: int) -> None:
+    def _on_answer(
+        self, peer: Peer, kind: int, reason: int, slot: int, gen: int, dst_slot: int, dst_gen: int
+    ) -> None:
         engine = self.engine
         conn = engine.connections.get(dst_slot)
-        if conn is None or conn.gen != dst_gen or conn.state is not State.OPENING or conn.peer != peer.section:
+        if (
+            conn is None
+            or conn.gen != dst_gen
+            or conn.state is not State.OPENING
+            or conn.peer != peer.section
+        ):
             if kind == ACCEPT:
-                engine.lib.sh_notify_slot(engine.nd, peer.section, slot)  # it shall look, and find our generation gone
+                engine.lib.sh_notify_slot(
+                    engine.nd, peer.section, slot
+                )  # it shall look, and find our generation gone
             return
         if kind == REFUSE:
             conn.release()
             engine.counts["refused"] += 1
             error: OSError
             if reason in (NO_SLOT, NO_MEMORY):
-                error = OSError(105, f"{conn.remote} has no room for another connection: use a larger region, or close some")
+                error = OSError(
+                    105,
+                    f"{conn.remote} has no room for another connection: use a larger region, or close some",
+                )
             else:
                 error = port_refused(*conn.remote)
             engine.emit("failed", conn, error)
@@ -168,7 +185,9 @@ class Handshake:
         status = conn.open(slot, gen) if slot not in peer.connections else VIOLATION
         if status < 0:
             conn.release()
-            engine.emit("failed", conn, ConnectionResetError(104, f"connection to {conn.remote} was reset at once"))
+            engine.emit(
+                "failed", conn, ConnectionResetError(104, f"connection to {conn.remote} was reset at once")
+            )
             if status == VIOLATION:
                 engine.offence(peer.section)
             return

@@ -49,7 +49,8 @@ class Layout:
         g = ffi.new("sh_geometry *")
         if lib.sh_geometry_of(region_id, region_bytes, g) < 0:
             raise format_error(
-                f"region id {region_id:#x} and size {region_bytes} do not go together: not a region of this version, "
+                f"region id {region_id:#x} and size {region_bytes} do not go together: not a region of this "
+                "version, "
                 "or overwritten; make it anew with `shmsock create --force`"
             )
         self.memory, self.geometry = memory, g
@@ -68,7 +69,8 @@ class Layout:
         return self.section(of) + int(g.pair_off) + towards * int(g.pair_bytes)
 
     def identity(self, index: int) -> Identity | None:
-        """Who owns the section; None when nobody does, or when what it says is no identity (half written, hostile)."""
+        """Who owns the section; None when nobody does, or when what it says is no identity (half written,
+        hostile)."""
         memory, at = self.memory, self.section(index)
         life = memory.load(at + INCARNATION)
         raw = memory.read(at + NAME, 64)
@@ -81,7 +83,13 @@ class Layout:
             flags=memory.load(at + FLAGS),
             file=(memory.load(at + DEV), memory.load(at + INO)),
         )
-        if not life or memory.load(at + INCARNATION) != life or not name or len(name) > 63 or rest.strip(b"\0"):
+        if (
+            not life
+            or memory.load(at + INCARNATION) != life
+            or not name
+            or len(name) > 63
+            or rest.strip(b"\0")
+        ):
             return None
         if not all(c in b"abcdefghijklmnopqrstuvwxyz0123456789._-" for c in name):
             return None
@@ -106,7 +114,8 @@ def _slots_fit(memory: Memory, size: int, peers: int, log2_slots: int) -> Any:
 
 
 def default_slots(memory: Memory, size: int, peers: int) -> int:
-    """Connections per section: as many as can have two smallest rings (4 KiB) each, 16 to 2048; 0: region too small."""
+    """Connections per section: as many as can have two smallest rings (4 KiB) each, 16 to 2048; 0: region too
+    small."""
     for log2_slots in range(11, 3, -1):
         g = _slots_fit(memory, size, peers, log2_slots)
         if g is not None and (g.arena_bytes >= g.slots * 8192 or log2_slots == 4):
@@ -115,23 +124,27 @@ def default_slots(memory: Memory, size: int, peers: int) -> int:
 
 
 def format_region(memory: Memory, *, peers: int = 16, rng: random.Random | None = None) -> Layout:
-    """Format a zeroed region; harmless if it is formatted already, or being formatted by another at this moment.
+    """Format a zeroed region; harmless if it is formatted already, or being formatted by another at this
+    moment.
 
     Everything follows from one word that is compared and swapped, so two that format write the same words.
-    Raises RegionFormatError when the region holds something else, OSError(EINVAL) when it is too small for `peers`.
+    Raises RegionFormatError when the region holds something else, OSError(EINVAL) when it is too small for
+    `peers`.
     """
     if not 1 <= peers <= MAX_PEERS:
         raise region_error(22, f"a region of {peers} peers was asked for, expected 1 to {MAX_PEERS}")
     if memory.size < HEADER or not (slots := default_slots(memory, memory.size, peers)):
         need = next(s for s in (1 << k for k in range(12, 40)) if default_slots(memory, s, peers))
         raise format_error(
-            f"{memory.size} bytes are too few for a region of {peers} peers: make it {need} or more, or ask for fewer peers"
+            f"{memory.size} bytes are too few for a region of {peers} peers: make it {need} or more, or ask "
+            "for fewer peers"
         )
     if memory.load(H_MAGIC) == MAGIC:
         return read_layout(memory)
     if memory.load(H_MAGIC) or (memory.load(H_ID) == 0 and any(memory.read(0, HEADER))):
         raise format_error(
-            f"the region begins with {memory.read(0, 16).hex()}, expected zeros or a shmsock magic: it holds something "
+            f"the region begins with {memory.read(0, 16).hex()}, expected zeros or a shmsock magic: it "
+            "holds something "
             "else; `shmsock create --force` overwrites it"
         )
     draw = rng or random.SystemRandom()
@@ -163,13 +176,15 @@ def read_layout(memory: Memory) -> Layout:
         )
     if version != VERSION:
         raise format_error(
-            f"the region has format version {version}, this shmsock knows {VERSION}: use the same shmsock on every VM, "
+            f"the region has format version {version}, this shmsock knows {VERSION}: use the same shmsock "
+            "on every VM, "
             "or create the region anew when nobody uses it"
         )
     size = memory.load(H_BYTES)
     if size > memory.size:
         raise format_error(
-            f"the region was formatted with {size} bytes, but only {memory.size} are there: truncated, or the VM was "
+            f"the region was formatted with {size} bytes, but only {memory.size} are there: truncated, or "
+            "the VM was "
             "given a smaller size= than the file has"
         )
     return Layout(memory, memory.load(H_ID), size)

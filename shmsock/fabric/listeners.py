@@ -20,10 +20,17 @@ PATIENCE = 20000
 
 
 class Listener:
-    """A port that is listened on. `handler` belongs to the driver, which lowers `pending` when it took a connection over."""
+    """A port that is listened on. `handler` belongs to the driver, which lowers `pending` when it took a
+    connection over."""
 
     def __init__(self, owner: Listeners, index: int, port: int, backlog: int, flags: int) -> None:
-        self.owner, self.index, self.port, self.backlog, self.flags = owner, index, port, max(backlog, 1), flags
+        self.owner, self.index, self.port, self.backlog, self.flags = (
+            owner,
+            index,
+            port,
+            max(backlog, 1),
+            flags,
+        )
         self.pending = 0
         self.handler: Any = None
         self.closed = False
@@ -41,9 +48,9 @@ class Listener:
 class Listeners:
     """The listener table of the own section, and the rules of who may have a port.
 
-    A port belongs to a name, and processes of one host share their name, each with its own section. To take one: publish the entry as
-    tentative, fence, scan the others of that name. Somebody who listens wins over who is tentative; of two tentative ones the
-    lower section wins, and the other one withdraws.
+    A port belongs to a name, and processes of one host share their name, each with its own section. To take
+    one: publish the entry as tentative, fence, scan the others of that name. Somebody who listens wins over
+    who is tentative; of two tentative ones the lower section wins, and the other one withdraws.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -61,8 +68,13 @@ class Listeners:
         return (listener for group in list(self.mine.values()) for listener in group)
 
     def ephemeral(self) -> int:
-        """A port of this section's own slice, not listened on and, as long as there are others, not used by a connection."""
-        used = {c.local[1] for c in self.engine.connections.values()} if len(self.engine.connections) < len(self._slice) else set()
+        """A port of this section's own slice, not listened on and, as long as there are others, not used by a
+        connection."""
+        used = (
+            {c.local[1] for c in self.engine.connections.values()}
+            if len(self.engine.connections) < len(self._slice)
+            else set()
+        )
         for _ in self._slice:
             self._next = (self._next + 1) % len(self._slice)
             port = self._slice[self._next]
@@ -112,7 +124,9 @@ class Listeners:
     def flags(self, peer: Peer, port: int) -> int:
         """What a peer's table says of a port; 0: it does not listen there."""
         memory = self.engine.memory
-        found: int = memory.core.lib.sh_listen_find(memory.base, self.engine.layout.geometry, peer.section, port, memory.wc)
+        found: int = memory.core.lib.sh_listen_find(
+            memory.base, self.engine.layout.geometry, peer.section, port, memory.wc
+        )
         return found
 
     def remove(self, listener: Listener) -> None:
@@ -134,14 +148,19 @@ class Listeners:
 
     def accepting(self, port: int, peer: Peer) -> Listener | None:
         """Who of this node answers a CONNECT to `port` from that peer; several (reuse_port) take turns."""
-        group = [x for x in self.mine.get(port, ()) if not x.flags & LOCAL or self.engine.peers.same_kernel(peer)]
+        group = [
+            x for x in self.mine.get(port, ()) if not x.flags & LOCAL or self.engine.peers.same_kernel(peer)
+        ]
         if not group:
             return None
         self._turn += 1
         return group[self._turn % len(group)]
 
-    def elsewhere(self, name: str | None, port: int, *, exclude: tuple[int, ...] = ()) -> tuple[list[Peer], bool]:
-        """Peers of that name (None: of this machine) that listen on `port`; and whether anybody has the name at all."""
+    def elsewhere(
+        self, name: str | None, port: int, *, exclude: tuple[int, ...] = ()
+    ) -> tuple[list[Peer], bool]:
+        """Peers of that name (None: of this machine) that listen on `port`; and whether anybody has the name
+        at all."""
         engine = self.engine
         engine.peers.refresh_all(engine.lib.sh_clock())
         named = engine.peers.named(name)
@@ -151,4 +170,6 @@ class Listeners:
             if flags and not flags & TENTATIVE and not (flags & LOCAL and not engine.peers.same_kernel(peer)):
                 found.append(peer)
         # whose beat moved last comes first: a dead namesake, until it is known to be dead, is tried last
-        return sorted((p for p in found if p.section not in exclude), key=lambda p: min(p.samples, 3)), bool(named)
+        return sorted((p for p in found if p.section not in exclude), key=lambda p: min(p.samples, 3)), bool(
+            named
+        )

@@ -1,8 +1,10 @@
-"""The engine: one process's side of a region. It knows no event loop and no clock: `now_ns` (monotonic nanoseconds) is an
-argument, what happened comes back as events, and when it wants to be called again says `next_deadline()`.
+"""The engine: one process's side of a region. It knows no event loop and no clock: `now_ns` (monotonic
+nanoseconds) is an argument, what happened comes back as events, and when it wants to be called again says
+`next_deadline()`.
 
-A byte's way does not lead through here: Connection.write and .read go straight to C. Here is what happens seldom: links that
-appear and vanish, connections that are opened, answered and released, and the slow looks that make all of it robust.
+A byte's way does not lead through here: Connection.write and .read go straight to C. Here is what happens
+seldom: links that appear and vanish, connections that are opened, answered and released, and the slow looks
+that make all of it robust.
 """
 
 from __future__ import annotations
@@ -29,14 +31,25 @@ SAMPLE_NS = 100_000_000
 SAFETY_NS = 1_000_000_000
 EVENTS_PER_PASS = 64
 COUNTERS = (
-    "pumps", "reads", "writes", "bytes_in", "bytes_out", "notifies", "notifies_pending", "spin_hits", "spin_misses", "wakeups",
-    "healed", "bells",
-)  # fmt: skip
+    "pumps",
+    "reads",
+    "writes",
+    "bytes_in",
+    "bytes_out",
+    "notifies",
+    "notifies_pending",
+    "spin_hits",
+    "spin_misses",
+    "wakeups",
+    "healed",
+    "bells",
+)
 
 
 class Event(NamedTuple):
-    """`ready`: look at the connection (arg: LOOK bits). `connected`, `failed` (arg: OSError): the answer to connect().
-    `accepted`: a listener has a new connection (arg). `down` (arg: OSError): this node is over; target is None."""
+    """`ready`: look at the connection (arg: LOOK bits). `connected`, `failed` (arg: OSError): the answer to
+    connect(). `accepted`: a listener has a new connection (arg). `down` (arg: OSError): this node is over;
+    target is None."""
 
     kind: str
     target: Any
@@ -67,16 +80,30 @@ class Engine:
         self.name = identity.name
         self._watch = watch or (lambda peer, on: None)
         self.slots = Slots(self, ensure)
-        self.arena, self.free_slots, self.connections = self.slots.arena, self.slots.free, self.slots.connections
+        self.arena, self.free_slots, self.connections = (
+            self.slots.arena,
+            self.slots.free,
+            self.slots.connections,
+        )
         self.nd = self.ffi.gc(
-            self.lib.sh_node_new(self.memory.base, layout.geometry, self.section, self.memory.wc), self.lib.sh_node_free
+            self.lib.sh_node_new(self.memory.base, layout.geometry, self.section, self.memory.wc),
+            self.lib.sh_node_free,
         )
         if not self.nd:
             raise MemoryError("no memory for a node's private state")
-        self.peers = Peers(layout, self.section, identity, self.settings.max_connects, self.settings.dead_after_s, locks)
+        self.peers = Peers(
+            layout, self.section, identity, self.settings.max_connects, self.settings.dead_after_s, locks
+        )
         self.listeners = Listeners(self)
         self.handshake = Handshake(self)
-        self.counts = {"accepted": 0, "connected": 0, "refused": 0, "violations": 0, "adoptions": 0, "peers_lost": 0}
+        self.counts = {
+            "accepted": 0,
+            "connected": 0,
+            "refused": 0,
+            "violations": 0,
+            "adoptions": 0,
+            "peers_lost": 0,
+        }
         self._out = self.ffi.new("uint32_t[]", EVENTS_PER_PASS)
         self._events: list[Event] = []
         self._failure: OSError | None = None
@@ -112,7 +139,8 @@ class Engine:
         return fresh
 
     def leave(self) -> None:
-        """Close what is open as a process's end would, and give the section back. What was published stays readable."""
+        """Close what is open as a process's end would, and give the section back. What was published stays
+        readable."""
         if self._failure is None:
             if not self.lib.sh_node_is_inert(self.nd):
                 self._give_back()
@@ -135,14 +163,17 @@ class Engine:
             memory.cas(at + lay.CLAIM, self.claim.word, 0)
 
     def abandon(self, why: OSError) -> None:
-        """In a forked child, or when the section was lost: every call fails from now on, nothing is stored."""
+        """In a forked child, or when the section was lost: every call fails from now on, nothing is
+        stored."""
         self.lib.sh_node_inert(self.nd)
         self._failure = self._failure or why
 
     def failure(self) -> OSError:
         """Why this node may not touch the region any more."""
         return self._failure or node_closed(
-            self.name, "its section was taken by another (this process or VM was stopped for too long), or the region was zeroed"
+            self.name,
+            "its section was taken by another (this process or VM was stopped for too long), or the region "
+            "was zeroed",
         )
 
     @property
@@ -150,7 +181,8 @@ class Engine:
         return self._failure is None
 
     def check(self) -> None:
-        """Raises when this node is over. A zombie finds it out here, at its next call, and not only in the pump."""
+        """Raises when this node is over. A zombie finds it out here, at its next call, and not only in the
+        pump."""
         if self._failure is None and self.lib.sh_node_is_inert(self.nd):
             self._down(self.failure())
         if self._failure is not None:
@@ -159,7 +191,8 @@ class Engine:
     # -- the pump
 
     def pump(self, now_ns: int, unlocked: int = 0) -> list[Event]:
-        """One pass. `unlocked`: a mask of sections whose lock fell (Keeper.unlocked). Returns events, oldest first."""
+        """One pass. `unlocked`: a mask of sections whose lock fell (Keeper.unlocked). Returns events, oldest
+        first."""
         if self._failure is not None:
             return self._take_events()
         n = self.lib.sh_pump(self.nd, self._out, EVENTS_PER_PASS)
@@ -248,13 +281,15 @@ class Engine:
         self._watch_lock(peer)
 
     def _watch_lock(self, peer: Peer) -> None:
-        """Once per life. Its bells may be heard before its section says that it is there, so every sample asks."""
+        """Once per life. Its bells may be heard before its section says that it is there, so every sample
+        asks."""
         if peer.live and not peer.watched:
             peer.watched = True
             self._watch(peer, True)
 
     def drop(self, peer: Peer, now_ns: int) -> None:
-        """End everything with one peer, and start towards it anew: what a later life of it, or the same one continued, needs."""
+        """End everything with one peer, and start towards it anew: what a later life of it, or the same one
+        continued, needs."""
         self._end_connections(peer, now_ns)
         self.lib.sh_restart(self.nd, peer.section, self._pair_inc(self.section, peer.section))
         self.lib.sh_adopt(self.nd, peer.section)
@@ -265,7 +300,13 @@ class Engine:
             opening = conn.state is State.OPENING
             conn.gone(now_ns)
             if opening:
-                self._events.append(Event("failed", conn, ConnectionResetError(104, f"peer {peer.name!r} went away while connecting")))
+                self._events.append(
+                    Event(
+                        "failed",
+                        conn,
+                        ConnectionResetError(104, f"peer {peer.name!r} went away while connecting"),
+                    )
+                )
             elif conn.state is State.OPEN:
                 self._orphans.add(conn)
                 self._events.append(Event("ready", conn, conn.look()))
@@ -276,7 +317,8 @@ class Engine:
         self.mail.discard(peer.section)
 
     def offence(self, section: int) -> None:
-        """A peer broke a rule: after three its link is dropped, by the pump and not in the middle of what found it."""
+        """A peer broke a rule: after three its link is dropped, by the pump and not in the middle of what
+        found it."""
         peer = self.peers[section]
         self.counts["violations"] += 1
         peer.violations += 1
@@ -284,7 +326,8 @@ class Engine:
             self._condemned.add(section)
 
     def _punish(self, peer: Peer, now_ns: int) -> None:
-        """Drop the link, and do not adopt the peer, that is not listen to it, for a while: longer each time."""
+        """Drop the link, and do not adopt the peer, that is not listen to it, for a while: longer each
+        time."""
         self._end_connections(peer, now_ns)
         self.lib.sh_restart(self.nd, peer.section, self._pair_inc(self.section, peer.section))
         self._tags.add(peer.section)
@@ -317,7 +360,11 @@ class Engine:
             if now_ns >= self.peers[section].ignore_until_ns:
                 self.tag_changed(self.peers[section], now_ns)
         for conn in [c for c in self._orphans if now_ns - c.orphaned_ns > self.settings.linger_s * 1e9]:
-            conn.fail(ConnectionResetError(104, f"peer {conn.remote} is gone, and its bytes were not read for linger_s"))
+            conn.fail(
+                ConnectionResetError(
+                    104, f"peer {conn.remote} is gone, and its bytes were not read for linger_s"
+                )
+            )
             self._events.append(Event("ready", conn, 0))
         if self.settings.reap_after_s is not None:
             self._reap_silent(now_ns, int(self.settings.reap_after_s * 1e9))
@@ -340,7 +387,9 @@ class Engine:
     def mapped(self, conn: Connection) -> None:
         peer = self.peers[conn.peer]
         peer.connections[conn.peer_slot] = conn
-        peer.here = True  # even if its identity makes no sense: there is something to end when it falls silent
+        peer.here = (
+            True  # even if its identity makes no sense: there is something to end when it falls silent
+        )
         self._publish_users(peer)
 
     def released(self, conn: Connection) -> None:
@@ -367,8 +416,11 @@ class Engine:
 
     # -- names
 
-    def listen(self, port: int, *, backlog: int = 100, reuse_port: bool = False, local_only: bool = False) -> Listener:
-        """Accept connections to `port` (0: one is chosen). Raises OSError (EADDRINUSE) when another of this name has it."""
+    def listen(
+        self, port: int, *, backlog: int = 100, reuse_port: bool = False, local_only: bool = False
+    ) -> Listener:
+        """Accept connections to `port` (0: one is chosen). Raises OSError (EADDRINUSE) when another of this
+        name has it."""
         self.check()
         return self.listeners.open(port, backlog, reuse_port, local_only)
 

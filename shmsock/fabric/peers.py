@@ -52,10 +52,17 @@ class Peer:
 
 
 class Peers:
-    """All sections but the own one are strangers; the own one is a peer too (a node may connect to itself)."""
+    """All sections but the own one are strangers; the own one is a peer too (a node may connect to
+    itself)."""
 
     def __init__(
-        self, layout: Layout, own: int, own_identity: Identity, credits: int, dead_after_s: float, locks: Locks | None = None
+        self,
+        layout: Layout,
+        own: int,
+        own_identity: Identity,
+        credits: int,
+        dead_after_s: float,
+        locks: Locks | None = None,
     ) -> None:
         self.layout, self.own, self.locks = layout, own, locks
         self.me = own_identity
@@ -85,7 +92,8 @@ class Peers:
             self.refresh(peer, now_ns)
 
     def sample(self, now_ns: int) -> list[Peer]:
-        """One look at every beat. Returns the peers that are gone since the last: left, or silent too long."""
+        """One look at every beat. Returns the peers that are gone since the last: left, or silent too
+        long."""
         gone = []
         for peer in self.all:
             self.refresh(peer, now_ns)
@@ -117,20 +125,26 @@ class Peers:
         return known or peer.section == self.own
 
     def named(self, name: str | None, *, local: bool = False) -> list[Peer]:
-        """Live peers by name (None: any of the own machine), own section included. Here a killed one is found out at once: who is
-        restarted after a crash shall not meet its own ghost."""
+        """Live peers by name (None: any of the own machine), own section included. Here a killed one is found
+        out at once: who is restarted after a crash shall not meet its own ghost."""
         here = name is None or local
         return [
             p
             for p in self.all
-            if p.live and p.who and name in (None, p.who.name) and (not here or self.same_kernel(p)) and not self.killed(p)
+            if p.live
+            and p.who
+            and name in (None, p.who.name)
+            and (not here or self.same_kernel(p))
+            and not self.killed(p)
         ]
 
     def killed(self, peer: Peer) -> bool:
         """Proven dead by its lock, whatever its beat says."""
         if self.locks is None or peer.who is None or peer.section == self.own:
             return False
-        return peer.who.lock_tells(self.me.boot_id, self.locks.identity) and not self.locks.section_locked(peer.section)
+        return peer.who.lock_tells(self.me.boot_id, self.locks.identity) and not self.locks.section_locked(
+            peer.section
+        )
 
     def names(self) -> Iterable[str]:
         return {p.who.name for p in self.all if p.live and p.who}

@@ -16,7 +16,8 @@ class Settings:
     hold_us: int = 500
     """Longest time that reads and drains that need not wait may hold one turn of the loop."""
     look_cap_us: int = 1000
-    """The keeper's longest sleep between two looks at the bells while the loop sleeps: the worst wakeup, and its CPU cost."""
+    """The keeper's longest sleep between two looks at the bells while the loop sleeps: the worst wakeup, and
+    its CPU cost."""
     dead_after_s: float = 3.0
     """A peer whose beat stands still so long, over at least ten looks of ours, is dead."""
     linger_s: float = 60.0
@@ -26,14 +27,21 @@ class Settings:
     reap_after_s: float | None = 600.0
     """A section silent so long is freed for reuse; None: never (by hand: `shmsock reap`)."""
     ring_bytes: int = 1 << 20
-    """Largest ring of one direction of a connection, a power of two from 4096 to 2**30; smaller ones when memory is scarce."""
+    """Largest ring of one direction of a connection, a power of two from 4096 to 2**30; smaller ones when
+    memory is scarce."""
     max_connects: int = 32
     """CONNECTs per peer without an answer; more wait here. At most 32 (two directions share 64 messages)."""
 
     def __post_init__(self) -> None:
         if self.ring_bytes < 4096 or self.ring_bytes > 1 << 30 or self.ring_bytes & (self.ring_bytes - 1):
-            raise ValueError(f"ring_bytes is {self.ring_bytes}, expected a power of two from 4096 to {1 << 30}")
+            raise ValueError(
+                f"ring_bytes is {self.ring_bytes}, expected a power of two from 4096 to {1 << 30}"
+            )
         if not 1 <= self.max_connects <= 32:
             raise ValueError(f"max_connects is {self.max_connects}, expected 1 to 32")
-        if min(self.busy_poll_us, self.hot_us, self.look_cap_us) < 0 or self.hold_us < 1 or self.dead_after_s <= 0:
+        if (
+            min(self.busy_poll_us, self.hot_us, self.look_cap_us) < 0
+            or self.hold_us < 1
+            or self.dead_after_s <= 0
+        ):
             raise ValueError(f"a time in {self} is negative, or one that must be positive is 0")

@@ -72,7 +72,8 @@ class Slots:
             peer.ring_bytes -= conn.ring[1]
 
     def _back(self, offset: int, size: int) -> None:
-        """Have storage behind ring memory before it is written: a full disk is an OSError here, and a SIGBUS later."""
+        """Have storage behind ring memory before it is written: a full disk is an OSError here, and a SIGBUS
+        later."""
         pages = range(offset // MIN_RING, (offset + size) // MIN_RING)
         if self._ensure and not self._backed.issuperset(pages):
             self._ensure(self.engine.layout.section(self.engine.section) + offset, size)
