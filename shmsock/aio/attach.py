@@ -7,6 +7,7 @@ import asyncio
 import atexit
 import os
 import random
+import threading
 import warnings
 import weakref
 from collections.abc import AsyncGenerator, Generator
@@ -29,9 +30,9 @@ from shmsock.wakeup import Keeper
 __all__ = ["attach", "current_node", "prepare_region"]
 
 T = TypeVar("T")
-_implicit: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, asyncio.Task[Node]]] = (
-    weakref.WeakKeyDictionary()
-)
+# A task while the node is being made, then a weak reference: the loop itself keeps its node alive.
+_Mine = dict[str, "asyncio.Task[Node] | weakref.ref[Node]"]
+_implicit: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Mine] = weakref.WeakKeyDictionary()
 _nodes: weakref.WeakSet[Node] = weakref.WeakSet()
 
 
@@ -80,6 +81,9 @@ async def _make(url: str | None, name: str | None, settings: Settings | None) ->
     explicit = name is not None or bool(os.environ.get("SHMSOCK_NAME"))
     own = address.node_name(name) if name is not None else address.default_name()
     loop, rng = asyncio.get_running_loop(), random.SystemRandom()
+    for old in list(_nodes):
+        if old.loop.is_closed():
+            old.close()  # without shutdown_asyncgens(), and something still holds it
     opened = region.open(url, create_default=True, prepare=prepare_region, probe=_holds_a_region)
     memory = None
     claim = layout = None
@@ -204,42 +208,45 @@ async def current_node(url: str | None = None, name: str | None = None) -> Node:
     """The node of the running loop for that region, attached at first use. Cancelling one of several that
     wait stops no other."""
     loop = asyncio.get_running_loop()
-    for other in list(_nodes):
-        if other.loop is not loop and other.loop.is_closed():
-            other.close()  # its loop was closed without shutdown_asyncgens()
-            _implicit.pop(other.loop, None)
     if url is not None:
         url = os.fspath(url)
     mine = _implicit.setdefault(loop, {})
     key = url if url is not None else "\0" + region.default_url()
-    task = mine.get(key)
-    if task is not None and task.done():
-        if (
-            task.cancelled()
-            or task.exception() is not None
-            or task.result().closed
-            or not task.result().engine.alive
-        ):
-            task = None
-        elif name is not None and address.node_name(name) != task.result().name:
-            raise ValueError(
-                f"this loop is attached as {task.result().name!r}, not {name!r}: use shmsock.attach(region, "
-                "name=...) for another"
-            )
-    if task is None:
-        task = mine[key] = loop.create_task(_make_implicit(url, name))
-        task.add_done_callback(_seen)
-    return await asyncio.shield(task)
+    node: Node | None = None
+    found = mine.get(key)
+    if isinstance(found, weakref.ref):
+        node = found()
+    elif found is not None and not found.done():
+        node = await asyncio.shield(found)
+    if node is None or node.closed or not node.engine.alive:
+        task = loop.create_task(_make_implicit(url, name))
+        mine[key] = task
+        task.add_done_callback(lambda task: _made(task, mine, key))
+        node = await asyncio.shield(task)
+    if name is not None and address.node_name(name) != node.name:
+        raise ValueError(
+            f"this loop is attached as {node.name!r}, not {name!r}: use shmsock.attach(region, name=...) for "
+            "another"
+        )
+    return node
 
 
-def _seen(task: asyncio.Task[Node]) -> None:
-    if not task.cancelled():
-        task.exception()  # whoever waited has it; nobody did when all were cancelled
+def _made(task: asyncio.Task[Node], mine: _Mine, key: str) -> None:
+    if (
+        task.cancelled() or task.exception() is not None
+    ):  # looked at here: nobody else does when all were cancelled
+        if mine.get(key) is task:
+            del mine[key]
+    elif mine.get(key) is task:
+        mine[key] = weakref.ref(task.result())
 
 
 def _at_exit() -> None:
     for node in list(_nodes):
-        node.close()
+        # A daemon thread may be inside C at this moment, where nothing may be taken from under it: such a
+        # node ends as a killed process's does.
+        if node.ident == threading.get_ident() or not node.loop.is_running():
+            node.close()
 
 
 def _after_fork() -> None:

@@ -12,6 +12,7 @@ import contextvars
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Generator
 from types import coroutine
 from typing import Any, Protocol
@@ -36,6 +37,7 @@ class Handler(Protocol):
 
     def ready(self, bits: int) -> None: ...
     def failed(self, error: OSError) -> None: ...
+    def freed(self) -> None: ...
 
 
 @coroutine
@@ -52,6 +54,9 @@ class _Opening:
 
     def ready(self, bits: int) -> None:
         """Bytes came with the answer: they are looked at when the waiter has made a transport of it."""
+
+    def freed(self) -> None:
+        """Nothing was made of it yet."""
 
     def connected(self) -> None:
         if not self.waiter.done():
@@ -76,7 +81,6 @@ class Node:
         self.pid = os.getpid()
         self.context = contextvars.Context()
         self.scheduled = False  # the pump will run in the next turn of the loop
-        self.closed = False
         self.transports: set[Any] = set()
         self._flushed: asyncio.Future[None] | None = None
         self.guard: Any = None  # what detaches an implicit node when its loop ends
@@ -99,6 +103,7 @@ class Node:
         self.lib.sh_node_settings(self.nd, us.hold_us * 1000, us.busy_poll_us * 1000, 0 if one_cpu else 1000)
         self.context.run(loop.add_reader, keeper.fd, self._wake)
         self._timer = loop.call_later(0.1, self._tick, context=self.context)
+        self.closed = False
         self.begin_turn()
 
     def __repr__(self) -> str:
@@ -155,10 +160,12 @@ class Node:
             return
         now = time.monotonic_ns()
         engine = self.engine
-        for kind, target, arg in engine.pump(now, self.keeper.unlocked()):
+        events = engine.pump(now, self.keeper.unlocked())
+        for i, (kind, target, arg) in enumerate(events):
             try:
                 self._dispatch(kind, target, arg)
             except (SystemExit, KeyboardInterrupt):
+                engine.put_back(events[i + 1 :])  # the loop may be run again, by asyncio.run to clean up
                 raise
             except BaseException as error:
                 self.loop.call_exception_handler(
@@ -341,8 +348,16 @@ class Node:
         """In a forked child: everything of the parent's is inert here."""
         self.closed = True
         self.engine.abandon(OSError(9, str(forked(repr(self)))))
+        for transport in self.transports:
+            transport.freed()  # so that all calls take the slow way, where they find out
         self.keeper.forget()
         self.region.drop_inherited()
+
+    def __del__(self, _warn: Any = warnings.warn) -> None:
+        # The loop holds its node, so that loop is over, and nobody can be inside C with this node.
+        if not getattr(self, "closed", True):
+            _warn(f"unclosed node {self!r}", ResourceWarning, source=self)
+            self.close()
 
     def call(self, callback: Callable[..., object], *args: Any) -> None:
         """Run something of this node from __del__, possibly on another thread: later, in the loop."""

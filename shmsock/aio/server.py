@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from shmsock.aio.transport import ShmTransport
-from shmsock.fabric.connection import Connection, State
+from shmsock.fabric.connection import Connection
 from shmsock.fabric.listeners import Listener
 
 if TYPE_CHECKING:
@@ -49,11 +49,11 @@ class Server(asyncio.AbstractServer):
         self._context = contextvars.copy_context()
         self._listener: Listener | None = node.listen(hosts, port, backlog=backlog, reuse_port=reuse_port)
         self._socket = _ListeningSocket(node.name, self._listener.port)
-        self._serving = False
+        self._serving = self._listener.serving = False
+        self._listener.handler = self._accept
         self._forever: asyncio.Future[None] | None = None
         self._waiters: list[asyncio.Future[None]] = []
         self._transports: set[ShmTransport] = set()
-        self._queue: list[Connection] = []
 
     def __repr__(self) -> str:
         return (
@@ -63,11 +63,6 @@ class Server(asyncio.AbstractServer):
     # -- connections
 
     def _accept(self, conn: Connection) -> None:
-        assert self._listener is not None
-        if not self._serving:
-            self._queue.append(conn)
-            self._listener.pending += 1
-            return
         # A context of its own for each: contextvars of one client are never seen in another's handler.
         context = self._context.copy()
         context.run(self._made, conn, context)
@@ -113,13 +108,7 @@ class Server(asyncio.AbstractServer):
     def _start(self) -> None:
         if self._serving or self._listener is None:
             return
-        self._serving = True
-        self._listener.handler = self._accept
-        queue, self._queue = self._queue, []
-        for conn in queue:
-            self._listener.pending -= 1
-            if conn.state is not State.FREE:
-                self._accept(conn)
+        self._serving = self._listener.serving = True
 
     async def serve_forever(self) -> None:
         if self._forever is not None:
@@ -146,9 +135,6 @@ class Server(asyncio.AbstractServer):
             return
         self._serving = False
         listener.close()
-        for conn in self._queue:
-            conn.abort()
-        self._queue.clear()
         if self._forever is not None and not self._forever.done():
             self._forever.cancel()
         if not self._transports:

@@ -21,7 +21,7 @@ from shmsock.aio.attach import current_node
 from shmsock.aio.driver import Node, yield_once
 from shmsock.aio.server import Server
 from shmsock.aio.transport import ShmTransport
-from shmsock.fabric.connection import EMPTY, EOF, RESET, STALE, YIELD
+from shmsock.fabric.connection import CLOSED, EMPTY, EOF, RESET, STALE, YIELD, State
 
 __all__ = ["ShmStreamReader", "ShmStreamWriter", "open_connection", "start_server"]
 
@@ -55,6 +55,7 @@ class ShmStreamReader(asyncio.StreamReader):
     _fast = False  # direct, and no exception is set and nobody waits: what the short cuts ask
     _spun = False  # a short cut has spun in vain just now
     _was_woken = False
+    _late: BaseException | None = None  # raised when what is in the buffer was read
 
     def _attach(self, transport: ShmTransport) -> None:
         """Direct mode from here on. (A method and not __init__: stock readers are adopted by changing their
@@ -71,8 +72,24 @@ class ShmStreamReader(asyncio.StreamReader):
         self._direct = self._fast = False
 
     def set_exception(self, exc: Any) -> None:
+        """As asyncio's, but what had arrived before a connection was lost can still be read."""
         self._fast = False
+        if isinstance(exc, ConnectionError) and isinstance(self._transport, ShmTransport):
+            if self._eof:
+                return
+            if self._buffer:
+                self._late = exc
+                self._wakeup_waiter()  # type: ignore[attr-defined]
+                return
         super().set_exception(exc)
+
+    def _check(self) -> None:
+        if self._late is not None:
+            if self._buffer:
+                raise self._late
+            self._exception, self._late = self._late, None
+        if self._exception is not None:
+            raise self._exception
 
     # -- the short cuts
 
@@ -122,16 +139,18 @@ class ShmStreamReader(asyncio.StreamReader):
         """Until there is something in the buffer, EOF, or an exception. What asyncio's own does with
         feed_data()."""
         if not self._direct:
-            if self._transport is None or not isinstance(self._transport, ShmTransport):
+            self._check()
+            if not self._eof:  # connection_lost is on its way, or somebody feeds this reader
                 await super()._wait_for_data(func_name)  # type: ignore[misc]
-            elif not self._eof and self._exception is None:
-                await self._sleep(func_name)  # connection_lost is on its way
+                self._check()
             return
         if self._waiter is not None:
             raise RuntimeError(
                 f"{func_name}() called while another coroutine is already waiting for incoming data"
             )
         node = self._node
+        if node.closed:
+            node.check()
         room = max(2 * self._limit, 1 << 16)
         while self._direct:
             if not node.scheduled:
@@ -140,8 +159,7 @@ class ShmStreamReader(asyncio.StreamReader):
             self._spun = False
             if status > 0 or self._eof:
                 return
-            if self._exception is not None:
-                raise self._exception
+            self._check()
             if status == YIELD:
                 had = len(self._buffer)
                 await yield_once()
@@ -149,12 +167,12 @@ class ShmStreamReader(asyncio.StreamReader):
                     return  # the pump took them in meanwhile, as nobody was waiting
             elif status == EMPTY and not node.lib.sh_arm(self._ep):
                 await self._sleep(func_name)
-                if self._exception is not None:
-                    raise self._exception
-        if not self._buffer and not self._eof and self._exception is None:
+                self._check()
+                if self._eof:
+                    return
+        if not self._buffer and not self._eof:
             await self._sleep(func_name)
-        if self._exception is not None:
-            raise self._exception
+            self._check()
 
     async def _sleep(self, func_name: str) -> None:
         if self._waiter is not None:
@@ -165,6 +183,10 @@ class ShmStreamReader(asyncio.StreamReader):
         self._fast = False
         try:
             await self._waiter
+        except asyncio.CancelledError:
+            if self._was_woken:  # what it was woken for is to be told to those who look at the buffer
+                self._loop.call_soon(self._on_ready, context=self._node.context)
+            raise
         finally:
             self._waiter = None
             self._fast = self._direct and self._exception is None
@@ -244,21 +266,24 @@ class ShmStreamWriter(asyncio.StreamWriter):
             await self._drain_slowly(transport, node)
 
     async def _drain_slowly(self, transport: ShmTransport, node: Node) -> None:
+        transport._check_thread()
         lib = node.lib
         while transport._protocol_paused and not transport._closing and transport._broken is None:
-            space = lib.sh_wait_space(transport._ep, node.may_spin())
+            is_open = transport.conn.state is State.OPEN
+            space = lib.sh_wait_space(transport._ep, node.may_spin()) if is_open else CLOSED
             if space > 0:
                 transport._flush()
                 if lib.sh_over(node.nd):
                     await yield_once()
             elif space == 0:
-                transport.space_waiter = node.loop.create_future()
+                waiter = node.loop.create_future()
+                transport.space_waiters.append(waiter)
                 try:
-                    await transport.space_waiter
+                    await waiter
                 finally:
-                    transport.space_waiter = None
+                    transport.space_waiters.remove(waiter)
             else:
-                transport._write_failed(space)
+                transport._flush()  # finds out the same, and acts on it
             if not node.scheduled:
                 node.begin_turn()
         if transport._broken is not None:

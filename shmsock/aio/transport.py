@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import errno
+import os
 import threading
 import warnings
 from asyncio import transports as _transports
 from typing import TYPE_CHECKING, Any
 
-from shmsock.errors import wrong_thread
+from shmsock.errors import forked, wrong_thread
 from shmsock.fabric.connection import CLOSED, DATA, EMPTY, EOF, REL, SPACE, STALE, YIELD, Connection, State
 
 if TYPE_CHECKING:
@@ -45,6 +46,17 @@ DELIVER_MAX = 256 * 1024  # bytes given to one protocol in one pass
 _get_ident = threading.get_ident
 
 
+def _fill(protocol: asyncio.BufferedProtocol, view: memoryview) -> None:
+    while view:
+        buffer = memoryview(protocol.get_buffer(len(view))).cast("B")
+        if not buffer:
+            raise RuntimeError("get_buffer() returned an empty buffer")
+        n = min(len(buffer), len(view))
+        buffer[:n] = view[:n]
+        view = view[n:]
+        protocol.buffer_updated(n)
+
+
 class ShmTransport(_FlowControl, asyncio.Transport):
     """A stream between two peers of a region. `get_extra_info` knows "peername" and "sockname", as (name,
     port)."""
@@ -71,7 +83,7 @@ class ShmTransport(_FlowControl, asyncio.Transport):
         self._read_eof = False
         self._broken: OSError | None = None  # the peer takes no more; what it wrote is still to be read
         self._reading_paused = False
-        self.space_waiter: asyncio.Future[None] | None = None
+        self.space_waiters: list[asyncio.Future[None]] = []  # of drain()
         self.reader: Any = None  # weak reference to a reader in direct mode
         self._protocol = protocol
         conn.handler = self
@@ -95,6 +107,9 @@ class ShmTransport(_FlowControl, asyncio.Transport):
         """Ends direct mode for good: bytes that the reader took already stay in its buffer, the rest goes to
         `protocol`."""
         self._protocol = protocol
+        reader = self.reader() if self.reader is not None else None
+        if reader is not None:
+            reader._detach()
         self.reader = None
         if not self._lost:
             self.node.loop.call_soon(self.ready, DATA)
@@ -128,10 +143,16 @@ class ShmTransport(_FlowControl, asyncio.Transport):
         """The engine saw something: bytes, space, FIN, REL or an error of the connection."""
         if self._lost:
             return
-        if bits & SPACE and (self._pending or self.space_waiter):
-            self._flush()
-        if bits & REL and self._pending:
-            self._write_failed()
+        if self.conn.state is State.FREE:
+            self._ended()
+            return
+        if self._pending or self.space_waiters:
+            if bits & SPACE:
+                self._flush()
+            if bits & REL or self.conn.orphaned_ns:
+                self._write_failed()
+            if self._lost:
+                return
         reader = self.reader() if self.reader is not None else None
         if reader is not None:
             reader._on_ready()
@@ -144,6 +165,23 @@ class ShmTransport(_FlowControl, asyncio.Transport):
 
     def failed(self, error: OSError) -> None:
         self.force_close(error)
+
+    def freed(self) -> None:
+        """Slot and ring are the engine's again, and soon another connection's: hands off."""
+        self.calm = False
+        reader = self.reader() if self.reader is not None else None
+        if reader is not None:
+            reader._detach()
+
+    def _ended(self) -> None:
+        """The engine released the connection: a reset, or the peer closed it and all of it was read."""
+        if self.conn.error is not None:
+            self.force_close(self.conn.error)
+            return
+        if self._pending or self.space_waiters:
+            self._write_failed()
+        if not (self._lost or self._closing) and (self.reader is not None or not self._reading_paused):
+            self.got_eof()
 
     def _deliver(self) -> None:
         """Protocol mode: hand over what is there, bounded, and come again if more is."""
@@ -167,15 +205,7 @@ class ShmTransport(_FlowControl, asyncio.Transport):
         protocol = self._protocol
         try:
             if isinstance(protocol, asyncio.BufferedProtocol):
-                view = memoryview(data)
-                while view:
-                    buffer = protocol.get_buffer(len(view))
-                    if not len(memoryview(buffer)):
-                        raise RuntimeError("get_buffer() returned an empty buffer")
-                    n = min(len(memoryview(buffer)), len(view))
-                    memoryview(buffer).cast("B")[:n] = view[:n]
-                    view = view[n:]
-                    protocol.buffer_updated(n)
+                self.context.run(_fill, protocol, memoryview(data))
             else:
                 self.context.run(protocol.data_received, data)  # type: ignore[attr-defined]
         except (SystemExit, KeyboardInterrupt):
@@ -184,8 +214,12 @@ class ShmTransport(_FlowControl, asyncio.Transport):
             self._fatal_error(error, "Fatal error: protocol.data_received() call failed.")
 
     def _discard(self) -> None:
+        given = 0
         while isinstance(data := self.conn.read(COPY_MAX), bytes):
-            pass
+            given += len(data)
+            if given >= DELIVER_MAX:
+                self.node.loop.call_soon(self.ready, DATA, context=self.node.context)
+                return
         if data == EOF:
             self._read_eof = True
 
@@ -205,6 +239,8 @@ class ShmTransport(_FlowControl, asyncio.Transport):
     def _check_thread(self) -> None:
         if _get_ident() != self._ident:
             raise wrong_thread(repr(self))
+        if self.node.closed and os.getpid() != self.node.pid:
+            raise forked(repr(self))
 
     def write(self, data: Any) -> None:
         """Never blocks. What the ring has no room for is kept; get_write_buffer_size() says how much that is.
@@ -228,11 +264,11 @@ class ShmTransport(_FlowControl, asyncio.Transport):
             raise TypeError(f"data argument must be a bytes-like object, not {type(data).__name__!r}")
         if self._eof_wanted:
             raise RuntimeError("Cannot call write() after write_eof()")
-        if isinstance(data, memoryview) and (data.ndim != 1 or data.itemsize != 1 or not data.contiguous):
-            data = data.cast("B") if data.contiguous else memoryview(bytes(data))
-        size = len(data)
+        size = data.nbytes if isinstance(data, memoryview) else len(data)
         if not size:
             return
+        if isinstance(data, memoryview) and not (data.ndim == data.itemsize == 1 and data.c_contiguous):
+            data = data.cast("B") if data.c_contiguous else memoryview(bytes(data))
         if self._closing or self._lost or self._broken is not None:
             if self._lost or self._broken is not None:
                 self._after_loss()
@@ -240,7 +276,7 @@ class ShmTransport(_FlowControl, asyncio.Transport):
             if not self._pending:
                 return  # closed: like asyncio's own, bytes after close() are lost
         if not self._pending:
-            taken = self.conn.write(self.node.engine.ffi.from_buffer(data) if size else b"", size)
+            taken = self.conn.write(self.node.engine.ffi.from_buffer(data), size)
             if not self.node.scheduled and self.node.engine.alive:
                 self.node.begin_turn()
             if taken == size:
@@ -307,9 +343,9 @@ class ShmTransport(_FlowControl, asyncio.Transport):
         self.calm = not (self._pending or self._closing or self._eof_wanted or self._broken)
 
     def _wake_writer(self) -> None:
-        waiter = self.space_waiter
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
+        for waiter in self.space_waiters:
+            if not waiter.done():
+                waiter.set_result(None)
 
     def write_eof(self) -> None:
         """FIN behind what was written; reading goes on."""
@@ -402,8 +438,10 @@ class ShmTransport(_FlowControl, asyncio.Transport):
         """The node detaches: like a process's end, what is open is closed."""
         if not self._lost:
             self._closing, self.calm = True, False
-            self._pending.clear()
-            if self.conn.state is not State.FREE:
+            if self._pending:
+                self._pending.clear()
+                self.conn.cut()
+            else:
                 self.conn.close()
             self._end(None)
 

@@ -176,11 +176,15 @@ class Connection:
         """RST and REL: the peer gets a reset, now."""
         self._shut(rst=1)
 
-    def _shut(self, rst: int) -> None:
+    def cut(self) -> None:
+        """REL without FIN: what was written arrives, then a reset, since it was not all."""
+        self._shut(rst=0, fin=0)
+
+    def _shut(self, rst: int, fin: int = 1) -> None:
         if self.state is State.OPENING or (self.state is State.OPEN and self.orphaned_ns):
             self.release()
         elif self.state is not State.FREE and (self.state is State.OPEN or rst):
-            self.engine.lib.sh_ep_shut(self.ep, 1 - rst, 1, rst)
+            self.engine.lib.sh_ep_shut(self.ep, fin and 1 - rst, 1, rst)
             self.state = State.CLOSING
             self.look()
 
@@ -190,6 +194,8 @@ class Connection:
             notify = self.state is not State.OPENING
             self.state = State.FREE
             self.engine.lib.sh_ep_release(self.ep, int(notify))
+            if self.handler is not None:
+                self.handler.freed()  # `ep` may be another connection's from here on
             self.engine.released(self)
 
     # -- bytes

@@ -34,6 +34,7 @@ class Listener:
         self.pending = 0
         self.handler: Any = None
         self.closed = False
+        self.serving = True  # False: the port is taken, and who connects is refused
 
     @property
     def full(self) -> bool:
@@ -149,7 +150,9 @@ class Listeners:
     def accepting(self, port: int, peer: Peer) -> Listener | None:
         """Who of this node answers a CONNECT to `port` from that peer; several (reuse_port) take turns."""
         group = [
-            x for x in self.mine.get(port, ()) if not x.flags & LOCAL or self.engine.peers.same_kernel(peer)
+            x
+            for x in self.mine.get(port, ())
+            if x.serving and (not x.flags & LOCAL or self.engine.peers.same_kernel(peer))
         ]
         if not group:
             return None

@@ -230,6 +230,10 @@ class Engine:
         events, self._events = self._events, []
         return events
 
+    def put_back(self, events: list[Event]) -> None:
+        """What a pump returned and nobody has looked at: the next one returns it first."""
+        self._events[:0] = events
+
     @property
     def quiet(self) -> bool:
         """Nothing is owed a pass."""
@@ -387,9 +391,8 @@ class Engine:
     def mapped(self, conn: Connection) -> None:
         peer = self.peers[conn.peer]
         peer.connections[conn.peer_slot] = conn
-        peer.here = (
-            True  # even if its identity makes no sense: there is something to end when it falls silent
-        )
+        # even if its identity makes no sense: there is something to end when it falls silent
+        peer.here = True
         self._publish_users(peer)
 
     def released(self, conn: Connection) -> None:

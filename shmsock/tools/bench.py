@@ -23,7 +23,21 @@ from shmsock.region import create_file
 from shmsock.tools import bench_handlers
 from shmsock.tools.child import Child, cpus, have_uvloop, python
 
-__all__ = ["HANDLERS", "Variant", "bench_host", "machine", "measure", "medians", "private_region", "variants"]
+__all__ = [
+    "HANDLERS",
+    "Variant",
+    "bench_host",
+    "bench_table",
+    "describe",
+    "in_turn",
+    "machine",
+    "marks_of",
+    "measure",
+    "medians",
+    "print_marks",
+    "private_region",
+    "variants",
+]
 
 HANDLERS = Path(bench_handlers.__file__)
 MEASURES = (("echo", "p50_us"), ("echo", "p99_us"), ("write", "mb_s"))
@@ -135,7 +149,7 @@ def bench_host(console: Console, rounds: int, seconds: float, placements: list[s
             marks = marks_of(results, placement)
             report["marks"] += marks
             title = f"64 B round trip and 64 KiB writes, {text}; medians of {rounds} rounds of {seconds:g} s"
-            console.print(results_table(title, results))
+            console.print(bench_table(title, results))
             print_marks(console, marks)
     return report
 
@@ -158,7 +172,7 @@ def reference(results: dict[str, Any]) -> str | None:
     return next((label for label in (REFERENCE, "asyncio TCP") if label in results), None)
 
 
-def results_table(title: str, results: dict[str, Any]) -> Table:
+def bench_table(title: str, results: dict[str, Any]) -> Table:
     base = reference(results)
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("")

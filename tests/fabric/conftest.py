@@ -1,4 +1,5 @@
-"""A world per test, in every temper: what holds when all stores are seen at once must hold when they are seen late."""
+"""A world per test, in every temper: what holds when stores are seen at once must hold when they are seen
+late."""
 
 from __future__ import annotations
 

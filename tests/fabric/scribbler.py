@@ -1,7 +1,10 @@
-"""A peer that writes anything anywhere: run as `python -m tests.fabric.scribbler SEED ROUNDS`, so that a crash is seen as one.
+"""A peer that writes anything anywhere: `python -m tests.fabric.scribbler FIRST LAST ROUNDS`, seed after
+seed.
 
-Two honest nodes (a, b) talk, and a third (x) has connections with both while a hand scribbles over words: of x's section (and
-then a and b must go on as if nothing had happened), or of all of the region (and then only no crash, no hang, no exception).
+Two honest nodes (a, b) talk, and a third (x) has connections with both while a hand scribbles over words:
+of x's section (and then a and b must go on as if nothing had happened), or of all of the region (and then
+there must be no crash, no hang and no surprising exception). A process of its own, so that a crash is seen
+as one.
 """
 
 from __future__ import annotations
@@ -15,11 +18,12 @@ from shmsock.fabric.connection import CLOSED, EOF, RESET, STALE, VIOLATION, Stat
 from tests.fabric.world import Node, World
 
 EVENTS = 64 * 3 + 80 * 2
-"""More than a pass can report: slots, links, answers, and the ends of connections (bounded by the slots)."""
+"""More than a pass can report: slots, links, answers, and the ends of connections."""
 
 
 def words(world: World, section: int, hot: bool) -> Iterator[int]:
-    """Offsets of the words that the section's owner writes; `hot`: only those that others read all the time."""
+    """Offsets of the words that the section's owner writes; `hot`: only those that others read
+    all the time."""
     layout, g = world.layout, world.layout.geometry
     at = layout.section(section)
     for j in range(layout.peers):
@@ -38,8 +42,9 @@ def garbage(rng: random.Random, old: int) -> int:
     one = 1 << rng.randrange(64)
     return rng.choice(
         (
-            rng.getrandbits(64), (1 << 64) - 1, 0, old + 1, old - 1, old ^ one, old ^ one, old + (1 << 32), old ^ 0xFFFFFFFF,
-            old ^ (1 << rng.randrange(32, 36)), (old & ~0xFFFFFFFF) | rng.getrandbits(32), old + (1 << 40),
+            rng.getrandbits(64), (1 << 64) - 1, 0, old + 1, old - 1, old ^ one, old ^ one, old + (1 << 32),
+            old ^ 0xFFFFFFFF, old ^ (1 << rng.randrange(32, 36)), (old & ~0xFFFFFFFF) | rng.getrandbits(32),
+            old + (1 << 40),
         )
     ) % (1 << 64)  # fmt: skip
 

@@ -25,7 +25,9 @@ def free(arena: Arena) -> dict[int, set[int]]:
     wishes=st.lists(st.one_of(st.integers(0, 9).map(lambda k: MIN_RING << k), st.just(None)), max_size=120),
     data=st.data(),
 )
-def test_no_overlap_and_all_merges_again(units: int, offset: int, wishes: list[int | None], data: st.DataObject) -> None:
+def test_no_overlap_and_all_merges_again(
+    units: int, offset: int, wishes: list[int | None], data: st.DataObject
+) -> None:
     arena = Arena(offset * MIN_RING, units * MIN_RING + 123)
     before = free(arena)
     assert sum(block * len(where) for block, where in before.items()) == units * MIN_RING == arena.size
@@ -80,10 +82,15 @@ def test_geometry_has_room_for_all_it_promises(peers: int, size: int) -> None:
     assert g.arena_off + g.arena_bytes == g.section_bytes
     assert g.arena_bytes >= 2 * MIN_RING
     assert slots == 16 or g.arena_bytes >= slots * 2 * MIN_RING
-    assert all(offset % 64 == 0 for offset in (g.pair_off, g.pair_bytes, g.toggle_off, g.ack_off, g.message_off, g.slot_off))
+    assert all(
+        offset % 64 == 0
+        for offset in (g.pair_off, g.pair_bytes, g.toggle_off, g.ack_off, g.message_off, g.slot_off)
+    )
     assert g.arena_off % 4096 == g.section_bytes % 4096 == 0
 
 
-@pytest.mark.parametrize(("size", "peers", "slots"), [(1 << 28, 16, 1024), (64 << 20, 16, 256), (1 << 20, 16, 0), (1 << 20, 4, 16)])
+@pytest.mark.parametrize(
+    ("size", "peers", "slots"), [(1 << 28, 16, 1024), (64 << 20, 16, 256), (1 << 20, 16, 0), (1 << 20, 4, 16)]
+)
 def test_default_slots(size: int, peers: int, slots: int) -> None:
     assert default_slots(Memory(fake_core(), mmap.mmap(-1, 4096)), size, peers) == slots

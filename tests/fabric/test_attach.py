@@ -107,7 +107,13 @@ def test_random_headers_are_refused_or_make_sense() -> None:
         memory.store(lay.H_MAGIC, lay.MAGIC)
         memory.store(lay.H_VERSION, lay.VERSION)
         memory.store(lay.H_BYTES, rng.choice((memory.size, rng.getrandbits(rng.randrange(64)))))
-        memory.store(lay.H_ID, rng.getrandbits(40) << 24 | rng.choice((0, 0, 1)) << 16 | rng.randrange(14) << 8 | rng.randrange(70))
+        memory.store(
+            lay.H_ID,
+            rng.getrandbits(40) << 24
+            | rng.choice((0, 0, 1)) << 16
+            | rng.randrange(14) << 8
+            | rng.randrange(70),
+        )
         try:
             layout = read_layout(memory)
         except RegionFormatError:
@@ -211,7 +217,9 @@ def test_the_same_machine_came_back_only_if_it_is_sure(why: str) -> None:
     if why != "its beat moves":
         world.freeze(a)
     with pytest.raises(RegionError):
-        world.attach("alpha", kernel=b"kernel-of-B-next", machine=b"E" * 16 if why == "another machine" else machine)
+        world.attach(
+            "alpha", kernel=b"kernel-of-B-next", machine=b"E" * 16 if why == "another machine" else machine
+        )
 
 
 def test_a_section_is_not_reused_while_somebody_reads_it() -> None:
@@ -248,7 +256,7 @@ def test_a_dead_reader_holds_nothing() -> None:
 
 
 def test_a_live_section_whose_lock_cannot_be_seen_is_not_taken() -> None:
-    """Two VMs restored from one snapshot share the boot id, and their locks are in two kernels: the beat tells."""
+    """Two VMs restored from one snapshot share the boot id, and their locks are in two kernels."""
     world = World(peers=1)
     a = world.attach("a")
     a.locks.die()

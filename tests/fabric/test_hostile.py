@@ -64,7 +64,9 @@ def epoch(w: int) -> int:
 
 @pytest.mark.parametrize("wrong", [tail_beyond_the_ring, tail_back, epoch])
 @pytest.mark.parametrize("found_by", ["pump", "read"])
-def test_an_impossible_p_resets_the_connection(world: World, wrong: Callable[[int], int], found_by: str) -> None:
+def test_an_impossible_p_resets_the_connection(
+    world: World, wrong: Callable[[int], int], found_by: str
+) -> None:
     a, b = world.pair()
     c, s = world.open(a, b)
     a.write(c, b"hello")
@@ -112,13 +114,23 @@ def test_an_impossible_head(world: World, step: int) -> None:
     assert isinstance(c.error, ProtocolViolation)
 
 
-@pytest.mark.parametrize("ring", [11 << 30 | 4000, 31 << 30 | 4000, 14 << 30, 14 << 30 | 0x3FFFFFFF, 63 << 30 | 1, 1 << 36 | 14 << 30 | 20])
+@pytest.mark.parametrize(
+    "ring",
+    [
+        11 << 30 | 4000,
+        31 << 30 | 4000,
+        14 << 30,
+        14 << 30 | 0x3FFFFFFF,
+        63 << 30 | 1,
+        1 << 36 | 14 << 30 | 20,
+    ],
+)
 def test_an_impossible_ring_descriptor_is_never_mapped(world: World, ring: int) -> None:
     a, b = world.pair()
     b.listen()
     c = a.connect(b)
     world.drain()
-    if c.state is not State.OPENING:  # a nested world was faster
+    if b.connections:  # a nested world was faster
         return
     world.poke(slot(world, c) + RING, c.gen << 40 | ring)
     world.quiet()
@@ -147,7 +159,7 @@ def test_a_broken_link_is_dropped_ignored_for_a_while_and_healed(world: World) -
             b.connect(a)
         tried = a.connect(b)
         world.advance(seconds - 0.5)
-        assert tried.state is State.OPENING  # not listened to
+        assert {tried.state} == {State.OPENING}  # not listened to
         assert send(world, other, d, b"nothing to me", b, t) == b"nothing to me"
         world.advance(0.6)
         world.quiet()

@@ -91,9 +91,10 @@ def test_no_memory() -> None:
     a, b = world.pair()
     assert world.layout.arena_bytes // 4096 < world.layout.slots
     b.listen(backlog=1000)
+    while a.engine.arena.free_bytes:
+        a.connect(b)
     with pytest.raises(OSError, match="ring memory") as info:
-        for _ in range(world.layout.slots):
-            a.connect(b)
+        a.connect(b)
     assert info.value.errno == errno.ENOBUFS
     world.quiet()
     got = [c for c in a.connections if c.state is State.OPEN]
@@ -143,7 +144,7 @@ def test_cancel_with_refuse_on_its_way(world: World) -> None:
 
 
 def test_cancelled_slot_is_taken_anew_before_the_answer(world: World) -> None:
-    """Same slot, next generation, and both CONNECTs on their way: the first is stale whenever it is looked at."""
+    """Same slot, next generation, both CONNECTs on their way: the first is stale whenever it is looked at."""
     a, b = world.pair()
     b.listen()
     first = a.connect(b)
@@ -241,7 +242,7 @@ def test_one_closes_the_other_reads_to_the_end(world: World) -> None:
     assert c.state is State.CLOSING or world.how == "nested"
     world.quiet()
     assert b.write(s, b"x") == CLOSED
-    assert s.state is State.OPEN
+    assert b.connections == [s]
     assert b.read_all(s) == (b"the last words", EOF)
     assert s.state is State.FREE
     assert b.read(s) == EOF
@@ -280,7 +281,7 @@ def test_half_close(world: World) -> None:
     world.quiet()
     assert b.read_all(s) == (b"request", EOF)
     assert b.read(s) == EOF
-    assert s.state is State.OPEN
+    assert s in b.connections
     answer = b"answer " * 5000
     assert send(world, b, s, answer, a, c) == answer
     b.close(s)
@@ -297,7 +298,7 @@ def test_finish_on_both_sides_keeps_the_connection_until_close(world: World) -> 
     b.finish(s)
     world.quiet()
     assert (a.read(c), b.read(s)) == (EOF, EOF)
-    assert c.state is s.state is State.OPEN
+    assert {c.state, s.state} == {State.OPEN}
     a.close(c)
     world.quiet()
     b.close(s)

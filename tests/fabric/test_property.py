@@ -1,4 +1,4 @@
-"""Two nodes against a model that any reader understands: per connection two byte streams, who has ended what, and who has died."""
+"""Two nodes against a model: per connection two byte streams, who has ended what, and who has died."""
 
 from __future__ import annotations
 
@@ -140,19 +140,31 @@ class TwoNodes(RuleBasedStateMachine):
     @rule(victim=st.sampled_from("ab"), politely=st.booleans())
     def restart(self, victim: str, politely: bool) -> None:
         world, node = self.world, self.nodes[victim]
-        readers = [(link, half) for link, half in self.live() if half.name != victim and not link.spoilt and not half.closed]
+        readers = [
+            (link, half)
+            for link, half in self.live()
+            if half.name != victim and not link.spoilt and not half.closed
+        ]
         (world.leave if politely else world.kill)(node)
         world.drain()
         self.spoil(victim)
+        if politely:  # leaving closes all
+            for half in (half for link in self.links for half in link.halves if half.name == victim):
+                half.closed = True
         # what was published is there, before anything else of the victim's link is used
         world.advance(0.3)
         for link, half in readers:
             other = link.other(half)
-            if not half.ended and half.conn is not None and half.conn.state is State.OPEN and other.conn is not None:
+            if (
+                not half.ended
+                and half.conn is not None
+                and half.conn.state is State.OPEN
+                and other.conn is not None
+            ):
                 while self.read_once(link, half, 1 << 20):
                     pass
                 assert half.got == other.sent, "published bytes died with their writer"
-                assert half.ended == (EOF if politely or other.finished or other.closed else RESET)
+                assert half.ended == (EOF if other.finished or other.closed else RESET)
         survivor = next(n for n in self.nodes.values() if n is not node)
         for conn in survivor.connections:
             survivor.abort(conn)

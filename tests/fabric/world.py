@@ -1,10 +1,12 @@
 """Several engines in one process, without a thread, an event loop or a clock of their own.
 
-Each node runs on a fake CPU of its own, whose stores others see late (native/fake.c); the clock moves only in `advance`; beats and
-locks are the world's. So everything that happens follows from the seed, and a failure can be repeated.
+Each node runs on a fake CPU of its own, whose stores others see late (native/fake.c); the clock moves only
+in `advance`; beats and locks are the world's. So all that happens follows from the seed, and a failure can
+be repeated.
 
-A World is *eager* (stores are seen at once), *lazy* (the scheduler drains some stores of some CPUs between any two calls) or
-*nested* (lazy, and after some number of memory accesses, in the middle of a call, another node is pumped).
+A World is *eager* (stores are seen at once), *lazy* (the scheduler drains some stores of some CPUs between
+any two calls) or *nested* (lazy, and after some number of memory accesses, in the middle of a call, another
+node is pumped).
 """
 
 from __future__ import annotations
@@ -70,7 +72,8 @@ class FakeLocks:
 
 
 class Node:
-    """An engine, and what a process has besides: a CPU, a kernel, locks, a keeper. Every call goes through World.run."""
+    """An engine, and what a process has besides: a CPU, a kernel, locks, a keeper. Calls go through
+    World.run."""
 
     engine: Engine
 
@@ -255,7 +258,7 @@ class World:
             self.trouble = error
 
     def run_and_die(self, node: Node, steps: int, fn: Callable[[], object]) -> bool:
-        """Call `fn`, and kill the process after so many memory accesses. False: the call was over before that (and did all)."""
+        """Call `fn`, and kill the process after so many memory accesses. False: it was over before that."""
         assert not self.busy
         assert self.how != "nested"
         self.cut = node
@@ -290,17 +293,23 @@ class World:
             more = self.pump_all()
             if not more:
                 self.drain()
-                awake = (self.lib.sh_fake_bells_differ(n.engine.nd) or not n.engine.quiet for n in self.running() if n.engine.alive)
+                awake = (
+                    self.lib.sh_fake_bells_differ(n.engine.nd) or not n.engine.quiet
+                    for n in self.running()
+                    if n.engine.alive
+                )
                 if not any(awake):
                     return
         raise AssertionError(f"{self!r} is not quiet after {limit} rounds")
 
     def advance(self, seconds: float) -> None:
-        """Let time pass: keepers beat ten times a second, and whoever runs is pumped each time."""
+        """Let time pass: keepers beat ten times a second, whoever runs is pumped each time. No store stays
+        in a buffer for so long."""
         end = self.now + round(seconds * SECOND)
         while self.now < end:
             self.now += min(BEAT, end - self.now)
             self.lib.sh_fake_time(self.now)
+            self.drain()
             for node in self.nodes:
                 if node.state == "running":
                     self._beat(node)
@@ -310,7 +319,10 @@ class World:
     def _beat(self, node: Node) -> None:
         """What keeper.c does, on a CPU of its own."""
         at = self.layout.section(node.section)
-        if self.word(at + lay.CLAIM) != node.engine.claim.word or self.word(lay.H_ID) != self.layout.region_id:
+        if (
+            self.word(at + lay.CLAIM) != node.engine.claim.word
+            or self.word(lay.H_ID) != self.layout.region_id
+        ):
             self.lib.sh_node_inert(node.engine.nd)
         elif node.engine.alive:
             self.poke(at + lay.BEAT, self.word(at + lay.BEAT) + 1)
@@ -330,7 +342,9 @@ class World:
         self.start(node, settings)
         return node
 
-    def process(self, name: str, *, kernel: bytes = KERNEL, machine: bytes = MACHINE, locked: bool = True) -> Node:
+    def process(
+        self, name: str, *, kernel: bytes = KERNEL, machine: bytes = MACHINE, locked: bool = True
+    ) -> Node:
         """One that has not attached yet."""
         cpu = next(c for c in reversed(self._free_cpus) if not self.lib.sh_fake_pending(c))
         self._free_cpus.remove(cpu)
@@ -440,9 +454,12 @@ class World:
         assert sorted(engine.free_slots) == list(range(layout.slots)), f"{node} leaked slots"
         pristine = Arena(layout.arena_off, layout.arena_bytes)
         assert engine.arena.free_bytes == pristine.size
-        assert {b: s for b, s in engine.arena._free.items() if s} == pristine._free, f"{node} leaked ring memory"
+        assert {b: s for b, s in engine.arena._free.items() if s} == pristine._free, (
+            f"{node} leaked ring memory"
+        )
         for peer in engine.peers.all:
-            assert not (peer.connections or peer.waiting or peer.answers), f"{node} holds on to {peer.name}"
+            held = [*peer.connections.values(), *peer.waiting, *peer.answers]
+            assert held == [], f"{node} holds on to {peer.name}"
             assert (peer.slots, peer.ring_bytes) == (0, 0), f"{node}: quota of {peer.name}"
             assert peer.credits == engine.settings.max_connects, f"{node}: credits towards {peer.name}"
             assert self.users(node, peer.section) == 0, f"{node}: users word of {peer.name}"
