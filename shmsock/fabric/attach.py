@@ -67,9 +67,7 @@ def survey(layout: Layout, locks: Locks, boot_id: bytes) -> list[Seen]:
                 state=memory.load(at + lay.STATE),
                 used=memory.load(at + lay.INCARNATION) != 0,
                 who=who,
-                dead=bool(
-                    claim and lock_here and memory.load(at + lay.STATE) and not locks.section_locked(i)
-                ),
+                dead=bool(claim and lock_here and not locks.section_locked(i)),
                 left=memory.load(at + lay.LEFT),
             )
         )

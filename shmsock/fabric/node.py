@@ -124,6 +124,7 @@ class Engine:
         us = self.settings
         lib.sh_node_settings(self.nd, us.hold_us * 1000, us.busy_poll_us * 1000, 1000)
         at = self.layout.section(me)
+        self.memory.store(at + lay.STATE, 0)  # a former life's must not vouch for what is half written
         self.layout.write_identity(me, identity, self.rng.getrandbits(63) | 1)
         for j in range(self.layout.peers):
             lib.sh_restart(self.nd, j, self._pair_inc(me, j))

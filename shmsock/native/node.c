@@ -211,7 +211,8 @@ int sh_safety(sh_node *nd)
             for (uint64_t m = l->open[w] & ~due; m; m &= m - 1) {
                 sh_ep *ep = &nd->eps[w * 64 + (uint32_t)__builtin_ctzll(m)];
                 /* WANT is published without a bell: it is seen when bytes are taken */
-                if ((sh_load(&ep->theirs->p, nd->wc) ^ ep->p_last) & ~SH_WANT) {
+                if (((sh_load(&ep->theirs->p, nd->wc) ^ ep->p_last) & ~SH_WANT)
+                    || ((ep->flags & SH_WANT) && SH_LOW(sh_load(&ep->theirs->c, nd->wc)) != ep->head_seen)) {
                     nd->ready[w] |= SH_BIT(ep->slot);
                     suspect = 1;
                 }
