@@ -356,8 +356,10 @@ class Node:
     def __del__(self, _warn: Any = warnings.warn) -> None:
         # The loop holds its node, so that loop is over, and nobody can be inside C with this node.
         if not getattr(self, "closed", True):
-            _warn(f"unclosed node {self!r}", ResourceWarning, source=self)
-            self.close()
+            try:
+                _warn(f"unclosed node {self!r}", ResourceWarning, source=self)
+            finally:
+                self.close()
 
     def call(self, callback: Callable[..., object], *args: Any) -> None:
         """Run something of this node from __del__, possibly on another thread: later, in the loop."""

@@ -77,7 +77,9 @@ def private_region(prefix: str, size: int = 64 << 20) -> Iterator[str]:
         yield path
 
 
-def measure(variant: Variant, region: str, seconds: float, server_cpu: int, client_cpu: int) -> dict[str, Any]:
+def measure(
+    variant: Variant, region: str, seconds: float, server_cpu: int, client_cpu: int
+) -> dict[str, Any]:
     """One server, one client, both measures."""
     env = {"SHMSOCK_REGION": region, "SHMSOCK_NAME": "bench"}
     host = "127.0.0.1" if variant.module == "asyncio" else "localhost"
@@ -133,7 +135,13 @@ def bench_host(console: Console, rounds: int, seconds: float, placements: list[s
     known = machine()
     console.print(describe(known))
     server, client, where = cpus()
-    report: dict[str, Any] = {"machine": known, "rounds": rounds, "seconds": seconds, "results": {}, "marks": []}
+    report: dict[str, Any] = {
+        "machine": known,
+        "rounds": rounds,
+        "seconds": seconds,
+        "results": {},
+        "marks": [],
+    }
     with private_region("bench") as region:
         for placement in placements:
             if placement == "two" and server == client:
@@ -142,7 +150,11 @@ def bench_host(console: Console, rounds: int, seconds: float, placements: list[s
             on = (server, client) if placement == "two" else (client, client)
             text = where if placement == "two" else f"both on CPU {client}"
             taken = in_turn(
-                console, variants(), rounds, f"{placement} core", lambda v, on=on: measure(v, region, seconds, *on)
+                console,
+                variants(),
+                rounds,
+                f"{placement} core",
+                lambda v, on=on: measure(v, region, seconds, *on),
             )
             results = {label: {**medians(values), "rounds": values} for label, values in taken.items()}
             report["results"][placement] = results
@@ -185,7 +197,9 @@ def bench_table(title: str, results: dict[str, Any]) -> Table:
                 times(results[base]["echo_p50_us"] / r["echo_p50_us"], "faster", "slower"),
                 times(r["write_mb_s"] / results[base]["write_mb_s"], "as much", "less"),
             ]
-        rate = f"{r['write_mb_s'] / 1000:.2f} GB/s" if r["write_mb_s"] >= 1000 else f"{r['write_mb_s']:.0f} MB/s"
+        rate = (
+            f"{r['write_mb_s'] / 1000:.2f} GB/s" if r["write_mb_s"] >= 1000 else f"{r['write_mb_s']:.0f} MB/s"
+        )
         table.add_row(
             label, f"{r['echo_p50_us']:.1f} us", f"{r['echo_p99_us']:.1f} us", ratios[0], rate, ratios[1]
         )

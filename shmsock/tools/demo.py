@@ -30,7 +30,11 @@ def worker(role: str, *more: object) -> list[str]:
 
 def progress_bar(console: Console) -> Progress:
     return Progress(
-        TextColumn("  {task.description:<14}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), console=console
+        TextColumn("  {task.description:<14}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        console=console,
     )
 
 
@@ -68,9 +72,13 @@ def _send_file(console: Console, send: list[str], source: Path, copy: Path, size
         for said in client.lines():
             bar.update(task, completed=said["sent"])
     if not said["same"] or copy.stat().st_size != size:
-        raise region_error(5, "the file arrived with another SHA-256 than it was sent with: please report this")
+        raise region_error(
+            5, "the file arrived with another SHA-256 than it was sent with: please report this"
+        )
     speed = size / said["seconds"] / 1e6
-    console.print(f"  SHA-256 {said['sha256_sent'][:16]}... at both ends; {speed:.0f} MB/s with hashing and storing\n")
+    console.print(
+        f"  SHA-256 {said['sha256_sent'][:16]}... at both ends; {speed:.0f} MB/s with hashing and storing\n"
+    )
 
 
 def _table(console: Console, region: str, scale: float, server_cpu: int, client_cpu: int) -> None:
@@ -83,7 +91,9 @@ def _table(console: Console, region: str, scale: float, server_cpu: int, client_
     taken = in_turn(console, variants(), ROUNDS, "measuring", take)
     results = {label: medians(values) for label, values in taken.items()}
     console.print(bench_table("", results))
-    console.print(f"  {ROUNDS} rounds in {time.monotonic() - start:.0f} s; `shmsock bench` measures more carefully.")
+    console.print(
+        f"  {ROUNDS} rounds in {time.monotonic() - start:.0f} s; `shmsock bench` measures more carefully."
+    )
 
 
 def make_file(path: Path, size: int) -> None:

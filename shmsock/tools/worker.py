@@ -92,7 +92,9 @@ def opened(path: str | None, mode: str) -> IO[bytes] | None:
     return open(path, mode) if path else None
 
 
-async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, options: argparse.Namespace) -> None:
+async def handle(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, options: argparse.Namespace
+) -> None:
     """The serving side: the first line says what is wanted."""
     try:
         wish = json.loads(await reader.readline())
@@ -174,7 +176,9 @@ async def send(node: Node, options: argparse.Namespace) -> None:
     here = transfer.result()
     writer.close()
     await writer.wait_closed()
-    same = here["sha256_sent"] == there["sha256_received"] and here.get("sha256_received") == there.get("sha256_sent")
+    same = here["sha256_sent"] == there["sha256_received"] and here.get("sha256_received") == there.get(
+        "sha256_sent"
+    )
     say("done", **here, there=there, same=same)
 
 
@@ -208,7 +212,7 @@ def main() -> None:
     parser.add_argument("--both", action="store_true")
     parser.add_argument("--offset", type=int, default=0)
     parser.add_argument("--set", type=int)
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()  # options before the host, too
     if options.cpu is not None:
         os.sched_setaffinity(0, {options.cpu})
     if options.role == "raw-byte":

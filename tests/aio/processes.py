@@ -24,7 +24,7 @@ def runner(loop: str) -> Main:
     if loop == "uvloop":
         import uvloop
 
-        return uvloop.run  # type: ignore[no-any-return]
+        return uvloop.run
     return asyncio.run
 
 
@@ -32,7 +32,12 @@ async def readable(fd: int) -> None:
     """Until `fd` is readable."""
     loop = asyncio.get_running_loop()
     waiter = loop.create_future()
-    loop.add_reader(fd, lambda: waiter.done() or waiter.set_result(None))
+
+    def set_result() -> None:
+        if not waiter.done():
+            waiter.set_result(None)
+
+    loop.add_reader(fd, set_result)
     try:
         await waiter
     finally:
@@ -58,13 +63,18 @@ class Lines:
 
 
 class Child:
-    """A process that runs a role. Used as `async with Child("echo", region) as child`, always ends with its block."""
+    """A process that runs a role: `async with Child("echo", region) as child`. It ends with its block."""
 
-    def __init__(self, role: str, *args: Any, loop: str = "asyncio", env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, role: str, *args: Any, loop: str = "asyncio", env: dict[str, str] | None = None
+    ) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-m", "tests.aio.roles", loop, role, json.dumps([str(a) if isinstance(a, Path) else a for a in args])],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, env={**os.environ, **(env or {})},
-        )  # fmt: skip
+            [sys.executable, "-W", "error", "-m", "tests.aio.roles", loop, role, json.dumps(args)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=ROOT,
+            env={**os.environ, **(env or {})},
+        )
         assert self.process.stdout is not None
         self._lines = Lines(self.process.stdout.fileno())
 
@@ -77,7 +87,9 @@ class Child:
 
     async def says(self, expected: str) -> None:
         line = await self.line()
-        assert line == expected, f"child said {line!r}, expected {expected!r}; exit code {self.process.poll()}"
+        assert line == expected, (
+            f"child said {line!r}, expected {expected!r}; exit code {self.process.poll()}"
+        )
 
     def tell(self, line: str = "go") -> None:
         assert self.process.stdin is not None

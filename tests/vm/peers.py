@@ -92,7 +92,9 @@ class _HostProcess:
 class Peer:
     """One worker. `guest` None: on the host."""
 
-    def __init__(self, guest: Guest | None, *, uvloop: bool = False, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, guest: Guest | None, *, uvloop: bool = False, env: dict[str, str] | None = None
+    ) -> None:
         argv = [sys.executable, WORKER, *(["uvloop"] if uvloop else [])]
         self.process = guest.start(argv, env=env) if guest else _HostProcess(argv, env or {})
         self.identity: dict[str, Any] = {}
@@ -174,7 +176,7 @@ class Peers:
         made = [Peer(guest, uvloop=uvloop, env=env) for guest in guests]
         self._all += made
         for peer in made:
-            peer.event("ready")
+            peer.event("ready", 120.0)
         return made
 
     def close(self) -> None:
@@ -189,3 +191,11 @@ def format_region(path: Path, peers: int = 16) -> str:
         region.allocate()
         prepare_region(region, peers)
     return f"file:{path}"
+
+
+def assert_calm(*peers: Peer) -> None:
+    """Nobody was taken for dead, nobody missed a bell, nothing is held any more."""
+    for peer in peers:
+        seen = peer.statistics()
+        assert (seen["peers_lost"], seen["healed"], seen["violations"]) == (0, 0, 0), (peer.name, seen)
+        assert (seen["state"], seen["peers"]) == ("attached", len(peers)), (peer.name, seen)

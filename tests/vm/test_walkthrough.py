@@ -1,4 +1,4 @@
-"""The walk-through that pages about ivshmem show, word for word: huge pages, hugetlbfs, one 2 GiB file in two guests."""
+"""The walk-through known from pages about ivshmem, word for word: hugetlbfs, one 2 GiB file in two guests."""
 
 from __future__ import annotations
 
@@ -42,7 +42,9 @@ def hugetlbfs() -> Iterator[Path]:
         undo.callback(RESERVED.write_text, str(before))
         free = meminfo("HugePages_Free") - meminfo("HugePages_Rsvd")
         if free < PAGES:
-            pytest.skip(f"no {PAGES} huge pages of 2 MiB can be reserved, only {free}: too little free memory")
+            pytest.skip(
+                f"no {PAGES} huge pages of 2 MiB can be reserved, only {free}: too little free memory"
+            )
         mount = Path(tempfile.mkdtemp(prefix="shmsock-huge-"))
         undo.callback(mount.rmdir)
         done = subprocess.run(
@@ -65,7 +67,9 @@ def test_walk_through(hugetlbfs: Path, fleet: Fleet, peers: Peers) -> None:
 
     # the device is found in each
     for guest in guests:
-        listing = guest.run(["sh", "-c", "cd /sys/bus/pci/devices; grep -l 0x1110 */device | cut -d/ -f1"]).text
+        listing = guest.run(
+            ["sh", "-c", "cd /sys/bus/pci/devices; grep -l 0x1110 */device | cut -d/ -f1"]
+        ).text
         assert listing.startswith("0000:00:"), listing
         assert (
             guest.run(["sh", "-c", f"cat /sys/bus/pci/devices/{listing}/vendor"]).text,

@@ -1,8 +1,9 @@
 """A process at one end of a region, in a guest or on the host: it does what it is told, line by line.
 
-Standard input has requests, a JSON list per line: [number, command, arguments]. Standard output has a JSON object per
-line: {"number": n, "result": ...} or {"number": n, "error": name, "message": text}, in the order in which they are done, and
-{"event": name, ...} when something happens unasked. End of input ends it. `Peer` in peers.py is the other side.
+Standard input has requests, a JSON list per line: [number, command, arguments]; its end ends the process.
+Standard output has a JSON object per line: {"number": n, "result": ...} or {"number": n, "error": name,
+"message": text} when a request is done, and {"event": name, ...} when something happens unasked.
+`Peer` in peers.py is the other side.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 import shmsock
 from shmsock.address import boot_id, machine_id
+from shmsock.aio.attach import current_node
 
 CHUNK = 1 << 16
 LIMIT = 1 << 20
@@ -77,9 +79,8 @@ class Worker:
                 writer.write(f"{sent} {received}\n".encode())
                 await writer.drain()
             elif what == "hold":
+                writer.transport.set_write_buffer_limits(0)  # drain() waits until all is in the ring
                 sent = await send_bytes(writer, int(size))
-                while writer.transport.get_write_buffer_size():  # type: ignore[attr-defined]
-                    await asyncio.sleep(0.001)
                 say(event="published", sha=sent)
                 rest = await reader.read(1)
                 say(event="end", error=None if not rest else "bytes came")
@@ -93,7 +94,12 @@ class Worker:
     async def attach(
         self, region: str | None = None, name: str | None = None, settings: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        self.node = await shmsock.attach(region, name=name, settings=shmsock.Settings(**(settings or {})))
+        """Without arguments: the node that the module's functions use."""
+        if region or name or settings:
+            wanted = shmsock.Settings(**(settings or {}))
+            self.node = await shmsock.attach(region, name=name, settings=wanted)
+        else:
+            self.node = await current_node()
         return {
             "name": self.node.name,
             "section": self.node.section,

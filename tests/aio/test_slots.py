@@ -1,0 +1,149 @@
+"""A slot goes from one connection to the next: nothing of one may reach the other, and nothing is leaked."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+import shmsock
+from tests.aio.conftest import End, Run, World, held, until
+from tests.aio.processes import pattern
+
+
+async def listening(node: shmsock.Node, port: int = 7000) -> asyncio.Queue[End]:
+    accepted: asyncio.Queue[End] = asyncio.Queue()
+    await shmsock.start_server(lambda r, w: accepted.put_nowait(End(r, w, node)), None, port, node=node)
+    return accepted
+
+
+async def connect(a: shmsock.Node, b: shmsock.Node, accepted: asyncio.Queue[End]) -> tuple[End, End]:
+    reader, writer = await shmsock.open_connection(b.name, 7000, node=a)
+    return End(reader, writer, a), await accepted.get()
+
+
+def test_a_waiting_reader_gets_nothing_of_the_next_connection(run: Run, world: World) -> None:
+    async def main() -> None:
+        async with world.nodes() as (a, b):
+            accepted = await listening(b)
+            for _ in range(50):
+                c, s = await connect(a, b, accepted)
+                reading = asyncio.create_task(s.reader.read(100))
+                await until(lambda s=s: s.reader._waiter is not None)  # type: ignore[misc]
+                c.transport.abort()
+                d, t = await connect(a, b, accepted)
+                d.writer.write(b"for the next one")
+                with pytest.raises(ConnectionResetError):
+                    await reading
+                with pytest.raises(ConnectionResetError):
+                    await s.reader.read(100)
+                assert await t.reader.readexactly(16) == b"for the next one"
+                for end in (c, s, d, t):
+                    await end.close()
+
+    run(main())
+
+
+@pytest.mark.parametrize("how", ["eof", "reset", "unread reset"])
+def test_writes_to_an_ended_connection_go_nowhere(run: Run, world: World, how: str) -> None:
+    async def main() -> None:
+        async with world.nodes() as (a, b):
+            accepted = await listening(b)
+            for _ in range(50):
+                c, s = await connect(a, b, accepted)
+                if how == "eof":
+                    s.writer.close()
+                    assert await c.reader.read() == b""
+                elif how == "reset":
+                    s.transport.abort()
+                    with pytest.raises(ConnectionResetError):
+                        await c.reader.read()
+                else:
+                    s.writer.write(bytes(10000))
+                    await asyncio.sleep(0)
+                    s.transport.abort()
+                    await until(lambda c=c: c.transport.conn.state.value == "FREE")  # type: ignore[misc]
+                d, t = await connect(a, b, accepted)
+                c.writer.write(b"astray")
+                d.writer.write(b"right")
+                d.writer.write_eof()
+                assert await t.reader.read() == b"right"
+                t.writer.write(b"answer")
+                t.writer.close()
+                assert await d.reader.read() == b"answer"
+                for end in (c, s, d, t):
+                    await end.close()
+
+    run(main())
+
+
+def test_a_drain_of_an_ended_connection_ends(run: Run, world: World) -> None:
+    """Its slot is another's before it looks."""
+
+    async def main() -> None:
+        async with world.nodes() as (a, b):
+            accepted = await listening(b)
+            for _ in range(20):
+                c, s = await connect(a, b, accepted)
+                c.writer.write(bytes(3 << 20))
+                drain = asyncio.create_task(c.writer.drain())
+                await asyncio.sleep(0)
+                s.transport.abort()
+                d, t = await connect(a, b, accepted)
+                with pytest.raises(ConnectionError):
+                    await drain
+                d.writer.write(b"x")
+                assert await t.reader.readexactly(1) == b"x"
+                for end in (c, s, d, t):
+                    end.transport.abort()
+                    await end.close()
+
+    run(main())
+
+
+def test_five_hundred_connections_one_after_the_other(run: Run, world: World) -> None:
+    async def main() -> None:
+        async with world.nodes() as (a, b):
+            accepted = await listening(b)
+            before = held(a), held(b)
+            for i in range(500):
+                c, s = await connect(a, b, accepted)
+                c.writer.write(pattern(i, 0, 5000))
+                c.writer.write_eof()
+                assert await s.reader.read() == pattern(i, 0, 5000)
+                s.writer.write(b"thanks")
+                s.writer.close()
+                assert await c.reader.read() == b"thanks"
+                c.writer.close()
+            await until(lambda: (held(a), held(b)) == before)
+
+    run(main())
+
+
+def test_more_connections_than_slots(run: Run, region: str) -> None:
+    """ENOBUFS that names a region size, here or from there; and when some are closed there is room again."""
+
+    async def main() -> None:
+        async with shmsock.attach(region, name="a") as a:
+            accepted = await listening(a)
+            ends: list[tuple[End, End]] = []
+
+            async def connect_until_it_fails() -> None:
+                while True:
+                    ends.append(await connect(a, a, accepted))
+
+            with pytest.raises(OSError, match=r"connection slots|no room") as info:
+                await connect_until_it_fails()
+            assert info.value.errno == 105
+            assert len(ends) >= a.engine.layout.slots // 2 - 1
+            for end in ends[-1]:
+                await end.close()
+            ends[-1] = await connect(a, a, accepted)
+            for c, s in ends:
+                c.writer.write(b"still good")
+                assert await s.reader.readexactly(10) == b"still good"
+                c.writer.close()
+                s.writer.close()
+            await until(lambda: held(a)["connections"] == 0)
+
+    run(main())

@@ -1,0 +1,140 @@
+"""Regions in guests: who formats BAR2, how many fit in, which device is meant, what one kernel knows."""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from shmsock.fabric import layout as lay
+from shmsock.tools.qemu import Fleet, Ivshmem
+from tests.vm.peers import PeerError, Peers, assert_calm, format_region
+
+if TYPE_CHECKING:
+    from tests.vm.conftest import Pair
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
+
+PORT = 7000
+
+
+def test_two_format_at_once(two_guests: Pair, peers: Peers) -> None:
+    a, b = peers(two_guests.a, two_guests.b)
+    ids = set()
+    for _ in range(6):
+        with two_guests.region.open("r+b") as file, mmap.mmap(file.fileno(), two_guests.size) as memory:
+            memory.madvise(mmap.MADV_REMOVE)
+            both = [peer.start("attach") for peer in (a, b)]
+            for peer, number in zip((a, b), both, strict=True):
+                peer.identity = peer.result(number)
+            assert memory[:8] == b"SHMSOCK1"
+            ids.add(memory[lay.H_ID : lay.H_ID + 8])
+        b.ask("listen", port=PORT)
+        assert a.section != b.section
+        assert a.ask("echo", host="vm-b", port=PORT, count=10)["count"] == 10
+        assert_calm(a, b)
+        for peer in a, b:
+            peer.ask("detach")
+    assert len(ids) == 6
+
+
+def test_sixteen_peers(two_guests: Pair, peers: Peers) -> None:
+    """Several processes of each kernel, as many as there are sections, and everyone talks with everyone."""
+    url = format_region(two_guests.region, 16)
+    crowd = peers(*[two_guests.a] * 3, *[two_guests.b] * 3, *[None] * 10)
+    late = peers(None)[0]
+    # claiming waits 20 ms: those who start together meet
+    for peer, number in [(p, p.start("attach", region=None if p in crowd[:6] else url)) for p in crowd]:
+        peer.identity = peer.result(number)
+    assert sorted(peer.section for peer in crowd) == list(range(16))
+    with pytest.raises(PeerError, match=r"RegionError: .*all 16 sections .*all their owners are alive"):
+        late.attach(url, name="late")
+    for peer in crowd:
+        peer.ask("listen", port=PORT + peer.section)  # one name per machine, so a port for each
+    running = [
+        (one, one.start("echo", host=other.section, port=PORT + other.section, count=5))
+        for one, other in itertools.product(crowd, crowd)  # oneself included
+    ]
+    for peer, number in running:
+        assert peer.result(number)["count"] == 5
+    assert crowd[0].ask("echo", host="vm-b", port=PORT + crowd[4].section, count=5)["count"] == 5
+    assert_calm(*crowd)
+    crowd[12].finish()
+    assert late.attach(url, name="late").section == crowd[12].section
+    assert late.ask("echo", host=crowd[2].section, port=PORT + crowd[2].section, count=5)["count"] == 5
+
+
+def test_death_is_seen_at_once_under_one_kernel(two_guests: Pair, peers: Peers) -> None:
+    """Locks on sysfs' resource2 tell, without any waiting for a beat."""
+    a, also_a, b = (p.attach() for p in peers(two_guests.a, two_guests.a, two_guests.b))
+    also_a.ask("listen", port=PORT)
+    a.ask("hold", key=1, host="localhost", port=PORT, size=50_000)
+    sha = also_a.event("published")["sha"]
+    reading = a.start("read_to_end", key=1)
+    before = a.statistics()["peers_lost"]
+    start = time.monotonic()
+    also_a.kill()
+    got = a.result(reading)
+    took = time.monotonic() - start
+    assert got == {"bytes": 50_000, "sha": sha, "end": "ConnectionResetError"}
+    assert took < 1.5, took  # dead_after_s is 3
+    assert a.statistics()["peers_lost"] == before + 1
+    assert b.statistics()["state"] == "attached"
+
+
+def test_choosing_a_device(fleet: Fleet, peers: Peers) -> None:
+    """Two devices, then one, then none."""
+    files = [fleet.shared_file(16 << 20), fleet.shared_file(8 << 20)]
+    guest = fleet.boot(
+        "vm-c", ivshmem=[Ivshmem(files[0], 16 << 20, addr="0x10"), Ivshmem(files[1], 8 << 20, addr="0x11")]
+    )
+    (peer,) = peers(guest)
+    both = r"2 ivshmem devices found.*pci:0000:00:10.0 \(16 MiB\), pci:0000:00:11.0 \(8 MiB\); name the one"
+    with pytest.raises(PeerError, match=both):  # nothing in either
+        peer.attach("pci:auto")
+    peer.attach("pci:00:11.0")  # formats it
+    assert peer.identity["region"] == "pci:0000:00:11.0"
+    peer.ask("detach")
+    assert magic(files) == [False, True]
+    peer.attach("pci:auto")  # the only one that holds a region
+    assert peer.identity["region"] == "pci:0000:00:11.0"
+    (host,) = (p.attach(f"file:{files[1]}", name="host") for p in peers(None))
+    host.ask("listen", port=PORT)
+    assert peer.ask("echo", host="host", port=PORT, count=10)["count"] == 10
+    peer.ask("detach")
+    format_region(files[0])
+    with pytest.raises(PeerError, match=both):  # a region in each
+        peer.attach()
+    peer.attach("pci:0000:00:10.0")
+    assert peer.identity["region"] == "pci:0000:00:10.0"
+    peer.ask("detach")
+    with pytest.raises(
+        PeerError, match=r"no PCI device at 0000:00:12.0; ivshmem devices here: pci:0000:00:10.0"
+    ):
+        peer.attach("pci:0000:00:12.0")
+    with pytest.raises(PeerError, match=r"PCI device 0000:00:00.0 is 8086:29c0, expected 1af4:1110"):
+        peer.attach("pci:0000:00:00.0")
+    guest.run(["sh", "-c", "echo 1 > /sys/bus/pci/devices/0000:00:10.0/remove"])
+    peer.attach()
+    assert peer.identity["region"] == "pci:0000:00:11.0"
+    assert peer.ask("echo", host="host", port=PORT, count=10)["count"] == 10
+    peer.ask("detach")
+    guest.run(["sh", "-c", "echo 1 > /sys/bus/pci/devices/0000:00:11.0/remove"])
+    with pytest.raises(
+        PeerError, match=r"RegionNotFoundError: .*no ivshmem device .* -device ivshmem-plain,memdev="
+    ):
+        peer.attach("pci:auto")
+    peer.attach()  # without a device everybody has a region of their own
+    assert peer.identity["region"] == "file:/dev/shm/shmsock-0"
+
+
+def magic(files: list[Path]) -> list[bool]:
+    found = []
+    for path in files:
+        with path.open("rb") as file:
+            found.append(file.read(8) == b"SHMSOCK1")
+    return found
