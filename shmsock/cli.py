@@ -126,7 +126,7 @@ def _unused(region: Region) -> None:
     if busy := look.busy_sections(region):
         raise region_error(
             errno.EBUSY,
-            f"region {region.path} is in use by {', '.join(busy[:8])}: stop them first, or make another region",
+            f"region {region.path} is in use by {', '.join(busy[:8])}: stop them, or make another region",
             region.path,
         )
 
@@ -135,7 +135,10 @@ def _unused(region: Region) -> None:
 @click.argument("region", required=False)
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def info(region: str | None, as_json: bool) -> None:
-    """Show ivshmem devices, and what lies in REGION (all devices' and the default one, when none is named). Changes nothing."""
+    """Show ivshmem devices, and what lies in REGION. Changes nothing.
+
+    Without REGION: of all devices, and of SHMSOCK_REGION or, where there is no device, the default region.
+    """
     devices = regions.find_devices()
     urls = [region] if region else [f"pci:{device.address}" for device in devices]
     chosen = os.environ.get("SHMSOCK_REGION")
@@ -214,7 +217,7 @@ def reap_command(region: str | None, wanted: tuple[str, ...], yes: bool, watch: 
 
 def _confirm(section: look.Section) -> bool:
     return click.confirm(
-        f"Section {section.number} ({section.name or 'no name'}, process {section.pid}) is silent. If its owner comes back, it finds its "
+        f"Section {section.number} ({section.title}) is silent. If its owner comes back, it finds its "
         "connections lost. Free it?",
         err=True,
     )

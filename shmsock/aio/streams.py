@@ -140,6 +140,8 @@ class ShmStreamReader(asyncio.StreamReader):
         feed_data()."""
         if not self._direct:
             self._check()
+            if isinstance(self._transport, ShmTransport):
+                self._transport._check_thread()
             if not self._eof:  # connection_lost is on its way, or somebody feeds this reader
                 await super()._wait_for_data(func_name)  # type: ignore[misc]
                 self._check()
@@ -149,8 +151,6 @@ class ShmStreamReader(asyncio.StreamReader):
                 f"{func_name}() called while another coroutine is already waiting for incoming data"
             )
         node = self._node
-        if node.closed:
-            node.check()
         room = max(2 * self._limit, 1 << 16)
         while self._direct:
             if not node.scheduled:

@@ -29,9 +29,9 @@ class Arena:
             at += block
 
     @staticmethod
-    def fit(largest: int, free_bytes: int, free_slots: int) -> int:
+    def fit(largest: int, free_bytes: int, free_slots: int, parts: int = 8) -> int:
         """The ring size to try first: an eighth of what is left beyond the reserve, at most `largest`."""
-        spare = max(free_bytes - free_slots * MIN_RING, 0) // 8
+        spare = max(free_bytes - free_slots * MIN_RING, 0) // parts
         return max(MIN_RING, min(largest, 1 << max(spare.bit_length() - 1, 0)))
 
     def take(self, nbytes: int) -> tuple[int, int] | None:

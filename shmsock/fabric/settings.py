@@ -10,7 +10,9 @@ __all__ = ["Settings"]
 @dataclass(frozen=True)
 class Settings:
     busy_poll_us: int = 200
-    """Longest busy-poll of a read or a drain that finds nothing. Windows adapt below it; 0: never spin."""
+    """Longest busy-poll of a read or a drain that finds nothing. Windows adapt below it; 0: never spin. On a
+    machine that runs code slowly (an emulated guest) up to ten times as long, as measured at attach; so is
+    hot_us."""
     hot_us: int = 300
     """How long the pump re-schedules itself after bytes moved, before it lets the loop sleep."""
     hold_us: int = 500

@@ -40,11 +40,12 @@ class Slots:
         if accepted and peer.section != self.engine.section:
             if peer.slots * 2 >= self.engine.layout.slots:
                 return NO_SLOT
-            size = min(size, max(MIN_RING, self.engine.layout.arena_bytes // 8))
-            if (peer.ring_bytes + size) * 2 > self.engine.layout.arena_bytes:
-                size = MIN_RING
-                if (peer.ring_bytes + size) * 2 > self.engine.layout.arena_bytes:
-                    return NO_MEMORY
+            # Half of the arena is its share, and that is handed out as the whole is: with a reserve for the
+            # rest of its slots, so that a few large rings do not shut out all that it opens after them.
+            share = self.engine.layout.arena_bytes // 2 - peer.ring_bytes
+            if share < MIN_RING:
+                return NO_MEMORY
+            size = Arena.fit(size, share, self.engine.layout.slots // 2 - peer.slots - 1, parts=4)
         ring = self.arena.take(size)
         if ring is None:
             return NO_MEMORY

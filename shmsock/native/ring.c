@@ -140,23 +140,21 @@ uint64_t sh_ep_unsent(sh_ep *ep)
 
 /* ---- waiting in C, GIL released ---- */
 
-/* One step of a spin: others' news end it, the clock ends it, and after a while each look yields the CPU: on one core the peer
- * cannot run otherwise. Returns 0 to go on. */
-static int spin_step(sh_ep *ep, uint64_t end, uint64_t yield_at)
+/* One step of a spin: others' news end it, and after a while each look yields the CPU, as on one core the peer cannot run otherwise.
+ * Returns the clock, 0 when others have news. */
+static uint64_t spin_step(sh_ep *ep, uint64_t yield_at)
 {
     uint64_t now;
 
     for (uint32_t j = 0; j < ep->nd->g.peers; j++) {
         struct sh_link *l = &ep->nd->links[j];
         if (sh_peek(&l->in->bell) != l->last && sh_collect(ep->nd, l))
-            return 1;
+            return 0;
     }
     now = sh_clock();
-    if (now >= end)
-        return 1;
     if (now >= yield_at)
         sched_yield();
-    return 0;
+    return now;
 }
 
 static int nothing_ready(const sh_node *nd)
@@ -168,28 +166,44 @@ static int nothing_ready(const sh_node *nd)
     return !any;
 }
 
-/* Busy-poll one word of the peer (its P or C) until it is no longer `seen`. Learns how long it pays. */
+/* A spin was in vain. Now and then the next is a long one again: where waking is slow, no wait without a spin looks short enough to
+ * learn from. */
+static void missed(sh_ep *ep, uint64_t window)
+{
+    ep->nd->n[SH_N_SPIN_MISS]++;
+    if (++ep->misses % 16 == 0)
+        ep->window_ns = ep->nd->spin_max_ns;
+    else
+        ep->window_ns = window / 2 > 2000 ? window / 2 : 2000;
+}
+
+/* Busy-poll one word of the peer (its P or C) until it is no longer `seen`. 1: it is not. 0: stop waiting here. SH_YIELD: the turn's
+ * budget ended the spin, not its window, which learns nothing from that: let the loop turn and come again. */
 static int spin_on(sh_ep *ep, const uint64_t *word, uint64_t seen, uint64_t now)
 {
     sh_node *nd = ep->nd;
     uint64_t window = ep->window_ns < nd->spin_max_ns ? ep->window_ns : nd->spin_max_ns;
-    uint64_t end = now + window < nd->turn_end_ns ? now + window : nd->turn_end_ns;
+    uint64_t end = now + window, yield_at = now + nd->spin_yield_ns;
 
     if (!window || ep->orphan || ep->peer == nd->self || !nothing_ready(nd))
         return 0;
     nd->touched[SH_WORD(ep->slot)] |= SH_BIT(ep->slot); /* this slot is polled: its toggle may stay unacknowledged */
     for (uint32_t k = 1; sh_peek(word) == seen; k++) {
-        if (nd->spin_yield_ns == 0 || k % 8 == 0) {
-            if (spin_step(ep, end, now + nd->spin_yield_ns)) {
-                if (sh_peek(word) != seen)
-                    break;
-                nd->n[SH_N_SPIN_MISS]++;
-                /* now and then a long one again: where waking is slow, no wait without a spin looks short enough to learn from */
-                ep->window_ns = ++ep->misses % 16 == 0 ? nd->spin_max_ns / 4 : window / 2 > 2000 ? window / 2 : 2000;
-                return 0;
-            }
-        } else
+        if (nd->spin_yield_ns && k % 8) {
             sh_pause();
+            continue;
+        }
+        now = spin_step(ep, yield_at);
+        if (sh_peek(word) != seen)
+            break;
+        if (!now)
+            return 0;
+        if (now >= nd->turn_end_ns)
+            return SH_YIELD;
+        if (now >= end) {
+            missed(ep, window);
+            return 0;
+        }
     }
     nd->n[SH_N_SPIN_HIT]++;
     ep->window_ns = window * 2 < nd->spin_max_ns ? window * 2 : nd->spin_max_ns;
@@ -210,7 +224,7 @@ int sh_wait_space(sh_ep *ep, int spin)
     if (spin) {
         uint64_t now = sh_clock();
         if (now < ep->nd->turn_end_ns
-            && spin_on(ep, &ep->theirs->c, (uint64_t)ep->peer_gen << SH_GEN_SHIFT | ep->head_seen, now)) {
+            && spin_on(ep, &ep->theirs->c, (uint64_t)ep->peer_gen << SH_GEN_SHIFT | ep->head_seen, now) > 0) {
             if ((r = see_head(ep)) < 0)
                 return r;
             if (space_of(ep))
@@ -292,8 +306,9 @@ int64_t sh_read_begin(sh_ep *ep, uint32_t want, uint32_t min, int spin)
         }
         if (avail >= min)
             return span(ep, avail < want ? avail : want);
-        if (!spin || (ep->p_last & SH_FIN) || !spin_on(ep, &ep->theirs->p, ep->p_last, now))
-            return avail ? SH_EMPTY : empty(ep);
+        r = spin && !(ep->p_last & SH_FIN) ? spin_on(ep, &ep->theirs->p, ep->p_last, now) : 0;
+        if (r <= 0)
+            return r ? r : avail ? SH_EMPTY : empty(ep);
         now = sh_clock();
         if (now >= nd->turn_end_ns)
             spin = 0;

@@ -60,7 +60,7 @@ class Variant:
 
 
 def variants() -> list[Variant]:
-    """TCP first: what comes later in a round is not measured on a warmer machine, as there are several rounds."""
+    """All that can be measured here."""
     loops = ["asyncio", "uvloop"] if have_uvloop() else ["asyncio"]
     return [Variant(module, loop) for loop in loops for module in ("asyncio", "shmsock")]
 

@@ -1,5 +1,6 @@
-"""One end of a benchmark, the same code over TCP and over shared memory: run by path, it imports nothing of shmsock
-unless it is told to, so that the TCP side is what everybody has.
+"""One end of a benchmark, the same code over TCP and over shared memory.
+
+Run by path it imports nothing of shmsock unless it is told to, so that the TCP side is what everybody has.
 
     python bench_handlers.py --module asyncio --loop uvloop --role server
     python bench_handlers.py --module shmsock --loop asyncio --role client --host localhost --port 7000

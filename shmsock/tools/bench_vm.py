@@ -1,4 +1,4 @@
-"""`shmsock bench --vm`: between two guests, shmsock over ivshmem beside virtio-net, in the same two guests."""
+"""`shmsock bench --vm`: between two guests, shmsock over ivshmem beside virtio-net in the same two."""
 
 from __future__ import annotations
 

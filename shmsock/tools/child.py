@@ -6,7 +6,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,7 +26,10 @@ class ChildError(OSError):
 
 
 class Child:
-    """A running child process. Leaving its `with` block ends it: kindly by the end of its stdin, then by force."""
+    """A running child process, in a session of its own: Ctrl-C is for the parent, which ends its children.
+
+    Leaving its `with` block ends it: kindly by the end of its stdin, then by force.
+    """
 
     def __init__(self, argv: list[str], env: dict[str, str] | None = None) -> None:
         self.argv = argv
@@ -36,7 +38,7 @@ class Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, **(env or {})},
-            preexec_fn=_ignore_interrupt,
+            start_new_session=True,
             text=True,
         )
 
@@ -75,11 +77,6 @@ class Child:
             self.process.kill()
             self.process.wait()
         self.process.stdout.close()
-
-
-def _ignore_interrupt() -> None:
-    """Ctrl-C goes to the whole foreground group; the parent ends its children in order."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def python(script: str | Path, *arguments: object) -> list[str]:

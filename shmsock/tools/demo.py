@@ -56,8 +56,8 @@ def run_demo(console: Console, scale: float = 1.0) -> None:
                     *_, done = client.lines()
                 rate = done["count"] / done["seconds"]
                 console.print(
-                    f"  {done['count']} round trips of {done['size']} B, one at a time: p50 {done['p50_us']:.1f} us, "
-                    f"p99 {done['p99_us']:.1f} us, {rate:,.0f} a second\n"
+                    f"  {done['count']} round trips of {done['size']} B, one at a time: "
+                    f"p50 {done['p50_us']:.1f} us, p99 {done['p99_us']:.1f} us, {rate:,.0f} a second\n"
                 )
                 size = max(1_000_000, int(FILE_BYTES * scale))
                 make_file(source, size)

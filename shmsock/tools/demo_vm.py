@@ -41,7 +41,7 @@ def boot_pair(console: Console, fleet: Fleet, **more: Any) -> tuple[list[Guest],
         region.allocate()
         prepare_region(region)
     start = time.monotonic()
-    guests = []
+    guests: list[Guest] = []
     with console.status("booting two guests"):
         for name in ("vm-a", "vm-b"):
             own = {key: value[len(guests)] for key, value in more.items()}
@@ -148,9 +148,9 @@ class _Demo:
         return said
 
     def _echo(self, guest: Guest, to: str) -> None:
-        with self.console.status(f"{self.echoes} echoes of 64 B from {guest.name} to {to}"):
-            with guest.start(self._worker("echo", to, "--count", self.echoes)) as command:
-                *_, said = guest_lines(command)
+        status = self.console.status(f"{self.echoes} echoes of 64 B from {guest.name} to {to}")
+        with status, guest.start(self._worker("echo", to, "--count", self.echoes)) as command:
+            *_, said = guest_lines(command)
         self._echo_row(f"{guest.name} to {to}", said)
 
     def _echo_row(self, way: str, said: dict[str, Any]) -> None:

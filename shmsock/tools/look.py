@@ -1,6 +1,6 @@
-"""What lies in a region, for people: who is attached, who listens, which connections there are. Nothing is written.
+"""What lies in a region, for people: who is attached, who listens, which connections there are.
 
-Everything read is somebody else's and may be nonsense or half written: shown, bounded, never trusted.
+Nothing is written. What is read is somebody else's and may be nonsense or half written: shown, never trusted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from shmsock.region.pci import PciDevice
 __all__ = ["Content", "Section", "busy_sections", "describe_device", "describe_region", "look", "sections"]
 
 BEAT_S = 0.35
-"""A beat moves ten times a second: one that stands still that long is silent, or on a machine that is very busy."""
+"""A beat moves ten times a second: one that stands still that long is silent (or its machine very busy)."""
 SLOT_BYTES, SLOT_P = 192, 0x40
 FIN, REL = 1 << 32, 1 << 34
 
@@ -40,6 +40,10 @@ class Section:
     """Does its owner run under this kernel?"""
     ports: list[int] = field(default_factory=list)
     connections: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        return f"{self.name or 'no name'}, process {self.pid}"
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ def look(region: Region, watch_s: float = BEAT_S) -> Content:
 
 
 def _head(region: Region) -> bytes:
-    """The first page. Of a file with holes not through the mapping: even looking at a hole takes a page of its own."""
+    """The first page. Of a file not through the mapping: even looking at a hole there takes a page."""
     if region.kind == "file":
         fd = os.open(region.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
@@ -172,7 +176,7 @@ def _connections(layout: Layout, section: int) -> list[dict[str, Any]]:
 
 
 def busy_sections(region: Region) -> list[str]:
-    """Who uses a region now: their beat moves, or this kernel says that they run. Empty when it is no region."""
+    """Who uses a region: their beat moves, or this kernel says that they run. Nobody, if it is no region."""
     content = look(region)
     busy = []
     for section in content.sections:
@@ -180,9 +184,7 @@ def busy_sections(region: Region) -> list[str]:
             section.state == "silent" and section.here and region.section_locked(section.number)
         ):
             stopped = ", stopped" if section.state == "silent" else ""
-            busy.append(
-                f"section {section.number} ({section.name or 'no name'}, process {section.pid}{stopped})"
-            )
+            busy.append(f"section {section.number} ({section.title}{stopped})")
     return busy
 
 

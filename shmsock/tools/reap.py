@@ -1,4 +1,4 @@
-"""`shmsock reap`: free sections whose owners will not come back, with a person's word for those that nobody can prove dead."""
+"""`shmsock reap`: free the sections of the dead, and of the silent when a person says so."""
 
 from __future__ import annotations
 
@@ -29,12 +29,11 @@ class Reaped:
     def lines(self) -> Iterator[str]:
         for section in self.freed:
             why = "its owner is dead" if section.state == "dead" else "silent, and freed by hand"
-            yield f"freed section {section.number} ({section.name or 'no name'}, process {section.pid}): {why}"
+            yield f"freed section {section.number} ({section.title}): {why}"
         yield from self.refused
         for section in self.silent:
-            name = section.name or "no name"
             yield (
-                f"section {section.number} ({name}, process {section.pid}) is silent, and nothing proves its owner dead: "
+                f"section {section.number} ({section.title}) is silent, and nothing proves its owner dead: "
                 f"`shmsock reap --section {section.number}` frees it"
             )
         if not self.freed and not self.refused and not self.silent:
@@ -78,8 +77,8 @@ def reap_region(
         for section in chosen:
             if section.number not in freed and (section.number in words or section.state == "dead"):
                 done.refused.append(
-                    f"section {section.number} ({section.name or 'no name'}) was not freed: its beat moves again, or a living peer still "
-                    "reads what it left; try again later"
+                    f"section {section.number} ({section.title}) was not freed: its beat moves again, or a "
+                    "living peer still reads what it left; try again later"
                 )
         named = {section.number for section in chosen}
         done.silent = [
@@ -104,7 +103,7 @@ def _choose(seen: list[Section], wanted: tuple[str, ...]) -> list[Section]:
         if not gone:
             raise region_error(
                 16,
-                f"section {found[0].number} ({found[0].name}, process {found[0].pid}) is {found[0].state}: its beat moves; stop it first",
+                f"section {found[0].number} ({found[0].title}) is {found[0].state}: stop it first",
             )
         chosen += [s for s in gone if s not in chosen]
     return chosen

@@ -55,7 +55,8 @@ def region_lines(region: dict[str, Any]) -> Iterator[str]:
         yield where + ", to be used with the fences of write-combining memory"
     else:
         page = format_size(region["page_size"])
-        yield f"{where} ({region['file_system']}, pages of {page}, {human(region['allocated'])} of it allocated)"
+        known = human(region["allocated"])
+        yield f"{where} ({region['file_system']}, pages of {page}, {known} of it allocated)"
         yield f"    mode {region['mode']}, uid {region['uid']}, gid {region['gid']}" + (
             ""
             if region["section_locks"]
@@ -69,9 +70,9 @@ def content_lines(content: Content) -> Iterator[str]:
         yield f"    {content.state}: {content.problem}"
         return
     yield (
-        f"    format version {content.version}, id {content.region_id}, {human(content.bytes or 0)}: {content.peers} sections of "
-        f"{human(content.section_bytes)}, each with {content.connections_per_peer} connections and "
-        f"{human(content.ring_bytes_per_peer)} for rings"
+        f"    format version {content.version}, id {content.region_id}, {human(content.bytes or 0)}: "
+        f"{content.peers} sections of {human(content.section_bytes)}, each with "
+        f"{content.connections_per_peer} connections and {human(content.ring_bytes_per_peer)} for rings"
     )
     count = Counter(section.state for section in content.sections)
     yield "    sections: " + ", ".join(f"{number} {state}" for state, number in count.most_common())
@@ -139,12 +140,15 @@ def made_lines(path: str, content: Content, mode: int) -> Iterator[str]:
     size = content.bytes or 0
     yield f"made {path}: {format_size(size)}, mode {mode:04o}, all of it allocated"
     yield (
-        f"    for {content.peers} peers; each has {human(content.section_bytes)}, of it {human(content.ring_bytes_per_peer)} for rings, "
-        f"and up to {content.connections_per_peer} connections"
+        f"    for {content.peers} peers; each has {human(content.section_bytes)}, of it "
+        f"{human(content.ring_bytes_per_peer)} for rings, up to {content.connections_per_peer} connections"
     )
     if size & (size - 1):
         larger = 1 << size.bit_length()
-        yield f"    for processes of this host; to give it to guests, its size must be a power of two, such as {format_size(larger)}"
+        yield (
+            "    for processes of this host; to give it to guests, its size must be a power of two, "
+            f"such as {format_size(larger)}"
+        )
     else:
         yield "    to give it to a guest of QEMU:"
         yield f"        {qemu_options(path, size)}"

@@ -5,9 +5,9 @@
     python -m shmsock.tools.worker send vm-b --port 7000 --bytes 200000000 [--file F] [--both [--save F]]
     python -m shmsock.tools.worker raw-byte --region pci:auto --offset 100 [--set 7]
 
-What is sent is a file or, without one, random bytes made on the way; what comes is kept with --save. Hashes are taken
-while the bytes pass. `--both`: the other end sends as much at the same time, on the same connection. Lines are
-{"event": "listening" | "connected" | "progress" | "done", ...}.
+What is sent is a file or, without one, random bytes made on the way; what comes is kept with --save. Hashes
+are taken while the bytes pass. `--both`: the other end sends as much at the same time, on the same connection.
+Lines are {"event": "listening" | "connected" | "progress" | "done", ...}.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def say(event: str, **more: Any) -> None:
 
 
 def chunks(size: int, file: IO[bytes] | None) -> Iterator[bytes]:
-    """`size` bytes: the beginning of a file, or random ones (one random block, every time with another number)."""
+    """`size` bytes: the beginning of a file, or random ones (one block, each time with another number)."""
     block, number = b"" if file else os.urandom(CHUNK), 0
     while size > 0:
         length = min(size, CHUNK)

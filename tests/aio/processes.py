@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -136,9 +137,11 @@ class Child:
         self.close()
 
 
+_PERIOD = 65521  # a prime: no buffer size is a multiple of it
+_WHEEL = random.Random(1).randbytes(_PERIOD)
+
+
 def pattern(seed: int, at: int, size: int) -> bytes:
     """`size` bytes of an endless sequence, from position `at`: a byte lost, doubled or moved shows."""
-    first = at // 8
-    words = range(first, (at + size + 7) // 8 + 1)
-    text = b"".join((seed * 2654435761 + w * 40503).to_bytes(16, "little")[:8] for w in words)
-    return text[at - first * 8 : at - first * 8 + size]
+    first = (seed * 7919 + at) % _PERIOD
+    return (_WHEEL * ((first + size) // _PERIOD + 1))[first : first + size]

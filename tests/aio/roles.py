@@ -30,10 +30,6 @@ async def hear() -> str:
     return await _heard.next()
 
 
-def settings(dead_after_s: float | None) -> Settings | None:
-    return None if dead_after_s is None else Settings(dead_after_s=dead_after_s)
-
-
 async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     try:
         while data := await reader.read(65536):
@@ -44,86 +40,92 @@ async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
     writer.close()
 
 
-async def serve(region: str, name: str, port: int = 7000, dead_after_s: float | None = None) -> None:
+async def serve(region: str, name: str, port: int = 7000) -> None:
     """Echoes until it hears a line."""
-    async with shmsock.attach(region, name=name, settings=settings(dead_after_s)) as node:
+    async with shmsock.attach(region, name=name) as node:
         server = await shmsock.start_server(echo, None, port, node=node, reuse_port=True)
         say("ready")
         await hear()
         server.close()
 
 
-async def idle(region: str, name: str, port: int = 7000) -> None:
-    """Accepts one connection after the other and leaves them alone; says what it got when it hears "read"."""
-    accepted: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Queue()
-    async with shmsock.attach(region, name=name) as node:
-        await shmsock.start_server(lambda r, w: accepted.put_nowait((r, w)), None, port, node=node)
-        say("ready")
-        await hear()
-        while not accepted.empty():
-            _, writer = accepted.get_nowait()
+async def source(region: str, name: str) -> None:
+    """Sends everyone who connects the pattern of seed 1, without end."""
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        at = 0
+        try:
+            while True:
+                writer.write(pattern(1, at, 50_000))
+                await writer.drain()
+                at += 50_000
+        except ConnectionError:
             writer.close()
 
+    async with shmsock.attach(region, name=name) as node:
+        await shmsock.start_server(handler, None, 7000, node=node)
+        say("ready")
+        await hear()
 
-async def connect_write(
-    region: str, to: str, count: int, size: int, end: str, port: int = 7000, name: str = "clients"
-) -> None:
-    """`count` connections; each writes its number and a pattern, `size` bytes in all; then the process ends as
-    `end` says, at once."""
-    node = await shmsock.attach(region, name=name)
-    ends = await asyncio.gather(*(shmsock.open_connection(to, port, node=node) for _ in range(count)))
+
+async def connect_write(region: str, first: int, count: int, size: int, end: str) -> None:
+    """`count` connections; each writes its number and a pattern, `size` bytes in all; then the process
+    ends as `end` says, at once."""
+    node = await shmsock.attach(region, name="clients")
+    ends = await asyncio.gather(*(shmsock.open_connection("test", 7000, node=node) for _ in range(count)))
     say("connected")
-    base = int(await hear())
-    for i, (_, writer) in enumerate(ends):
-        writer.write((base + i).to_bytes(4, "little") + pattern(base + i, 4, size - 4))
-        if end == "drain":
+    await hear()
+    for i, (_, writer) in enumerate(ends, first):
+        writer.write(i.to_bytes(4, "little") + pattern(i, 4, size - 4))
+        if end == "drain and SIGKILL":
             await writer.drain()
         elif end.startswith("close"):
             writer.close()
-    if end.endswith("exit"):
+    if end.endswith("os._exit"):
         os._exit(0)
-    if end == "drain":
+    if end.endswith("SIGKILL"):
         os.kill(os.getpid(), signal.SIGKILL)
-    if end == "close":  # neither wait_closed() nor aclose(): the interpreter ends, and detaches the node
-        return
-    raise AssertionError(end)
+    # else neither wait_closed() nor aclose(): the interpreter ends, and detaches the node
 
 
-async def victim(region: str, to: str, size: int, close: bool = False, port: int = 7000) -> None:
-    """Connects, publishes `size` bytes, says so, and stays until it is killed."""
-    async with shmsock.attach(region, name="victim") as node:
-        reader, writer = await shmsock.open_connection(to, port, node=node)
-        unread, idle = await shmsock.open_connection(to, port, node=node)
+async def victim(region: str, size: int, dead_after_s: float = 3.0) -> None:
+    """Connects twice, publishes `size` bytes on the first connection, and stays until it is killed."""
+    settings = Settings(dead_after_s=dead_after_s)
+    async with shmsock.attach(region, name="victim", settings=settings) as node:
+        reader, writer = await shmsock.open_connection("test", 7000, node=node)
+        idle, idle_writer = await shmsock.open_connection("test", 7000, node=node)
+        idle_writer.write(b"idle")
         writer.write(pattern(1, 0, size))
         await writer.drain()
-        if close:
-            writer.close()
-        say("published", writer.get_extra_info("sockname")[1])
-        if await hear() == "again":  # stopped, thought dead, continued
-            for stream in (reader, unread):
-                try:
-                    await stream.read()
-                except ConnectionResetError:
-                    say("reset")
-            reader, writer = await shmsock.open_connection(to, port, node=node)
-            writer.write(b"again")
-            writer.close()
-            await hear()
-        idle.close()
+        say("published")
+        if await hear() != "again":
+            return
+        for stream in (reader, idle):  # it was stopped, thought dead, and is continued
+            try:
+                await stream.read()
+            except ConnectionResetError:
+                say("reset")
+        _, writer = await shmsock.open_connection("test", 7000, node=node)
+        writer.write(b"again")
+        writer.close()
+        await hear()
 
 
-async def saturated(region: str, seconds: float) -> None:
+async def saturated(region: str) -> None:
     """Client and server in one loop, with never a pause between them: SIGINT must get through."""
 
-    async def source(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         chunk = bytes(1 << 16)
-        while True:
-            writer.write(chunk)
-            await writer.drain()
+        try:
+            while True:
+                writer.write(chunk)
+                await writer.drain()
+        except ConnectionError:
+            writer.close()
 
     async with shmsock.attach(region, name="busy") as node:
-        await shmsock.start_server(source, None, 7000, node=node)
-        reader, _writer = await shmsock.open_connection("busy", 7000, node=node)
+        await shmsock.start_server(handler, None, 7000, node=node)
+        reader, writer = await shmsock.open_connection("busy", 7000, node=node)
         read = 0
         try:
             while True:
@@ -131,21 +133,8 @@ async def saturated(region: str, seconds: float) -> None:
                 if read == 10_000_000:
                     say("streaming")
         finally:
+            writer.close()
             say("cancelled", read > 10_000_000)
-
-
-async def blaster(region: str, to: str) -> None:
-    """Writes without end."""
-    async with shmsock.attach(region, name="blaster") as node:
-        _, writer = await shmsock.open_connection(to, 7000, node=node)
-        say("ready")
-        chunk = bytes(1 << 16)
-        try:
-            while True:
-                writer.write(chunk)
-                await writer.drain()
-        except ConnectionError:
-            say("over")
 
 
 async def unclosed(region: str, how: str) -> None:
@@ -161,35 +150,30 @@ async def unclosed(region: str, how: str) -> None:
         writer.close()
 
 
+# -- 200 connections between two processes, with everything that can happen to one
+
+
 class Plan:
-    """What both sides of connection `i` do, drawn from the seed: so that each knows what the other means to."""
+    """What both sides of connection `i` do, drawn from the seed, so that each knows what the other means to."""
 
     def __init__(self, seed: int, i: int) -> None:
         rng = random.Random(f"{seed} {i}")
-        self.there, self.back = rng.randrange(300_000), rng.randrange(300_000)
+        self.kind = rng.choice(("half-close", "close", "abort here", "abort there", "cancel reads"))
+        self.there, self.back = (rng.choice((0, 10, 5000, rng.randrange(500_000))) for _ in range(2))
         self.chunk = rng.choice((100, 4096, 100_000))
-        self.kind = rng.choice(
-            ("half-close", "half-close", "close", "abort", "abort by the server", "cancel")
-        )
+        self.limit = rng.choice((1000, 1 << 16))
+        self.patience = rng.randrange(2000)
         self.rng = rng
 
 
-async def stress(region: str, seed: int, count: int) -> None:
-    """The client's side of tests/aio/test_many.py."""
-    async with shmsock.attach(region, name="clients") as node:
-        say("ready")
-        await hear()
-        results = await asyncio.gather(*(one_client(node, seed, i) for i in range(count)))
-        say(json.dumps(results))
-        await hear()
-        stats = node.statistics()
-        say(json.dumps({k: stats[k] for k in ("connections", "free_slots", "arena_free_bytes", "healed")}))
-
-
-async def send(writer: asyncio.StreamWriter, seed: int, size: int, chunk: int) -> None:
-    for at in range(0, size, chunk):
-        writer.write(pattern(seed, at, min(chunk, size - at)))
-        await writer.drain()
+async def send(writer: asyncio.StreamWriter, seed: int, size: int, chunk: int) -> str:
+    try:
+        for at in range(0, size, chunk):
+            writer.write(pattern(seed, at, min(chunk, size - at)))
+            await writer.drain()
+    except ConnectionError:
+        return "failed"
+    return "sent"
 
 
 async def receive(reader: asyncio.StreamReader, seed: int | None, rng: random.Random) -> tuple[int, str]:
@@ -206,42 +190,82 @@ async def receive(reader: asyncio.StreamReader, seed: int | None, rng: random.Ra
     return got, "eof"
 
 
-async def one_client(node: shmsock.Node, seed: int, i: int) -> list[object]:
-    plan = Plan(seed, i)
-    reader, writer = await shmsock.open_connection(
-        "test", 7000, node=node, limit=plan.rng.choice((1000, 1 << 16))
-    )
-    writer.write(i.to_bytes(4, "little"))
-    sending = asyncio.create_task(send(writer, 2 * i, plan.there, plan.chunk))
-    receiving = asyncio.create_task(receive(reader, 2 * i + 1, plan.rng))
-    if plan.kind == "abort":
-        while not sending.done() and plan.rng.random() < 0.8:
-            await asyncio.sleep(0.001)
+async def receive_cancelled(reader: asyncio.StreamReader, seed: int, rng: random.Random) -> tuple[int, str]:
+    """The same with reads that are cancelled again and again: none of them may take a byte with it."""
+    got = 0
+    while True:
+        n = rng.choice((1, 100, 3000))
+        task = asyncio.ensure_future(reader.readexactly(n) if rng.random() < 0.5 else reader.read(n))
+        for _ in range(rng.choice((1, 1, 2, 5, 100))):
+            if not task.done():
+                await asyncio.sleep(0)
+        task.cancel()
+        try:
+            data = await task
+        except asyncio.CancelledError:
+            continue
+        except asyncio.IncompleteReadError as error:
+            data = error.partial
+            assert data == pattern(seed, got, len(data))
+            return got + len(data), "eof"
+        except ConnectionResetError:
+            rest, end = await receive(reader, None, rng)  # readexactly left what there was
+            return got + rest, end
+        if not data:
+            return got, "eof"
+        assert data == pattern(seed, got, len(data)), f"wrong bytes after {got}"
+        got += len(data)
+
+
+async def converse(
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    plan: Plan,
+    seeds: tuple[int, int],
+    size: int,
+    here: bool,
+) -> dict[str, Any]:
+    """One side of a connection: writes, reads, ends as planned, and tells what it saw."""
+    sending = asyncio.ensure_future(send(writer, seeds[0], size, plan.chunk))
+    how = receive_cancelled if plan.kind == "cancel reads" else receive
+    receiving = asyncio.ensure_future(how(reader, seeds[1], plan.rng))
+    if plan.kind == ("abort here" if here else "abort there"):
+        for _ in range(plan.patience):
+            await asyncio.sleep(0)
         writer.transport.abort()
-    elif plan.kind == "cancel":
-        for _ in range(3):  # cancelled reads and drains lose nothing: the sum of the parts is the whole
-            await asyncio.sleep(0.001)
-            receiving.cancel()
-            break
-    sent = "all"
-    try:
-        await sending
-    except ConnectionError:
-        sent = "failed"
-    if plan.kind in ("half-close", "abort by the server"):
+    sent = await sending
+    if plan.kind == "close" and here:
+        writer.close()  # and what the other side has not written yet fails there
+    elif not writer.is_closing():
         writer.write_eof()
-    elif plan.kind == "close":
-        await asyncio.sleep(0)
-    try:
-        got, end = await receiving
-    except asyncio.CancelledError:
-        got, end = -1, "cancelled"
+    got, end = await receiving
     writer.close()
     try:
         await writer.wait_closed()
     except ConnectionError:
         pass
-    return [i, sent, got, end]
+    return {"sent": sent, "got": got, "end": end}
+
+
+async def stress_client(node: shmsock.Node, seed: int, i: int) -> dict[str, Any]:
+    plan = Plan(seed, i)
+    reader, writer = await shmsock.open_connection("test", 7000, node=node, limit=plan.limit)
+    writer.write(i.to_bytes(4, "little"))
+    return await converse(reader, writer, plan, (2 * i, 2 * i + 1), plan.there, True)
+
+
+async def stress(region: str, seed: int, count: int) -> None:
+    async with shmsock.attach(region, name="clients") as node:
+        before = node.statistics()
+        say("ready")
+        await hear()
+        results = await asyncio.gather(*(stress_client(node, seed, i) for i in range(count)))
+        say(json.dumps(results))
+        await hear()
+        after = node.statistics()
+        held = ("connections", "free_slots", "arena_free_bytes", "healed")
+        say(json.dumps({k: (before[k], after[k]) for k in held if before[k] != after[k]}))
+        await hear()
 
 
 def main() -> None:

@@ -147,3 +147,21 @@ def test_more_connections_than_slots(run: Run, region: str) -> None:
             await until(lambda: held(a)["connections"] == 0)
 
     run(main())
+
+
+def test_one_peer_may_have_half_of_all_slots(run: Run, region: str) -> None:
+    """The first connections get large rings, and the later ones small ones, but all get one."""
+
+    async def main() -> None:
+        async with shmsock.attach(region, name="a") as a, shmsock.attach(region, name="b") as b:
+            accepted = await listening(b)
+            ends = [await connect(a, b, accepted) for _ in range(b.engine.layout.slots // 2)]
+            with pytest.raises(OSError, match="no room") as info:
+                await connect(a, b, accepted)
+            assert info.value.errno == 105
+            assert ends[0][1].transport.conn.ring[1] >= 1 << 17
+            for i, (c, s) in enumerate(ends):
+                s.writer.write(pattern(i, 0, 100))
+                assert await c.reader.readexactly(100) == pattern(i, 0, 100)
+
+    run(main())

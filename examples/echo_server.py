@@ -1,0 +1,37 @@
+"""Echo for whoever connects: python echo_server.py [PORT]
+
+On the host the region is SHMSOCK_REGION, or your own in /dev/shm; in a guest it is the ivshmem device.
+"""
+
+import asyncio
+import sys
+
+import shmsock
+
+
+async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    peer = writer.get_extra_info("peername")
+    print(f"connection from {peer}", flush=True)
+    try:
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
+    except ConnectionResetError:
+        print(f"{peer} is gone", flush=True)
+    finally:
+        writer.close()
+
+
+async def main() -> None:
+    server = await shmsock.start_server(handle, port=int(sys.argv[1]) if len(sys.argv) > 1 else 7000)
+    name, port = server.sockets[0].getsockname()
+    print(f"listening on {name!r}, port {port}", flush=True)
+    async with server:
+        await server.serve_forever()
+
+
+if __name__ == "__main__":
+    try:
+        asyncio.run(main())
+    except KeyboardInterrupt:
+        pass

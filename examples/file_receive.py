@@ -1,0 +1,30 @@
+"""Take one file and store it: python file_receive.py FILE [PORT]"""
+
+import asyncio
+import hashlib
+import sys
+
+import shmsock
+
+
+async def main(path: str, port: int) -> None:
+    done = asyncio.get_running_loop().create_future()
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        sha = hashlib.sha256()
+        with open(path, "wb") as file:
+            while data := await reader.read(1 << 18):
+                file.write(data)
+                sha.update(data)
+        writer.write(sha.digest())
+        writer.close()
+        if not done.done():
+            done.set_result(sha.hexdigest())
+
+    async with await shmsock.start_server(handle, port=port) as server:
+        print("listening on {!r}, port {}".format(*server.sockets[0].getsockname()), flush=True)
+        print(f"{await done}  {path}")
+
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 7001))

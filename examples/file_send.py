@@ -1,0 +1,32 @@
+"""Send a file: python file_send.py FILE HOST [PORT]
+
+write_eof() ends the file, the other direction stays open: the receiver answers with the SHA-256 of what
+it got.
+"""
+
+import asyncio
+import hashlib
+import sys
+
+import shmsock
+
+
+async def main(path: str, host: str, port: int) -> None:
+    reader, writer = await shmsock.open_connection(host, port)
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while data := file.read(1 << 18):
+            writer.write(data)
+            await writer.drain()  # no faster than the receiver takes it
+            sha.update(data)
+    writer.write_eof()
+    answer = await reader.readexactly(sha.digest_size)
+    if answer != sha.digest():
+        sys.exit(f"file_send: {path} arrived with SHA-256 {answer.hex()}, expected {sha.hexdigest()}")
+    print(f"{sha.hexdigest()}  {path}")
+    writer.close()
+    await writer.wait_closed()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else 7001))

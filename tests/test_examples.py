@@ -1,0 +1,122 @@
+"""Every example runs, as people run it: in processes of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+SECONDS = 60
+Start = Callable[..., subprocess.Popen[str]]
+
+
+def command(name: str, *arguments: object) -> list[str]:
+    return [sys.executable, "-W", "error", str(EXAMPLES / name), *(str(a) for a in arguments)]
+
+
+def run(
+    name: str, *arguments: object, text: str = "", check: bool = True
+) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        command(name, *arguments), input=text, capture_output=True, text=True, timeout=SECONDS
+    )
+    assert not check or (done.returncode, done.stderr) == (0, ""), done.stderr
+    return done
+
+
+@pytest.fixture
+def start(shm_region: Path) -> Iterator[Start]:
+    """Starts an example that serves, and waits until it listens."""
+    started = []
+
+    def begin(name: str, *arguments: object) -> subprocess.Popen[str]:
+        process = subprocess.Popen(command(name, *arguments), stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("listening on ")
+        return process
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def test_echo(start: Start) -> None:
+    server = start("echo_server.py", 7100)
+    for _ in range(2):
+        lines = run("echo_client.py", "localhost", 7100, text="hello\nworld\n").stdout.splitlines()
+        assert [line.partition("  ")[0] for line in lines] == ["hello", "world"]
+    server.send_signal(signal.SIGINT)
+    assert server.stdout is not None
+    assert server.stdout.read().count("connection from") == 2
+    assert server.wait(SECONDS) == 0
+
+
+def test_echo_without_a_server(shm_region: Path) -> None:
+    done = run("echo_client.py", "vm-z", check=False)
+    assert done.returncode == 1
+    assert "no peer named 'vm-z'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_file(start: Start, tmp_path: Path) -> None:
+    sent, received = tmp_path / "sent", tmp_path / "received"
+    sent.write_bytes(os.urandom(5_000_001))
+    server = start("file_receive.py", received, 7101)
+    said = run("file_send.py", sent, "localhost", 7101).stdout.split()
+    assert server.stdout is not None
+    assert server.stdout.read().split() == [said[0], str(received)]
+    assert server.wait(SECONDS) == 0
+    assert received.read_bytes() == sent.read_bytes()
+
+
+def test_port_from_tcp(shm_region: Path) -> None:
+    assert run("port_from_tcp.py").stdout.splitlines() == ["1 + 2 + 3 = 6", "20 + 22 = 42"]
+
+
+def test_port_from_tcp_was_tcp(tmp_path: Path) -> None:
+    """The comments tell the truth: with what stood there before, it runs over TCP."""
+    lines = (EXAMPLES / "port_from_tcp.py").read_text().splitlines()
+    changed = 0
+    for number, line in enumerate(lines):
+        if "# was: " in line:
+            code, _, before = line.partition("  # was: ")
+            start = code.index("shmsock.")
+            lines[number] = code[:start] + before
+            changed += 1
+    assert changed == 2
+    script = tmp_path / "tcp.py"
+    script.write_text("\n".join(lines).replace("7002", "0").replace(
+        "HOST, 0)", "HOST, PORT)"))  # fmt: skip
+    text = script.read_text().replace("import shmsock\n", "")
+    text = text.replace(
+        "async with server:", "PORT2 = server.sockets[0].getsockname()[1]\n    async with server:"
+    )
+    text = text.replace("open_connection(HOST, PORT)", "open_connection(HOST, PORT2)")
+    script.write_text(text)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=SECONDS)
+    assert done.stdout.splitlines() == ["1 + 2 + 3 = 6", "20 + 22 = 42"], done.stderr
+
+
+def test_raw_bar2(tmp_path: Path) -> None:
+    region = tmp_path / "region"
+    region.write_bytes(bytes(1 << 16))
+    assert run("raw_bar2.py", region, 1000, 42).stdout == "byte 1000 of 65536: 42\n"
+    assert run("raw_bar2.py", region, 1000).stdout == "byte 1000 of 65536: 42\n"
+    done = run("raw_bar2.py", tmp_path / "nothing", 0, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("raw_bar2: region ")
+
+
+def test_every_example_is_tested() -> None:
+    here = Path(__file__).read_text()
+    assert [p.name for p in EXAMPLES.glob("*.py") if f'"{p.name}"' not in here] == []
