@@ -96,6 +96,7 @@ class Node:
         self.context = contextvars.Context()
         self.scheduled = False  # the pump will run in the next turn of the loop
         self.transports: set[Any] = set()
+        self.servers: set[Any] = set()
         self._flushed: asyncio.Future[None] | None = None
         self.guard: Any = None  # what detaches an implicit node when its loop ends
         #: What the loop runs next; whenever a read asks, the pump is in it, so more than one means: do not
@@ -290,6 +291,7 @@ class Node:
                 self.begin_turn()
             try:
                 await waiter
+                self.engine.check()  # closed just now?
                 return conn
             except (ConnectionRefusedError, ConnectionResetError) as error:
                 tried, refused = (*tried, peer.section), error  # reuse_port: another may take it
@@ -358,7 +360,13 @@ class Node:
             self._timer.cancel()
         for transport in list(self.transports):
             transport.node_closed()
+        opening = [c.handler for c in self.engine.connections.values() if isinstance(c.handler, _Opening)]
         self.engine.leave()
+        if not self.loop.is_closed():
+            for server in list(self.servers):
+                server.close()
+            for waiting in opening:
+                waiting.failed(self.engine.failure())
         self.keeper.stop()
         self.engine.memory.release()
         self.region.close()

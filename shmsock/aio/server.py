@@ -54,6 +54,7 @@ class Server(asyncio.AbstractServer):
         self._forever: asyncio.Future[None] | None = None
         self._waiters: list[asyncio.Future[None]] = []
         self._transports: set[ShmTransport] = set()
+        node.servers.add(self)
 
     def __repr__(self) -> str:
         return (
@@ -134,6 +135,7 @@ class Server(asyncio.AbstractServer):
         if listener is None:
             return
         self._serving = False
+        self._node.servers.discard(self)
         listener.close()
         if self._forever is not None and not self._forever.done():
             self._forever.cancel()

@@ -60,7 +60,7 @@ class ShmStreamReader(asyncio.StreamReader):
     def _attach(self, transport: ShmTransport) -> None:
         """Direct mode from here on. (A method and not __init__: stock readers are adopted by changing their
         class.)"""
-        self._direct = self._fast = True
+        self._direct = self._fast = transport.conn.state is not State.FREE
         self._node, self._conn, self._ep = transport.node, transport.conn, transport.conn.ep
         lib = transport.node.lib
         self._begin, self._exactly, self._end = lib.sh_read_begin, lib.sh_read_exactly, lib.sh_read_end

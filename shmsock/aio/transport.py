@@ -97,6 +97,8 @@ class ShmTransport(_FlowControl, asyncio.Transport):
 
     def start(self) -> None:
         """connection_made, then reading: as asyncio's own order is."""
+        if self.conn.state is State.FREE:
+            self.freed()
         self._protocol.connection_made(self)  # may be the eager task of a client callback
         if not self._lost:
             self.ready(DATA)

@@ -411,7 +411,7 @@ int sh_ep_open(sh_ep *ep, uint32_t peer, uint32_t peer_slot, uint32_t peer_gen, 
     ep->p_last = (uint64_t)peer_gen << SH_GEN_SHIFT;
     ep->theirs = theirs;
     nd->links[peer].open[SH_WORD(ep->slot)] |= SH_BIT(ep->slot);
-    sh_put(&ep->mine->link, (uint64_t)ep->gen << SH_GEN_SHIFT | (uint64_t)peer << 32 | (uint64_t)peer_slot << 16 | 1);
+    sh_put(&ep->mine->link, (uint64_t)ep->gen << SH_GEN_SHIFT | (uint64_t)peer << 32 | (uint64_t)peer_slot << 16 | 1u << 8);
     *ring_off = (uint64_t)(ep->rx - nd->base);
     *ring_bytes = ep->rx_bytes;
     return 0;

@@ -6,8 +6,10 @@ import contextlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -31,16 +33,25 @@ class Child:
     Leaving its `with` block ends it: kindly by the end of its stdin, then by force.
     """
 
+    process: subprocess.Popen[str]
+
     def __init__(self, argv: list[str], env: dict[str, str] | None = None) -> None:
-        self.argv = argv
-        self.process = subprocess.Popen(
-            argv,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, **(env or {})},
-            start_new_session=True,
-            text=True,
-        )
+        self.argv, self._env = argv, {**os.environ, **(env or {})}
+
+    def __enter__(self) -> Child:
+        with _interrupt_later() as interrupted:  # else it could be running with nobody who knows of it
+            self.process = subprocess.Popen(
+                self.argv,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=self._env,
+                start_new_session=True,
+                text=True,
+            )
+        if interrupted:
+            self._end(kindly=False)
+            raise KeyboardInterrupt
+        return self
 
     def line(self) -> dict[str, Any]:
         """The next thing it says. Raises ChildError when it ended instead."""
@@ -59,24 +70,38 @@ class Child:
             if said.get("event") == "done":
                 return
 
-    def __enter__(self) -> Child:
-        return self
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._end(kindly=kind is None)
+
+    def _end(self, kindly: bool) -> None:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
+        if not kindly:
+            self.process.terminate()
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
-        if kind is not None:
-            self.process.terminate()
         try:
             self.process.wait(10)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
         self.process.stdout.close()
+
+
+@contextlib.contextmanager
+def _interrupt_later() -> Iterator[list[int]]:
+    """Collect Ctrl-C instead of raising KeyboardInterrupt at once. (Only the main thread gets it anyway.)"""
+    interrupted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
+    before = signal.signal(signal.SIGINT, lambda number, _: interrupted.append(number))
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def python(script: str | Path, *arguments: object) -> list[str]:

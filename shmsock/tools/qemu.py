@@ -23,6 +23,7 @@ run itself is killed (PR_SET_PDEATHSIG); only its temporary files stay then.
 
 from __future__ import annotations
 
+import compileall
 import logging
 import os
 import secrets
@@ -78,6 +79,9 @@ class Fleet:
         for path in sys.executable, guest_agent.__file__:
             if Path(path).is_relative_to("/tmp") or Path(path).is_relative_to("/run"):
                 raise GuestUnavailable(f"{path} is hidden in guests, which have their own /tmp and /run")
+        # A guest cannot write bytecode, and compiling takes seconds under emulation: have it there, quietly
+        # if it cannot be.
+        compileall.compile_dir(str(Path(guest_agent.__file__).parents[1]), quiet=2)
         self.kernel: Kernel = find_kernel()
         self.guests: list[Guest] = []
         self.directory = Path(tempfile.mkdtemp(prefix="shmsock-vm-"))

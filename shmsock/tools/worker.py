@@ -6,8 +6,8 @@
     python -m shmsock.tools.worker raw-byte --region pci:auto --offset 100 [--set 7]
 
 What is sent is a file or, without one, random bytes made on the way; what comes is kept with --save. Hashes
-are taken while the bytes pass. `--both`: the other end sends as much at the same time, on the same connection.
-Lines are {"event": "listening" | "connected" | "progress" | "done", ...}.
+are taken while the bytes pass. `--both`: the other end sends as much at the same time, on one connection.
+Lines are {"event": "listening" | "progress" | "lost" | "done", ...}.
 """
 
 from __future__ import annotations

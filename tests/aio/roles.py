@@ -154,7 +154,7 @@ async def unclosed(region: str, how: str) -> None:
 
 
 class Plan:
-    """What both sides of connection `i` do, drawn from the seed, so that each knows what the other means to."""
+    """What both sides of connection `i` do, drawn from the seed: each knows what the other means to."""
 
     def __init__(self, seed: int, i: int) -> None:
         rng = random.Random(f"{seed} {i}")

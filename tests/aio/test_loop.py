@@ -93,7 +93,7 @@ def test_timers_and_timeouts_beside_a_saturated_stream(
             tick()
             with pytest.raises(asyncio.TimeoutError):
                 await asyncio.wait_for(how(reader), 0.1)
-            assert len(ticks) > 5
+            assert len(ticks) > 1
             if sys.version_info >= (3, 11):
                 with pytest.raises(TimeoutError):
                     async with asyncio.timeout(0.1):

@@ -78,11 +78,19 @@ def test_two_hundred_conversations_at_once(run: Run, make: Callable[..., str], o
     print(f"SHMSOCK_SEED={seed}")
     count = 200
     here: dict[int, dict[str, object]] = {}
+    handlers: set[object] = set()
 
     async def main() -> None:
         region = make(size=256 << 20)
 
         async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            handlers.add(writer)
+            try:
+                await handle(reader, writer)
+            finally:
+                handlers.discard(writer)
+
+        async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             try:
                 i = int.from_bytes(await reader.readexactly(4), "little")
             except ConnectionResetError:
@@ -98,6 +106,7 @@ def test_two_hundred_conversations_at_once(run: Run, make: Callable[..., str], o
                 await child.says("ready")
                 child.tell()
                 there = json.loads(await child.line())
+                await until(lambda: not handlers)
                 await until(lambda: held(node) == before, f"{held(node)}, {before}")
                 child.tell()
                 assert json.loads(await child.line()) == {}

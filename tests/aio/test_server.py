@@ -319,8 +319,9 @@ def test_a_port_belongs_to_a_name(run: Run, world: World) -> None:
 @pytest.mark.parametrize(
     ("host", "fits"),
     [
-        (None, True), ("", True), ("0.0.0.0", True), ("::", True), ("localhost", True), ("127.0.0.1", True), ("b", True),
-        ("B.shm", True), (["b", "localhost"], True), ("somebody", False), ("192.168.0.1", False), (["b", "nobody"], False),
+        (None, True), ("", True), ("0.0.0.0", True), ("::", True), ("localhost", True), ("127.0.0.1", True),
+        ("b", True), ("B.shm", True), (["b", "localhost"], True), ("somebody", False), ("192.168.0.1", False),
+        (["b", "nobody"], False),
     ],
 )  # fmt: skip
 def test_where_to_listen(run: Run, region: str, host: Any, fits: bool) -> None:

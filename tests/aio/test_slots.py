@@ -165,3 +165,43 @@ def test_one_peer_may_have_half_of_all_slots(run: Run, region: str) -> None:
                 assert await c.reader.readexactly(100) == pattern(i, 0, 100)
 
     run(main())
+
+
+def test_a_connection_that_is_gone_before_its_opener_looks(run: Run, world: World) -> None:
+    """The server aborts it at once, and the slot is another's before open_connection() returns."""
+
+    async def main() -> None:
+        async with world.nodes() as (a, b):
+            handled = 0
+
+            def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                nonlocal handled
+                handled += 1
+                if handled % 2:
+                    writer.transport.abort()
+                else:
+                    writer.write(b"well")
+                    writer.close()
+
+            server = await shmsock.start_server(handler, None, 7000, node=b)
+            for _ in range(20):
+                opened = await asyncio.gather(
+                    *(shmsock.open_connection(b.name, 7000, node=a) for _ in range(20)),
+                    return_exceptions=True,
+                )
+                results: list[object] = []
+                for one in opened:
+                    if isinstance(one, BaseException):
+                        results.append(type(one))
+                        continue
+                    reader, writer = one
+                    writer.write(b"x")
+                    try:
+                        results.append(await reader.read())
+                    except ConnectionResetError as error:
+                        results.append(type(error))
+                    writer.close()
+                assert sorted(map(str, results)) == [str(ConnectionResetError)] * 10 + [str(b"well")] * 10
+            server.close()
+
+    run(main())

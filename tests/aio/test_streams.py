@@ -749,7 +749,7 @@ def test_a_protocol_with_pauses(run: Run, world: World, kind: Any) -> None:
 
 
 def test_a_reader_over_its_own_protocol_again(run: Run, world: World) -> None:
-    """set_protocol away and back: the reader lives on, fed by its protocol, under asyncio's own flow control."""
+    """set_protocol away and back: the reader lives on, fed by its protocol, as asyncio's own."""
 
     async def main() -> None:
         data = pattern(11, 0, BIG)

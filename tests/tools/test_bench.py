@@ -124,7 +124,7 @@ def test_demo_and_ctrl_c() -> None:
         assert run.stdout is not None
         assert run.stderr is not None
         while "listens on port" not in run.stdout.readline():
-            assert run.poll() is None
+            assert run.poll() is None, run.stderr.read()
         run.send_signal(signal.SIGINT)
         said = run.stderr.read()
         assert run.wait(SECONDS) == 130
