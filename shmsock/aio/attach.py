@@ -94,6 +94,7 @@ async def _make(url: str | None, name: str | None, settings: Settings | None) ->
             layout = format_region(memory) if blank else read_layout(memory)
         except OSError as error:
             error.filename = opened.path
+            error.strerror = f"{opened.url}: {error.strerror}"
             raise
         _back_fixed_part(opened, layout)
         boot, machine = address.boot_id(), address.machine_id()

@@ -66,15 +66,17 @@ class Server(asyncio.AbstractServer):
     def _accept(self, conn: Connection) -> None:
         # A context of its own for each: contextvars of one client are never seen in another's handler.
         context = self._context.copy()
-        context.run(self._made, conn, context)
+        context.run(self._made, conn, context).begin_reading()
 
-    def _made(self, conn: Connection, context: contextvars.Context) -> None:
+    def _made(self, conn: Connection, context: contextvars.Context) -> ShmTransport:
         try:
             protocol = self._factory()
         except BaseException:
             conn.abort()
             raise
-        ShmTransport(self._node, conn, protocol, context, self).start()
+        transport = ShmTransport(self._node, conn, protocol, context, self)
+        transport.start()
+        return transport
 
     def _attach(self, transport: ShmTransport) -> None:
         self._transports.add(transport)

@@ -79,9 +79,14 @@ class ShmStreamReader(asyncio.StreamReader):
                 return
             if self._buffer:
                 self._late = exc
-                self._wakeup_waiter()  # type: ignore[attr-defined]
+                self._wakeup_waiter()
                 return
         super().set_exception(exc)
+
+    def _wakeup_waiter(self) -> None:
+        """As asyncio's, for a waiter that may have been woken already, by news before these."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def _check(self) -> None:
         if self._late is not None:
@@ -351,6 +356,7 @@ async def open_connection(
     conn = await node.connect(host, check_port(port), local_port)
     transport = ShmTransport(node, conn, protocol, contextvars.copy_context())
     transport.start()
+    transport.begin_reading()
     return reader, ShmStreamWriter(transport, protocol, reader, loop)._attach()
 
 

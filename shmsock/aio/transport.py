@@ -81,6 +81,7 @@ class ShmTransport(_FlowControl, asyncio.Transport):
         self._lost = False  # connection_lost() is on its way, or was called
         self._writes_after_loss = 0
         self._read_eof = False
+        self._wrote_in_vain = False
         self._broken: OSError | None = None  # the peer takes no more; what it wrote is still to be read
         self._reading_paused = False
         self.space_waiters: list[asyncio.Future[None]] = []  # of drain()
@@ -96,10 +97,12 @@ class ShmTransport(_FlowControl, asyncio.Transport):
         return f"<ShmTransport {state} {self.conn.local} - {self.conn.remote}>"
 
     def start(self) -> None:
-        """connection_made, then reading: as asyncio's own order is."""
+        """connection_made, in the context of the caller; begin_reading() follows, outside of it."""
         if self.conn.state is State.FREE:
             self.freed()
         self._protocol.connection_made(self)  # may be the eager task of a client callback
+
+    def begin_reading(self) -> None:
         if not self._lost:
             self.ready(DATA)
 
@@ -231,7 +234,9 @@ class ShmTransport(_FlowControl, asyncio.Transport):
             return
         self._read_eof = True
         keep = self.context.run(self._protocol.eof_received)  # type: ignore[attr-defined]
-        if self._broken is not None:
+        if self.conn.state is State.FREE and (self._pending or self.space_waiters):
+            self._write_failed()  # that was the end of the connection, and nobody comes back to say so
+        elif self._broken is not None:
             self.force_close(self._broken)
         elif not keep:
             self.close()
@@ -309,6 +314,12 @@ class ShmTransport(_FlowControl, asyncio.Transport):
         if status == STALE:
             error = self.node.engine.failure()
         if error is None and not self._closing:
+            if not self._wrote_in_vain:  # as over TCP: the first write after the peer closed is lost silently
+                self._wrote_in_vain = True
+                self._settle()
+                self._maybe_resume_protocol()
+                self._wake_writer()
+                return
             error = BrokenPipeError(
                 errno.EPIPE, f"{self.conn.remote} closed the connection and reads no more"
             )
@@ -342,7 +353,8 @@ class ShmTransport(_FlowControl, asyncio.Transport):
         self._wake_writer()
 
     def _settle(self) -> None:
-        self.calm = not (self._pending or self._closing or self._eof_wanted or self._broken)
+        is_open = self.conn.state is State.OPEN
+        self.calm = is_open and not (self._pending or self._closing or self._eof_wanted or self._broken)
 
     def _wake_writer(self) -> None:
         for waiter in self.space_waiters:

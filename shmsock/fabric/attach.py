@@ -58,6 +58,7 @@ def survey(layout: Layout, locks: Locks, boot_id: bytes) -> list[Seen]:
     for i in range(layout.peers):
         at = layout.section(i)
         claim, who = memory.load(at + lay.CLAIM), layout.identity(i)
+        used = memory.load(at + lay.INCARNATION) != 0
         lock_here = who is not None and who.lock_tells(boot_id, locks.identity)
         found.append(
             Seen(
@@ -65,9 +66,10 @@ def survey(layout: Layout, locks: Locks, boot_id: bytes) -> list[Seen]:
                 claim=claim,
                 beat=memory.load(at + lay.BEAT),
                 state=memory.load(at + lay.STATE),
-                used=memory.load(at + lay.INCARNATION) != 0,
+                used=used,
                 who=who,
-                dead=bool(claim and lock_here and not locks.section_locked(i)),
+                # Without any identity (killed while it claimed a fresh section) nothing was published either.
+                dead=bool(claim and (lock_here or not used) and not locks.section_locked(i)),
                 left=memory.load(at + lay.LEFT),
             )
         )
@@ -80,10 +82,14 @@ def _alive(layout: Layout, before: list[Seen]) -> set[int]:
     return {s.section for s in before if s.claim and load(layout.section(s.section) + lay.BEAT) != s.beat}
 
 
-def _still_read(layout: Layout, section: int, alive: set[int]) -> bool:
-    """Does a living peer still read what the section's last owner published?"""
+def _still_read(layout: Layout, section: int, before: list[Seen], alive: set[int]) -> bool:
+    """Does a peer that is not proven dead still read what the section's last owner published?
+
+    One whose beat is still may be a stopped process or VM, which reads on when it is continued."""
     load = layout.memory.load
-    for reader in alive - {section}:
+    # an own lock does not look held
+    readers = {s.section for s in before if s.claim and not s.dead} | alive
+    for reader in readers - {section}:
         users = load(layout.pair(reader, section) + lay.USERS)
         tag = load(layout.pair(section, reader) + lay.BELL) >> 32
         if users & 0xFFFFFFFF and users >> 32 == tag:
@@ -123,7 +129,7 @@ def claim_section(
         if s.claim and s.section not in alive and (s.dead or _rebooted(s, boot_id, machine_id, machines))
     ]
     for seen in left + dead:
-        if not _still_read(layout, seen.section, alive):
+        if not _still_read(layout, seen.section, before, alive):
             claim = yield from _take(layout, locks, seen, rng)
             if claim:
                 return claim
@@ -209,7 +215,7 @@ def reap(
     alive = _alive(layout, before)
     freed = []
     for seen in before:
-        if not seen.claim or seen.section in alive or _still_read(layout, seen.section, alive):
+        if not seen.claim or seen.section in alive or _still_read(layout, seen.section, before, alive):
             continue
         if (seen.dead or (force is not None and force(seen))) and layout.memory.cas(
             layout.section(seen.section) + lay.CLAIM, seen.claim, 0

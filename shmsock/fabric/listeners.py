@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from errno import EADDRINUSE
 from typing import TYPE_CHECKING, Any
 
 from shmsock.errors import no_buffers, port_taken
@@ -85,7 +86,7 @@ class Listeners:
 
     def open(self, port: int, backlog: int, reuse: bool, local: bool) -> Listener:
         if port == 0:
-            port = self.ephemeral()
+            return self._open_any(backlog, reuse, local)
         flags = USED | (REUSE if reuse else 0) | (LOCAL if local else 0)
         if any(not (reuse and other.flags & REUSE) for other in self.mine.get(port, ())):
             raise port_taken(self.engine.name, port)
@@ -102,6 +103,15 @@ class Listeners:
         listener = Listener(self, index, port, backlog, flags)
         self.mine.setdefault(port, []).append(listener)
         return listener
+
+    def _open_any(self, backlog: int, reuse: bool, local: bool) -> Listener:
+        for _ in range(len(self._slice)):
+            try:
+                return self.open(self.ephemeral(), backlog, reuse, local)
+            except OSError as error:
+                if error.errno != EADDRINUSE:  # a namesake asked for that very port
+                    raise
+        raise port_taken(self.engine.name, 0)
 
     def _settle(self, port: int, reuse: bool) -> bool:
         for _ in range(PATIENCE):

@@ -347,7 +347,12 @@ class Engine:
             mask &= mask - 1
             peer = self.peers[section]
             self._watch(peer, False)  # until its section's next life
-            if peer.here:
+            self.peers.refresh(peer, now_ns)
+            if self.peers.locks is not None and not self.peers.killed(peer):
+                peer.watched = (
+                    False  # that was the former owner; this one is alive, and watched from the next sample on
+                )
+            elif peer.here:
                 self.peers.declare_dead(peer)
                 self._lost(peer, now_ns)
 
@@ -400,6 +405,8 @@ class Engine:
         """Give slot and ring back. Called once per connection."""
         peer = self.peers[conn.peer]
         self._orphans.discard(conn)
+        if conn.peer_slot < 0 and conn in peer.waiting:
+            peer.waiting.remove(conn)
         if peer.connections.get(conn.peer_slot) is conn:
             del peer.connections[conn.peer_slot]
         self.slots.give_back(conn, peer)

@@ -98,7 +98,12 @@ static inline void sh_acquire(int wc)
 }
 
 static inline void sh_copy_out(void *to, const void *from, uint32_t n) { memcpy(to, from, n); } /* private -> region */
-static inline void sh_copy_in(void *to, const void *from, uint32_t n) { memcpy(to, from, n); }  /* region -> private */
+/* region -> private; once: the compiler may not take a field from the region again instead of from the copy */
+static inline void sh_copy_in(void *to, const void *from, uint32_t n)
+{
+    memcpy(to, from, n);
+    __asm__ __volatile__("" ::: "memory");
+}
 
 static inline int sh_cas(uint64_t *p, uint64_t old, uint64_t new_)
 {

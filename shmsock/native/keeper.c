@@ -41,7 +41,8 @@ static void ring_owner(sh_keeper *k)
 static int bells_differ(const sh_node *nd)
 {
     for (uint32_t j = 0; j < nd->g.peers; j++)
-        if (sh_peek(&nd->links[j].in->bell) != __atomic_load_n(&nd->links[j].last, __ATOMIC_RELAXED))
+        if (!GET(nd->links[j].muted)
+            && sh_peek(&nd->links[j].in->bell) != __atomic_load_n(&nd->links[j].last, __ATOMIC_RELAXED))
             return 1;
     return 0;
 }

@@ -136,14 +136,28 @@ int sh_collect(sh_node *nd, struct sh_link *l)
 /* Bytes and connections moved so far: what hotness is earned by. */
 uint64_t sh_moved(sh_node *nd) { return nd->n[SH_N_READS] + nd->n[SH_N_WRITES] + nd->moved_messages; }
 
+/* A bell that spoke of nothing. Bells cost their listener more than their ringer: a thousand of these in a second, and the peer is heard
+ * by the safety look only. */
+static void fruitless(struct sh_link *l, uint64_t now)
+{
+    if (now - l->second_ns > 1000000000u) {
+        l->second_ns = now;
+        l->fruitless = 0;
+    }
+    if (++l->fruitless >= 1000)
+        __atomic_store_n(&l->muted, 1, __ATOMIC_RELEASE);
+}
+
 /* One pass. Fills out[] with kind << 24 | (slot or peer), at most max of them; what does not fit is kept for the next pass. */
 int sh_pump(sh_node *nd, uint32_t *out, int max)
 {
     int n = 0;
 
+    uint64_t now;
+
     if (!sh_may_write(nd))
         return SH_STALE;
-    sh_turn(nd);
+    now = sh_turn(nd);
     nd->n[SH_N_PUMPS]++;
     for (uint32_t w = 0; w < nd->words; w++) {
         nd->ready[w] |= nd->later[w] & ~nd->touched[w];
@@ -155,8 +169,8 @@ int sh_pump(sh_node *nd, uint32_t *out, int max)
         uint32_t j = (nd->start + k) % nd->g.peers;
         struct sh_link *l = &nd->links[j];
 
-        if (sh_peek(&l->in->bell) != l->last)
-            sh_collect(nd, l);
+        if (!l->muted && sh_peek(&l->in->bell) != l->last && !sh_collect(nd, l))
+            fruitless(l, now);
         if (!l->news)
             continue;
         if (n == max) {
@@ -198,6 +212,12 @@ int sh_safety(sh_node *nd)
         uint64_t bell = sh_load(&l->in->bell, nd->wc), box;
         int suspect = 0;
 
+        if (l->muted) {
+            __atomic_store_n(&l->muted, 0, __ATOMIC_RELEASE);
+            l->second_ns = 0;
+            sh_collect(nd, l);
+            continue;
+        }
         if (l->suspected && l->suspect == bell)
             nd->n[SH_N_HEALED]++;
         l->suspected = 0;

@@ -26,6 +26,9 @@ struct sh_link { /* towards one peer */
     int unread;                /* mail was reported, and the caller has not yet seen that there is no more */
     uint64_t suspect;          /* bell at a safety look that found something; still the same at the next: healed */
     int suspected;
+    uint64_t second_ns;        /* when counting of fruitless bells began */
+    uint32_t fruitless;
+    int muted;                 /* rang a thousand times a second for nothing: until the next safety look; atomic */
     uint64_t t[SH_MAX_WORDS];    /* my toggles */
     uint64_t a[SH_MAX_WORDS];    /* my acknowledgements */
     uint64_t open[SH_MAX_WORDS]; /* my slots open with this peer */
@@ -41,6 +44,7 @@ struct sh_ep {
     uint32_t tail, head_seen;     /* producer */
     uint32_t head, tail_seen;     /* consumer */
     uint32_t gen, peer_gen;
+    uint32_t reading_gen;         /* gen when sh_read_begin answered */
     uint64_t flags;               /* FIN RST REL WANT as published in P */
     uint64_t p_last;              /* the peer's P as last taken over */
     uint32_t peer, peer_slot, slot;

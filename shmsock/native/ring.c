@@ -148,7 +148,7 @@ static uint64_t spin_step(sh_ep *ep, uint64_t yield_at)
 
     for (uint32_t j = 0; j < ep->nd->g.peers; j++) {
         struct sh_link *l = &ep->nd->links[j];
-        if (sh_peek(&l->in->bell) != l->last && sh_collect(ep->nd, l))
+        if (!l->muted && sh_peek(&l->in->bell) != l->last && sh_collect(ep->nd, l))
             return 0;
     }
     now = sh_clock();
@@ -261,8 +261,9 @@ static int empty(const sh_ep *ep)
     return ep->p_last & SH_FIN ? SH_EOF : ep->orphan || (ep->p_last & SH_REL) ? SH_RESET : SH_EMPTY;
 }
 
-static int64_t span(const sh_ep *ep, uint32_t n)
+static int64_t span(sh_ep *ep, uint32_t n)
 {
+    ep->reading_gen = ep->gen;
     return (int64_t)(ep->head & (ep->rx_bytes - 1)) << 32 | n;
 }
 
@@ -333,6 +334,9 @@ int sh_read_end(sh_ep *ep, uint32_t n)
 
     if (SH_UNLIKELY(!sh_may_write(nd)))
         return SH_STALE;
+    /* Between begin and end Python may have run (a signal handler): this slot may have been released, even taken again. */
+    if (SH_UNLIKELY(!ep->theirs || ep->reading_gen != ep->gen))
+        return SH_RESET;
     sh_acquire(nd->wc);
     if (SH_UNLIKELY(SH_GEN(sh_load(&ep->theirs->p, nd->wc)) != ep->peer_gen))
         return SH_RESET;
