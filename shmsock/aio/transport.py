@@ -233,7 +233,10 @@ class ShmTransport(_FlowControl, asyncio.Transport):
         if self._read_eof:
             return
         self._read_eof = True
-        keep = self.context.run(self._protocol.eof_received)  # type: ignore[attr-defined]
+        if self.reader is not None:  # called by a reader, maybe from within this very context (an eager task)
+            keep = self._protocol.eof_received()  # type: ignore[attr-defined]
+        else:
+            keep = self.context.run(self._protocol.eof_received)  # type: ignore[attr-defined]
         if self.conn.state is State.FREE and (self._pending or self.space_waiters):
             self._write_failed()  # that was the end of the connection, and nobody comes back to say so
         elif self._broken is not None:

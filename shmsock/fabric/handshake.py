@@ -6,6 +6,7 @@ message rings of 64 cannot overflow.
 
 from __future__ import annotations
 
+from errno import ECONNREFUSED
 from typing import TYPE_CHECKING
 
 from shmsock.errors import port_refused, violation
@@ -174,6 +175,11 @@ class Handshake:
                 error = OSError(
                     105,
                     f"{conn.remote} has no room for another connection: use a larger region, or close some",
+                )
+            elif reason == BACKLOG:
+                error = ConnectionRefusedError(
+                    ECONNREFUSED,
+                    f"{conn.remote} has its backlog full: try again, or listen with a larger backlog",
                 )
             else:
                 error = port_refused(*conn.remote)

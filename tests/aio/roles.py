@@ -194,7 +194,7 @@ def DBG(data, seed, reader):
     hits = []
     for sd in range(400):
         p = pattern(sd, 0, 70000)
-        k = p.find(data[:50]) if len(data)>=4 else -1
+        k = p.find(data[:50]) if len(data) >= 4 else -1
         if k >= 0:
             hits.append((sd, k))
     return f" seed {seed} len {len(data)} hits {hits[:5]} {reader!r} {reader._transport.conn!r}"
