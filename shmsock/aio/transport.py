@@ -292,7 +292,7 @@ class ShmTransport(_FlowControl, asyncio.Transport):
             if taken == size:
                 return
             if taken < 0:
-                self._write_failed(taken)
+                self._write_failed(taken, fresh=True)
                 return
             data = memoryview(data)[taken:]
         self._pending += data
@@ -309,7 +309,7 @@ class ShmTransport(_FlowControl, asyncio.Transport):
 
             logger.warning("shmsock: write() to a lost connection: %r", self)
 
-    def _write_failed(self, status: int = CLOSED) -> None:
+    def _write_failed(self, status: int = CLOSED, *, fresh: bool = False) -> None:
         """The peer reads no more. What it wrote before is still worth reading: the connection ends with
         that."""
         error = self.conn.error
@@ -317,7 +317,8 @@ class ShmTransport(_FlowControl, asyncio.Transport):
         if status == STALE:
             error = self.node.engine.failure()
         if error is None and not self._closing:
-            if not self._wrote_in_vain:  # as over TCP: the first write after the peer closed is lost silently
+            if fresh and not self._wrote_in_vain and not self.conn.orphaned_ns:
+                # as over TCP: the first write after the peer closed is lost silently
                 self._wrote_in_vain = True
                 self._settle()
                 self._maybe_resume_protocol()
