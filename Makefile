@@ -5,6 +5,8 @@ export PYTHON
 
 BIN := .venv/bin
 QUICK := -m "not vm and not slow"
+# What depends on the Python version: asyncio's readers and loops, and the engine's life cycle. The rest runs on one.
+ACROSS := tests/aio/test_streams.py tests/aio/test_cpython.py tests/aio/test_loop.py tests/fabric/test_lifecycle.py
 
 .PHONY: help
 help: ## list the targets
@@ -31,7 +33,7 @@ bench: ## round trips and throughput, beside TCP
 
 .PHONY: test
 test: lint ## everything: checks, all Python versions there are, real guests
-	@.ci/matrix $(QUICK)
+	@.ci/matrix $(QUICK) $(ACROSS)
 	@$(BIN)/python -m pytest
 
 .PHONY: test-quick

@@ -190,16 +190,6 @@ async def receive(reader: asyncio.StreamReader, seed: int | None, rng: random.Ra
     return got, "eof"
 
 
-def DBG(data, seed, reader):
-    hits = []
-    for sd in range(400):
-        p = pattern(sd, 0, 70000)
-        k = p.find(data[:50]) if len(data) >= 4 else -1
-        if k >= 0:
-            hits.append((sd, k))
-    return f" seed {seed} len {len(data)} hits {hits[:5]} {reader!r} {reader._transport.conn!r}"
-
-
 async def receive_cancelled(reader: asyncio.StreamReader, seed: int, rng: random.Random) -> tuple[int, str]:
     """The same with reads that are cancelled again and again: none of them may take a byte with it."""
     got = 0
@@ -223,8 +213,7 @@ async def receive_cancelled(reader: asyncio.StreamReader, seed: int, rng: random
             return got + rest, end
         if not data:
             return got, "eof"
-        assert data == pattern(seed, got, len(data)), f"wrong bytes after {got}" + DBG(data, seed, reader)
-        got += len(data)
+        assert data == pattern(seed, got, len(data)), f"wrong bytes after {got}"
 
 
 async def converse(
