@@ -1,4 +1,4 @@
-"""The knobs of a node, with their units in their names. Defaults are right for most; see README, "Knobs"."""
+"""The knobs of a node, with their units in their names. The defaults are right for most."""
 
 from __future__ import annotations
 
