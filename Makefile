@@ -5,8 +5,8 @@ export PYTHON
 
 BIN := .venv/bin
 QUICK := -m "not vm and not slow"
-# What depends on the Python version: asyncio's readers and loops, and the engine's life cycle. The rest runs on one.
-ACROSS := tests/aio/test_streams.py tests/aio/test_cpython.py tests/aio/test_loop.py tests/fabric/test_lifecycle.py
+# What depends on the Python version: asyncio's readers and loops. The rest runs on one.
+ACROSS := tests/aio/test_streams.py tests/aio/test_cpython.py tests/aio/test_loop.py
 
 .PHONY: help
 help: ## list the targets
