@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import inspect
 import socket
 import sys
@@ -198,12 +199,13 @@ def test_a_handler_that_fails(run: Run, world: World) -> None:
             reader, writer = await shmsock.open_connection(b.name, 7000, node=a)
             if sys.version_info >= (3, 12):  # asyncio closes the connection then
                 assert await reader.read() == b""
-            await until(lambda: run.reports)
+                await until(lambda: run.reports)
             server.abort_clients()
             writer.close()
             server.close()
 
     run(main())
+    gc.collect()  # before Python 3.12, that is when a task's exception is told
     assert [type(r["exception"]) for r in run.reports] == [ZeroDivisionError]
     run.reports.clear()
 
