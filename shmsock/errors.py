@@ -40,6 +40,7 @@ __all__ = [
     "RegionUrlError",
     "WrongThreadError",
     "address_unavailable",
+    "datagram_too_long",
     "disk_full",
     "forked",
     "format_error",
@@ -178,6 +179,13 @@ def address_unavailable(host: object, own: Sequence[str] = ()) -> OSError:
         errno.EADDRNOTAVAIL,
         f"cannot listen on {host!r}: this node goes by {_listing(own)}; listen on None for all peers, "
         "on 'localhost' for those of this machine, or attach with name=",
+    )
+
+
+def datagram_too_long(size: int, maximum: int) -> OSError:
+    """EMSGSIZE, as a UDP socket says."""
+    return OSError(
+        errno.EMSGSIZE, f"a datagram of {size} bytes is too long, {maximum} is the most: send it in pieces"
     )
 
 

@@ -47,6 +47,7 @@ __all__ = [
     "RESET_BIT",
     "SPACE",
     "STALE",
+    "UNBOUND",
     "VIOLATION",
     "YIELD",
     "Connection",
@@ -54,7 +55,7 @@ __all__ = [
 ]
 
 # statuses of read and write (enum sh_status)
-EMPTY, EOF, RESET, YIELD, VIOLATION, STALE, CLOSED = -1, -2, -3, -4, -5, -6, -7
+EMPTY, EOF, RESET, YIELD, VIOLATION, STALE, CLOSED, UNBOUND = -1, -2, -3, -4, -5, -6, -7, -8
 # bits of look (enum sh_bits)
 DATA, FIN, REL, RESET_BIT, BAD, SPACE, MOVED = 1, 2, 4, 8, 16, 32, 64
 COPY_MAX = 1 << 20
@@ -193,9 +194,9 @@ class Connection:
         if self.state is not State.FREE:
             notify = self.state is not State.OPENING
             self.state = State.FREE
-            self.engine.lib.sh_ep_release(self.ep, int(notify))
             if self.handler is not None:
-                self.handler.freed()  # `ep` may be another connection's from here on
+                self.handler.freed()  # `ep` may be another connection's after this
+            self.engine.lib.sh_ep_release(self.ep, int(notify))
             self.engine.released(self)
 
     # -- bytes
@@ -217,16 +218,23 @@ class Connection:
         span: int = self.engine.lib.sh_read_now(self.ep, min(want, COPY_MAX))
         return self.take(span) if span > 0 else self.ended_by(span)
 
-    def take(self, span: int) -> bytes | int:
-        """Copy out what sh_read_now or sh_read_begin found. RESET when the slot changed hands under the
-        copy."""
+    def available(self) -> int:
+        """How many bytes read() would give, or a status. Takes nothing."""
+        if self.state is not State.OPEN:
+            return self.ended()
+        span: int = self.engine.lib.sh_read_now(self.ep, COPY_MAX)
+        return span & 0xFFFFFFFF if span > 0 else self.ended_by(span)
+
+    def take(self, span: int, header: int = 0) -> bytes | int:
+        """Copy out what sh_read_now, sh_read_begin or, behind a header, sh_recv found. RESET when the slot
+        changed hands under the copy."""
         n, at = span & 0xFFFFFFFF, span >> 32
         end = at + n
         if end <= self.rx_bytes:
             data: bytes = self.rx[at:end]
         else:
             data = self.rx[at:] + self.rx[: end - self.rx_bytes]
-        status: int = self.engine.lib.sh_read_end(self.ep, n)
+        status: int = self.engine.lib.sh_read_end(self.ep, n + header)
         return self.ended_by(status) if status else data
 
     def ended(self) -> int:

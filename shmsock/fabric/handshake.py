@@ -30,7 +30,8 @@ class Handshake:
         self._note = engine.ffi.new("sh_note *")
 
     def connect(self, section: int, port: int, *, local: tuple[str, int], remote: str) -> Connection:
-        """Ask `section` for a connection to `port`. The answer is an event, connected or failed.
+        """Ask `section` for a connection to `port` (0: one for datagrams). The answer is an event, connected
+        or failed.
 
         Raises OSError (ENOBUFS) when slots or arena are exhausted, OSError (ENOSPC) when the disk is full,
         ConnectionRefusedError when nobody is there, ProtocolViolation while it is not listened to.
@@ -48,7 +49,7 @@ class Handshake:
             )
         if not adopted or engine.lib.sh_tag_changed(engine.nd, section):
             engine.adopt(peer, now_ns)
-        conn = engine.slots.take(peer, accepted=False)
+        conn = engine.slots.take(peer, accepted=False, datagrams=not port)
         if isinstance(conn, int):
             raise engine.slots.no_room(conn)
         conn.local, conn.remote = local, (remote, port)
@@ -108,17 +109,17 @@ class Handshake:
         old = peer.connections.get(slot)
         if old is not None:
             engine.ready(old.slot)  # a released slot whose toggle we have not looked at yet
-        listener = engine.listeners.accepting(port, peer)
+        listener = engine.listeners.accepting(port, peer) if port else None
         reason, conn = 0, None
         if slot in peer.connections:
             reason = STALE_CONNECT
-        elif listener is None:
+        elif port and listener is None:
             reason = NO_LISTENER
-        elif listener.full:
+        elif listener is not None and listener.full:
             reason = BACKLOG
         else:
             try:
-                taken = engine.slots.take(peer, accepted=True)
+                taken = engine.slots.take(peer, accepted=True, datagrams=not port)
             except OSError:
                 taken = NO_MEMORY
             if isinstance(taken, int):
@@ -131,7 +132,7 @@ class Handshake:
                     reason = STALE_CONNECT
                     if status == VIOLATION:
                         engine.offence(peer.section)
-        if reason or conn is None or listener is None:
+        if reason or conn is None:
             engine.counts["refused"] += 1
             self._answer(peer, REFUSE, reason, 0, slot, 0, gen, 0, 0)
             return
@@ -139,8 +140,11 @@ class Handshake:
         conn.local, conn.remote = (engine.name, port), (peer.name, src_port)
         engine.counts["accepted"] += 1
         self._answer(peer, ACCEPT, 0, conn.slot, slot, conn.gen, gen, 0, 0)
-        listener.pending += 1
-        engine.emit("accepted", listener, conn)
+        if listener is None:
+            engine.datagrams.accept(conn)
+        else:
+            listener.pending += 1
+            engine.emit("accepted", listener, conn)
         engine.ready(conn.slot)
 
     def _answer(self, peer: Peer, *fields: int) -> None:

@@ -1,4 +1,5 @@
-"""Ports: what this node listens on, and who listens on what elsewhere."""
+"""Ports: what this node listens on, and who listens on what elsewhere. Those of datagrams and those of
+streams share the table and the rules, and nothing else."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ from collections.abc import Iterator
 from errno import EADDRINUSE
 from typing import TYPE_CHECKING, Any
 
-from shmsock.errors import no_buffers, port_taken
+from shmsock.address import is_local, normalize_name
+from shmsock.errors import name_unknown, no_buffers, port_refused, port_taken
 from shmsock.fabric import layout as lay
 
 if TYPE_CHECKING:
@@ -15,14 +17,18 @@ if TYPE_CHECKING:
 
 __all__ = ["Listener", "Listeners"]
 
-USED, REUSE, LOCAL, TENTATIVE = 1, 2, 4, 8
+USED, REUSE, LOCAL, TENTATIVE, DATAGRAM = 1, 2, 4, 8, 16
 EPHEMERAL = 32768
 PATIENCE = 20000
 
 
+def _key(port: int, datagram: bool) -> int:
+    return port | DATAGRAM << 16 if datagram else port
+
+
 class Listener:
     """A port that is listened on. `handler` belongs to the driver, which lowers `pending` when it took a
-    connection over."""
+    connection over; that of a port for datagrams is its Endpoint."""
 
     def __init__(self, owner: Listeners, index: int, port: int, backlog: int, flags: int) -> None:
         self.owner, self.index, self.port, self.backlog, self.flags = (
@@ -57,7 +63,7 @@ class Listeners:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.mine: dict[int, list[Listener]] = {}
+        self.mine: dict[int, list[Listener]] = {}  # by port, those of datagrams under _key(port, True)
         self._free = list(range(lay.LISTENERS - 1, -1, -1))
         slice_size = (65536 - EPHEMERAL) // engine.layout.peers
         first = EPHEMERAL + engine.section * slice_size
@@ -69,7 +75,7 @@ class Listeners:
     def __iter__(self) -> Iterator[Listener]:
         return (listener for group in list(self.mine.values()) for listener in group)
 
-    def ephemeral(self) -> int:
+    def ephemeral(self, datagram: bool = False) -> int:
         """A port of this section's own slice, not listened on and, as long as there are others, not used by a
         connection."""
         used = (
@@ -80,44 +86,45 @@ class Listeners:
         for _ in self._slice:
             self._next = (self._next + 1) % len(self._slice)
             port = self._slice[self._next]
-            if port not in self.mine and port not in used:
+            if _key(port, datagram) not in self.mine and (datagram or port not in used):
                 return port
         return self._slice[self._next]
 
-    def open(self, port: int, backlog: int, reuse: bool, local: bool) -> Listener:
+    def open(self, port: int, backlog: int, reuse: bool, local: bool, datagram: bool = False) -> Listener:
         if port == 0:
-            return self._open_any(backlog, reuse, local)
-        flags = USED | (REUSE if reuse else 0) | (LOCAL if local else 0)
-        if any(not (reuse and other.flags & REUSE) for other in self.mine.get(port, ())):
+            return self._open_any(backlog, reuse, local, datagram)
+        flags = USED | reuse * REUSE | local * LOCAL | datagram * DATAGRAM
+        group = self.mine.get(_key(port, datagram), [])
+        if any(not (reuse and other.flags & REUSE) for other in group):
             raise port_taken(self.engine.name, port)
         if not self._free:
             raise no_buffers(f"listener entries (there are {lay.LISTENERS})")
         index = self._free.pop()
         self._store(index, port | (flags | TENTATIVE) << 16)
         self.engine.memory.fence()
-        if not self._settle(port, reuse):
+        if not self._settle(port, reuse, datagram):
             self._store(index, 0)
             self._free.append(index)
             raise port_taken(self.engine.name, port)
         self._store(index, port | flags << 16)
         listener = Listener(self, index, port, backlog, flags)
-        self.mine.setdefault(port, []).append(listener)
+        self.mine.setdefault(_key(port, datagram), []).append(listener)
         return listener
 
-    def _open_any(self, backlog: int, reuse: bool, local: bool) -> Listener:
+    def _open_any(self, backlog: int, reuse: bool, local: bool, datagram: bool) -> Listener:
         for _ in range(len(self._slice)):
             try:
-                return self.open(self.ephemeral(), backlog, reuse, local)
+                return self.open(self.ephemeral(datagram), backlog, reuse, local, datagram)
             except OSError as error:
                 if error.errno != EADDRINUSE:  # a namesake asked for that very port
                     raise
         raise port_taken(self.engine.name, 0)
 
-    def _settle(self, port: int, reuse: bool) -> bool:
+    def _settle(self, port: int, reuse: bool, datagram: bool) -> bool:
         for _ in range(PATIENCE):
             undecided = False
             for peer in self._namesakes():
-                flags = self.flags(peer, port)
+                flags = self.entry(peer, port, datagram)
                 if not flags or (reuse and flags & REUSE):
                     continue
                 if not flags & TENTATIVE or peer.section < self.engine.section:
@@ -132,19 +139,25 @@ class Listeners:
         peers.refresh_all(self.engine.lib.sh_clock())
         return [p for p in peers.named(self.engine.name, local=True) if p.section != self.engine.section]
 
-    def flags(self, peer: Peer, port: int) -> int:
-        """What a peer's table says of a port; 0: it does not listen there."""
+    def entry(self, peer: Peer, port: int, datagram: bool = False) -> int:
+        """What a peer's table says of a port: index << 8 | flags; 0: it does not listen there."""
         memory = self.engine.memory
         found: int = memory.core.lib.sh_listen_find(
-            memory.base, self.engine.layout.geometry, peer.section, port, memory.wc
+            memory.base, self.engine.layout.geometry, peer.section, port, datagram, memory.wc
         )
         return found
 
+    def reachable(self, peer: Peer, port: int, datagram: bool = False) -> int:
+        """The entry, if this node may use it."""
+        entry = self.entry(peer, port, datagram)
+        closed = entry & TENTATIVE or (entry & LOCAL and not self.engine.peers.same_kernel(peer))
+        return 0 if closed else entry
+
     def remove(self, listener: Listener) -> None:
-        group = self.mine[listener.port]
-        group.remove(listener)
-        if not group:
-            del self.mine[listener.port]
+        key = _key(listener.port, bool(listener.flags & DATAGRAM))
+        self.mine[key].remove(listener)
+        if not self.mine[key]:
+            del self.mine[key]
         self._store(listener.index, 0)
         self._free.append(listener.index)
 
@@ -157,32 +170,64 @@ class Listeners:
             self._count = index + 1
             memory.store(at + lay.N_LISTENERS, self._count)
 
-    def accepting(self, port: int, peer: Peer) -> Listener | None:
-        """Who of this node answers a CONNECT to `port` from that peer; several (reuse_port) take turns."""
-        group = [
+    def serving(self, port: int, peer: Peer, datagram: bool = False) -> list[Listener]:
+        """Who of this node is there for that peer."""
+        return [
             x
-            for x in self.mine.get(port, ())
+            for x in self.mine.get(_key(port, datagram), ())
             if x.serving and (not x.flags & LOCAL or self.engine.peers.same_kernel(peer))
         ]
-        if not group:
-            return None
+
+    def accepting(self, port: int, peer: Peer) -> Listener | None:
+        """Who of this node answers a CONNECT to `port` from that peer; several (reuse_port) take turns."""
+        group = self.serving(port, peer)
+        return self.in_turn(group) if group else None
+
+    def in_turn(self, group: list[Listener]) -> Listener:
         self._turn += 1
         return group[self._turn % len(group)]
 
     def elsewhere(
-        self, name: str | None, port: int, *, exclude: tuple[int, ...] = ()
+        self, name: str | None, port: int, *, exclude: tuple[int, ...] = (), datagram: bool = False
     ) -> tuple[list[Peer], bool]:
         """Peers of that name (None: of this machine) that listen on `port`; and whether anybody has the name
         at all."""
         engine = self.engine
         engine.peers.refresh_all(engine.lib.sh_clock())
         named = engine.peers.named(name)
-        found = []
-        for peer in named:
-            flags = self.flags(peer, port)
-            if flags and not flags & TENTATIVE and not (flags & LOCAL and not engine.peers.same_kernel(peer)):
-                found.append(peer)
+        found = [peer for peer in named if self.reachable(peer, port, datagram)]
         # whose beat moved last comes first: a dead namesake, until it is known to be dead, is tried last
         return sorted((p for p in found if p.section not in exclude), key=lambda p: min(p.samples, 3)), bool(
             named
         )
+
+    def find(self, host: Any, port: int, *, exclude: tuple[int, ...] = (), datagram: bool = False) -> Peer:
+        """Who is to be asked for (host, port): a section's owner, a peer of that name, or (None, localhost)
+        one of this machine. Raises socket.gaierror, ConnectionRefusedError."""
+        engine = self.engine
+        if isinstance(host, int) and not isinstance(host, bool):
+            engine.peers.refresh_all(engine.lib.sh_clock())
+            sections = {p.section: p for p in engine.peers.all if p.live}
+            if host not in sections:
+                raise name_unknown(host, [str(section) for section in sections])
+            if host in exclude or not self.entry(sections[host], port, datagram):
+                raise port_refused(host, port)
+            return sections[host]
+        name = None if self.is_own_machine(host) else self.peer_name(host)
+        found, known = self.elsewhere(name, port, exclude=exclude, datagram=datagram)
+        if not found:
+            raise port_refused(host, port) if known else name_unknown(host, list(engine.peers.names()))
+        return engine.rng.choice([p for p in found if p.samples <= found[0].samples])
+
+    @staticmethod
+    def is_own_machine(host: Any) -> bool:
+        return host is None or host == "" or is_local(host)
+
+    def peer_name(self, host: str) -> str:
+        """The one spelling of a peer's name. Raises socket.gaierror for what is none."""
+        try:
+            return normalize_name(host)
+        except ValueError as error:
+            unknown = name_unknown(host, list(self.engine.peers.names()))
+            unknown.strerror = f"{error}"
+            raise unknown from None

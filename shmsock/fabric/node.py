@@ -17,6 +17,7 @@ from shmsock.errors import NodeClosedError, node_closed
 from shmsock.fabric import layout as lay
 from shmsock.fabric.attach import Claim, Locks
 from shmsock.fabric.connection import STALE, Connection, State
+from shmsock.fabric.datagrams import Datagrams
 from shmsock.fabric.handshake import Handshake
 from shmsock.fabric.layout import Identity, Layout
 from shmsock.fabric.listeners import Listener, Listeners
@@ -43,13 +44,15 @@ COUNTERS = (
     "wakeups",
     "healed",
     "bells",
+    "datagrams_in",
+    "datagrams_out",
 )
 
 
 class Event(NamedTuple):
     """`ready`: look at the connection (arg: LOOK bits). `connected`, `failed` (arg: OSError): the answer to
-    connect(). `accepted`: a listener has a new connection (arg). `down` (arg: OSError): this node is over;
-    target is None."""
+    connect(). `accepted`: a listener has a new connection (arg). `endpoint`: call its happened(). `down`
+    (arg: OSError): this node is over; target is None."""
 
     kind: str
     target: Any
@@ -96,6 +99,7 @@ class Engine:
         )
         self.listeners = Listeners(self)
         self.handshake = Handshake(self)
+        self.datagrams = Datagrams(self)
         self.counts = {
             "accepted": 0,
             "connected": 0,
@@ -103,6 +107,10 @@ class Engine:
             "violations": 0,
             "adoptions": 0,
             "peers_lost": 0,
+            "datagrams_unreachable": 0,
+            "datagrams_dropped_full": 0,
+            "datagrams_dropped_unsent": 0,
+            "datagrams_lost_unread": 0,
         }
         self._out = self.ffi.new("uint32_t[]", EVENTS_PER_PASS)
         self._events: list[Event] = []
@@ -259,6 +267,7 @@ class Engine:
             self._events.append(Event("failed" if conn.state is State.OPENING else "ready", conn, why))
             conn.state = State.FREE
         self.connections.clear()
+        self.datagrams.down(why)
         self._events.append(Event("down", None, why))
 
     # -- links

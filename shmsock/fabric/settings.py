@@ -31,6 +31,10 @@ class Settings:
     ring_bytes: int = 1 << 20
     """Largest ring of one direction of a connection, a power of two from 4096 to 2**30; smaller ones when
     memory is scarce."""
+    datagram_queue_bytes: int = 4 << 20
+    """What an endpoint for datagrams keeps at most, of those that wait to be sent and of those that wait
+    while it is paused; each counts 64 bytes more than it has. At least 2**18: more than pause_writing lets
+    come up."""
     max_connects: int = 32
     """CONNECTs per peer without an answer; more wait here. At most 32 (two directions share 64 messages)."""
 
@@ -38,6 +42,10 @@ class Settings:
         if self.ring_bytes < 4096 or self.ring_bytes > 1 << 30 or self.ring_bytes & (self.ring_bytes - 1):
             raise ValueError(
                 f"ring_bytes is {self.ring_bytes}, expected a power of two from 4096 to {1 << 30}"
+            )
+        if self.datagram_queue_bytes < 1 << 18:
+            raise ValueError(
+                f"datagram_queue_bytes is {self.datagram_queue_bytes}, expected {1 << 18} or more"
             )
         if not 1 <= self.max_connects <= 32:
             raise ValueError(f"max_connects is {self.max_connects}, expected 1 to 32")

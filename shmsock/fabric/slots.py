@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["NO_MEMORY", "NO_SLOT", "Slots"]
 
 NO_SLOT, NO_MEMORY = 2, 3  # enum sh_reason
+DATAGRAM_RING = 256 << 10  # half of it holds the largest datagram
 
 
 class Slots:
@@ -32,11 +33,15 @@ class Slots:
         if ensure:
             ensure(engine.layout.section(engine.section), engine.layout.arena_off)
 
-    def take(self, peer: Peer, *, accepted: bool) -> Connection | int:
-        """A connection in OPENING with slot and ring, or the reason why not."""
+    def take(self, peer: Peer, *, accepted: bool, datagrams: bool = False) -> Connection | int:
+        """A connection in OPENING with slot and ring, or the reason why not. One for datagrams carries them
+        from who opens it: the ring of the other side is of no use, so it is the smallest."""
         if not self.free:
             return NO_SLOT
-        size = Arena.fit(self.engine.settings.ring_bytes, self.arena.free_bytes, len(self.free) - 1)
+        least, most = MIN_RING, self.engine.settings.ring_bytes
+        if datagrams:
+            least, most = (MIN_RING, MIN_RING) if accepted else (DATAGRAM_RING // 2, min(most, DATAGRAM_RING))
+        size = max(least, Arena.fit(most, self.arena.free_bytes, len(self.free) - 1))
         if accepted and peer.section != self.engine.section:
             if peer.slots * 2 >= self.engine.layout.slots:
                 return NO_SLOT
@@ -47,6 +52,9 @@ class Slots:
                 return NO_MEMORY
             size = Arena.fit(size, share, self.engine.layout.slots // 2 - peer.slots - 1, parts=4)
         ring = self.arena.take(size)
+        if ring is not None and ring[1] < least:
+            self.arena.give(*ring)
+            ring = None
         if ring is None:
             return NO_MEMORY
         try:

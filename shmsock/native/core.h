@@ -25,7 +25,7 @@ typedef struct {
 enum sh_state { SH_STATE_NONE, SH_STATE_LIVE, SH_STATE_LEAVING, SH_STATE_LEFT };
 enum sh_kind { SH_CONNECT = 1, SH_ACCEPT, SH_REFUSE };
 enum sh_reason { SH_NO_LISTENER = 1, SH_NO_SLOT, SH_NO_MEMORY, SH_BACKLOG, SH_STALE_CONNECT };
-enum sh_listen { SH_LISTEN_USED = 1, SH_LISTEN_REUSE = 2, SH_LISTEN_LOCAL = 4 };
+enum sh_listen { SH_LISTEN_USED = 1, SH_LISTEN_REUSE = 2, SH_LISTEN_LOCAL = 4, SH_LISTEN_TENTATIVE = 8, SH_LISTEN_DATAGRAM = 16 };
 enum sh_flag { SH_FLAG_LOCKED = 1 };
 /* what read, look and spin answer when it is no count */
 enum sh_status {
@@ -35,7 +35,8 @@ enum sh_status {
     SH_YIELD = -4,     /* the loop turn's budget is used up: let the loop turn once */
     SH_VIOLATION = -5, /* the peer wrote nonsense */
     SH_STALE = -6,     /* not this node's to touch (any more): closed, forked, another thread, or its section was taken */
-    SH_CLOSED = -7     /* this side's writing has ended, or the peer will never read */
+    SH_CLOSED = -7,    /* this side's writing has ended, or the peer will never read */
+    SH_UNBOUND = -8    /* the listener entry that a datagram is for has changed: resolve the address anew */
 };
 /* bits of sh_look() and of what sh_pump() returns */
 enum sh_bits {
@@ -44,7 +45,7 @@ enum sh_bits {
 enum sh_event { SH_EV_SLOT = 0, SH_EV_ADOPT = 1, SH_EV_MESSAGE = 2 };
 enum sh_counter {
     SH_N_PUMPS, SH_N_READS, SH_N_WRITES, SH_N_BYTES_IN, SH_N_BYTES_OUT, SH_N_NOTIFY, SH_N_PENDING, SH_N_SPIN_HIT, SH_N_SPIN_MISS,
-    SH_N_WAKEUPS, SH_N_HEALED, SH_N_BELLS, SH_N_COUNTERS
+    SH_N_WAKEUPS, SH_N_HEALED, SH_N_BELLS, SH_N_DATAGRAMS_IN, SH_N_DATAGRAMS_OUT, SH_N_COUNTERS
 };
 
 /* memory, for the cold paths; offsets in bytes from base, 8-byte aligned */
@@ -56,7 +57,7 @@ void sh_read_bytes(const void *base, uint64_t offset, void *to, uint32_t n);
 void sh_write_bytes(void *base, uint64_t offset, const void *from, uint32_t n);
 uint64_t sh_clock(void);
 int sh_geometry_of(uint64_t region_id, uint64_t region_bytes, sh_geometry *out);
-int sh_listen_find(const void *base, const sh_geometry *g, uint32_t section, uint32_t port, int wc);
+int sh_listen_find(const void *base, const sh_geometry *g, uint32_t section, uint32_t port, int datagram, int wc);
 
 /* node */
 sh_node *sh_node_new(void *base, const sh_geometry *g, uint32_t self, int wc);
@@ -101,6 +102,11 @@ int64_t sh_read_now(sh_ep *ep, uint32_t want);
 int sh_read_end(sh_ep *ep, uint32_t n);
 int sh_look(sh_ep *ep);
 int sh_arm(sh_ep *ep);
+
+/* datagrams */
+int sh_send(sh_ep *ep, uint32_t src_port, uint32_t dst_port, uint32_t entry, const void *data, uint32_t n);
+int64_t sh_recv(sh_ep *ep, uint32_t *ports);
+uint32_t sh_unread(sh_ep *ep);
 
 /* keeper */
 sh_keeper *sh_keeper_start(sh_node *nd, int event_fd, int lock_fd, uint64_t beat_ns, uint64_t cap_ns, int *error);

@@ -1,5 +1,6 @@
 /* keeper.c - one native thread per node, without the GIL and with all signals blocked. It beats ten times a second as long as the
- * section is still ours, watches the bells while the loop sleeps, and tells of peers under the same kernel whose lock fell. */
+ * section is still ours and rings the loop each time, watches the bells while the loop sleeps, and tells of peers under the same
+ * kernel whose lock fell. */
 #include "node.h"
 
 #include <errno.h>
@@ -58,8 +59,7 @@ static void look_at_locks(sh_keeper *k)
         if (fcntl(k->lock_fd, F_OFD_GETLK, &fl) == 0 && fl.l_type == F_UNLCK)
             gone |= m & -m;
     }
-    if (gone & ~__atomic_fetch_or(&k->unlocked, gone, __ATOMIC_ACQ_REL))
-        ring_owner(k);
+    __atomic_fetch_or(&k->unlocked, gone, __ATOMIC_ACQ_REL);
 }
 
 static void beat(sh_keeper *k)
@@ -75,6 +75,7 @@ static void beat(sh_keeper *k)
     sh_put(&mine->pumps, nd->n[SH_N_PUMPS]);
     sh_store(&mine->beat, ++k->beat, nd->wc);
     look_at_locks(k);
+    ring_owner(k); /* the loop's only clock: its pump samples peers, and counts, so that others see a loop that stands still */
 }
 
 static void sleep_until_woken(sh_keeper *k, uint32_t seen, uint64_t ns)

@@ -14,7 +14,7 @@
 #endif
 
 #define SH_MAGIC 0x314b434f534d4853ull /* the bytes "SHMSOCK1" */
-#define SH_VERSION 1u
+#define SH_VERSION 2u
 #define SH_LINE 64u
 #define SH_PAGE 4096u
 #define SH_MAX_PEERS 64u
@@ -25,6 +25,8 @@
 #define SH_LISTENERS 448u
 #define SH_MIN_RING 4096u
 #define SH_MAX_RING (1u << 30)
+#define SH_RECORD_HEADER 8u
+#define SH_DATAGRAM_MAX 65507u /* as UDP over IPv4 */
 
 struct sh_header {
     uint64_t magic;        /* published last */
@@ -81,6 +83,11 @@ struct sh_slot {
     uint8_t pad2[56];
 };
 
+struct sh_record { /* in the ring of a datagram link, at any position: it may wrap. The bytes follow */
+    uint32_t length;
+    uint16_t src_port, dst_port;
+};
+
 struct sh_message {
     uint32_t src_inc; /* pair_inc of the sender towards the receiver */
     uint32_t dst_inc; /* adopted pair_inc of the receiver */
@@ -92,7 +99,7 @@ struct sh_message {
     uint16_t dst_slot; /* ACCEPT, REFUSE: the opener's slot */
     uint32_t gen;      /* generation of slot */
     uint32_t dst_gen;  /* generation of dst_slot */
-    uint16_t port;     /* CONNECT: port asked for */
+    uint16_t port;     /* CONNECT: port asked for; 0: a ring for datagrams */
     uint16_t src_port; /* CONNECT: the opener's port */
     uint8_t reserved1[32];
 };
@@ -132,6 +139,10 @@ SH_AT(sh_slot, ring, 0x08);
 SH_AT(sh_slot, p, 0x40);
 SH_AT(sh_slot, c, 0x80);
 SH_ASSERT(sizeof(struct sh_slot) == 192);
+SH_AT(sh_record, length, 0);
+SH_AT(sh_record, src_port, 4);
+SH_AT(sh_record, dst_port, 6);
+SH_ASSERT(sizeof(struct sh_record) == SH_RECORD_HEADER);
 SH_AT(sh_message, src_inc, 0);
 SH_AT(sh_message, dst_inc, 4);
 SH_AT(sh_message, seq, 8);

@@ -66,16 +66,17 @@ struct sh_pair *sh_pair_at(const void *base, const sh_geometry *g, uint32_t of, 
     return (struct sh_pair *)(sh_section_at(base, g, of) + g->pair_off + towards * g->pair_bytes);
 }
 
-/* The flags of the listener entry for this port, 0 if there is none. Looks at no more entries than there can be. */
-int sh_listen_find(const void *base, const sh_geometry *g, uint32_t section, uint32_t port, int wc)
+/* The listener entry for this port of streams, or of datagrams: index << 8 | flags, 0 if there is none. Looks at no more entries
+ * than there can be. */
+int sh_listen_find(const void *base, const sh_geometry *g, uint32_t section, uint32_t port, int datagram, int wc)
 {
     const struct sh_section *s = (const struct sh_section *)sh_section_at(base, g, section);
     uint64_t n = sh_load(&s->listeners, wc);
 
     for (uint64_t i = 0; i < n && i < SH_LISTENERS; i++) {
         uint64_t e = sh_load(&s->listener[i], wc);
-        if ((e & 0xffff) == port && (e >> 16 & SH_LISTEN_USED))
-            return (int)(e >> 16 & 0xff);
+        if ((e & 0xffff) == port && (e >> 16 & SH_LISTEN_USED) && !(e >> 16 & SH_LISTEN_DATAGRAM) == !datagram)
+            return (int)(i << 8 | (e >> 16 & 0xff));
     }
     return 0;
 }

@@ -169,8 +169,11 @@ int sh_pump(sh_node *nd, uint32_t *out, int max)
         uint32_t j = (nd->start + k) % nd->g.peers;
         struct sh_link *l = &nd->links[j];
 
-        if (!l->muted && sh_peek(&l->in->bell) != l->last && !sh_collect(nd, l))
-            fruitless(l, now);
+        if (!l->muted && sh_peek(&l->in->bell) != l->last) {
+            if (!sh_collect(nd, l) && !l->acknowledged)
+                fruitless(l, now);
+            l->acknowledged = 0;
+        }
         if (!l->news)
             continue;
         if (n == max) {
@@ -321,7 +324,6 @@ int sh_tag_changed(sh_node *nd, uint32_t peer)
 void sh_users(sh_node *nd, uint32_t peer, uint32_t count)
 {
     if (sh_may_write(nd))
-        if (sh_may_write(nd))
         sh_store(&nd->links[peer].out->users, SH_PACK(nd->links[peer].peer_inc, count), nd->wc);
 }
 

@@ -28,6 +28,7 @@ struct sh_link { /* towards one peer */
     int suspected;
     uint64_t second_ns;        /* when counting of fruitless bells began */
     uint32_t fruitless;
+    int acknowledged;          /* a toggle, by who read its slot: the bell that spoke of it comes yet, and is not fruitless */
     int muted;                 /* rang a thousand times a second for nothing: until the next safety look; atomic */
     uint64_t t[SH_MAX_WORDS];    /* my toggles */
     uint64_t a[SH_MAX_WORDS];    /* my acknowledgements */
@@ -87,6 +88,11 @@ struct sh_pair *sh_pair_at(const void *base, const sh_geometry *g, uint32_t of, 
 void sh_ring_bell(sh_node *nd, struct sh_link *l);
 int sh_collect(sh_node *nd, struct sh_link *l);
 int sh_refresh(sh_ep *ep);
+int sh_see_head(sh_ep *ep);
+int sh_writable(sh_ep *ep);
+int sh_room(sh_ep *ep, uint32_t need, uint64_t wish);
+void sh_stage(sh_ep *ep, uint32_t ahead, const void *data, uint32_t n);
+void sh_commit(sh_ep *ep, uint32_t n);
 int sh_acknowledge(sh_node *nd, sh_ep *ep);
 void sh_rearm_touched(sh_node *nd);
 

@@ -40,7 +40,7 @@ static void publish(sh_ep *ep)
 /* ---- producer ---- */
 
 /* Take over the consumer's head. It may only grow, and never past what was written. */
-static int see_head(sh_ep *ep)
+int sh_see_head(sh_ep *ep)
 {
     uint64_t c = sh_load(&ep->theirs->c, ep->nd->wc);
 
@@ -54,7 +54,7 @@ static int see_head(sh_ep *ep)
 
 static uint32_t space_of(const sh_ep *ep) { return ep->tx_bytes - (ep->tail - ep->head_seen); }
 
-static int writable(const sh_ep *ep)
+int sh_writable(sh_ep *ep)
 {
     if (SH_UNLIKELY(!sh_may_write(ep->nd)))
         return SH_STALE;
@@ -63,7 +63,7 @@ static int writable(const sh_ep *ep)
     return 0;
 }
 
-/* Ask to be told of space. Returns the space found after asking. */
+/* Ask to be told of space, or of more. Returns the space found after asking. */
 static int want_space(sh_ep *ep)
 {
     int r;
@@ -73,8 +73,40 @@ static int want_space(sh_ep *ep)
         publish(ep);
     }
     sh_fence(ep->nd->wc); /* SYNC W: WANT before the look at head; partner: sh_read_end, head before the look at WANT */
-    r = see_head(ep);
+    r = sh_see_head(ep);
     return r < 0 ? r : (int)space_of(ep);
+}
+
+/* Room for `need` bytes, at best for `wish`: the space there is, 0 when it is less than need (WANT is set then), or a status. */
+int sh_room(sh_ep *ep, uint32_t need, uint64_t wish)
+{
+    int r;
+
+    if (space_of(ep) < wish && SH_UNLIKELY((r = sh_see_head(ep)) < 0))
+        return r;
+    if (space_of(ep) >= need)
+        return (int)space_of(ep);
+    r = want_space(ep);
+    return r < 0 || (uint32_t)r >= need ? r : 0;
+}
+
+/* n bytes into the ring, `ahead` of the tail. */
+void sh_stage(sh_ep *ep, uint32_t ahead, const void *data, uint32_t n)
+{
+    uint32_t at = (ep->tail + ahead) & (ep->tx_bytes - 1), first = ep->tx_bytes - at < n ? ep->tx_bytes - at : n;
+
+    sh_copy_out(ep->tx + at, data, first);
+    if (first < n)
+        sh_copy_out(ep->tx, (const uint8_t *)data + first, n - first);
+}
+
+/* The peer may have the n bytes that were put behind the tail. */
+void sh_commit(sh_ep *ep, uint32_t n)
+{
+    ep->tail += n;
+    ep->flags &= ~SH_WANT;
+    publish(ep);
+    sh_notify_slot(ep->nd, ep->peer, ep->peer_slot);
 }
 
 /* Put up to n bytes into the ring. Returns how many went in, fewer only when the ring is full (WANT is set then). */
@@ -82,37 +114,22 @@ int64_t sh_write(sh_ep *ep, const void *data, uint64_t n)
 {
     const uint8_t *from = data;
     uint64_t left = n;
-    int r = writable(ep);
+    int r = sh_writable(ep);
 
     if (SH_UNLIKELY(r < 0))
         return r;
     while (left) {
-        uint32_t space = space_of(ep), at, m, first;
+        uint32_t m;
 
-        if (space < left) {
-            if (SH_UNLIKELY((r = see_head(ep)) < 0))
-                return r;
-            space = space_of(ep);
-        }
-        if (!space) {
-            if ((r = want_space(ep)) < 0)
-                return r;
-            if (!r)
-                break;
-            continue;
-        }
-        m = left < space ? (uint32_t)left : space;
+        if (SH_UNLIKELY((r = sh_room(ep, 1, left)) < 0))
+            return r;
+        if (!r)
+            break;
+        m = left < (uint32_t)r ? (uint32_t)left : (uint32_t)r;
         if (m > COPY_MAX)
             m = COPY_MAX;
-        at = ep->tail & (ep->tx_bytes - 1);
-        first = ep->tx_bytes - at < m ? ep->tx_bytes - at : m;
-        sh_copy_out(ep->tx + at, from, first);
-        if (first < m)
-            sh_copy_out(ep->tx, from + first, m - first);
-        ep->tail += m;
-        ep->flags &= ~SH_WANT;
-        publish(ep);
-        sh_notify_slot(ep->nd, ep->peer, ep->peer_slot);
+        sh_stage(ep, 0, from, m);
+        sh_commit(ep, m);
         from += m;
         left -= m;
     }
@@ -133,7 +150,7 @@ void sh_ep_shut(sh_ep *ep, int fin, int rel, int rst)
 /* Bytes published that the peer has not taken; 0 when nobody will ever take them. */
 uint64_t sh_ep_unsent(sh_ep *ep)
 {
-    if (!sh_may_write(ep->nd) || !ep->theirs || sh_refresh(ep) < 0 || (ep->p_last & (SH_REL | SH_RST)) || see_head(ep) < 0)
+    if (!sh_may_write(ep->nd) || !ep->theirs || sh_refresh(ep) < 0 || (ep->p_last & (SH_REL | SH_RST)) || sh_see_head(ep) < 0)
         return 0;
     return ep->tail - ep->head_seen;
 }
@@ -213,11 +230,11 @@ static int spin_on(sh_ep *ep, const uint64_t *word, uint64_t seen, uint64_t now)
 /* Space for a writer that waits: > 0 bytes free, 0 none (WANT is set and armed: suspend), or a status. */
 int sh_wait_space(sh_ep *ep, int spin)
 {
-    int r = writable(ep);
+    int r = sh_writable(ep);
 
     if (r < 0)
         return r;
-    if ((r = see_head(ep)) < 0 || space_of(ep))
+    if ((r = sh_see_head(ep)) < 0 || space_of(ep))
         return r < 0 ? r : (int)space_of(ep);
     if ((r = want_space(ep)) != 0)
         return r;
@@ -225,7 +242,7 @@ int sh_wait_space(sh_ep *ep, int spin)
         uint64_t now = sh_clock();
         if (now < ep->nd->turn_end_ns
             && spin_on(ep, &ep->theirs->c, (uint64_t)ep->peer_gen << SH_GEN_SHIFT | ep->head_seen, now) > 0) {
-            if ((r = see_head(ep)) < 0)
+            if ((r = sh_see_head(ep)) < 0)
                 return r;
             if (space_of(ep))
                 return (int)space_of(ep);
@@ -364,7 +381,7 @@ int sh_look(sh_ep *ep)
     r = sh_refresh(ep);
     if (r < 0)
         return r == SH_RESET ? SH_LOOK_RESET : SH_LOOK_BAD;
-    if (see_head(ep) < 0)
+    if (sh_see_head(ep) < 0)
         return SH_LOOK_BAD;
     if (ep->tail_seen != ep->head)
         bits |= SH_LOOK_DATA;
@@ -396,6 +413,7 @@ int sh_acknowledge(sh_node *nd, sh_ep *ep)
         return 0;
     l->a[w] ^= SH_BIT(ep->slot);
     sh_put(&l->a_out[w], l->a[w]);
+    l->acknowledged = 1;
     return 1;
 }
 

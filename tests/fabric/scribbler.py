@@ -1,10 +1,10 @@
 """A peer that writes anything anywhere: `python -m tests.fabric.scribbler FIRST LAST ROUNDS`, seed after
 seed.
 
-Two honest nodes (a, b) talk, and a third (x) has connections with both while a hand scribbles over words:
-of x's section (and then a and b must go on as if nothing had happened), or of all of the region (and then
-there must be no crash, no hang and no surprising exception). A process of its own, so that a crash is seen
-as one.
+Two honest nodes (a, b) talk, over a connection and in datagrams, and a third (x) has connections with both
+while a hand scribbles over words: of x's section (and then a and b must go on as if nothing had happened), or
+of all of the region (and then there must be no crash, no hang and no surprising exception). A process of its
+own, so that a crash is seen as one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from collections.abc import Iterator
 
 from shmsock.fabric import layout as lay
 from shmsock.fabric.connection import CLOSED, EOF, RESET, STALE, VIOLATION, State
+from shmsock.fabric.datagram_links import Incoming, Outgoing
+from shmsock.fabric.datagrams import DATAGRAM_MAX
 from tests.fabric.world import Node, World
 
 EVENTS = 64 * 3 + 80 * 2
@@ -49,6 +51,27 @@ def garbage(rng: random.Random, old: int) -> int:
     ) % (1 << 64)  # fmt: skip
 
 
+class Inbox:
+    """What an endpoint belongs to. `order`: numbered datagrams of one source must come without a gap."""
+
+    def __init__(self, node: Node, source: str = "") -> None:
+        self.endpoint = node.call(node.engine.datagrams.bind, 0 if source else 9, remote=None)
+        self.endpoint.handler = self
+        self.source, self.next = source, 0
+
+    def datagram(self, data: bytes, source: tuple[str, int]) -> None:
+        assert len(data) <= DATAGRAM_MAX
+        if source[0] == self.source:
+            assert data == b"%d" % self.next, (data, self.next)
+            self.next += 1
+
+    def space(self) -> None:
+        assert self.endpoint.unsent >= 0
+
+    def refused(self, error: OSError) -> None:
+        assert isinstance(error, OSError)
+
+
 class Scene:
     def __init__(self, seed: int, how: str, everywhere: bool) -> None:
         self.world = World(how, seed, peers=3, size=3 << 20)
@@ -59,6 +82,9 @@ class Scene:
             node.listen(backlog=1000)
         self.sent, self.got = bytearray(), bytearray()
         self.out, self.into = self.world.open(self.a, self.b)
+        self.boxes = {node: Inbox(node) for node in (self.a, self.b, self.x)}
+        self.ordered, self.numbered = Inbox(self.b, "a"), 0
+        self.world.drain()
 
     def scribble(self) -> None:
         world, rng = self.world, self.rng
@@ -74,8 +100,11 @@ class Scene:
     def step(self, node: Node) -> None:
         """Something that a program might do, with the exceptions that it must expect."""
         rng, engine = self.rng, node.engine
-        act = rng.randrange(10)
-        conns = [c for c in node.connections if c is not self.out and c is not self.into]
+        act = rng.randrange(12)
+        kept = [self.out, self.into]
+        if node is not self.x:  # which may do with the links of its datagrams whatever it likes
+            kept += [c for c in node.connections if isinstance(c.handler, (Incoming, Outgoing))]
+        conns = [c for c in node.connections if c not in kept]
         try:
             if act == 0:
                 node.connect(rng.choice([n for n in (self.a, self.b, self.x) if n.state == "running"]))
@@ -83,6 +112,10 @@ class Scene:
                 node.call(engine.listeners.elsewhere, rng.choice(("a", "x", None)), 7000)
             elif act == 2 and len(list(engine.listeners)) < 5:
                 node.listen(0)
+            elif act > 9:
+                size, to = rng.choice((0, 1, 100, 20000)), rng.choice(("a", "b", "x", "*"))
+                if not (node is self.a and to in "b*"):  # it numbers what it sends there
+                    node.call(self.boxes[node].endpoint.send, rng.randbytes(size), (to, 9))
             elif conns:
                 conn = rng.choice(conns)
                 if act < 5:
@@ -116,6 +149,9 @@ class Scene:
         taken = self.a.write(self.out, data)
         assert taken >= 0, (taken, self.out)
         self.sent += data[:taken]
+        to = (self.b.section, self.ordered.endpoint.local[1])
+        self.a.call(self.boxes[self.a].endpoint.send, b"%d" % self.numbered, to)
+        self.numbered += 1
         found = self.b.read(self.into)
         if isinstance(found, bytes):
             self.got += found
@@ -153,6 +189,7 @@ class Scene:
         found, _ = b.read_all(self.into)
         self.got += found
         assert self.got == self.sent
+        assert self.ordered.next == self.numbered
         assert self.out.state is self.into.state is State.OPEN
         conn, end = world.open(a, b, 9)
         a.write(conn, b"still well")

@@ -23,6 +23,7 @@ from shmsock.fabric import layout as lay
 from shmsock.fabric.arena import Arena
 from shmsock.fabric.attach import Claim, claim_section
 from shmsock.fabric.connection import Connection
+from shmsock.fabric.datagram_links import Incoming, Outgoing
 from shmsock.fabric.layout import Identity, Layout, format_region
 from shmsock.fabric.listeners import Listener
 from shmsock.fabric.memory import Core, Memory
@@ -107,7 +108,21 @@ class Node:
 
     def _pump(self) -> list[Event]:
         unlocked = sum(1 << s for s in self.watched if s not in self.locks.table)
-        return self.engine.pump(self.world.now, unlocked)
+        return [e for e in self.engine.pump(self.world.now, unlocked) if not self._handled(e)]
+
+    @staticmethod
+    def _handled(event: Event) -> bool:
+        """What belongs to datagrams, done as a driver does it; the rest is the test's."""
+        handler = getattr(event.target, "handler", None)
+        if event.kind == "endpoint":
+            event.target.happened()
+        elif not isinstance(handler, (Incoming, Outgoing)):
+            return False
+        elif event.kind == "connected":
+            handler.connected()
+        else:
+            {"ready": handler.ready, "failed": handler.failed}[event.kind](event.arg)
+        return True
 
     def watch(self, peer: Peer, on: bool) -> None:
         who = peer.who

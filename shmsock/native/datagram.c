@@ -1,0 +1,79 @@
+/* datagram.c - records in a ring: a header, and the bytes. Published whole or not at all, so every tail is the end of one; all
+ * else is the ring's way (ring.c). */
+#include "node.h"
+
+/* One datagram, whole or not at all, for the listener entry index << 8 | flags of the peer. 1: sent; 0: no room now (WANT is set);
+ * or a status. */
+int sh_send(sh_ep *ep, uint32_t src_port, uint32_t dst_port, uint32_t entry, const void *data, uint32_t n)
+{
+    sh_node *nd = ep->nd;
+    const struct sh_record h = {.length = n, .src_port = (uint16_t)src_port, .dst_port = (uint16_t)dst_port};
+    const struct sh_section *to;
+    int r = sh_writable(ep);
+
+    if (SH_UNLIKELY(r < 0))
+        return r;
+    to = (const struct sh_section *)sh_section_at(nd->base, &nd->g, ep->peer);
+    if (n > SH_DATAGRAM_MAX || entry >> 8 >= SH_LISTENERS
+        || sh_load(&to->listener[entry >> 8], nd->wc) != ((entry & 0xff) << 16 | h.dst_port))
+        return SH_UNBOUND;
+    if (SH_UNLIKELY((r = sh_room(ep, n + SH_RECORD_HEADER, n + SH_RECORD_HEADER)) <= 0))
+        return r;
+    sh_stage(ep, 0, &h, SH_RECORD_HEADER);
+    sh_stage(ep, SH_RECORD_HEADER, data, n);
+    sh_commit(ep, n + SH_RECORD_HEADER);
+    nd->n[SH_N_WRITES]++;
+    nd->n[SH_N_DATAGRAMS_OUT]++;
+    nd->n[SH_N_BYTES_OUT] += n;
+    return 1;
+}
+
+/* n bytes of a ring from a position on. */
+static void get(const uint8_t *ring, uint32_t bytes, uint32_t position, void *to, uint32_t n)
+{
+    uint32_t at = position & (bytes - 1), first = bytes - at < n ? bytes - at : n;
+
+    sh_copy_in(to, ring + at, first);
+    if (first < n)
+        sh_copy_in((uint8_t *)to + first, ring, n - first);
+}
+
+/* The next datagram: where its bytes are, as sh_read_now says it (none is a datagram too), and source << 16 | destination port; or
+ * a status. The header is copied once and checked. sh_read_end(8 + bytes) follows. */
+int64_t sh_recv(sh_ep *ep, uint32_t *ports)
+{
+    int64_t found = sh_read_now(ep, UINT32_MAX);
+    uint32_t left = (uint32_t)found - SH_RECORD_HEADER;
+    struct sh_record h;
+
+    if (found < 0)
+        return found;
+    if ((uint32_t)found < SH_RECORD_HEADER)
+        return SH_VIOLATION;
+    get(ep->rx, ep->rx_bytes, ep->head, &h, SH_RECORD_HEADER);
+    if (h.length > SH_DATAGRAM_MAX || h.length > left) { /* nonsense, unless the ring changed hands under the copy */
+        sh_acquire(ep->nd->wc);
+        return SH_GEN(sh_load(&ep->theirs->p, ep->nd->wc)) == ep->peer_gen ? SH_VIOLATION : SH_RESET;
+    }
+    *ports = (uint32_t)h.src_port << 16 | h.dst_port;
+    ep->nd->n[SH_N_DATAGRAMS_IN]++;
+    return (int64_t)((ep->head + SH_RECORD_HEADER) & (ep->rx_bytes - 1)) << 32 | h.length;
+}
+
+/* Datagrams that the peer has not taken, for the books when it is gone. Others can write this ring too: it is not trusted. */
+uint32_t sh_unread(sh_ep *ep)
+{
+    uint32_t count = 0, left;
+    struct sh_record h;
+
+    if (!sh_may_write(ep->nd) || !ep->theirs || SH_GEN(sh_load(&ep->theirs->c, ep->nd->wc)) != ep->peer_gen
+        || sh_see_head(ep) < 0)
+        return 0; /* (a slot that is another life's does not tell) */
+    for (left = ep->tail - ep->head_seen; left >= SH_RECORD_HEADER; left -= h.length, count++) {
+        get(ep->tx, ep->tx_bytes, ep->tail - left, &h, SH_RECORD_HEADER);
+        left -= SH_RECORD_HEADER;
+        if (h.length > left)
+            break;
+    }
+    return count;
+}
