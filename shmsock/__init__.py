@@ -7,9 +7,11 @@ server = await shmsock.start_server(handler, port=7000)
 from __future__ import annotations
 
 from shmsock.aio.attach import attach
+from shmsock.aio.datagram import create_datagram_endpoint
 from shmsock.aio.driver import Node
+from shmsock.aio.endpoints import create_connection, create_server, open_connection, start_server
+from shmsock.aio.loop import loop_factory, new_event_loop
 from shmsock.aio.server import Server
-from shmsock.aio.streams import open_connection, start_server
 from shmsock.errors import (
     ForkedError,
     NodeClosedError,
@@ -40,6 +42,11 @@ __all__ = [
     "Settings",
     "WrongThreadError",
     "attach",
+    "create_connection",
+    "create_datagram_endpoint",
+    "create_server",
+    "loop_factory",
+    "new_event_loop",
     "open_connection",
     "open_region",
     "start_server",

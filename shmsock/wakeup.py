@@ -1,4 +1,4 @@
-"""What wakes a sleeping loop: one eventfd, filled by the keeper thread when a bell moves.
+"""What wakes a sleeping loop: one eventfd, filled by the keeper thread when a bell moves, and with each beat.
 
 The keeper is native, holds no GIL and takes no signals. It also beats (others see that this process lives)
 and watches the locks of peers under the same kernel.

@@ -7,15 +7,16 @@ import asyncio
 import atexit
 import os
 import random
+import sys
 import threading
 import warnings
 import weakref
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from shmsock import address, region
-from shmsock.aio.driver import Node
+from shmsock.aio.driver import Loop, Node
 from shmsock.errors import region_error
 from shmsock.fabric import layout as lay
 from shmsock.fabric.attach import claim_section, name_taken, release_claim
@@ -27,13 +28,29 @@ from shmsock.fabric.settings import Settings
 from shmsock.region.base import Region
 from shmsock.wakeup import Keeper
 
+if TYPE_CHECKING:
+    from shmsock.aio.trio_loop import TrioFuture
+
 __all__ = ["attach", "current_node", "prepare_region"]
 
 T = TypeVar("T")
 # A task while the node is being made, then a weak reference: the loop itself keeps its node alive.
-_Mine = dict[str, "asyncio.Task[Node] | weakref.ref[Node]"]
-_implicit: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Mine] = weakref.WeakKeyDictionary()
+_Mine = dict[str, "asyncio.Task[Node] | TrioFuture | weakref.ref[Node]"]
+_implicit: weakref.WeakKeyDictionary[Loop, _Mine] = weakref.WeakKeyDictionary()
 _nodes: weakref.WeakSet[Node] = weakref.WeakSet()
+
+
+def _running_loop() -> Any:
+    """asyncio's running loop, or what stands for one in a task of trio. Raises RuntimeError when there is
+    neither."""
+    if "trio" in sys.modules:
+        from shmsock.aio.trio_loop import current_loop
+
+        try:
+            return current_loop()
+        except RuntimeError:
+            pass  # not in a task of trio
+    return asyncio.get_running_loop()
 
 
 def prepare_region(made: Region, peers: int = 16) -> None:
@@ -63,11 +80,12 @@ def _holds_a_region(device: region.PciDevice) -> bool:
             memory.release()
 
 
-async def _follow(steps: Generator[float, None, T]) -> T:
+async def _follow(loop: Loop, steps: Generator[float, None, T]) -> T:
     """Drive a claim: sleep what it says."""
+    sleep = getattr(loop, "sleep", asyncio.sleep)
     try:
-        while True:  # noqa: ASYNC110 - these are the delays that the claim asks for
-            await asyncio.sleep(next(steps))
+        while True:
+            await sleep(next(steps))
     except StopIteration as end:
         value: T = end.value
         return value
@@ -80,7 +98,7 @@ async def _make(url: str | None, name: str | None, settings: Settings | None) ->
     cancelled."""
     explicit = name is not None or bool(os.environ.get("SHMSOCK_NAME"))
     own = address.node_name(name) if name is not None else address.default_name()
-    loop, rng = asyncio.get_running_loop(), random.SystemRandom()
+    loop, rng = _running_loop(), random.SystemRandom()
     for old in list(_nodes):
         if old.loop.is_closed():
             old.close()  # without shutdown_asyncgens(), and something still holds it
@@ -98,7 +116,7 @@ async def _make(url: str | None, name: str | None, settings: Settings | None) ->
             raise
         _back_fixed_part(opened, layout)
         boot, machine = address.boot_id(), address.machine_id()
-        other = await _follow(name_taken(layout, opened, boot, own))
+        other = await _follow(loop, name_taken(layout, opened, boot, own))
         if other is not None and explicit:
             raise region_error(
                 98,
@@ -106,7 +124,7 @@ async def _make(url: str | None, name: str | None, settings: Settings | None) ->
                 "set SHMSOCK_NAME or "
                 "name= to one of your own; was this VM cloned?",
             )
-        claim = await _follow(claim_section(layout, opened, boot, machine, rng, path=opened.path))
+        claim = await _follow(loop, claim_section(layout, opened, boot, machine, rng, path=opened.path))
         if other is not None:
             own, was = f"{own[:56]}-{claim.section}", own
             warnings.warn(
@@ -189,7 +207,8 @@ class attach:
 
 async def _until_the_loop_ends(node: Node) -> AsyncGenerator[None, None]:
     """Primed once, this generator is known to the loop, whose shutdown_asyncgens() ends it: under asyncio.run
-    and uvloop.run that is before the loop closes, also after an exception."""
+    and uvloop.run that is before the loop closes, also after an exception. Trio does the same with its own,
+    when its system tasks are over; it knows them weakly, but its loop holds the node and the node this."""
     try:
         yield
     finally:
@@ -208,7 +227,8 @@ async def _make_implicit(url: str | None, name: str | None) -> Node:
 async def current_node(url: str | None = None, name: str | None = None) -> Node:
     """The node of the running loop for that region, attached at first use. Cancelling one of several that
     wait stops no other."""
-    loop = asyncio.get_running_loop()
+    loop = _running_loop()
+    shield: Callable[[Any], Awaitable[Node]] = getattr(loop, "shield", asyncio.shield)
     if url is not None:
         url = os.fspath(url)
     mine = _implicit.setdefault(loop, {})
@@ -218,12 +238,12 @@ async def current_node(url: str | None = None, name: str | None = None) -> Node:
     if isinstance(found, weakref.ref):
         node = found()
     elif found is not None and not found.done():
-        node = await asyncio.shield(found)
+        node = await shield(found)
     if node is None or node.closed or not node.engine.alive:
         task = loop.create_task(_make_implicit(url, name))
         mine[key] = task
         task.add_done_callback(lambda task: _made(task, mine, key))
-        node = await asyncio.shield(task)
+        node = await shield(task)
     if name is not None and address.node_name(name) != node.name:
         raise ValueError(
             f"this loop is attached as {node.name!r}, not {name!r}: use shmsock.attach(region, name=...) for "
@@ -232,7 +252,7 @@ async def current_node(url: str | None = None, name: str | None = None) -> Node:
     return node
 
 
-def _made(task: asyncio.Task[Node], mine: _Mine, key: str) -> None:
+def _made(task: asyncio.Task[Node] | TrioFuture, mine: _Mine, key: str) -> None:
     if (
         task.cancelled() or task.exception() is not None
     ):  # looked at here: nobody else does when all were cancelled

@@ -18,9 +18,10 @@ from types import coroutine
 from typing import Any, Protocol
 
 from shmsock.address import is_any, is_local, normalize_name
-from shmsock.errors import address_unavailable, forked, name_unknown, port_refused, wrong_thread
+from shmsock.errors import address_unavailable, forked, wrong_thread
 from shmsock.fabric import layout as lay
 from shmsock.fabric.connection import Connection
+from shmsock.fabric.datagrams import Endpoint
 from shmsock.fabric.handshake import MESSAGES_PER_PASS
 from shmsock.fabric.listeners import Listener
 from shmsock.fabric.node import Engine
@@ -28,9 +29,25 @@ from shmsock.fabric.peers import Peer
 from shmsock.region.base import Region
 from shmsock.wakeup import Keeper
 
-__all__ = ["Handler", "Node", "yield_once"]
+__all__ = ["Handler", "Loop", "Node", "yield_once"]
 
 CREDIT_CAP_NS = 5_000_000
+
+
+class Loop(Protocol):
+    """All that a node asks of its loop: asyncio's and uvloop's have it, and TrioLoop. No timers: the keeper
+    rings with every beat."""
+
+    def call_soon(
+        self, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
+    ) -> object: ...
+    def call_soon_threadsafe(self, callback: Callable[..., object], *args: Any) -> object: ...
+    def add_reader(self, fd: int, callback: Callable[[], object]) -> object: ...
+    def remove_reader(self, fd: int) -> object: ...
+    def create_future(self) -> Any: ...
+    def is_closed(self) -> bool: ...
+    def is_running(self) -> bool: ...
+    def call_exception_handler(self, context: dict[str, Any]) -> object: ...
 
 
 class Handler(Protocol):
@@ -85,10 +102,9 @@ class Node:
     """This process's side of a region, for one event loop. Made by attach(); not thread-safe, as asyncio's
     objects are not."""
 
-    def __init__(
-        self, region: Region, engine: Engine, keeper: Keeper, loop: asyncio.AbstractEventLoop
-    ) -> None:
-        self.region, self.engine, self.keeper, self.loop = region, engine, keeper, loop
+    def __init__(self, region: Region, engine: Engine, keeper: Keeper, loop: Loop) -> None:
+        self.region, self.engine, self.keeper = region, engine, keeper
+        self.loop: Any = loop  # a Loop to the node; asyncio's transports know it as theirs
         self.lib, self.nd = engine.lib, engine.nd
         self.name, self.section = engine.name, engine.section
         self.ident = threading.get_ident()
@@ -100,8 +116,8 @@ class Node:
         self._flushed: asyncio.Future[None] | None = None
         self.guard: Any = None  # what detaches an implicit node when its loop ends
         #: What the loop runs next; whenever a read asks, the pump is in it, so more than one means: do not
-        #: spin. uvloop keeps its own to itself: there it stands for the pump and for the tasks that the pump
-        #: woke and that have not run yet.
+        #: spin. uvloop and trio keep theirs to themselves: there it stands for the pump and for the tasks
+        #: that the pump woke and that have not run yet.
         self.queue: Any = getattr(loop, "_ready", None)
         self._known = self.queue is not None
         if not self._known:
@@ -111,6 +127,7 @@ class Node:
         self._last_pump = self._last_hit = time.monotonic_ns()
         self._gap = 1 << 62
         self._credit = CREDIT_CAP_NS
+        self._idle_turns, self._hot_turns = 0, getattr(loop, "hot_turns", 1 << 62)
         self._one_cpu = len(os.sched_getaffinity(0)) == 1
         us, slow = engine.settings, _slowness(self.lib.sh_clock)
         self._hot_ns = us.hot_us * 1000 * slow
@@ -118,7 +135,6 @@ class Node:
         yield_ns = 0 if self._one_cpu else 1000
         self.lib.sh_node_settings(self.nd, us.hold_us * 1000, us.busy_poll_us * 1000 * slow, yield_ns)
         self.context.run(loop.add_reader, keeper.fd, self._wake)
-        self._timer = loop.call_later(0.1, self._tick, context=self.context)
         self.closed = False
         self.begin_turn()
 
@@ -160,13 +176,10 @@ class Node:
             self.queue.pop()
 
     def _wake(self) -> None:
+        """A bell moved, or the keeper beat."""
         self.keeper.drain()
         self._armed = False
-        if not self.scheduled:
-            self._pump()
-
-    def _tick(self) -> None:
-        self._timer = self.loop.call_later(0.1, self._tick, context=self.context)
+        self.flushed()
         if not self.scheduled:
             self._pump()
 
@@ -205,9 +218,10 @@ class Node:
         since, self._last_pump = now - self._last_pump, now
         if moved != self._moved:
             self._moved = moved
-            self._gap, self._last_hit = now - self._last_hit, now
+            self._gap, self._last_hit, self._idle_turns = now - self._last_hit, now, 0
             self._credit = min(self._credit + since, CREDIT_CAP_NS)
         else:
+            self._idle_turns += 1
             hot = now - self._last_hit < self._hot_ns
             self._credit = (
                 max(self._credit - since, 0) if hot else min(self._credit + since // 4, CREDIT_CAP_NS)
@@ -216,7 +230,12 @@ class Node:
             return True
         if self._one_cpu and not self.engine.peers.strangers:
             return False  # whoever would answer needs this CPU
-        return self._gap < self._hot_ns and now - self._last_hit < self._hot_ns and self._credit > 0
+        return (
+            self._gap < self._hot_ns
+            and now - self._last_hit < self._hot_ns
+            and self._credit > 0
+            and self._idle_turns < self._hot_turns
+        )
 
     def _dispatch(self, kind: str, target: Any, arg: Any) -> None:
         if kind == "ready":
@@ -230,6 +249,8 @@ class Node:
                 target.handler(arg)
         elif kind == "connected":
             target.handler.connected()
+        elif kind == "endpoint":
+            target.happened()
         elif kind == "failed":
             target.handler.failed(arg)
         elif kind == "down":
@@ -241,31 +262,11 @@ class Node:
 
     def find(self, host: Any, port: int, tried: tuple[int, ...]) -> Peer:
         """Who is to be asked for (host, port). Raises socket.gaierror, ConnectionRefusedError."""
-        engine = self.engine
-        if isinstance(host, int) and not isinstance(host, bool):
-            if not 0 <= host < engine.layout.peers:
-                raise name_unknown(host, [str(p.section) for p in engine.peers.all if p.live])
-            engine.peers.refresh_all(time.monotonic_ns())
-            peer = engine.peers[host]
-            if not peer.live:
-                raise name_unknown(host, [str(p.section) for p in engine.peers.all if p.live])
-            if host in tried or not engine.listeners.flags(peer, port):
-                raise port_refused(host, port)
-            return peer
-        name = None if host is None or host == "" or is_local(host) else self._name(host)
-        found, known = engine.listeners.elsewhere(name, port, exclude=tried)
-        if not found:
-            raise port_refused(host, port) if known else name_unknown(host, list(engine.peers.names()))
-        fresh = [p for p in found if p.samples <= found[0].samples]
-        return engine.rng.choice(fresh)
+        return self.engine.listeners.find(host, port, exclude=tried)
 
-    def _name(self, host: str) -> str:
-        try:
-            return normalize_name(host)
-        except ValueError as error:
-            unknown = name_unknown(host, list(self.engine.peers.names()))
-            unknown.strerror = f"{error}"
-            raise unknown from None
+    def peer_name(self, host: str) -> str:
+        """The one spelling of a peer's name. Raises socket.gaierror for what is none."""
+        return self.engine.listeners.peer_name(host)
 
     async def connect(self, host: Any, port: int, local_port: int = 0) -> Connection:
         """A connection in OPEN. Raises what find() does, OSError (ENOBUFS), ConnectionResetError when the
@@ -305,16 +306,27 @@ class Node:
         """Listen for all peers, or for those of this machine when every host is a loopback. Raises OSError
         (EADDRNOTAVAIL, EADDRINUSE)."""
         self.check()
-        local_only = True
-        for host in hosts:
-            if is_local(host):
-                continue
-            if not is_any(host) and self._own(host) is False:
-                raise address_unavailable(host, [self.name])
-            local_only = False
+        local_only = self._local_only(hosts)
         # Each pass of the pump hands over all that it accepted: whoever came in one pass is no backlog.
         backlog = max(backlog, MESSAGES_PER_PASS * self.engine.layout.peers)
         return self.engine.listen(port, backlog=backlog, reuse_port=reuse_port, local_only=local_only)
+
+    def bind_datagram(
+        self, host: Any, port: int, *, reuse_port: bool = False, remote: tuple[Any, int] | None = None
+    ) -> Endpoint:
+        """A port for datagrams (0: one is chosen), under the rules of listen(). `remote`: connected to there.
+        Raises what listen() does, and socket.gaierror when nobody has the remote name."""
+        self.check()
+        return self.engine.datagrams.bind(
+            port, reuse_port=reuse_port, local_only=self._local_only([host]), remote=remote
+        )
+
+    def _local_only(self, hosts: list[Any]) -> bool:
+        """Is every host a loopback? Raises OSError (EADDRNOTAVAIL) for one that is not this node's."""
+        for host in hosts:
+            if not is_local(host) and not is_any(host) and not self._own(host):
+                raise address_unavailable(host, [self.name])
+        return all(is_local(host) for host in hosts)
 
     def _own(self, host: Any) -> bool:
         try:
@@ -325,7 +337,7 @@ class Node:
     # -- the end
 
     def flushed(self) -> None:
-        """A transport got rid of what it held."""
+        """A transport got rid of what it held, or time went by."""
         if self._flushed is not None and not self._flushed.done():
             self._flushed.set_result(None)
 
@@ -334,13 +346,11 @@ class Node:
         closed as the end of the process would."""
         if self.closed or os.getpid() != self.pid:
             return
-        deadline = self.loop.time() + self.engine.settings.flush_s
+        end = time.monotonic() + self.engine.settings.flush_s
         try:
-            while self.engine.alive and any(t.flushing for t in self.transports):
-                if (left := deadline - self.loop.time()) <= 0:
-                    break
+            while self.engine.alive and time.monotonic() < end and any(t.flushing for t in self.transports):
                 self._flushed = self.loop.create_future()
-                await asyncio.wait([self._flushed], timeout=left)
+                await self._flushed  # each beat of the keeper ends it
         finally:
             self.close()
 
@@ -357,7 +367,6 @@ class Node:
         self.lib.sh_node_own(self.nd)  # at exit, the thread of the loop may be gone
         if not self.loop.is_closed():
             self.loop.remove_reader(self.keeper.fd)
-            self._timer.cancel()
         for transport in list(self.transports):
             transport.node_closed()
         opening = [c.handler for c in self.engine.connections.values() if isinstance(c.handler, _Opening)]

@@ -6,8 +6,13 @@ import asyncio
 import contextvars
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from shmsock.aio import names
+from shmsock.aio.pseudosocket import PseudoSocket
+from shmsock.aio.streams import adopt
+from shmsock.aio.tls import Tls
 from shmsock.aio.transport import ShmTransport
 from shmsock.fabric.connection import Connection
 from shmsock.fabric.listeners import Listener
@@ -18,17 +23,10 @@ if TYPE_CHECKING:
 __all__ = ["Server"]
 
 
-class _ListeningSocket:
-    """What `Server.sockets` holds: enough to ask for the address."""
-
-    def __init__(self, name: str, port: int) -> None:
-        self._address = (name, port)
-
-    def getsockname(self) -> tuple[str, int]:
-        return self._address
-
-    def __repr__(self) -> str:
-        return f"<shmsock listening socket {self._address}>"
+def _shook_hands(transport: ShmTransport, waiter: asyncio.Future[None]) -> None:
+    """A handshake that failed ends its connection; the TLS code has said why where that is of interest."""
+    if waiter.cancelled() or waiter.exception() is not None:
+        transport.close()
 
 
 class Server(asyncio.AbstractServer):
@@ -44,11 +42,14 @@ class Server(asyncio.AbstractServer):
         *,
         backlog: int,
         reuse_port: bool,
+        tls: Tls | None = None,
+        numeric: bool = False,
     ) -> None:
-        self._node, self._factory = node, factory
+        self._node, self._factory, self._tls, self._numeric = node, factory, tls, numeric
         self._context = contextvars.copy_context()
         self._listener: Listener | None = node.listen(hosts, port, backlog=backlog, reuse_port=reuse_port)
-        self._socket = _ListeningSocket(node.name, self._listener.port)
+        name = names.numeric(node, node.section) if numeric else node.name
+        self._socket = PseudoSocket((name, self._listener.port), None, lambda: -1)
         self._serving = self._listener.serving = False
         self._listener.handler = self._accept
         self._forever: asyncio.Future[None] | None = None
@@ -66,17 +67,24 @@ class Server(asyncio.AbstractServer):
     def _accept(self, conn: Connection) -> None:
         # A context of its own for each: contextvars of one client are never seen in another's handler.
         context = self._context.copy()
-        context.run(self._made, conn, context).begin_reading()
+        context.run(self._made, conn, context)
 
-    def _made(self, conn: Connection, context: contextvars.Context) -> ShmTransport:
+    def _made(self, conn: Connection, context: contextvars.Context) -> None:
         try:
-            protocol = self._factory()
+            protocol: asyncio.BaseProtocol = self._factory()
+            waiter = None
+            if self._tls is not None:
+                waiter = self._node.loop.create_future()
+                protocol = self._tls.wrap(self._node.loop, protocol, waiter)
+            else:
+                adopt(protocol)
         except BaseException:
             conn.abort()
             raise
-        transport = ShmTransport(self._node, conn, protocol, context, self)
+        transport = ShmTransport(self._node, conn, protocol, context, self, numeric=self._numeric)
         transport.start()
-        return transport
+        if waiter is not None:
+            waiter.add_done_callback(partial(_shook_hands, transport))
 
     def _attach(self, transport: ShmTransport) -> None:
         self._transports.add(transport)
@@ -99,7 +107,8 @@ class Server(asyncio.AbstractServer):
         return () if self._listener is None else (self._socket,)
 
     def get_loop(self) -> asyncio.AbstractEventLoop:
-        return self._node.loop
+        loop: asyncio.AbstractEventLoop = self._node.loop
+        return loop
 
     def is_serving(self) -> bool:
         return self._serving

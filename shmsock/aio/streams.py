@@ -8,22 +8,18 @@ only after the last await of an operation, so cancelling loses none.
 from __future__ import annotations
 
 import asyncio
-import contextvars
+import ssl
 import threading
 import warnings
 import weakref
-from asyncio.streams import _DEFAULT_LIMIT  # type: ignore[attr-defined]
-from collections.abc import Awaitable, Callable
 from typing import Any
 
-from shmsock.address import check_port
-from shmsock.aio.attach import current_node
 from shmsock.aio.driver import Node, yield_once
-from shmsock.aio.server import Server
+from shmsock.aio.tls import start_tls
 from shmsock.aio.transport import ShmTransport
 from shmsock.fabric.connection import CLOSED, EMPTY, EOF, RESET, STALE, YIELD, State
 
-__all__ = ["ShmStreamReader", "ShmStreamWriter", "open_connection", "start_server"]
+__all__ = ["ShmStreamReader", "ShmStreamReaderProtocol", "ShmStreamWriter", "adopt"]
 
 COPY_MAX = 1 << 20
 IDLE_MAX = 4096  # bytes that the pump moves into a buffer that nobody reads
@@ -170,6 +166,9 @@ class ShmStreamReader(asyncio.StreamReader):
                 await yield_once()
                 if len(self._buffer) != had:
                     return  # the pump took them in meanwhile, as nobody was waiting
+                # Others may have used up this turn as well: a turn without bytes is enough.
+                if self._direct and self._take_over(node.lib.sh_read_now(self._ep, min(room, COPY_MAX))) > 0:
+                    return
             elif status == EMPTY and not node.lib.sh_arm(self._ep):
                 await self._sleep(func_name)
                 self._check()
@@ -186,6 +185,8 @@ class ShmStreamReader(asyncio.StreamReader):
             )
         self._waiter = self._loop.create_future()
         self._fast = False
+        if self._direct and self._transport._poll is not None:
+            self._transport.update_poll()
         try:
             await self._waiter
         except asyncio.CancelledError:
@@ -242,6 +243,43 @@ class ShmStreamReader(asyncio.StreamReader):
             self._take_over(self._node.lib.sh_read_now(self._ep, IDLE_MAX - len(self._buffer)))
 
 
+async def drain(transport: ShmTransport) -> None:
+    """Until the protocol may write again, or its connection is closing. Raises BrokenPipeError."""
+    node = transport.node
+    if not node.closed:
+        if not node.scheduled:
+            node.begin_turn()
+        if node.lib.sh_over(node.nd):
+            await yield_once()
+    if not transport.calm:
+        await _wait_for_space(transport, node)
+
+
+async def _wait_for_space(transport: ShmTransport, node: Node) -> None:
+    transport._check_thread()
+    lib = node.lib
+    while transport._protocol_paused and not transport._closing and transport._broken is None:
+        is_open = transport.conn.state is State.OPEN
+        space = lib.sh_wait_space(transport._ep, node.may_spin()) if is_open else CLOSED
+        if space > 0:
+            transport._flush()
+            if lib.sh_over(node.nd):
+                await yield_once()
+        elif space == 0:
+            waiter = node.loop.create_future()
+            transport.space_waiters.append(waiter)
+            try:
+                await waiter
+            finally:
+                transport.space_waiters.remove(waiter)
+        else:
+            transport._flush()  # finds out the same, and acts on it
+        if not node.scheduled:
+            node.begin_turn()
+    if transport._broken is not None:
+        raise transport._broken
+
+
 class ShmStreamWriter(asyncio.StreamWriter):
     """asyncio.StreamWriter with a drain() that costs little when there is nothing to wait for."""
 
@@ -262,38 +300,35 @@ class ShmStreamWriter(asyncio.StreamWriter):
             transport.drains += 1
             if transport.drains & 7:
                 return
-        node = transport.node
-        if not node.scheduled:
-            node.begin_turn()
-        if node.lib.sh_over(node.nd):
-            await yield_once()
-        if not transport.calm:
-            await self._drain_slowly(transport, node)
-
-    async def _drain_slowly(self, transport: ShmTransport, node: Node) -> None:
-        transport._check_thread()
-        lib = node.lib
-        while transport._protocol_paused and not transport._closing and transport._broken is None:
-            is_open = transport.conn.state is State.OPEN
-            space = lib.sh_wait_space(transport._ep, node.may_spin()) if is_open else CLOSED
-            if space > 0:
-                transport._flush()
-                if lib.sh_over(node.nd):
-                    await yield_once()
-            elif space == 0:
-                waiter = node.loop.create_future()
-                transport.space_waiters.append(waiter)
-                try:
-                    await waiter
-                finally:
-                    transport.space_waiters.remove(waiter)
-            else:
-                transport._flush()  # finds out the same, and acts on it
-            if not node.scheduled:
-                node.begin_turn()
-        if transport._broken is not None:
-            raise transport._broken
         await super().drain()
+
+    async def start_tls(
+        self,
+        sslcontext: ssl.SSLContext,
+        *,
+        server_hostname: str | None = None,
+        ssl_handshake_timeout: float | None = None,
+        ssl_shutdown_timeout: float | None = None,
+    ) -> None:
+        """As asyncio's (which has it from 3.11 on), on every loop and version: from here on all is
+        encrypted, and this writer is a plain asyncio.StreamWriter."""
+        protocol: Any = self._protocol  # type: ignore[attr-defined]
+        if not self._transport.calm:
+            await self.drain()  # not otherwise: it may let the loop turn, and the peer's handshake come early
+        transport = await start_tls(
+            self._loop,  # type: ignore[attr-defined]
+            self._transport,
+            protocol,
+            sslcontext,
+            server_side=protocol._client_connected_cb is not None,
+            server_hostname=server_hostname,
+            ssl_handshake_timeout=ssl_handshake_timeout,
+            ssl_shutdown_timeout=ssl_shutdown_timeout,
+        )
+        self.__dict__.pop("write", None)
+        self.__class__ = asyncio.StreamWriter  # type: ignore[assignment]
+        self._transport = protocol._transport = transport
+        protocol._over_ssl = True
 
     def __del__(self) -> None:
         # asyncio's own closes here; the collector may run on another thread than the loop's, where that is
@@ -308,8 +343,11 @@ class ShmStreamWriter(asyncio.StreamWriter):
         warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2)
 
 
-class _ClientProtocol(asyncio.StreamReaderProtocol):
-    """Takes the reader into direct mode as soon as there is a transport."""
+class ShmStreamReaderProtocol(asyncio.StreamReaderProtocol):
+    """Takes its reader into direct mode as soon as there is a transport, and waits for space as reads wait
+    for bytes."""
+
+    _transport: Any
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         reader = self._stream_reader  # type: ignore[attr-defined]
@@ -317,80 +355,20 @@ class _ClientProtocol(asyncio.StreamReaderProtocol):
             reader._attach(transport)
         super().connection_made(transport)
 
-
-def _accepting(callback: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    def with_fast_writer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Any:
-        writer.__class__ = ShmStreamWriter
-        return callback(reader, writer._attach())  # type: ignore[attr-defined]
-
-    return with_fast_writer
-
-
-async def open_connection(
-    host: str | int | None = None,
-    port: int | None = None,
-    *,
-    limit: int = _DEFAULT_LIMIT,
-    local_addr: tuple[str | None, int] | None = None,
-    region: str | None = None,
-    name: str | None = None,
-    node: Node | None = None,
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """asyncio.open_connection over shared memory: connect to `port` of the peer named `host`.
-
-    `host`: a peer's name, a section number, or None / "localhost" for this machine. `limit`: bytes, as
-    asyncio's. `local_addr`: only its port counts. `region`, `name`: see attach(); the implicit node of this
-    loop is used, or `node`.
-
-    Raises socket.gaierror (nobody has the name), ConnectionRefusedError (nobody listens there), OSError
-    (ENOBUFS: no slot or no memory for a ring), ConnectionResetError (the peer went away). A peer whose loop
-    is blocked is waited for; cancel to give up: nothing is left behind.
-    """
-    node = node or await current_node(region, name)
-    if port is None:
-        raise ValueError("a port is needed to connect")
-    local_port = check_port(local_addr[1]) if local_addr else 0
-    loop = node.loop
-    reader = ShmStreamReader(limit=limit, loop=loop)
-    protocol = _ClientProtocol(reader, loop=loop)
-    conn = await node.connect(host, check_port(port), local_port)
-    transport = ShmTransport(node, conn, protocol, contextvars.copy_context())
-    transport.start()
-    transport.begin_reading()
-    return reader, ShmStreamWriter(transport, protocol, reader, loop)._attach()
+    async def _drain_helper(self) -> None:
+        transport = self._transport
+        if isinstance(transport, ShmTransport):
+            await drain(transport)
+            if transport.is_closing():
+                await asyncio.sleep(0)  # connection_lost() comes first, and says what is to be raised
+        await super()._drain_helper()  # type: ignore[misc]
 
 
-async def start_server(
-    client_connected_cb: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None] | None],
-    host: Any = None,
-    port: int | None = None,
-    *,
-    limit: int = _DEFAULT_LIMIT,
-    backlog: int = 100,
-    reuse_port: bool | None = None,
-    start_serving: bool = True,
-    region: str | None = None,
-    name: str | None = None,
-    node: Node | None = None,
-) -> Server:
-    """asyncio.start_server over shared memory: call `client_connected_cb(reader, writer)` for each connection
-    to `port`.
-
-    `host`: None, "" or the own name for all peers, "localhost" for those of this machine. `port`: None or 0:
-    one is chosen. `backlog`: connections accepted and not yet handled. `reuse_port`: several processes of one
-    host may share the port.
-
-    Raises OSError (EADDRINUSE, EADDRNOTAVAIL), and what attach() raises.
-    """
-    node = node or await current_node(region, name)
-    loop = node.loop
-
-    def factory() -> asyncio.StreamReaderProtocol:
-        reader = ShmStreamReader(limit=limit, loop=loop)
-        return _ClientProtocol(reader, _accepting(client_connected_cb), loop=loop)
-
-    hosts = list(host) if isinstance(host, (list, tuple, set)) else [host]
-    server = Server(node, hosts, check_port(port or 0), factory, backlog=backlog, reuse_port=bool(reuse_port))
-    if start_serving:
-        await server.start_serving()
-    return server
+def adopt(protocol: asyncio.BaseProtocol) -> None:
+    """Give stock streams the straight way: exactly asyncio's protocol over exactly asyncio's reader, as its
+    open_connection() and start_server() make them, become ours."""
+    if type(protocol) is asyncio.StreamReaderProtocol:
+        reader = protocol._stream_reader  # type: ignore[attr-defined]
+        if type(reader) is asyncio.StreamReader:
+            reader.__class__ = ShmStreamReader
+            protocol.__class__ = ShmStreamReaderProtocol

@@ -1,8 +1,7 @@
 """The transport of a shared-memory connection: asyncio's contract on top, one engine connection below.
 
 Two ways lead the bytes to the user. In direct mode a stream reader takes them from the ring itself
-(streams.py), and the transport only wakes it. Otherwise the pump delivers them to the protocol by
-data_received().
+(streams.py), and the transport only wakes it. Otherwise the pump delivers them to the protocol (reading.py).
 """
 
 from __future__ import annotations
@@ -11,55 +10,47 @@ import asyncio
 import contextvars
 import errno
 import os
+import socket
+import struct
 import threading
 import warnings
-from asyncio import transports as _transports
+import weakref
+from asyncio.constants import _SendfileMode
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from shmsock.aio import names
+from shmsock.aio.pseudosocket import PseudoSocket
+from shmsock.aio.reading import ReadSide
 from shmsock.errors import forked, wrong_thread
-from shmsock.fabric.connection import CLOSED, DATA, EMPTY, EOF, REL, SPACE, STALE, YIELD, Connection, State
+from shmsock.fabric.connection import CLOSED, DATA, REL, SPACE, STALE, Connection, State
 
 if TYPE_CHECKING:
     from shmsock.aio.driver import Node
     from shmsock.aio.server import Server
-    from shmsock.aio.streams import ShmStreamReader
 
 __all__ = ["ShmTransport"]
 
-if TYPE_CHECKING:
-
-    class _FlowControl(asyncio.Transport):
-        """What asyncio's own write limits look like; asyncio knows them by this very class when it sends
-        files."""
-
-        _loop: asyncio.AbstractEventLoop
-        _protocol_paused: bool
-
-        def __init__(self, extra: dict[str, Any], loop: asyncio.AbstractEventLoop) -> None: ...
-        def _maybe_pause_protocol(self) -> None: ...
-        def _maybe_resume_protocol(self) -> None: ...
-else:
-    _FlowControl = _transports._FlowControlMixin
-
-COPY_MAX = 1 << 20
-DELIVER_MAX = 256 * 1024  # bytes given to one protocol in one pass
+NO_LINGER = struct.pack("ii", 1, 0)
 _get_ident = threading.get_ident
 
 
-def _fill(protocol: asyncio.BufferedProtocol, view: memoryview) -> None:
-    while view:
-        buffer = memoryview(protocol.get_buffer(len(view))).cast("B")
-        if not buffer:
-            raise RuntimeError("get_buffer() returned an empty buffer")
-        n = min(len(buffer), len(view))
-        buffer[:n] = view[:n]
-        view = view[n:]
-        protocol.buffer_updated(n)
+def _set_result(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
 
 
-class ShmTransport(_FlowControl, asyncio.Transport):
+def _fileno_of(transport: weakref.ref[ShmTransport]) -> int:
+    found = transport()
+    return -1 if found is None else found.fileno()
+
+
+class ShmTransport(ReadSide):
     """A stream between two peers of a region. `get_extra_info` knows "peername" and "sockname", as (name,
-    port)."""
+    port), and "socket". `numeric`: internet addresses stand for the names."""
+
+    _start_tls_compatible = True
+    _sendfile_compatible = _SendfileMode.FALLBACK
 
     def __init__(
         self,
@@ -68,8 +59,14 @@ class ShmTransport(_FlowControl, asyncio.Transport):
         protocol: asyncio.BaseProtocol,
         context: contextvars.Context,
         server: Server | None = None,
+        *,
+        numeric: bool = False,
     ) -> None:
-        super().__init__({"peername": conn.remote, "sockname": conn.local}, node.loop)
+        local, remote = conn.local, conn.remote
+        if numeric:
+            local = (names.numeric(node, node.section), local[1])
+            remote = (names.numeric(node, conn.peer), remote[1])
+        super().__init__(protocol, {"peername": remote, "sockname": local, "shmsock_node": node}, node.loop)
         self.node, self.conn, self.context = node, conn, context
         self._ep, self._write_ring, self._ident = conn.ep, conn.engine.lib.sh_write, node.ident
         self._server = server
@@ -80,13 +77,9 @@ class ShmTransport(_FlowControl, asyncio.Transport):
         self._closing = False
         self._lost = False  # connection_lost() is on its way, or was called
         self._writes_after_loss = 0
-        self._read_eof = False
         self._wrote_in_vain = False
         self._broken: OSError | None = None  # the peer takes no more; what it wrote is still to be read
-        self._reading_paused = False
         self.space_waiters: list[asyncio.Future[None]] = []  # of drain()
-        self.reader: Any = None  # weak reference to a reader in direct mode
-        self._protocol = protocol
         conn.handler = self
         node.transports.add(self)
         if server is not None:
@@ -96,62 +89,41 @@ class ShmTransport(_FlowControl, asyncio.Transport):
         state = "closed" if self._lost else "closing" if self._closing else "open"
         return f"<ShmTransport {state} {self.conn.local} - {self.conn.remote}>"
 
-    def start(self) -> None:
-        """connection_made, in the context of the caller; begin_reading() follows, outside of it."""
+    def start(self, waiter: asyncio.Future[None] | None = None) -> None:
+        """connection_made(), then reading begins, then `waiter` is told: each by call_soon, as asyncio has
+        it."""
+        call_soon, context = self._loop.call_soon, self.context
+        call_soon(self._connection_made, context=context)
+        call_soon(self._begin_reading, context=self.node.context)
+        if waiter is not None:
+            call_soon(_set_result, waiter)
+
+    def _connection_made(self) -> None:
         if self.conn.state is State.FREE:
             self.freed()
         self._protocol.connection_made(self)  # may be the eager task of a client callback
 
-    def begin_reading(self) -> None:
-        if not self._lost:
-            self.ready(DATA)
+    def _begin_reading(self) -> None:
+        self._reading = True
+        self.ready(DATA | SPACE)  # also what came before
 
-    # -- protocol and reading
-
-    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
-        """Ends direct mode for good: bytes that the reader took already stay in its buffer, the rest goes to
-        `protocol`."""
-        self._protocol = protocol
-        reader = self.reader() if self.reader is not None else None
-        if reader is not None:
-            reader._detach()
-        self.reader = None
-        if not self._lost:
-            self.node.loop.call_soon(self.ready, DATA)
-
-    def get_protocol(self) -> asyncio.BaseProtocol:
-        return self._protocol
-
-    def adopt(self, reader: ShmStreamReader, reference: Any) -> None:
-        """Direct mode: `reader` takes bytes from the ring."""
-        self.reader = reference
-
-    def is_reading(self) -> bool:
-        return not self._reading_paused and not self._closing
-
-    def pause_reading(self) -> None:
-        self._reading_paused = True
-
-    def resume_reading(self) -> None:
-        if self._reading_paused and not self._closing:
-            self._reading_paused = False
-            if self.reader is None:
-                self.node.loop.call_soon(self._resumed)
-
-    def _resumed(self) -> None:
-        if not self._lost and self.reader is None:
-            self.ready(DATA)
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        if name == "socket" and name not in self._extra:
+            self._extra[name] = PseudoSocket(
+                self._extra["sockname"], self._extra["peername"], partial(_fileno_of, weakref.ref(self))
+            )
+        return self._extra.get(name, default)
 
     # -- events of the engine
 
     def ready(self, bits: int) -> None:
         """The engine saw something: bytes, space, FIN, REL or an error of the connection."""
-        if self._lost:
+        if self._lost or not self._reading:
             return
         if self.conn.state is State.FREE:
             self._ended()
             return
-        if self._pending or self.space_waiters:
+        if self._waits_for_space:
             if bits & SPACE:
                 self._flush()
             if bits & REL or self.conn.orphaned_ns:
@@ -167,6 +139,8 @@ class ShmTransport(_FlowControl, asyncio.Transport):
             self._deliver()
         if self.conn.error is not None and not self._lost and reader is None:
             self.force_close(self.conn.error)
+        if self._poll is not None:
+            self.update_poll()
 
     def failed(self, error: OSError) -> None:
         self.force_close(error)
@@ -183,66 +157,10 @@ class ShmTransport(_FlowControl, asyncio.Transport):
         if self.conn.error is not None:
             self.force_close(self.conn.error)
             return
-        if self._pending or self.space_waiters:
+        if self._waits_for_space:
             self._write_failed()
         if not (self._lost or self._closing) and (self.reader is not None or not self._reading_paused):
             self.got_eof()
-
-    def _deliver(self) -> None:
-        """Protocol mode: hand over what is there, bounded, and come again if more is."""
-        given = 0
-        while given < DELIVER_MAX and not (
-            self._reading_paused or self._closing or self._lost or self.reader
-        ):
-            data = self.conn.read(COPY_MAX)
-            if isinstance(data, int):
-                if data == EOF:
-                    self.got_eof()
-                elif data not in (EMPTY, YIELD) and self.conn.error is not None:
-                    self.force_close(self.conn.error)
-                return
-            given += len(data)
-            self._give(data)
-        if not (self._reading_paused or self._closing or self._lost):
-            self.node.loop.call_soon(self._resumed)
-
-    def _give(self, data: bytes) -> None:
-        protocol = self._protocol
-        try:
-            if isinstance(protocol, asyncio.BufferedProtocol):
-                self.context.run(_fill, protocol, memoryview(data))
-            else:
-                self.context.run(protocol.data_received, data)  # type: ignore[attr-defined]
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except BaseException as error:
-            self._fatal_error(error, "Fatal error: protocol.data_received() call failed.")
-
-    def _discard(self) -> None:
-        given = 0
-        while isinstance(data := self.conn.read(COPY_MAX), bytes):
-            given += len(data)
-            if given >= DELIVER_MAX:
-                self.node.loop.call_soon(self.ready, DATA, context=self.node.context)
-                return
-        if data == EOF:
-            self._read_eof = True
-
-    def got_eof(self) -> None:
-        """FIN was read. The protocol says whether the write side stays open."""
-        if self._read_eof:
-            return
-        self._read_eof = True
-        if self.reader is not None:  # called by a reader, maybe from within this very context (an eager task)
-            keep = self._protocol.eof_received()  # type: ignore[attr-defined]
-        else:
-            keep = self.context.run(self._protocol.eof_received)  # type: ignore[attr-defined]
-        if self.conn.state is State.FREE and (self._pending or self.space_waiters):
-            self._write_failed()  # that was the end of the connection, and nobody comes back to say so
-        elif self._broken is not None:
-            self.force_close(self._broken)
-        elif not keep:
-            self.close()
 
     # -- writing
 
@@ -356,6 +274,10 @@ class ShmTransport(_FlowControl, asyncio.Transport):
             self.node.flushed()
         self._wake_writer()
 
+    @property
+    def _waits_for_space(self) -> bool:
+        return bool(self._pending or self.space_waiters)
+
     def _settle(self) -> None:
         is_open = self.conn.state is State.OPEN
         self.calm = is_open and not (self._pending or self._closing or self._eof_wanted or self._broken)
@@ -401,23 +323,46 @@ class ShmTransport(_FlowControl, asyncio.Transport):
             self._finish_close()
 
     def _finish_close(self) -> None:
-        self.conn.close()
+        self._hang_up()
         self._end(None)
 
+    def _hang_up(self) -> None:
+        """FIN; or, when bytes are left that nobody will read, what tells the peer that they were lost: a reset
+        behind what was written. That is what a TCP socket closed with bytes in it does (RFC 2525, 2.17).
+
+        A stream reader counts as having read what asyncio's would have: it reads ahead up to its limits."""
+        left = 0 if self._read_eof else self.conn.available()
+        reader = self.reader() if self.reader is not None else None
+        if reader is not None:
+            left -= 2 * reader._limit - len(reader._buffer)
+        if left > 0:
+            self.conn.cut()
+        else:
+            self.conn.close()
+
     def abort(self) -> None:
-        """Reset the connection. connection_lost(None) follows."""
+        """Close at once: what the ring had no room for is lost, what was published still arrives, and then
+        the end, as when a TCP socket is closed. (As there, it is a reset with SO_LINGER of 0 s set on the
+        pseudo-socket.) connection_lost(None) follows."""
         self._check_thread()
         self.force_close(None)
 
     def force_close(self, error: BaseException | None) -> None:
-        """RST; what was not written is lost. connection_lost(error) follows."""
+        """As abort(), and connection_lost(error) follows."""
         if self._lost:
             return
         self._closing, self.calm = True, False
         self._pending.clear()
         if self.node.engine.alive:
-            self.conn.abort()
+            if self._linger() == NO_LINGER:
+                self.conn.abort()
+            else:
+                self._hang_up()
         self._end(error)
+
+    def _linger(self) -> Any:
+        sock = self._extra.get("socket")
+        return sock and sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8)
 
     _force_close = force_close  # asyncio's TLS code calls it by this name
 
@@ -425,6 +370,8 @@ class ShmTransport(_FlowControl, asyncio.Transport):
         if self._lost:
             return
         self._lost = True
+        if self._poll is not None:
+            self._poll.close()
         self.node.transports.discard(self)
         self.node.flushed()
         self._wake_writer()
@@ -460,7 +407,7 @@ class ShmTransport(_FlowControl, asyncio.Transport):
                 self._pending.clear()
                 self.conn.cut()
             else:
-                self.conn.close()
+                self._hang_up()
             self._end(None)
 
     def __del__(self, _warn: Any = warnings.warn) -> None:

@@ -5,6 +5,8 @@ Run by path it imports nothing of shmsock unless it is told to, so that the TCP 
     python bench_handlers.py --module asyncio --loop uvloop --role server
     python bench_handlers.py --module shmsock --loop asyncio --role client --host localhost --port 7000
 
+With --shm-loop asyncio's own functions run on shmsock's loop, where a host that ends in .shm is a peer.
+
 Prints JSON: the server its address, the client what it measured. The server ends with its standard input.
 """
 
@@ -114,16 +116,36 @@ async def serve(module: Any, options: argparse.Namespace) -> None:
     server.close()
 
 
-def runner(loop: str) -> Callable[[Any], Any]:
-    """asyncio.run or uvloop.run."""
-    run: Callable[[Any], Any] = importlib.import_module(loop).run
-    return run
+async def report(module: Any, options: argparse.Namespace) -> None:
+    found = await client(module, options)
+    foreign = sorted(name for name in sys.modules if name.partition(".")[0] == "shmsock")
+    found["shmsock_modules"] = len(foreign)
+    print(json.dumps(found), flush=True)
+
+
+def runner(loop: str, shm: bool) -> Callable[[Any], Any]:
+    """asyncio.run or uvloop.run, or the same on a loop that knows `.shm` hosts."""
+    module = importlib.import_module(loop)
+    if not shm:
+        run: Callable[[Any], Any] = module.run
+        return run
+
+    def run_on(main: Any) -> None:
+        made = importlib.import_module("shmsock").loop_factory(module.new_event_loop)()
+        try:
+            made.run_until_complete(main)
+            made.run_until_complete(made.shutdown_asyncgens())
+        finally:
+            made.close()
+
+    return run_on
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--module", choices=("asyncio", "shmsock"), required=True)
     parser.add_argument("--loop", choices=("asyncio", "uvloop"), required=True)
+    parser.add_argument("--shm-loop", action="store_true")
     parser.add_argument("--role", choices=("server", "client"), required=True)
     parser.add_argument("--host", default=None)
     parser.add_argument("--port", type=int, default=0)
@@ -136,14 +158,8 @@ def main() -> None:
     if options.cpu is not None:
         os.sched_setaffinity(0, {options.cpu})
     module = importlib.import_module(options.module)
-    run = runner(options.loop)
-    if options.role == "server":
-        run(serve(module, options))
-        return
-    found = run(client(module, options))
-    foreign = sorted(name for name in sys.modules if name.partition(".")[0] == "shmsock")
-    found["shmsock_modules"] = len(foreign) if options.module == "asyncio" else None
-    print(json.dumps(found), flush=True)
+    run = runner(options.loop, options.shm_loop)
+    run(serve(module, options) if options.role == "server" else report(module, options))
 
 
 if __name__ == "__main__":

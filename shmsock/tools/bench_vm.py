@@ -73,7 +73,7 @@ class _Bench:
         }
 
     def _measure(self, variant: Variant, client: Guest, server: Guest, seconds: float) -> dict[str, Any]:
-        address = self.taps[1].ip if variant.module == "asyncio" else server.name
+        address = self.taps[1].ip if variant.is_tcp else server.name
         with server.start(role(variant, "server", "--host", address)) as serving:
             port = json.loads(serving.readline(LINE_S))["port"]
             to = ("--host", address, "--port", port, "--seconds", seconds)

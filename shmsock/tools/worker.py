@@ -24,7 +24,7 @@ from typing import IO, Any
 
 from shmsock.aio.attach import attach
 from shmsock.aio.driver import Node
-from shmsock.aio.streams import open_connection, start_server
+from shmsock.aio.endpoints import open_connection, start_server
 from shmsock.region import open_region
 
 CHUNK = 256 * 1024

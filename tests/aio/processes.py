@@ -7,6 +7,8 @@ import json
 import os
 import random
 import signal
+import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Coroutine
@@ -135,6 +137,13 @@ class Child:
 
     async def __aexit__(self, *exc: object) -> None:
         self.close()
+
+
+def reset(transport: Any) -> None:
+    """Abort with a reset, as TCP programs ask for one."""
+    sock = transport.get_extra_info("socket")
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
 
 
 _PERIOD = 65521  # a prime: no buffer size is a multiple of it

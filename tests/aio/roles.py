@@ -16,7 +16,8 @@ from typing import Any
 
 import shmsock
 from shmsock import Settings
-from tests.aio.processes import Lines, pattern, runner
+from shmsock.aio.datagram import create_datagram_endpoint
+from tests.aio.processes import Lines, pattern, reset, runner
 
 _heard = Lines(0)
 
@@ -232,7 +233,7 @@ async def converse(
     if plan.kind == ("abort here" if here else "abort there"):
         for _ in range(plan.patience):
             await asyncio.sleep(0)
-        writer.transport.abort()
+        reset(writer.transport)
     sent = await sending
     if plan.kind == "close" and here:
         writer.close()  # and what the other side has not written yet fails there
@@ -266,6 +267,49 @@ async def stress(region: str, seed: int, count: int) -> None:
         held = ("connections", "free_slots", "arena_free_bytes", "healed")
         say(json.dumps({k: (before[k], after[k]) for k in held if before[k] != after[k]}))
         await hear()
+
+
+class Datagrams(asyncio.DatagramProtocol):
+    """Echoes, and tells when it may send."""
+
+    def __init__(self) -> None:
+        self.may_send = asyncio.Event()
+        self.may_send.set()
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def datagram_received(self, data: bytes, addr: Any) -> None:
+        self.transport.sendto(data, addr)
+
+    def pause_writing(self) -> None:
+        self.may_send.clear()
+
+    def resume_writing(self) -> None:
+        self.may_send.set()
+
+
+async def datagram_echo(region: str, name: str, port: int) -> None:
+    async with shmsock.attach(region, name=name) as node:
+        transport, _ = await create_datagram_endpoint(Datagrams, (None, port), node=node, reuse_port=True)
+        say("ready")
+        await hear()
+        transport.close()
+
+
+async def datagram_source(region: str, count: int, size: int) -> None:
+    """Numbered datagrams to port 9 of "test", as fast as pause_writing allows."""
+    async with shmsock.attach(region, name="source") as node:
+        transport, protocol = await create_datagram_endpoint(Datagrams, None, ("test", 9), node=node)
+        for i in range(count):
+            transport.sendto(i.to_bytes(size, "little"))
+            if not protocol.may_send.is_set():
+                await protocol.may_send.wait()
+            elif not i % 1000:
+                await asyncio.sleep(0)
+        transport.close()
+        await hear()
+        say(json.dumps({k: v for k, v in node.statistics().items() if k.startswith("datagrams")}))
 
 
 def main() -> None:

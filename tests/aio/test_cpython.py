@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 
 import shmsock
-from shmsock.aio.streams import ShmStreamReader, _ClientProtocol
+from shmsock.aio.streams import ShmStreamReader, ShmStreamReaderProtocol
 from shmsock.aio.transport import ShmTransport
 from shmsock.testing import make_region
 from tests.aio.conftest import until
@@ -48,19 +48,21 @@ NOT_THE_READER = {
     "tests of exceptions": """
         test_IncompleteReadError_pickleable test_LimitOverrunError_pickleable
     """,
-    "tests of asyncio's functions and its writer, over TCP, TLS and Unix sockets": """
+    "tests of streams on a loop: test_cpython_loop.py": """
         test_async_writer_api test_async_writer_api_exception_after_close test_drain_raises
         test_eof_feed_when_closing_writer test_loop_is_closed_resource_warnings
-        test_multiple_drain test_open_connection test_open_connection_error
-        test_open_connection_no_loop_ssl test_open_unix_connection test_open_unix_connection_error
-        test_open_unix_connection_no_loop_ssl test_start_server test_start_tls
-        test_start_unix_server test_unclosed_resource_warnings
+        test_open_connection test_open_connection_error test_open_connection_no_loop_ssl
+        test_start_server test_start_tls test_unclosed_resource_warnings
         test_unclosed_server_resource_warnings test_unhandled_cancel test_unhandled_exception
         test_unhandled_exceptions test_wait_closed_on_close
         test_wait_closed_on_close_with_unread_data
     """,
+    "tests over Unix sockets": """
+        test_open_unix_connection test_open_unix_connection_error
+        test_open_unix_connection_no_loop_ssl test_start_unix_server
+    """,
     "tests of asyncio's StreamReaderProtocol alone": """
-        test_streamreaderprotocol_constructor_use_global_loop
+        test_multiple_drain test_streamreaderprotocol_constructor_use_global_loop
         test_streamreaderprotocol_constructor_use_running_loop
         test_streamreaderprotocol_constructor_without_loop
     """,
@@ -101,7 +103,7 @@ class FedReader(ShmStreamReader):
         a, b = self.nodes
         server = await shmsock.start_server(lambda r, w: accepted.set_result((r, w)), None, 7000, node=b)
         conn = await a.connect("b", 7000)
-        protocol = _ClientProtocol(self, loop=self._loop)
+        protocol = ShmStreamReaderProtocol(self, loop=self._loop)
         ShmTransport(a, conn, protocol, contextvars.copy_context()).start()
         self.fed_by = await accepted
         server.close()

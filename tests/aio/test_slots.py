@@ -8,7 +8,7 @@ import pytest
 
 import shmsock
 from tests.aio.conftest import End, Run, World, held, until
-from tests.aio.processes import pattern
+from tests.aio.processes import pattern, reset
 
 
 async def listening(node: shmsock.Node, port: int = 7000) -> asyncio.Queue[End]:
@@ -30,7 +30,7 @@ def test_a_waiting_reader_gets_nothing_of_the_next_connection(run: Run, world: W
                 c, s = await connect(a, b, accepted)
                 reading = asyncio.create_task(s.reader.read(100))
                 await until(lambda s=s: s.reader._waiter is not None)  # type: ignore[misc]
-                c.transport.abort()
+                reset(c.transport)
                 d, t = await connect(a, b, accepted)
                 d.writer.write(b"for the next one")
                 with pytest.raises(ConnectionResetError):
@@ -55,13 +55,13 @@ def test_writes_to_an_ended_connection_go_nowhere(run: Run, world: World, how: s
                     s.writer.close()
                     assert await c.reader.read() == b""
                 elif how == "reset":
-                    s.transport.abort()
+                    reset(s.transport)
                     with pytest.raises(ConnectionResetError):
                         await c.reader.read()
                 else:
                     s.writer.write(bytes(10000))
                     await asyncio.sleep(0)
-                    s.transport.abort()
+                    reset(s.transport)
                     await until(lambda c=c: c.transport.conn.state.value == "FREE")  # type: ignore[misc]
                 d, t = await connect(a, b, accepted)
                 c.writer.write(b"astray")
@@ -88,7 +88,7 @@ def test_a_drain_of_an_ended_connection_ends(run: Run, world: World) -> None:
                 c.writer.write(bytes(3 << 20))
                 drain = asyncio.create_task(c.writer.drain())
                 await asyncio.sleep(0)
-                s.transport.abort()
+                reset(s.transport)
                 d, t = await connect(a, b, accepted)
                 with pytest.raises(ConnectionError):
                     await drain
@@ -168,7 +168,7 @@ def test_one_peer_may_have_half_of_all_slots(run: Run, region: str) -> None:
 
 
 def test_a_connection_that_is_gone_before_its_opener_looks(run: Run, world: World) -> None:
-    """The server aborts it at once, and the slot is another's before open_connection() returns."""
+    """The server resets it at once, and the slot is another's before open_connection() returns."""
 
     async def main() -> None:
         async with world.nodes() as (a, b):
@@ -178,7 +178,7 @@ def test_a_connection_that_is_gone_before_its_opener_looks(run: Run, world: Worl
                 nonlocal handled
                 handled += 1
                 if handled % 2:
-                    writer.transport.abort()
+                    reset(writer.transport)
                 else:
                     writer.write(b"well")
                     writer.close()

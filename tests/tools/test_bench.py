@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from shmsock.tools import bench, bench_handlers
-from shmsock.tools.bench import Variant, marks_of, measure, medians, private_region, times, variants
+from shmsock.tools.bench import marks_of, measure, medians, private_region, times, variants
 from shmsock.tools.child import Child, ChildError, cpus, python
 from tests.test_cli import SECONDS, bad, good, usage
 
@@ -31,7 +31,7 @@ def test_tcp_imports_nothing_of_shmsock() -> None:
         server, client, _ = cpus()
         for variant in variants():
             found = measure(variant, region, 0.05, server, client)
-            assert found["shmsock_modules"] == (0 if variant.module == "asyncio" else None)
+            assert (found["shmsock_modules"] == 0) == variant.is_tcp
             assert found["echo"]["count"] > 0
             assert 0 < found["echo"]["p50_us"] <= found["echo"]["p99_us"]
             assert found["write"]["bytes"] % bench_handlers.BLOCK == 0
@@ -50,6 +50,19 @@ def test_bench_command(tmp_path: Path) -> None:
     assert report["machine"]["kernel"] == os.uname().release
     assert {mark["what"] for mark in report["marks"]} == {"echo", "write"}
     assert regions() <= before
+
+
+def test_marks() -> None:
+    """They can be missed."""
+    figures = {"echo_p50_us": 60.0, "write_mb_s": 500.0}
+    fast = {"echo_p50_us": 2.0, "write_mb_s": 3000.0}
+    results = {"uvloop TCP": figures, "shmsock, uvloop": fast, bench.STOCK: fast}
+    assert [mark["met"] for mark in bench.marks_of(results, "two")] == [True] * 4
+    results[bench.STOCK] = {"echo_p50_us": 2.6, "write_mb_s": 2300.0}
+    assert [mark["met"] for mark in bench.marks_of(results, "two")] == [True, True, False, False]
+    assert [mark["met"] for mark in bench.marks_of(results, "one")] == [True, True]
+    results["shmsock, uvloop"] = figures
+    assert [mark["met"] for mark in bench.marks_of(results, "two")][:2] == [False, False]
 
 
 def test_bench_bad_usage() -> None:
@@ -102,7 +115,8 @@ def test_a_child_does_not_outlive_its_parents_patience() -> None:
 
 def test_where_uvloop_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "have_uvloop", lambda: False)
-    assert variants() == [Variant("asyncio", "asyncio"), Variant("shmsock", "asyncio")]
+    assert {variant.loop for variant in variants()} == {"asyncio"}
+    assert len(variants()) == 3
     assert "uvloop" not in bench.machine()
     assert "no uvloop" in bench.describe(bench.machine())
 

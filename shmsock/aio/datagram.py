@@ -1,0 +1,332 @@
+"""Datagrams for asyncio: the transport over an endpoint of the engine, and create_datagram_endpoint()."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import os
+import socket
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from shmsock.address import check_port
+from shmsock.aio import names
+from shmsock.aio.attach import current_node
+from shmsock.aio.driver import Node
+from shmsock.aio.flow import FlowControl
+from shmsock.aio.pseudosocket import PseudoSocket
+from shmsock.errors import NodeClosedError, forked, wrong_thread
+from shmsock.fabric.datagrams import BROADCAST, DATAGRAM_MAX, Endpoint
+
+__all__ = ["DATAGRAM_MAX", "ShmDatagramTransport", "create_datagram_endpoint"]
+
+
+class ShmDatagramTransport(FlowControl, asyncio.DatagramTransport):
+    """What asyncio's UDP transport is. In addition: empty datagrams are sent on every Python, one above 65507
+    bytes raises OSError (EMSGSIZE) in sendto(), and pause_reading() has what arrives kept, up to
+    Settings.datagram_queue_bytes."""
+
+    max_size = DATAGRAM_MAX
+
+    def __init__(
+        self,
+        node: Node,
+        endpoint: Endpoint,
+        protocol: asyncio.DatagramProtocol,
+        context: contextvars.Context,
+        waiter: asyncio.Future[None] | None = None,
+        *,
+        numeric: bool = False,
+    ) -> None:
+        local, remote = endpoint.local, endpoint.remote
+        if numeric:
+            local, remote = _number(node, endpoint)
+        self._socket = PseudoSocket(local, remote, lambda: -1, socket.SOCK_DGRAM)
+        extra = {"sockname": local, "peername": remote, "socket": self._socket, "shmsock_node": node}
+        super().__init__(extra, node.loop)
+        self.node, self.endpoint, self.context, self._protocol = node, endpoint, context, protocol
+        self._send_now = endpoint.send_now
+        self._closing = self._lost = self._reading_paused = False
+        self._sends_after_close = 0
+        endpoint.handler = self
+        endpoint.pause()
+        node.transports.add(self)
+        self._loop.call_soon(protocol.connection_made, self, context=context)
+        self._loop.call_soon(self._begin, waiter)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._lost else "closing" if self._closing else "open"
+        return f"<ShmDatagramTransport {state} {self.endpoint.local} - {self.endpoint.remote}>"
+
+    def _begin(self, waiter: asyncio.Future[None] | None) -> None:
+        """connection_made() was called."""
+        if not (self._reading_paused or self._closing):
+            self._resume()
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    # -- protocol and reading
+
+    def set_protocol(self, protocol: Any) -> None:
+        self._protocol = protocol
+
+    def get_protocol(self) -> Any:
+        return self._protocol
+
+    def is_reading(self) -> bool:
+        return not self._reading_paused and not self._closing
+
+    def pause_reading(self) -> None:
+        self._reading_paused = True
+        self.endpoint.pause()
+
+    def resume_reading(self) -> None:
+        if self._reading_paused and not self._closing:
+            self._reading_paused = False
+            self._resume()
+
+    def _resume(self) -> None:
+        self.endpoint.resume()
+        self._pump_follows()
+
+    def _pump_follows(self) -> None:
+        if not self.node.scheduled and not self.node.closed:  # a node that is down has that to tell
+            self.node.begin_turn()
+
+    # -- handler of the endpoint
+
+    def datagram(self, data: bytes, source: tuple[str, int]) -> None:
+        if not self._closing:
+            self._call(self._protocol.datagram_received, data, source)
+
+    def refused(self, error: OSError) -> None:
+        if isinstance(error, NodeClosedError):
+            self._force_close(error)
+        elif not self._closing:
+            self._call(self._protocol.error_received, error)
+
+    def space(self) -> None:
+        if self._protocol_paused:
+            self.context.run(self._maybe_resume_protocol)
+        if self._closing and not self.endpoint.unsent:
+            self._end(None)
+
+    def _call(self, callback: Callable[..., object], *args: Any) -> None:
+        """A callback that raises is reported, as asyncio's loop would, and nothing else happens."""
+        try:
+            self.context.run(callback, *args)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            self._loop.call_exception_handler(
+                {
+                    "message": f"Exception in callback {callback!r}",
+                    "exception": error,
+                    "transport": self,
+                    "protocol": self._protocol,
+                }
+            )
+
+    # -- sending
+
+    def sendto(self, data: Any, addr: Any = None) -> None:
+        """Never blocks; what waits for room is in get_write_buffer_size(), 64 bytes more for each datagram.
+        `addr`: (host, port), or ("*", port) for every peer that has the port.
+
+        Raises TypeError, ValueError (connected elsewhere), OSError (EMSGSIZE); what else goes wrong is told
+        by error_received()."""
+        try:
+            sent = not self._closing and self._send_now(data, addr)
+        except TypeError:  # an address that cannot be looked up: asyncio does not raise that here
+            sent = False
+        if not sent:
+            self._send_slowly(data, addr)
+        elif not self.node.scheduled:
+            self.node.begin_turn()
+
+    def _send_slowly(self, data: Any, addr: Any) -> None:
+        self._check_thread()
+        if not isinstance(data, (bytes, bytearray, memoryview)):
+            raise TypeError(f"data argument must be a bytes-like object, not {type(data).__name__!r}")
+        if self.endpoint.remote is not None and addr not in self.endpoint.aliases:
+            raise ValueError(f"Invalid address: must be None or {self._extra['peername']}")
+        if len(data) > DATAGRAM_MAX or isinstance(data, memoryview):
+            data = bytes(data)
+        if self._closing:
+            self._sends_after_close += 1
+            if self._sends_after_close >= 5:
+                from asyncio.log import logger
+
+                logger.warning("shmsock: sendto() on a closed transport: %r", self)
+            return
+        try:
+            self.endpoint.send(data, addr)
+        except NodeClosedError as error:
+            self._force_close(error)
+        except OSError as error:
+            if len(data) > DATAGRAM_MAX:
+                raise
+            self._protocol.error_received(error)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            self._fatal_error(error, "Fatal write error on datagram transport")
+        self._maybe_pause_protocol()
+        self._pump_follows()
+
+    def get_write_buffer_size(self) -> int:
+        return self.endpoint.unsent
+
+    @property
+    def flushing(self) -> bool:
+        """Closed, and not yet rid of what was sent."""
+        return self._closing and bool(self.endpoint.unsent)
+
+    def _check_thread(self) -> None:
+        if threading.get_ident() != self.node.ident:
+            raise wrong_thread(repr(self))
+        if self.node.closed and os.getpid() != self.node.pid:
+            raise forked(repr(self))
+
+    # -- the end
+
+    def is_closing(self) -> bool:
+        return self._closing
+
+    def close(self) -> None:
+        """What was sent still goes out; then connection_lost(None), not from within this call."""
+        self._check_thread()
+        if self._closing:
+            return
+        self._closing = True
+        self.endpoint.pause()
+        if not self.endpoint.unsent:
+            self._end(None)
+
+    def abort(self) -> None:
+        """What waits is dropped; connection_lost(None) follows."""
+        self._check_thread()
+        self._force_close(None)
+
+    def _force_close(self, error: BaseException | None) -> None:
+        self._closing = True
+        self._end(error)
+
+    def _end(self, error: BaseException | None) -> None:
+        if self._lost:
+            return
+        self._lost = True
+        self.endpoint.close()
+        self.node.transports.discard(self)
+        self.node.flushed()
+        if not self._loop.is_closed():
+            self._loop.call_soon(self._call_connection_lost, error, context=self.context)
+
+    def _call_connection_lost(self, error: Any) -> None:
+        try:
+            self._protocol.connection_lost(error)
+        finally:
+            self.endpoint.handler = None
+
+    def _fatal_error(self, error: BaseException, message: str) -> None:
+        self._loop.call_exception_handler(
+            {"message": message, "exception": error, "transport": self, "protocol": self._protocol}
+        )
+        self._force_close(error)
+
+    def node_closed(self) -> None:
+        """The node detaches."""
+        self._force_close(None)
+
+    def freed(self) -> None:
+        """In a forked child: the next send finds out."""
+
+    def __del__(self, _warn: Any = warnings.warn) -> None:
+        # Never into C from here, nor into the engine: the collector may run on any thread.
+        if not getattr(self, "_lost", True):
+            _warn(f"unclosed transport {self!r}", ResourceWarning, source=self)
+
+
+def _number(node: Node, endpoint: Endpoint) -> tuple[tuple[str, int], tuple[str, int] | None]:
+    """Have internet addresses stand for names (names.py): (local, remote)."""
+
+    def host(given: Any) -> Any:
+        if given == names.ANY:
+            return BROADCAST
+        known = names.parse_numeric(given) if isinstance(given, str) else None
+        return given if known is None else known[1]
+
+    endpoint.host = host
+    endpoint.shown = lambda address, section: (names.numeric(node, section), address[1])
+    local, remote = (names.numeric(node, node.section), endpoint.local[1]), endpoint.remote
+    if remote is not None and remote[0] != BROADCAST:
+        peer = node.engine.datagrams.peer_of(endpoint.aliases[-1][0], remote[1])
+        remote = (names.numeric(node, peer.section), remote[1])
+        endpoint.aliases.append(remote)
+    return local, remote
+
+
+def _address(addr: Any) -> tuple[Any, int] | None:
+    if not addr:
+        return None
+    if not (isinstance(addr, tuple) and len(addr) == 2):
+        raise TypeError("2-tuple is expected")
+    return addr[0], check_port(addr[1])
+
+
+async def create_datagram_endpoint(
+    protocol_factory: Callable[[], Any],
+    local_addr: tuple[Any, int] | None = None,
+    remote_addr: tuple[Any, int] | None = None,
+    *,
+    family: int = 0,
+    proto: int = 0,
+    flags: int = 0,
+    reuse_port: bool | None = None,
+    allow_broadcast: bool | None = None,
+    sock: Any = None,
+    region: str | None = None,
+    name: str | None = None,
+    node: Node | None = None,
+    numeric: bool = False,
+) -> tuple[ShmDatagramTransport, Any]:
+    """loop.create_datagram_endpoint over shared memory: (transport, protocol).
+
+    `local_addr`: (host, port) to receive at: None, "" or the own name for all peers, "localhost" for those of
+    this machine; port 0, or no address: one is chosen. `remote_addr`: (host, port) to be connected to: it
+    sends there, and takes only what comes from there. `reuse_port`: several endpoints of one host may share
+    the port; a sender stays with one of them as long as that lives. `region`, `name`: see attach(); the
+    implicit node of this loop is used, or `node`. `numeric`: addresses are told as internet addresses.
+    `flags` and `allow_broadcast` are accepted and mean nothing: ("*", port) is allowed always.
+
+    Datagrams have 0 to 65507 bytes, arrive whole, and in order between two peers. When one may be lost:
+    fabric/datagrams.py. Raises OSError (EADDRINUSE, EADDRNOTAVAIL, ENOBUFS), socket.gaierror (nobody has the
+    remote name), and what attach() raises.
+    """
+    if sock is not None:
+        raise ValueError("sock= is for kernel sockets: give local_addr, remote_addr, or both")
+    if family not in (0, socket.AF_INET, socket.AF_INET6):
+        raise ValueError(f"family is {family!r}: there is none in shared memory, leave it out")
+    if proto not in (0, socket.IPPROTO_UDP):
+        raise ValueError(f"proto is {proto!r}: there is none in shared memory, leave it out")
+    local, remote = _address(local_addr), _address(remote_addr)
+    node = node or await current_node(region, name)
+    host, port = local or (None, 0)
+    endpoint = node.bind_datagram(host, port, reuse_port=bool(reuse_port), remote=remote)
+    try:
+        protocol = protocol_factory()
+        waiter = node.loop.create_future()
+        transport = ShmDatagramTransport(
+            node, endpoint, protocol, contextvars.copy_context(), waiter, numeric=numeric
+        )
+    except BaseException:
+        endpoint.close()
+        raise
+    try:
+        await waiter
+    except BaseException:
+        transport.close()
+        raise
+    return transport, protocol

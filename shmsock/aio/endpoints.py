@@ -1,0 +1,194 @@
+"""The ways in: create_connection, create_server, open_connection, start_server. Parameters, defaults, order
+and exceptions are those of asyncio's functions of the same names."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import socket
+import ssl as _ssl
+from asyncio.streams import _DEFAULT_LIMIT  # type: ignore[attr-defined]
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
+
+from shmsock.address import check_port
+from shmsock.aio.attach import current_node
+from shmsock.aio.driver import Node
+from shmsock.aio.server import Server
+from shmsock.aio.streams import ShmStreamReader, ShmStreamReaderProtocol, ShmStreamWriter, adopt
+from shmsock.aio.tls import client_tls, server_tls
+from shmsock.aio.transport import ShmTransport
+
+__all__ = ["create_connection", "create_server", "open_connection", "start_server"]
+
+_NO_SOCKETS = "sock= is for kernel sockets: give host and port, the name of a peer and a port of it"
+
+
+async def create_connection(
+    protocol_factory: Callable[[], asyncio.BaseProtocol],
+    host: str | int | None = None,
+    port: int | None = None,
+    *,
+    ssl: _ssl.SSLContext | bool | None = None,
+    family: int = 0,
+    proto: int = 0,
+    flags: int = 0,
+    sock: Any = None,
+    local_addr: tuple[str | None, int] | None = None,
+    server_hostname: str | None = None,
+    ssl_handshake_timeout: float | None = None,
+    ssl_shutdown_timeout: float | None = None,
+    happy_eyeballs_delay: float | None = None,
+    interleave: int | None = None,
+    all_errors: bool = False,
+    region: str | None = None,
+    name: str | None = None,
+    node: Node | None = None,
+    numeric: bool = False,
+) -> tuple[Any, Any]:
+    """loop.create_connection over shared memory: (transport, protocol), connected to `port` of the peer named
+    `host`.
+
+    `host`: a peer's name, a section number, or None / "localhost" for this machine. `local_addr`: only its
+    port counts. `region`, `name`: see attach(); the implicit node of this loop is used, or `node`. `numeric`:
+    the transport tells internet addresses instead of names. `family`, `proto`, `flags` and what is about
+    several addresses are accepted and mean nothing.
+
+    Raises socket.gaierror (nobody has the name), ConnectionRefusedError (nobody listens there), OSError
+    (ENOBUFS: no slot or no memory for a ring), ConnectionResetError (the peer went away), with `ssl` what
+    asyncio raises when hands cannot be shaken. A peer whose loop is blocked is waited for; cancel to give up:
+    nothing is left behind.
+    """
+    tls = client_tls(ssl, host, server_hostname, ssl_handshake_timeout, ssl_shutdown_timeout)
+    if sock is not None:
+        raise ValueError(_NO_SOCKETS)
+    if port is None:
+        what = "host and port was not specified and no sock specified" if host is None else "a port is needed"
+        raise ValueError(what)
+    node = node or await current_node(region, name)
+    local_port = check_port(local_addr[1]) if local_addr else 0
+    conn = await node.connect(host, check_port(port), local_port)
+    waiter = node.loop.create_future()
+    try:
+        protocol = protocol_factory()
+        below: asyncio.BaseProtocol = protocol
+        if tls is not None:
+            below = tls.wrap(node.loop, protocol, waiter)
+        else:
+            adopt(protocol)
+    except BaseException:
+        conn.abort()
+        raise
+    transport = ShmTransport(node, conn, below, contextvars.copy_context(), numeric=numeric)
+    transport.start(waiter if tls is None else None)
+    try:
+        await waiter
+    except BaseException:
+        transport.close()
+        raise
+    return (transport if tls is None else below._app_transport), protocol  # type: ignore[attr-defined]
+
+
+async def create_server(
+    protocol_factory: Callable[[], asyncio.BaseProtocol],
+    host: Any = None,
+    port: int | None = None,
+    *,
+    family: int = socket.AF_UNSPEC,
+    flags: int = socket.AI_PASSIVE,
+    sock: Any = None,
+    backlog: int = 100,
+    ssl: _ssl.SSLContext | None = None,
+    reuse_address: bool | None = None,
+    reuse_port: bool | None = None,
+    keep_alive: bool | None = None,
+    ssl_handshake_timeout: float | None = None,
+    ssl_shutdown_timeout: float | None = None,
+    start_serving: bool = True,
+    region: str | None = None,
+    name: str | None = None,
+    node: Node | None = None,
+    numeric: bool = False,
+) -> Server:
+    """loop.create_server over shared memory: a Server that makes a protocol for each connection to `port`.
+
+    `host`: None, "" or the own name for all peers, "localhost" for those of this machine, or several of
+    these. `port`: None or 0: one is chosen. `backlog`: connections accepted and not yet handled.
+    `reuse_port`: several processes of one host may share the port. `numeric`: addresses are told as internet
+    addresses. `family`, `flags`, `reuse_address` and `keep_alive` are accepted and mean nothing.
+
+    Raises OSError (EADDRINUSE, EADDRNOTAVAIL), and what attach() raises.
+    """
+    tls = server_tls(ssl, ssl_handshake_timeout, ssl_shutdown_timeout)
+    if sock is not None:
+        raise ValueError(_NO_SOCKETS)
+    node = node or await current_node(region, name)
+    several = isinstance(host, Iterable) and not isinstance(host, str)
+    server = Server(
+        node,
+        list(host) if several else [host],
+        check_port(port or 0),
+        protocol_factory,
+        backlog=backlog,
+        reuse_port=bool(reuse_port),
+        tls=tls,
+        numeric=numeric,
+    )
+    if start_serving:
+        await server.start_serving()
+    return server
+
+
+async def open_connection(
+    host: str | int | None = None,
+    port: int | None = None,
+    *,
+    limit: int = _DEFAULT_LIMIT,
+    **kwds: Any,
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """asyncio.open_connection over shared memory: (reader, writer), connected to `port` of the peer named
+    `host`.
+
+    `limit`: bytes, as asyncio's. All else as create_connection() takes and raises it.
+    """
+    node = kwds.pop("node", None) or await current_node(kwds.pop("region", None), kwds.pop("name", None))
+    loop = node.loop
+    reader = ShmStreamReader(limit=limit, loop=loop)
+    protocol = ShmStreamReaderProtocol(reader, loop=loop)
+    transport, _ = await create_connection(lambda: protocol, host, port, node=node, **kwds)
+    if isinstance(transport, ShmTransport):
+        return reader, ShmStreamWriter(transport, protocol, reader, loop)._attach()
+    return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+
+
+def _with_fast_writer(callback: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Any:
+        if isinstance(writer.transport, ShmTransport):
+            writer.__class__ = ShmStreamWriter
+            writer._attach()  # type: ignore[attr-defined]
+        return callback(reader, writer)
+
+    return accept
+
+
+async def start_server(
+    client_connected_cb: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None] | None],
+    host: Any = None,
+    port: int | None = None,
+    *,
+    limit: int = _DEFAULT_LIMIT,
+    **kwds: Any,
+) -> Server:
+    """asyncio.start_server over shared memory: call `client_connected_cb(reader, writer)` for each connection
+    to `port`.
+
+    `limit`: bytes, as asyncio's. All else as create_server() takes and raises it.
+    """
+    node = kwds.pop("node", None) or await current_node(kwds.pop("region", None), kwds.pop("name", None))
+    loop = node.loop
+    callback = _with_fast_writer(client_connected_cb)
+
+    def factory() -> asyncio.StreamReaderProtocol:
+        return ShmStreamReaderProtocol(ShmStreamReader(limit=limit, loop=loop), callback, loop=loop)
+
+    return await create_server(factory, host, port, node=node, **kwds)

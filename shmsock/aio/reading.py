@@ -1,0 +1,207 @@
+"""The reading half of a transport: how bytes come up to a protocol.
+
+A stream reader in direct mode (streams.py) takes them from the ring itself; any other protocol gets them from
+here, by data_received() or into its own buffer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from asyncio.sslproto import SSLProtocol
+from typing import TYPE_CHECKING, Any
+
+from shmsock.aio.flow import FlowControl
+from shmsock.aio.pseudosocket import PollFd
+from shmsock.fabric.connection import DATA, EMPTY, EOF, YIELD, Connection, State
+
+if TYPE_CHECKING:
+    from shmsock.aio.driver import Node
+    from shmsock.aio.streams import ShmStreamReader
+
+__all__ = ["ReadSide"]
+
+DELIVER_MAX = 256 * 1024  # bytes given to one protocol in one pass
+
+
+class ReadSide(FlowControl, asyncio.Transport):
+    """What ShmTransport is made of."""
+
+    node: Node
+    conn: Connection
+    context: contextvars.Context
+    _closing: bool
+    _lost: bool
+    _broken: OSError | None
+
+    def __init__(self, protocol: asyncio.BaseProtocol, extra: dict[str, Any], loop: Any) -> None:
+        super().__init__(extra, loop)
+        self._protocol = protocol
+        self.reader: Any = None  # weak reference to a reader in direct mode
+        self._reading = False  # it has begun
+        self._reading_paused = False
+        self._read_eof = False
+        self._unread = b""  # taken from the ring already, for the next protocol
+        self._poll: PollFd | None = None  # what the pseudo-socket's fileno() gives
+
+    if TYPE_CHECKING:  # the other half's
+
+        def ready(self, bits: int) -> None: ...
+        def force_close(self, error: BaseException | None) -> None: ...
+        def _fatal_error(self, error: BaseException, message: str) -> None: ...
+        def _write_failed(self) -> None: ...
+        @property
+        def _waits_for_space(self) -> bool: ...
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        """Ends direct mode for good: bytes that the reader took already stay in its buffer, the rest goes to
+        `protocol`."""
+        self._protocol = protocol
+        reader = self.reader() if self.reader is not None else None
+        if reader is not None:
+            reader._detach()
+            if isinstance(protocol, SSLProtocol):  # what the pump moved there unasked begins the handshake
+                self._unread = bytes(reader._buffer)
+                reader._buffer.clear()
+        self.reader = None
+        if not self._lost:
+            self._loop.call_soon(self._resumed, context=self.node.context)
+
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        return self._protocol
+
+    def adopt(self, reader: ShmStreamReader, reference: Any) -> None:
+        """Direct mode: `reader` takes bytes from the ring."""
+        self.reader = reference
+
+    def is_reading(self) -> bool:
+        return not self._reading_paused and not self._closing
+
+    def fileno(self) -> int:
+        """A descriptor that is readable while there is something to read, or the end; -1 after the end."""
+        if self._lost:
+            return -1
+        if self._poll is None:
+            self._poll = PollFd()
+        self.update_poll()
+        return self._poll.fd
+
+    def update_poll(self) -> None:
+        """Called whenever what fileno() tells may have changed."""
+        if self._poll is not None:
+            reader = self.reader() if self.reader is not None else None
+            taken = reader is not None and (reader._buffer or reader._eof)
+            self._poll.update(bool(taken) or self._read_eof or self.conn.available() not in (EMPTY, 0))
+
+    def pause_reading(self) -> None:
+        self._reading_paused = True
+
+    def resume_reading(self) -> None:
+        if self._reading_paused and not self._closing:
+            self._reading_paused = False
+            if self.reader is None:
+                self._loop.call_soon(self._resumed, context=self.node.context)
+
+    def _resumed(self) -> None:
+        if not self._lost and self.reader is None:
+            self.ready(DATA)
+
+    def _receiving(self) -> bool:
+        return not (self._reading_paused or self._closing or self._lost or self.reader)
+
+    def _deliver(self) -> None:
+        """Protocol mode: hand over what is there, bounded, and come again if more is."""
+        given = 0
+        while given < DELIVER_MAX and self._receiving():
+            protocol: Any = self._protocol
+            deliver = (
+                self._deliver_buffered
+                if isinstance(protocol, asyncio.BufferedProtocol)
+                else self._deliver_bytes
+            )
+            n = deliver(protocol)
+            if n <= 0:
+                if n == EOF:
+                    self.got_eof()
+                elif n not in (0, EMPTY, YIELD) and self.conn.error is not None:
+                    self.force_close(self.conn.error)
+                return
+            given += n
+        if self._receiving():
+            self._loop.call_soon(self._resumed, context=self.node.context)
+
+    def _deliver_bytes(self, protocol: Any) -> int:
+        """How many bytes were given to data_received(), or a status."""
+        data = self._take(DELIVER_MAX)
+        if isinstance(data, int):
+            return data
+        self._guarded("data_received", protocol.data_received, data)
+        return len(data)
+
+    def _deliver_buffered(self, protocol: Any) -> int:
+        """How many bytes were put into the protocol's own buffer, or a status."""
+        there = len(self._unread) or self.conn.available()
+        if there <= 0:
+            return there
+        buffer = self._guarded("get_buffer", protocol.get_buffer, there)
+        replaced = self._protocol is not protocol
+        if replaced or not self._receiving():
+            return 0
+        try:
+            view = memoryview(buffer).cast("B")
+            if not view:
+                raise RuntimeError("get_buffer() returned an empty buffer")
+        except BaseException as error:
+            self._fatal_error(error, "Fatal error: protocol.get_buffer() call failed.")
+            return 0
+        data = self._take(min(len(view), DELIVER_MAX))
+        if isinstance(data, int):
+            return data
+        view[: len(data)] = data
+        self._guarded("buffer_updated", protocol.buffer_updated, len(data))
+        return len(data)
+
+    def _take(self, most: int) -> bytes | int:
+        if self._unread:
+            data, self._unread = self._unread[:most], self._unread[most:]
+            return data
+        return self.conn.read(most)
+
+    def _guarded(self, what: str, call: Any, *args: Any) -> Any:
+        """Call the protocol, in the connection's context. What it raises ends the connection."""
+        try:
+            return self.context.run(call, *args)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            self._fatal_error(error, f"Fatal error: protocol.{what}() call failed.")
+            return None
+
+    def _discard(self) -> None:
+        given = 0
+        while isinstance(data := self.conn.read(DELIVER_MAX), bytes):
+            given += len(data)
+            if given >= DELIVER_MAX:
+                self._loop.call_soon(self.ready, DATA, context=self.node.context)
+                return
+        if data == EOF:
+            self._read_eof = True
+
+    def got_eof(self) -> None:
+        """FIN was read. The protocol says whether the write side stays open."""
+        if self._read_eof:
+            return
+        self._read_eof = True
+        protocol: Any = self._protocol
+        if self.reader is not None:  # called by a reader, maybe from within this very context (an eager task)
+            keep = protocol.eof_received()
+        else:
+            keep = self._guarded("eof_received", protocol.eof_received)
+        if self._lost:
+            return
+        if self.conn.state is State.FREE and self._waits_for_space:
+            self._write_failed()  # that was the end of the connection, and nobody comes back to say so
+        elif self._broken is not None:
+            self.force_close(self._broken)
+        elif not keep:
+            self.close()

@@ -1,0 +1,107 @@
+"""TLS over a shared-memory transport: asyncio's own implementation, on every loop (uvloop's refuses foreign
+transports)."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import sys
+from asyncio.sslproto import SSLProtocol
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Tls", "client_tls", "server_tls", "start_tls"]
+
+
+@dataclass(frozen=True)
+class Tls:
+    """What `ssl=` and what goes with it asked for. Times in seconds, None: asyncio's defaults."""
+
+    context: ssl.SSLContext | None
+    server_side: bool
+    server_hostname: str | None = None
+    handshake_timeout: float | None = None
+    shutdown_timeout: float | None = None
+
+    def wrap(self, loop: Any, protocol: asyncio.BaseProtocol, waiter: asyncio.Future[None]) -> SSLProtocol:
+        """The protocol that stands between the transport and `protocol`; `waiter` is told when hands were
+        shaken. Raises ValueError for a timeout that is not positive."""
+        timeouts = {"ssl_handshake_timeout": self.handshake_timeout}
+        if sys.version_info >= (3, 11):  # 3.10 waits for no shutdown
+            timeouts["ssl_shutdown_timeout"] = self.shutdown_timeout
+        made: Any = SSLProtocol
+        wrapped: SSLProtocol = made(
+            loop, protocol, self.context, waiter, self.server_side, self.server_hostname, **timeouts
+        )
+        return wrapped
+
+
+def _only_with_ssl(ssl_given: bool, **values: object) -> None:
+    for name, value in values.items():
+        if value is not None and not ssl_given:
+            raise ValueError(f"{name} is only meaningful with ssl")
+
+
+def client_tls(
+    ssl_argument: ssl.SSLContext | bool | None,
+    host: Any,
+    server_hostname: str | None,
+    handshake_timeout: float | None,
+    shutdown_timeout: float | None,
+) -> Tls | None:
+    """None: no TLS. Raises ValueError where loop.create_connection() does."""
+    _only_with_ssl(bool(ssl_argument), server_hostname=server_hostname)
+    if server_hostname is None and ssl_argument:
+        if not host or not isinstance(host, str):
+            raise ValueError("You must set server_hostname when using ssl without a host")
+        server_hostname = host
+    _only_with_ssl(
+        bool(ssl_argument), ssl_handshake_timeout=handshake_timeout, ssl_shutdown_timeout=shutdown_timeout
+    )
+    if not ssl_argument:
+        return None
+    context = (
+        None if isinstance(ssl_argument, bool) else ssl_argument
+    )  # None: SSLProtocol makes a default one
+    return Tls(context, False, server_hostname, handshake_timeout, shutdown_timeout)
+
+
+def server_tls(
+    ssl_argument: ssl.SSLContext | None, handshake_timeout: float | None, shutdown_timeout: float | None
+) -> Tls | None:
+    """None: no TLS. Raises TypeError and ValueError where loop.create_server() does."""
+    if isinstance(ssl_argument, bool):
+        raise TypeError("ssl argument must be an SSLContext or None")
+    given = ssl_argument is not None
+    _only_with_ssl(given, ssl_handshake_timeout=handshake_timeout, ssl_shutdown_timeout=shutdown_timeout)
+    if ssl_argument is None:
+        return None
+    return Tls(ssl_argument, True, None, handshake_timeout, shutdown_timeout)
+
+
+async def start_tls(
+    loop: Any,
+    transport: Any,
+    protocol: asyncio.BaseProtocol,
+    sslcontext: ssl.SSLContext,
+    *,
+    server_side: bool = False,
+    server_hostname: str | None = None,
+    ssl_handshake_timeout: float | None = None,
+    ssl_shutdown_timeout: float | None = None,
+) -> Any:
+    """loop.start_tls() for our transports, on any loop. Returns the transport that `protocol` should use from
+    now on. Cancelled or failed, it closes `transport`."""
+    timeouts = {"ssl_handshake_timeout": ssl_handshake_timeout}
+    if sys.version_info >= (3, 11):
+        timeouts["ssl_shutdown_timeout"] = ssl_shutdown_timeout
+    start: Any = asyncio.BaseEventLoop.start_tls
+    return await start(
+        loop,
+        transport,
+        protocol,
+        sslcontext,
+        server_side=server_side,
+        server_hostname=server_hostname,
+        **timeouts,
+    )

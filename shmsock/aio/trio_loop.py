@@ -1,0 +1,237 @@
+"""What a node needs of an event loop, on trio: the driver's Loop, one for each trio.run.
+
+Callbacks run in one system task, and one more watches each descriptor. A node under trio behaves like this:
+
+- It ends with the run: after the main task, also after an exception. What was sent before arrives.
+- Its pump stays hot for at most eight turns without data, then it sleeps on one descriptor, so that
+  wait_all_tasks_blocked() returns. But the keeper rings ten times a second: a cushion, or an autojump
+  threshold, of 0.1 s or more is never reached.
+- An autojump clock knows nothing of bytes that are on their way from another process: while all tasks wait
+  for them, timeouts fire at once.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Generator
+from typing import Any
+
+import trio
+from trio import lowlevel
+
+__all__ = ["TrioFuture", "TrioLoop", "current_loop"]
+
+_loop: lowlevel.RunVar[TrioLoop] = lowlevel.RunVar("shmsock")
+_logger = logging.getLogger("shmsock")
+
+
+def current_loop() -> TrioLoop:
+    """The one of this trio.run. Raises RuntimeError outside of its tasks."""
+    lowlevel.current_task()
+    try:
+        return _loop.get()
+    except LookupError:
+        loop = TrioLoop()
+        _loop.set(loop)
+        return loop
+
+
+class TrioFuture:
+    """The part of asyncio.Future that is used here, for one task that waits; when that is cancelled, so is
+    this."""
+
+    __slots__ = ("_callbacks", "_cancelled", "_done", "_error", "_task", "_value")
+
+    def __init__(self) -> None:
+        self._done = self._cancelled = False
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self._task: lowlevel.Task | None = None
+        self._callbacks: list[Callable[[TrioFuture], object]] = []
+
+    def done(self) -> bool:
+        return self._done
+
+    def cancelled(self) -> bool:
+        return self._cancelled
+
+    def exception(self) -> BaseException | None:
+        return self._error
+
+    def result(self) -> Any:
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+    def set_result(self, value: Any) -> None:
+        self._value = value
+        self._settle()
+
+    def set_exception(self, error: BaseException) -> None:
+        self._error = error
+        self._settle()
+
+    def cancel(self) -> None:
+        self._cancelled = True
+        self._settle()
+
+    def _settle(self) -> None:
+        self._done = True
+        task, self._task = self._task, None
+        if task is not None:
+            lowlevel.reschedule(task)
+        for callback in self._callbacks:
+            callback(self)
+
+    def add_done_callback(self, callback: Callable[[TrioFuture], object]) -> None:
+        """Called at once when it is done already."""
+        if self._done:
+            callback(self)
+        else:
+            self._callbacks.append(callback)
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return self._wait().__await__()
+
+    async def _wait(self) -> Any:
+        if not self._done:
+            self._task = lowlevel.current_task()
+            await lowlevel.wait_task_rescheduled(self._abort)
+        return self.result()
+
+    def _abort(self, raise_cancel: object) -> lowlevel.Abort:
+        self._task = None
+        self.cancel()
+        return lowlevel.Abort.SUCCEEDED
+
+
+class TrioLoop:
+    """Methods are asyncio's, for one thread as those are. Nothing that a callback raises ends the run, but
+    SystemExit and KeyboardInterrupt."""
+
+    hot_turns = 8
+    checkpoint = staticmethod(lowlevel.checkpoint)
+    checkpoint_if_cancelled = staticmethod(lowlevel.checkpoint_if_cancelled)
+
+    def __init__(self) -> None:
+        self._token = lowlevel.current_trio_token()
+        self._due: deque[tuple[Any, ...]] = deque()  # context, callback, arguments
+        self._readers: dict[int, Callable[[], object]] = {}
+        self._parked = self._closed = False
+        self._task = lowlevel.spawn_system_task(self._run, name="shmsock callbacks")
+
+    def call_soon(
+        self, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
+    ) -> None:
+        """After the end of the run, what is asked for is forgotten: then async generators may still clean
+        up."""
+        self._due.append((context or contextvars.copy_context(), callback, *args))
+        if self._parked:
+            self._parked = False
+            lowlevel.reschedule(self._task)
+
+    def call_soon_threadsafe(self, callback: Callable[..., object], *args: Any) -> None:
+        """Raises RuntimeError (trio.RunFinishedError) when the run is over."""
+        self._token.run_sync_soon(self.call_soon, callback, *args)
+
+    async def _run(self) -> None:
+        try:
+            while True:
+                for _ in range(len(self._due)):
+                    self._call(*self._due.popleft())
+                if self._due:
+                    await lowlevel.checkpoint()
+                else:
+                    self._parked = True
+                    await lowlevel.wait_task_rescheduled(self._abort)
+        finally:
+            self._closed = True
+
+    def _abort(self, raise_cancel: object) -> lowlevel.Abort:
+        self._parked = False
+        return lowlevel.Abort.SUCCEEDED
+
+    def _call(self, context: contextvars.Context, callback: Callable[..., object], *args: Any) -> None:
+        try:
+            context.run(callback, *args)
+        except Exception as error:
+            self.call_exception_handler({"message": f"shmsock: {callback!r} failed", "exception": error})
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        """A line in the log of "shmsock": trio has no handler of its own."""
+        _logger.error("%s", context["message"], exc_info=context.get("exception"))
+
+    def add_reader(self, fd: int, callback: Callable[[], object]) -> None:
+        """Call back, in the context of the caller, when `fd` is readable."""
+        self._readers[fd] = callback
+        lowlevel.spawn_system_task(
+            self._watch, fd, callback, contextvars.copy_context(), name=f"shmsock reader {fd}"
+        )
+
+    async def _watch(self, fd: int, callback: Callable[[], object], context: contextvars.Context) -> None:
+        # remove_reader() may come at any time: before this starts, while it waits, and before it is woken.
+        while self._readers.get(fd) is callback:
+            try:
+                await lowlevel.wait_readable(fd)
+            except trio.ClosedResourceError:
+                return
+            if self._readers.get(fd) is callback:
+                self._call(context, callback)
+
+    def remove_reader(self, fd: int) -> None:
+        """Before `fd` is closed."""
+        if self._readers.pop(fd, None) is not None:
+            lowlevel.notify_closing(fd)
+
+    def create_future(self) -> TrioFuture:
+        return TrioFuture()
+
+    def create_task(self, work: Coroutine[Any, Any, Any]) -> TrioFuture:
+        """Run that in a system task, which ends with the run. Its outcome is in the future."""
+        future = TrioFuture()
+        try:
+            lowlevel.spawn_system_task(self._drive, work, future)
+        except BaseException:
+            work.close()
+            raise
+        return future
+
+    async def _drive(self, work: Coroutine[Any, Any, Any], future: TrioFuture) -> None:
+        try:
+            future.set_result(await work)
+        except Exception as error:
+            future.set_exception(error)
+        except BaseException:
+            future.cancel()
+            raise
+
+    def shield(self, task: TrioFuture) -> TrioFuture:
+        """For one of several that wait: cancelled, it takes nothing from the others."""
+        mine = TrioFuture()
+
+        def copy(task: TrioFuture) -> None:
+            if mine.done() or task.cancelled():
+                return
+            if (error := task.exception()) is not None:
+                mine.set_exception(error)
+            else:
+                mine.set_result(task.result())
+
+        task.add_done_callback(copy)
+        return mine
+
+    async def sleep(self, seconds: float) -> None:
+        """Real time, whatever trio's clock shows."""
+        end = time.monotonic() + seconds
+        await trio.sleep(seconds)
+        if (left := end - time.monotonic()) > 0:
+            await trio.to_thread.run_sync(time.sleep, left, abandon_on_cancel=True)
+
+    def is_closed(self) -> bool:
+        return self._closed
+
+    def is_running(self) -> bool:
+        return not self._closed
