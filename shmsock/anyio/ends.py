@@ -1,0 +1,140 @@
+"""What streams, listeners and datagram sockets have in common: an end that the node knows, and what the user
+holds."""
+
+from __future__ import annotations
+
+import socket
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import anyio
+from anyio import BrokenResourceError
+from anyio.abc import AsyncResource, SocketAttribute
+from anyio.lowlevel import checkpoint
+
+from shmsock.aio.driver import Node
+from shmsock.aio.pseudosocket import PseudoSocket
+
+__all__ = ["RECEIVER", "SENDER", "Address", "End", "Resource", "ShmAttribute", "broken"]
+
+RECEIVER, SENDER = 0, 1
+Address = tuple[str, int]
+
+
+class ShmAttribute(anyio.TypedAttributeSet):
+    """Beside those of SocketAttribute."""
+
+    #: the node behind it
+    node: Node = anyio.typed_attribute()
+    #: the peer's section
+    peer: int = anyio.typed_attribute()
+
+
+def broken(cause: BaseException) -> BrokenResourceError:
+    error = BrokenResourceError(str(cause))
+    error.__cause__ = cause
+    return error
+
+
+class End:
+    """What node and engine know of a stream, a listener or a datagram socket, so that one that is dropped can
+    be collected. At most one task waits on each side."""
+
+    flushing = False
+
+    def __init__(self, node: Node) -> None:
+        self.node, self.closed = node, False
+        self._waiters: list[Any] = [None, None]
+        self._woken = [False, False]
+        node.transports.add(self)
+
+    async def sleep(self, side: int) -> None:
+        """Until wake()."""
+        waiter = self._waiters[side] = self.node.loop.create_future()
+        try:
+            await waiter
+        finally:
+            self._waiters[side] = None
+            if self._woken[side]:
+                self._woken[side] = False
+                self.node.runs()
+
+    def wake(self, side: int) -> None:
+        waiter = self._waiters[side]
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+            self._woken[side] = True
+            self.node.will_run()
+
+    def close(self) -> None:
+        """Who waits gets ClosedResourceError. Raises RuntimeError on another thread."""
+        if not self.closed and self.node.engine.alive:
+            self.node.check()
+        self.node_closed()
+
+    def node_closed(self) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        if not self.node.loop.is_closed():
+            self.wake(RECEIVER)
+            self.wake(SENDER)
+        self.node.transports.discard(self)
+        self.end()
+
+    def end(self) -> None:
+        """What closing means below."""
+
+    def pump_follows(self) -> None:
+        if not (self.node.scheduled or self.node.closed):
+            self.node.begin_turn()
+
+    def freed(self) -> None:
+        """In a forked child: whoever calls finds out."""
+
+
+class Resource(AsyncResource, anyio.TypedAttributeProvider):
+    """What the user holds: closes its end, or says that it was forgotten."""
+
+    def __init__(
+        self,
+        end: End,
+        local: Address,
+        remote: Address | None,
+        fileno: Callable[[], int],
+        kind: socket.SocketKind = socket.SOCK_STREAM,
+    ) -> None:
+        self._end, self._local, self._remote = end, local, remote
+        self._sock = PseudoSocket(local, remote, fileno, kind)
+
+    def __repr__(self) -> str:
+        peer = f" - {self._remote}" if self._remote else ""
+        return f"<{type(self).__name__} {'closed' if self._end.closed else 'open'} {self._local}{peer}>"
+
+    def __del__(self, _warn: Any = warnings.warn) -> None:
+        # Never into C from here: the collector may run on any thread, while the loop's own is inside C.
+        end = getattr(self, "_end", None)
+        if end is not None and not (end.closed or end.node.closed):
+            end.node.call(end.close)
+            _warn(f"unclosed {self!r}", ResourceWarning, source=self)
+
+    @property
+    def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
+        found: dict[Any, Callable[[], Any]] = {
+            ShmAttribute.node: lambda: self._end.node,
+            SocketAttribute.family: lambda: self._sock.family,
+            SocketAttribute.local_address: lambda: self._local,
+            SocketAttribute.local_port: lambda: self._local[1],
+            SocketAttribute.raw_socket: lambda: self._sock,
+        }
+        if (remote := self._remote) is not None:
+            found[SocketAttribute.remote_address] = lambda: remote
+            found[SocketAttribute.remote_port] = lambda: remote[1]
+        return found
+
+    async def aclose(self) -> None:
+        """What was sent arrives, also when this is cancelled. Connections that nobody has accepted are
+        reset."""
+        self._end.close()
+        await checkpoint()

@@ -1,0 +1,280 @@
+"""Byte streams and their listeners, straight on the engine's connections.
+
+Bytes are copied once between ring and user, and leave the ring only after the last await of receive(), so
+that cancelling loses none.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import anyio
+from anyio import BrokenResourceError, ClosedResourceError, EndOfStream
+from anyio.abc import ByteStream, Listener, TaskGroup
+from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint, checkpoint_if_cancelled
+
+from shmsock.aio.driver import Node, yield_once
+from shmsock.aio.pseudosocket import PollFd
+from shmsock.anyio.ends import RECEIVER, SENDER, End, Resource, ShmAttribute, broken
+from shmsock.fabric.connection import EMPTY, EOF, MOVED, REL, SPACE, STALE, YIELD, Connection, State
+from shmsock.fabric.listeners import Listener as PortListener
+
+__all__ = ["ShmListener", "ShmStream"]
+
+COPY_MAX = 1 << 20
+
+
+class _WriteAfterEof(BrokenResourceError, RuntimeError):
+    """anyio's TCP raises the one on trio and the other on asyncio."""
+
+
+class _StreamEnd(End):
+    """The handler of a connection."""
+
+    def __init__(self, node: Node, conn: Connection) -> None:
+        super().__init__(node)
+        self.conn = conn
+        self.live = conn.state is State.OPEN  # slot and ring are ours
+        self.poll: PollFd | None = None
+        conn.handler = self
+
+    def ready(self, bits: int) -> None:
+        if self.conn.state is not State.OPEN or self.conn.orphaned_ns:
+            self.wake(RECEIVER)
+            self.wake(SENDER)
+        else:
+            if bits & ~(SPACE | MOVED):
+                self.wake(RECEIVER)
+            if bits & (SPACE | REL):
+                self.wake(SENDER)
+        self.update_poll()
+
+    def failed(self, error: OSError) -> None:
+        self.ready(0)
+
+    def freed(self) -> None:
+        self.live = False
+
+    def end(self) -> None:
+        self.live, self.conn.handler = False, None
+        if self.poll is not None:
+            self.poll.close()
+        if self.node.engine.alive:
+            self.conn.close()
+            self.pump_follows()
+
+    def fileno(self) -> int:
+        if self.closed:
+            return -1
+        self.poll = self.poll or PollFd()
+        self.update_poll()
+        return self.poll.fd
+
+    def update_poll(self) -> None:
+        if self.poll is not None and not self.closed:
+            self.poll.update(self.conn.available() != EMPTY)
+
+
+class ShmStream(Resource, ByteStream):
+    """A stream between two peers of a region, as anyio's SocketStream."""
+
+    _end: _StreamEnd
+
+    def __init__(self, node: Node, conn: Connection) -> None:
+        end = _StreamEnd(node, conn)
+        super().__init__(end, conn.local, conn.remote, end.fileno)
+        self._node, self._conn, self._ep, self._rx, self._rx_bytes = (
+            node,
+            conn,
+            conn.ep,
+            conn.rx,
+            conn.rx_bytes,
+        )
+        self._read_begin, self._read_end, self._write = (
+            node.lib.sh_read_begin,
+            node.lib.sh_read_end,
+            node.lib.sh_write,
+        )
+        self._receiving, self._sending = (
+            anyio.ResourceGuard("reading from"),
+            anyio.ResourceGuard("writing to"),
+        )
+        self._shut = self._wrote_in_vain = False
+        # anyio's own look up the backend each time
+        self._checkpoint = getattr(node.loop, "checkpoint", yield_once)
+        self._checkpoint_if_cancelled = getattr(node.loop, "checkpoint_if_cancelled", checkpoint_if_cancelled)
+
+    @property
+    def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
+        return {**super().extra_attributes, ShmAttribute.peer: lambda: self._conn.peer}
+
+    # -- receiving
+
+    async def receive(self, max_bytes: int = 65536) -> bytes:
+        """1 to `max_bytes` bytes. Raises EndOfStream, ClosedResourceError, BrokenResourceError."""
+        if max_bytes < 1:
+            raise ValueError("max_bytes must be a positive integer")
+        with self._receiving:
+            await self._checkpoint()
+            end, node, spin = self._end, self._node, True
+            while end.live:
+                if not node.scheduled:
+                    node.begin_turn()
+                want = max_bytes if max_bytes < COPY_MAX else COPY_MAX
+                span = self._read_begin(self._ep, want, 1, spin and len(node.queue) < 2)
+                if span > 0:
+                    at = span >> 32
+                    to = at + (span & 0xFFFFFFFF)
+                    if to > self._rx_bytes:
+                        to = self._rx_bytes  # less than there is, and one copy is enough
+                    data: bytes = self._rx[at:to]
+                    span = self._read_end(self._ep, to - at)
+                    if not span:
+                        if end.poll is not None:
+                            end.update_poll()
+                        return data
+                if span == EMPTY:
+                    if not node.lib.sh_arm(self._ep):
+                        await end.sleep(RECEIVER)
+                        spin = False
+                elif span == YIELD:
+                    await checkpoint()
+                elif span == STALE or self._conn.ended_by(span) != EOF:
+                    break
+                else:
+                    raise EndOfStream
+            raise self._failure() or EndOfStream
+
+    def _failure(self) -> Exception | None:
+        """What both directions raise, if anything."""
+        if self._end.closed:
+            return ClosedResourceError()
+        try:
+            self._node.check()
+        except OSError as error:
+            return broken(error)
+        return None if self._conn.error is None else broken(self._conn.error)
+
+    # -- sending
+
+    async def send(self, item: bytes) -> None:
+        """All of it. Cancelled, what had room in the ring stays there. Raises ClosedResourceError,
+        BrokenResourceError."""
+        with self._sending:
+            await self._checkpoint_if_cancelled()
+            end, node, taken = self._end, self._node, 0
+            if end.live and not self._shut and type(item) is bytes:
+                taken = self._write(self._ep, item, len(item))
+                if not node.scheduled:
+                    node.begin_turn()
+            if taken != len(item) or not taken:
+                await self._send_rest(memoryview(item).cast("B"), max(taken, 0))
+            elif node.lib.sh_over(node.nd):
+                await cancel_shielded_checkpoint()
+
+    async def _send_rest(self, data: memoryview, sent: int) -> None:
+        node, fresh = self._node, not sent
+        while True:
+            if (failure := self._failure()) is not None:
+                raise failure
+            if self._shut:
+                raise _WriteAfterEof("send_eof() was called: nothing more can be sent")
+            rest = data[sent:]
+            taken = self._conn.write(node.engine.ffi.from_buffer(rest), len(rest)) if rest else 0
+            if not node.scheduled:
+                node.begin_turn()
+            if taken < 0:
+                if fresh and not self._wrote_in_vain and not self._conn.orphaned_ns:
+                    self._wrote_in_vain = True  # as over TCP: the first one after the peer closed is lost
+                    return
+                raise self._failure() or self._reads_no_more()
+            sent += taken
+            if sent == len(data):
+                return
+            fresh = False
+            await self._room()
+
+    def _reads_no_more(self) -> BrokenResourceError:
+        return broken(BrokenPipeError(errno.EPIPE, f"{self._conn.remote} closed the connection"))
+
+    async def _room(self) -> None:
+        """Until there is room in the ring, or something that send() finds out."""
+        end, node = self._end, self._node
+        while end.live:
+            if not node.scheduled:
+                node.begin_turn()
+            room = node.lib.sh_wait_space(self._ep, node.may_spin())
+            if room:
+                if node.lib.sh_over(node.nd):
+                    await checkpoint()
+                return
+            await end.sleep(SENDER)
+
+    async def send_eof(self) -> None:
+        """EndOfStream for the peer, behind what was sent; receiving goes on."""
+        with self._sending:
+            await checkpoint_if_cancelled()
+            if self._end.closed:
+                raise ClosedResourceError
+            if not self._shut:
+                self._node.check()
+                self._shut = True
+                self._conn.finish()
+                self._end.pump_follows()
+            await cancel_shielded_checkpoint()
+
+
+class _ListenerEnd(End):
+    def __init__(self, node: Node, listener: PortListener) -> None:
+        super().__init__(node)
+        self.listener = listener
+        self.queue: deque[Connection] = deque()
+        listener.handler = self._accepted
+
+    def _accepted(self, conn: Connection) -> None:
+        self.listener.pending += 1  # until accept() takes it
+        self.queue.append(conn)
+        self.wake(RECEIVER)
+
+    def take(self) -> Connection:
+        self.listener.pending -= 1
+        return self.queue.popleft()
+
+    def end(self) -> None:
+        self.listener.close()
+        while self.queue:
+            self.queue.popleft().abort()
+
+
+class ShmListener(Resource, Listener[ShmStream]):
+    """Connections to one port, as anyio's SocketListener."""
+
+    _end: _ListenerEnd
+
+    def __init__(self, node: Node, hosts: list[Any], port: int, backlog: int, reuse_port: bool) -> None:
+        below = node.listen(hosts, port, backlog=min(backlog, 65536), reuse_port=reuse_port)
+        super().__init__(_ListenerEnd(node, below), (node.name, below.port), None, lambda: -1)
+        self._accepting = anyio.ResourceGuard("accepting connections from")
+
+    async def accept(self) -> ShmStream:
+        """The next connection. Raises ClosedResourceError. Cancelling loses none."""
+        end = self._end
+        with self._accepting:
+            await checkpoint()
+            while not (end.queue or end.closed):
+                await end.sleep(RECEIVER)
+            if end.closed:
+                raise ClosedResourceError
+            return ShmStream(end.node, end.take())
+
+    async def serve(self, handler: Callable[[ShmStream], Any], task_group: TaskGroup | None = None) -> None:
+        """Start `handler(stream)` for each connection, in `task_group` or one of its own."""
+        if task_group is None:
+            async with anyio.create_task_group() as own:
+                await self.serve(handler, own)
+        else:
+            while True:
+                task_group.start_soon(handler, await self.accept())

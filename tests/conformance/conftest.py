@@ -1,0 +1,49 @@
+"""Coroutine functions run on the network that they are given; afterwards nothing may be left."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.aio.conftest import keepers, open_files
+
+
+def descriptors() -> list[str]:
+    """What tests can leave open; not what an interpreter opens once."""
+    return sorted(
+        what
+        for what in open_files().values()
+        if what.startswith(("socket:", "anon_inode:")) or "shmsock" in what
+    )
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _collecting_is_cheap() -> Iterator[None]:
+    """Each test collects: only what it made itself is looked at."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left() -> Iterator[None]:
+    before = descriptors(), keepers()
+    yield
+    gc.collect()
+    assert (descriptors(), keepers()) == before, "descriptors or keeper threads are left"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    test = pyfuncitem.obj
+    if not inspect.iscoroutinefunction(test):
+        return None
+    args = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
+    net: Any = args["net"]
+    net.run(lambda: test(**args))
+    return True
