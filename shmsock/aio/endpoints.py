@@ -77,7 +77,7 @@ async def create_connection(
         else:
             adopt(protocol)
     except BaseException:
-        conn.abort()
+        conn.close()
         raise
     transport = ShmTransport(node, conn, below, contextvars.copy_context(), numeric=numeric)
     transport.start(waiter if tls is None else None)
@@ -135,7 +135,11 @@ async def create_server(
         numeric=numeric,
     )
     if start_serving:
-        await server.start_serving()
+        try:
+            await server.start_serving()
+        except BaseException:
+            server.close()
+            raise
     return server
 
 

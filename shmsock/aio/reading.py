@@ -75,7 +75,11 @@ class ReadSide(FlowControl, asyncio.Transport):
         self.reader = reference
 
     def is_reading(self) -> bool:
-        return not self._reading_paused and not self._closing
+        """Also False while a stream reader has more before it than its limit allows."""
+        if self._reading_paused or self._closing:
+            return False
+        reader = self.reader() if self.reader is not None else None
+        return reader is None or len(reader._buffer) + self.conn.available() <= 2 * reader._limit
 
     def fileno(self) -> int:
         """A descriptor that is readable while there is something to read, or the end; -1 after the end."""
@@ -88,13 +92,15 @@ class ReadSide(FlowControl, asyncio.Transport):
 
     def update_poll(self) -> None:
         """Called whenever what fileno() tells may have changed."""
-        if self._poll is not None:
+        if self._poll is not None and not self._lost:
             reader = self.reader() if self.reader is not None else None
             taken = reader is not None and (reader._buffer or reader._eof)
             self._poll.update(bool(taken) or self._read_eof or self.conn.available() not in (EMPTY, 0))
 
     def pause_reading(self) -> None:
         self._reading_paused = True
+        if self._broken is not None and self.reader is None:
+            self.force_close(self._broken)
 
     def resume_reading(self) -> None:
         if self._reading_paused and not self._closing:

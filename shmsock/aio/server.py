@@ -79,7 +79,7 @@ class Server(asyncio.AbstractServer):
             else:
                 adopt(protocol)
         except BaseException:
-            conn.abort()
+            conn.close()
             raise
         transport = ShmTransport(self._node, conn, protocol, context, self, numeric=self._numeric)
         transport.start()

@@ -90,13 +90,15 @@ class ShmTransport(ReadSide):
         return f"<ShmTransport {state} {self.conn.local} - {self.conn.remote}>"
 
     def start(self, waiter: asyncio.Future[None] | None = None) -> None:
-        """connection_made(), then reading begins, then `waiter` is told: each by call_soon, as asyncio has
-        it."""
-        call_soon, context = self._loop.call_soon, self.context
-        call_soon(self._connection_made, context=context)
-        call_soon(self._begin_reading, context=self.node.context)
-        if waiter is not None:
+        """connection_made(), then `waiter` is told, then reading begins: each by call_soon. As with asyncio's
+        own, who waits runs before the first bytes are delivered."""
+        call_soon, context = self._loop.call_soon, self.node.context
+        call_soon(self._connection_made, context=self.context)
+        if waiter is None:
+            call_soon(self._begin_reading, context=context)
+        else:
             call_soon(_set_result, waiter)
+            call_soon(partial(call_soon, self._begin_reading, context=context), context=context)
 
     def _connection_made(self) -> None:
         if self.conn.state is State.FREE:
@@ -120,6 +122,11 @@ class ShmTransport(ReadSide):
         """The engine saw something: bytes, space, FIN, REL or an error of the connection."""
         if self._lost or not self._reading:
             return
+        self._heed(bits)
+        if self._poll is not None:
+            self.update_poll()
+
+    def _heed(self, bits: int) -> None:
         if self.conn.state is State.FREE:
             self._ended()
             return
@@ -139,8 +146,6 @@ class ShmTransport(ReadSide):
             self._deliver()
         if self.conn.error is not None and not self._lost and reader is None:
             self.force_close(self.conn.error)
-        if self._poll is not None:
-            self.update_poll()
 
     def failed(self, error: OSError) -> None:
         self.force_close(error)
@@ -197,12 +202,9 @@ class ShmTransport(ReadSide):
             return
         if isinstance(data, memoryview) and not (data.ndim == data.itemsize == 1 and data.c_contiguous):
             data = data.cast("B") if data.c_contiguous else memoryview(bytes(data))
-        if self._closing or self._lost or self._broken is not None:
-            if self._lost or self._broken is not None:
-                self._after_loss()
-                return
-            if not self._pending:
-                return  # closed: like asyncio's own, bytes after close() are lost
+        if self._lost or self._broken is not None:
+            self._after_loss()
+            return
         if not self._pending:
             taken = self.conn.write(self.node.engine.ffi.from_buffer(data), size)
             if not self.node.scheduled and self.node.engine.alive:
@@ -245,7 +247,8 @@ class ShmTransport(ReadSide):
             error = BrokenPipeError(
                 errno.EPIPE, f"{self.conn.remote} closed the connection and reads no more"
             )
-        if self._closing or self._read_eof or self.conn.error is not None or status == STALE:
+        unread = self.reader is None and self._reading_paused  # nobody is going to read to the end
+        if self._closing or self._read_eof or unread or self.conn.error is not None or status == STALE:
             self.force_close(error)
         else:
             self._broken, self.calm = error, False
@@ -327,8 +330,8 @@ class ShmTransport(ReadSide):
         self._end(None)
 
     def _hang_up(self) -> None:
-        """FIN; or, when bytes are left that nobody will read, what tells the peer that they were lost: a reset
-        behind what was written. That is what a TCP socket closed with bytes in it does (RFC 2525, 2.17).
+        """FIN; or, when bytes are left that nobody will read, a reset behind what was written: the peer shall
+        know that they were lost. A TCP socket closed with bytes in it does the same (RFC 2525, 2.17).
 
         A stream reader counts as having read what asyncio's would have: it reads ahead up to its limits."""
         left = 0 if self._read_eof else self.conn.available()

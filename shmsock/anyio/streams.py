@@ -118,8 +118,9 @@ class ShmStream(Resource, ByteStream):
         if max_bytes < 1:
             raise ValueError("max_bytes must be a positive integer")
         with self._receiving:
-            await self._checkpoint()
             end, node, spin = self._end, self._node, True
+            node.polled = 2  # trio runs pump and reader in any order
+            await self._checkpoint()
             while end.live:
                 if not node.scheduled:
                     node.begin_turn()

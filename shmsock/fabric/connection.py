@@ -15,9 +15,12 @@ store, generation + 1, after which slot and ring are free for reuse, and which t
     abort, violation         = cancel                 RST+REL -> CLOSING, look once          add RST
     peer FIN, all read       -                        EOF                                    -
     peer REL                 -                        writes fail; read to FIN, Release      Release
-    peer RST, generation     -                        Release, reset                         Release
+    peer RST, generation     -                        Release, reset (*)                     Release
     peer gone                Release, fail            drain to its last tail, then EOF       Release
                                                       if FIN, else reset
+
+(*) A changed generation is EOF to who accepted and has read nothing: the opener gave up before it saw the
+ACCEPT.
 
 Release is -> FREE. From OPEN and CLOSING it notifies the peer. The credit of a cancelled CONNECT comes back
 with its answer.

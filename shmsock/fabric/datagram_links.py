@@ -189,9 +189,7 @@ class Incoming:
                     return
                 records += 1
                 given += len(data)
-                flow = flows.get(ports[0])
-                if flow is None or flow[0].closed:
-                    flow = self._flow(ports[0])
+                flow = flows.get(ports[0]) or self._flow(ports[0])
                 if flow is None:
                     engine.counts["datagrams_unreachable"] += 1
                 else:
@@ -224,7 +222,6 @@ class Incoming:
         if peer.section == engine.section:
             group = [x for x in group if x.handler.local != source] or group
         if not group:
-            self._flows.pop(ports, None)
             return None
         endpoint = engine.listeners.in_turn(group).handler
         flow = endpoint, endpoint.shown(source, peer.section)
@@ -238,4 +235,9 @@ class Incoming:
         """Likewise."""
 
     def freed(self) -> None:
-        """conn.state says so."""
+        self.owner.incoming.discard(self)
+
+    def forget(self, endpoint: Endpoint) -> None:
+        """It was closed."""
+        for ports in [ports for ports, flow in self._flows.items() if flow[0] is endpoint]:
+            del self._flows[ports]

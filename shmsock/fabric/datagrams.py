@@ -231,6 +231,7 @@ class Datagrams:
         self.engine = engine
         self._endpoints: set[Endpoint] = set()
         self._links: dict[int, Outgoing] = {}
+        self.incoming: set[Incoming] = set()
 
     def __iter__(self) -> Iterator[Endpoint]:
         return iter(list(self._endpoints))
@@ -279,15 +280,17 @@ class Datagrams:
         return link
 
     def accept(self, conn: Connection) -> None:
-        Incoming(self, conn)
+        self.incoming.add(Incoming(self, conn))
 
     def forget(self, link: Outgoing) -> None:
         if self._links.get(link.conn.peer) is link:
             del self._links[link.conn.peer]
 
     def closed(self, endpoint: Endpoint) -> None:
-        """Drop what of its waits."""
+        """Drop what of its waits, and have nobody remember it."""
         self._endpoints.discard(endpoint)
+        for incoming in self.incoming:
+            incoming.forget(endpoint)
         for link in list(self._links.values()):
             kept = deque(item for item in link.queue if item.endpoint is not endpoint)
             self.engine.counts["datagrams_dropped_unsent"] += len(link.queue) - len(kept)

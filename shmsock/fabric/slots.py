@@ -64,7 +64,7 @@ class Slots:
             raise
         slot = self.free.pop()
         conn = Connection(self.engine, slot, ring, peer.section)
-        self.engine.lib.sh_ep_take(conn.ep, *ring)
+        self.engine.lib.sh_ep_take(conn.ep, *ring, accepted)
         self.connections[slot] = conn
         if accepted:
             conn.accepted = True

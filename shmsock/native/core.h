@@ -25,7 +25,9 @@ typedef struct {
 enum sh_state { SH_STATE_NONE, SH_STATE_LIVE, SH_STATE_LEAVING, SH_STATE_LEFT };
 enum sh_kind { SH_CONNECT = 1, SH_ACCEPT, SH_REFUSE };
 enum sh_reason { SH_NO_LISTENER = 1, SH_NO_SLOT, SH_NO_MEMORY, SH_BACKLOG, SH_STALE_CONNECT };
-enum sh_listen { SH_LISTEN_USED = 1, SH_LISTEN_REUSE = 2, SH_LISTEN_LOCAL = 4, SH_LISTEN_TENTATIVE = 8, SH_LISTEN_DATAGRAM = 16 };
+enum sh_listen {
+    SH_LISTEN_USED = 1, SH_LISTEN_REUSE = 2, SH_LISTEN_LOCAL = 4, SH_LISTEN_TENTATIVE = 8, SH_LISTEN_DATAGRAM = 16
+};
 enum sh_flag { SH_FLAG_LOCKED = 1 };
 /* what read, look and spin answer when it is no count */
 enum sh_status {
@@ -88,7 +90,7 @@ int sh_message_recv(sh_node *nd, uint32_t peer, sh_note *m);
 /* endpoints */
 sh_ep *sh_ep_at(sh_node *nd, uint32_t slot);
 uint32_t sh_ep_gen(sh_ep *ep);
-void sh_ep_take(sh_ep *ep, uint64_t ring_off, uint32_t ring_bytes);
+void sh_ep_take(sh_ep *ep, uint64_t ring_off, uint32_t ring_bytes, int accepted);
 int sh_ep_open(sh_ep *ep, uint32_t peer, uint32_t peer_slot, uint32_t peer_gen, uint64_t *ring_off, uint32_t *ring_bytes);
 void sh_ep_release(sh_ep *ep, int notify);
 void sh_ep_orphan(sh_ep *ep);

@@ -2,7 +2,7 @@
  * else is the ring's way (ring.c). */
 #include "node.h"
 
-/* One datagram, whole or not at all, for the listener entry index << 8 | flags of the peer. 1: sent; 0: no room now (WANT is set);
+/* One datagram, whole or not at all, for the listener entry index << 8 | flags of the peer. 1: sent; 0: no room (WANT is set);
  * or a status. */
 int sh_send(sh_ep *ep, uint32_t src_port, uint32_t dst_port, uint32_t entry, const void *data, uint32_t n)
 {
@@ -38,7 +38,7 @@ static void get(const uint8_t *ring, uint32_t bytes, uint32_t position, void *to
         sh_copy_in((uint8_t *)to + first, ring, n - first);
 }
 
-/* The next datagram: where its bytes are, as sh_read_now says it (none is a datagram too), and source << 16 | destination port; or
+/* The next datagram: where its bytes are, as sh_read_now says it (none is a datagram too), and source << 16 | destination; or
  * a status. The header is copied once and checked. sh_read_end(8 + bytes) follows. */
 int64_t sh_recv(sh_ep *ep, uint32_t *ports)
 {

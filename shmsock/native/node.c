@@ -393,7 +393,7 @@ sh_ep *sh_ep_at(sh_node *nd, uint32_t slot) { return slot < nd->g.slots ? &nd->e
 uint32_t sh_ep_gen(sh_ep *ep) { return ep->gen; }
 
 /* FREE -> taken: publish the ring (offset in the section, bytes: a power of two) under the current generation. */
-void sh_ep_take(sh_ep *ep, uint64_t ring_off, uint32_t ring_bytes)
+void sh_ep_take(sh_ep *ep, uint64_t ring_off, uint32_t ring_bytes, int accepted)
 {
     sh_node *nd = ep->nd;
 
@@ -403,6 +403,7 @@ void sh_ep_take(sh_ep *ep, uint64_t ring_off, uint32_t ring_bytes)
     ep->flags = 0;
     ep->theirs = NULL;
     ep->orphan = ep->waiting = 0;
+    ep->accepted = accepted != 0;
     ep->window_ns = 50000;
     sh_put(&ep->mine->ring, (uint64_t)ep->gen << SH_GEN_SHIFT | (uint64_t)__builtin_ctz(ring_bytes) << 30 | ring_off / SH_MIN_RING);
     sh_put(&ep->mine->c, (uint64_t)ep->gen << SH_GEN_SHIFT);

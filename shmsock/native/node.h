@@ -50,6 +50,7 @@ struct sh_ep {
     uint64_t p_last;              /* the peer's P as last taken over */
     uint32_t peer, peer_slot, slot;
     uint8_t orphan;               /* the peer is gone: what it published may still be read */
+    uint8_t accepted;             /* the peer opened the connection */
     uint8_t waiting;              /* somebody is suspended on this slot since wait_since */
     uint64_t wait_since;
     uint64_t window_ns;           /* learnt busy-poll window */

@@ -253,6 +253,16 @@ int sh_wait_space(sh_ep *ep, int spin)
 
 /* ---- consumer ---- */
 
+/* Its slot is another life's: was that an opener that gave up before it had seen our ACCEPT? It wrote nothing, and that is an end like
+ * any other, unless the link itself has ended. */
+static int gave_up(const sh_ep *ep)
+{
+    const struct sh_link *l = &ep->nd->links[ep->peer];
+
+    return ep->accepted && !ep->orphan && (ep->p_last & ~(SH_FIN | SH_REL)) == (uint64_t)ep->peer_gen << SH_GEN_SHIFT
+        && SH_HIGH(sh_load(&l->in->bell, ep->nd->wc)) == l->peer_inc;
+}
+
 /* Take over the peer's P: copied once, checked, and only the copy is used. 0, SH_RESET or SH_VIOLATION. */
 int sh_refresh(sh_ep *ep)
 {
@@ -260,8 +270,12 @@ int sh_refresh(sh_ep *ep)
 
     if (p == ep->p_last)
         return 0;
-    if (SH_GEN(p) != ep->peer_gen)
-        return SH_RESET;
+    if (SH_GEN(p) != ep->peer_gen) {
+        if (!gave_up(ep))
+            return SH_RESET;
+        ep->p_last |= SH_FIN | SH_REL;
+        return 0;
+    }
     if (SH_EPOCH(p) != 0 || SH_LOW(p) - ep->head > ep->rx_bytes || SH_LOW(p) - ep->head < ep->tail_seen - ep->head
         || ((ep->p_last & SH_FIN) && SH_LOW(p) != ep->tail_seen))
         return SH_VIOLATION;

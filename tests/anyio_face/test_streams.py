@@ -301,6 +301,36 @@ def test_a_saturated_stream_lets_others_run(run: Run, world: World) -> None:
     run(main)
 
 
+def test_who_waits_is_woken_beside_a_stream_that_never_does(run: Run, region: str) -> None:
+    """The pump leaves out passes for a reader that looks itself, but never many."""
+
+    async def main() -> None:
+        async with World("nodes", region).nodes() as (a, b), anyio.create_task_group() as tg:
+            async with await shm.create_shm_listener(local_port=7000, node=b) as listener:
+                pairs = [
+                    (await shm.connect_shm("b", 7000, node=a), await listener.accept()) for _ in range(2)
+                ]
+            (busy, busy_end), (quiet, quiet_end) = pairs
+
+            async def hammer() -> None:
+                while True:
+                    await busy.send(b"x")
+                    await busy_end.receive()
+
+            tg.start_soon(hammer)
+            for _ in range(20):
+                async with anyio.create_task_group() as waiting:
+                    waiting.start_soon(quiet_end.receive)
+                    await anyio.sleep(0.001)
+                    await quiet.send(b"y")
+            tg.cancel_scope.cancel()
+            for stream in (busy, busy_end, quiet, quiet_end):
+                with anyio.CancelScope(shield=True):
+                    await stream.aclose()
+
+    run(main)
+
+
 def test_the_node_goes_first(run: Run, region: str) -> None:
     async def main() -> None:
         async with World("nodes", region).pair() as (c, s):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.aio.conftest import keepers, open_files
+from tests.conformance.certificates import Contexts
 
 
 def descriptors() -> list[str]:
@@ -36,6 +37,11 @@ def _nothing_is_left() -> Iterator[None]:
     yield
     gc.collect()
     assert (descriptors(), keepers()) == before, "descriptors or keeper threads are left"
+
+
+@pytest.fixture(scope="package")
+def tls() -> Contexts:
+    return Contexts()
 
 
 @pytest.hookimpl(tryfirst=True)

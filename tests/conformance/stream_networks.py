@@ -23,7 +23,7 @@ from tests.conformance.networks import (
     port_of,
 )
 
-__all__ = ["STREAMS", "Stream", "StreamNetwork"]
+__all__ = ["ANYIO_STREAMS", "STREAMS", "AnyioStreams", "Stream", "StreamNetwork"]
 
 
 class Stream:
@@ -135,7 +135,7 @@ Handler = Callable[[Any], Awaitable[None]]
 
 
 class StreamNetwork(Network):
-    """`connect` and `listen` on one kind of streams. Tests use anyio's tasks and timeouts: these work on all."""
+    """`connect` and `listen` on one kind of streams. Tests use anyio's tasks and timeouts: they fit all."""
 
     #: What is raised when the other side is gone, and for two receivers at once.
     broken: tuple[type[BaseException], ...]
@@ -247,6 +247,10 @@ class AnyioStreams(StreamNetwork):
     async def make_listener(self, port: int) -> Any:
         raise NotImplementedError
 
+    async def connect_tls(self, port: int, **kwargs: Any) -> Any:
+        """A TLSStream: the library's own connect with tls=True."""
+        raise NotImplementedError
+
     @asynccontextmanager
     async def listen(self, handler: Handler, port: int = 0) -> AsyncIterator[int]:
         async def serve(stream: Any) -> None:
@@ -269,6 +273,9 @@ class AnyioTcp(AnyioStreams):
     async def connect(self, port: int) -> Any:
         return AnyioStream(await anyio.connect_tcp("127.0.0.1", port))
 
+    async def connect_tls(self, port: int, **kwargs: Any) -> Any:
+        return await anyio.connect_tcp("127.0.0.1", port, tls=True, **kwargs)
+
     async def connect_to_nobody(self) -> Any:
         return await anyio.connect_tcp("nobody.invalid", 7000)
 
@@ -289,6 +296,9 @@ class AnyioShm(AnyioStreams):
 
     async def connect(self, port: int) -> Any:
         return AnyioStream(await shmsock.anyio.connect_shm(SERVER, port))
+
+    async def connect_tls(self, port: int, **kwargs: Any) -> Any:
+        return await shmsock.anyio.connect_shm(SERVER, port, tls=True, **kwargs)
 
     async def connect_to_nobody(self) -> Any:
         return await shmsock.anyio.connect_shm("nobody", 7000)
@@ -319,8 +329,11 @@ class AnyioDotShm(AnyioStreams):
             yield made
 
 
+ANYIO_STREAMS: list[AnyioStreams] = [
+    made(loop) for made in (AnyioTcp, AnyioShm) for loop in ("asyncio", "uvloop", "trio")
+]
 STREAMS: list[StreamNetwork] = [
     *(AsyncioStreams(below(loop)) for below in (Tcp, Shm, DotShm) for loop in ("asyncio", "uvloop")),
-    *(made(loop) for made in (AnyioTcp, AnyioShm) for loop in ("asyncio", "uvloop", "trio")),
+    *ANYIO_STREAMS,
     *(AnyioDotShm(loop) for loop in ("asyncio", "uvloop")),
 ]

@@ -312,7 +312,7 @@ async def test_reuse_port(net: TransportNetwork) -> None:
 async def test_somebody_elses_address(net: TransportNetwork) -> None:
     with pytest.raises(OSError) as info:
         await net.create_server(Recorder, net.foreign, 0)
-    assert info.value.errno == errno.EADDRNOTAVAIL
+    assert info.value.errno == errno.EADDRNOTAVAIL or net.control  # (3.13's has none)
 
 
 async def test_several_hosts(net: TransportNetwork) -> None:

@@ -10,6 +10,8 @@ import anyio
 import pytest
 from anyio.lowlevel import checkpoint
 
+from shmsock.aio.transport import ShmTransport
+from shmsock.anyio import ShmStream
 from tests.conformance.networks import PATIENCE, fixture_for, pattern
 from tests.conformance.stream_networks import STREAMS, StreamNetwork
 
@@ -35,6 +37,16 @@ async def send_until_it_fails(stream: Any, size: int) -> None:
 
 
 # -- bytes
+
+
+async def test_each_network_is_what_it_says(net: StreamNetwork) -> None:
+    """Nothing goes over TCP unseen, and the control over nothing else."""
+    kinds = (ShmTransport, ShmStream)
+    async with net.pair() as ends:
+        for end in ends:
+            below = end.writer.transport if hasattr(end, "writer") else end.stream
+            below = getattr(below, "_transport", below)  # anyio's stream over a loop's transport
+            assert isinstance(below, kinds) is not net.control
 
 
 async def test_echo(net: StreamNetwork) -> None:
@@ -299,6 +311,7 @@ async def test_connecting_cancelled_at_every_step(net: StreamNetwork) -> None:
                 await stream.aclose()
 
     async with net.listen(echo) as port:
+        await connect(anyio.CancelScope())  # what is made at first use is there now
         for k in range(20):
             scope = anyio.CancelScope()
             async with anyio.create_task_group() as group:

@@ -8,15 +8,13 @@ import sys
 from typing import Any
 
 import pytest
-import trustme
 
 from tests.aio.processes import pattern as endless
+from tests.conformance import networks
+from tests.conformance.certificates import Contexts
 from tests.conformance.networks import (
-    CLIENT,
     PATIENCE,
-    SERVER,
     TRANSPORTS,
-    Recorder,
     TransportNetwork,
     fixture_for,
     pattern,
@@ -27,34 +25,17 @@ from tests.conformance.networks import (
 
 net = fixture_for(TRANSPORTS)
 BIG = 3 << 20
-NAMES = ("127.0.0.1", SERVER, f"{CLIENT}.shm")
 OLD = sys.version_info < (3, 11)
 """asyncio had another TLS then, on its own loop."""
 
 
-class Contexts:
-    """`server` and `client` trust each other; `wrong_name` and `stranger` are servers that nobody should."""
+class Recorder(networks.Recorder):
+    """Closes what was closed: asyncio's TLS of 3.10 complains of what the program did not close itself."""
 
-    def __init__(self) -> None:
-        ca, other = trustme.CA(), trustme.CA()
-        self.server, self.wrong_name, self.stranger, self.asking = (
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) for _ in range(4)
-        )
-        ca.issue_cert(*NAMES).configure_cert(self.server)
-        ca.issue_cert("somebody.else").configure_cert(self.wrong_name)
-        other.issue_cert(*NAMES).configure_cert(self.stranger)
-        ca.issue_cert(*NAMES).configure_cert(self.asking)
-        ca.configure_trust(self.asking)
-        self.asking.verify_mode = ssl.CERT_REQUIRED
-        self.client, self.known_client = (ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) for _ in range(2))
-        for context in (self.client, self.known_client):
-            ca.configure_trust(context)
-        ca.issue_cert("client@example.org").configure_cert(self.known_client)
-
-
-@pytest.fixture(scope="module")
-def tls() -> Contexts:
-    return Contexts()
+    def connection_lost(self, error: BaseException | None) -> None:
+        super().connection_lost(error)
+        if self.transport is not None:
+            self.transport.close()
 
 
 class Accepting:
@@ -447,6 +428,9 @@ async def test_shutdown_that_never_ends(net: TransportNetwork, tls: Contexts) ->
 async def test_connect_cancelled_at_every_step(net: TransportNetwork, tls: Contexts) -> None:
     accept = Accepting()
     server = await net.serve(accept, ssl=tls.server)
+    _, first = await net.connect(Recorder, port_of(server), ssl=tls.client)
+    first.transport.close()
+    await first.lost()
     for k in range(0, 60, 3):
         task = asyncio.ensure_future(net.connect(Recorder, port_of(server), ssl=tls.client))
         await turns(k)
