@@ -13,7 +13,8 @@ versions), either answer is right for shared memory, and the test says so.
 
 A test takes the fixture `net` of its module, is a coroutine function, and runs once on every network:
 test_streams.py on the networks of bytes, test_transports.py, test_servers.py and test_tls.py on those of
-transports and protocols, test_datagrams.py on those of datagrams. `-k "tcp or udp"` is the control alone.
+transports and protocols, test_datagrams.py on those of datagrams, test_anyio_tls.py and
+test_anyio_datagrams.py on anyio's. `-k "tcp or udp"` is the control alone.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ async def test_kinds_of_bytes(net: DatagramNetwork) -> None:
     await end(c, s)
 
 
-@pytest.mark.parametrize("wrong", ["text", 5, ["list"], object()], ids=repr)
+@pytest.mark.parametrize("wrong", ["text", 5, ["list"], object()], ids=lambda x: type(x).__name__)
 async def test_what_is_no_bytes(net: DatagramNetwork, wrong: Any) -> None:
     s = await net.serve()
     c = await net.connect(port(s))

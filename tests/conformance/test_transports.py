@@ -157,7 +157,7 @@ async def test_kinds_of_bytes(net: TransportNetwork) -> None:
         assert await s.got(26) == b"bytes bytearray memoryview"
 
 
-@pytest.mark.parametrize("wrong", ["text", 5, ["list"], 1.5, object()], ids=repr)
+@pytest.mark.parametrize("wrong", ["text", 5, ["list"], 1.5, object()], ids=lambda x: type(x).__name__)
 async def test_what_is_no_bytes(net: TransportNetwork, wrong: Any) -> None:
     async with pair(net) as (c, s):
         with pytest.raises(TypeError):
