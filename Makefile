@@ -4,9 +4,12 @@ SHELL := /bin/bash
 export PYTHON
 
 BIN := .venv/bin
-QUICK := -m "not vm and not slow"
-# What depends on the Python version: asyncio's readers and loops. The rest runs on one.
-ACROSS := tests/aio/test_streams.py tests/aio/test_cpython.py tests/aio/test_loop.py
+# Most tests wait more than they compute: one at a time more than there are CPUs.
+AT_ONCE := -n $(shell expr $$(nproc) + 1)
+QUICK := $(AT_ONCE) -m "not vm and not slow"
+# What depends on the Python version: asyncio's contract, its loops, anyio. The rest runs on one.
+ACROSS := tests/conformance tests/anyio_face tests/aio/test_streams.py tests/aio/test_datagram.py \
+	tests/aio/test_cpython.py tests/aio/test_cpython_loop.py tests/aio/test_loop.py
 
 .PHONY: help
 help: ## list the targets
@@ -33,8 +36,8 @@ bench: ## round trips and throughput, beside TCP
 
 .PHONY: test
 test: lint ## everything: checks, all Python versions there are, real guests
-	@.ci/matrix $(QUICK) $(ACROSS)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -q $(QUICK)
+	@.ci/both '.ci/matrix $(QUICK) $(ACROSS)' '$(BIN)/python -m pytest -m "vm or slow"'
 
 .PHONY: test-quick
 test-quick: setup ## the tests without guests, on one Python

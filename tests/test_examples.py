@@ -107,6 +107,30 @@ def test_port_from_tcp_was_tcp(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == ["1 + 2 + 3 = 6", "20 + 22 = 42"], done.stderr
 
 
+def test_datagrams(start: Start) -> None:
+    server = start("datagrams.py", "serve")
+    said = [run("datagrams.py", host, "tea").stdout for host in ("localhost", "*", "localhost")]
+    assert [line.partition(" (says ")[0] for line in said] == ["tea: 1", "tea: 2", "tea: 3"]
+    server.send_signal(signal.SIGINT)
+    assert server.wait(SECONDS) == 0
+
+
+def test_datagrams_without_a_server(shm_region: Path) -> None:
+    done = run("datagrams.py", "localhost", "tea", check=False)
+    assert done.returncode == 1
+    assert "ConnectionRefusedError" in done.stderr
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_anyio_echo(shm_region: Path, backend: str) -> None:
+    assert run("anyio_echo.py", backend).stdout.split() == ["hello", "world"]
+
+
+@pytest.mark.parametrize(("host", "address"), [("localhost.shm", "198.18.0."), ("127.0.0.1", "127.0.0.1")])
+def test_unmodified_asyncio(shm_region: Path, host: str, address: str) -> None:
+    assert run("unmodified_asyncio.py", host).stdout.startswith(f"HELLO from {address}")
+
+
 def test_raw_bar2(tmp_path: Path) -> None:
     region = tmp_path / "region"
     region.write_bytes(bytes(1 << 16))

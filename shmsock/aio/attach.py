@@ -234,7 +234,7 @@ async def current_node(url: str | None = None, name: str | None = None) -> Node:
     mine = _implicit.setdefault(loop, {})
     key = url if url is not None else "\0" + region.default_url()
     node: Node | None = None
-    found = mine.get(key)
+    found = mine.get(key) or mine.get(key.removeprefix("\0"))
     if isinstance(found, weakref.ref):
         node = found()
     elif found is not None and not found.done():
@@ -259,7 +259,11 @@ def _made(task: asyncio.Task[Node] | TrioFuture, mine: _Mine, key: str) -> None:
         if mine.get(key) is task:
             del mine[key]
     elif mine.get(key) is task:
-        mine[key] = weakref.ref(task.result())
+        node = task.result()
+        mine[key] = weakref.ref(node)
+        other = mine.get(node.region.url)  # the same region, by the name that it gives itself
+        if other is None or (isinstance(other, weakref.ref) and other() is None):
+            mine[node.region.url] = weakref.ref(node)
 
 
 def _at_exit() -> None:

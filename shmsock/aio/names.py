@@ -20,14 +20,17 @@ __all__ = ["ANY", "host_of", "is_shm", "name_of", "numeric", "parse_numeric", "s
 
 ANY = "*" + SUFFIX
 """To listen on, where a name ending in `.shm` must be given: all peers."""
-_regions: list[str] = []
+_regions: list[str] = []  # one that comes after 256 others takes the oldest's place
+_next = 0
 
 
 def numeric(node: Node, section: int) -> str:
     """The internet address that stands for that section of the node's region."""
+    global _next
     url = node.region.url
     if url not in _regions:
-        _regions.append(url)
+        _regions[_next : _next + 1] = [url]
+        _next = (_next + 1) % 256
     return f"198.18.{_regions.index(url)}.{section}"
 
 

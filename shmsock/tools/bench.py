@@ -79,7 +79,8 @@ def variants() -> list[Variant]:
 @contextlib.contextmanager
 def private_region(prefix: str, size: int = 64 << 20) -> Iterator[str]:
     """A region in a directory of its own, removed at the end; smaller where /dev/shm is."""
-    with tempfile.TemporaryDirectory(prefix=f"shmsock-{prefix}-", dir="/dev/shm") as directory:
+    prefix = f"shmsock-{prefix}-{os.getpid()}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir="/dev/shm") as directory:
         room = os.statvfs(directory)
         while size > 8 << 20 and size * 2 > room.f_bavail * room.f_frsize:
             size //= 2

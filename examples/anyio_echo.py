@@ -1,0 +1,30 @@
+"""anyio over shared memory, on asyncio or trio: python anyio_echo.py asyncio|trio"""
+
+import sys
+
+import anyio
+from anyio.abc import ByteStream
+
+from shmsock.anyio import connect_shm, create_shm_listener
+
+PORT = 7003
+
+
+async def echo(stream: ByteStream) -> None:
+    async with stream:
+        async for data in stream:
+            await stream.send(data)
+
+
+async def main() -> None:
+    async with anyio.create_task_group() as tasks, await create_shm_listener(local_port=PORT) as listener:
+        tasks.start_soon(listener.serve, echo)
+        async with await connect_shm("localhost", PORT) as stream:
+            for word in (b"hello", b"world"):
+                await stream.send(word)
+                print((await stream.receive()).decode())
+        tasks.cancel_scope.cancel()
+
+
+if __name__ == "__main__":
+    anyio.run(main, backend=sys.argv[1])

@@ -1,0 +1,56 @@
+"""Datagrams: python datagrams.py serve, and from elsewhere: python datagrams.py HOST TEXT ('*' reaches all)
+
+Counts words, as a collector of statistics would; whoever sent gets the count back.
+"""
+
+import asyncio
+import sys
+from collections import Counter
+
+import shmsock
+
+PORT = 8125
+
+
+class Collector(asyncio.DatagramProtocol):
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+
+    def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
+        word = data.decode()
+        self.counts[word] += 1
+        self.transport.sendto(f"{word}: {self.counts[word]}".encode(), addr)
+
+
+class Sender(asyncio.DatagramProtocol):
+    def __init__(self) -> None:
+        self.answer = asyncio.get_running_loop().create_future()
+
+    def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
+        self.answer.set_result(f"{data.decode()} (says {addr[0]})")
+
+    def error_received(self, exc: OSError) -> None:
+        self.answer.set_exception(exc)
+
+
+async def serve() -> None:
+    transport, _ = await shmsock.create_datagram_endpoint(Collector, local_addr=(None, PORT))
+    print("listening on", transport.get_extra_info("sockname"), flush=True)
+    await asyncio.Event().wait()
+
+
+async def send(host: str, text: str) -> None:
+    transport, sender = await shmsock.create_datagram_endpoint(Sender, remote_addr=(host, PORT))
+    transport.sendto(text.encode())
+    print(await asyncio.wait_for(sender.answer, 10))
+    transport.close()
+
+
+if __name__ == "__main__":
+    try:
+        asyncio.run(serve() if sys.argv[1] == "serve" else send(*sys.argv[1:]))
+    except KeyboardInterrupt:
+        pass

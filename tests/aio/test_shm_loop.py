@@ -1,0 +1,196 @@
+"""The loop on which hosts that end in `.shm` are peers: names, numbers, and what goes elsewhere. (What its
+connections do is in tests/conformance.)"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import anyio
+import pytest
+import uvloop
+
+import shmsock
+from shmsock.aio import attach, names
+from shmsock.aio.streams import ShmStreamReader
+from shmsock.aio.transport import ShmTransport
+from tests.aio.roles import echo
+
+Run = Callable[[Any], Any]
+
+
+BASES = {"asyncio": None, "uvloop.Loop": uvloop.Loop, "uvloop.new_event_loop": uvloop.new_event_loop}
+
+
+@pytest.fixture(params=BASES)
+def run_shm(request: pytest.FixtureRequest, shm_region: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs a coroutine on such a loop; the implicit node is "me"."""
+    monkeypatch.setenv("SHMSOCK_NAME", "me")
+    factory = shmsock.loop_factory(BASES[request.param])
+
+    def run(main: Any) -> Any:
+        loop = factory()
+        try:
+            return loop.run_until_complete(asyncio.wait_for(main, 60))
+        finally:
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.close()
+
+    return run
+
+
+def nodes() -> list[shmsock.Node]:
+    loop = asyncio.get_running_loop()
+    return [node for node in attach._nodes if node.loop is loop and not node.closed]
+
+
+async def ask(host: Any, port: int) -> str:
+    reader, writer = await asyncio.open_connection(host, port)
+    writer.write(b"x")
+    assert await reader.readexactly(1) == b"x"
+    kind = type(writer.transport).__name__
+    writer.close()
+    await writer.wait_closed()
+    return kind
+
+
+@pytest.mark.parametrize("host", ["me.shm", "ME.shm.", "*.shm", "localhost.shm", ["me.shm", "localhost.shm"]])
+def test_to_listen(run_shm: Run, host: Any) -> None:
+    async def main() -> None:
+        async with await asyncio.start_server(echo, host, 7000):
+            for to in ("me.shm", "Me.SHM.", "localhost.shm"):
+                assert await ask(to, 7000) == "ShmTransport"
+            with pytest.raises(ConnectionRefusedError):
+                await asyncio.open_connection("me.shm", 7001)
+            with pytest.raises(socket.gaierror, match=r"no peer named 'you\.shm'"):
+                await asyncio.open_connection("you.shm", 7000)
+
+    run_shm(main())
+
+
+def test_stock_streams_are_adopted(run_shm: Run) -> None:
+    async def main() -> None:
+        async with await asyncio.start_server(echo, "me.shm", 7000):
+            reader, writer = await asyncio.open_connection("me.shm", 7000)
+            assert type(reader) is ShmStreamReader
+            assert type(writer.transport) is ShmTransport
+            assert reader._direct
+            writer.close()
+            await writer.wait_closed()
+
+    run_shm(main())
+
+
+def test_others_are_what_they_were(run_shm: Run) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        async with await asyncio.start_server(echo, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            assert await ask("127.0.0.1", port) != "ShmTransport"
+        async with await asyncio.start_server(echo, None, 0):
+            pass
+        found = await loop.getaddrinfo("127.0.0.1", 80, type=socket.SOCK_STREAM)
+        assert found[0][4] == ("127.0.0.1", 80)
+        assert await loop.getnameinfo(("127.0.0.1", 80), socket.NI_NUMERICHOST | socket.NI_NUMERICSERV) == (
+            "127.0.0.1",
+            "80",
+        )
+        transport, _ = await loop.create_datagram_endpoint(asyncio.DatagramProtocol, ("127.0.0.1", 0))
+        assert transport.get_extra_info("shmsock_node") is None
+        transport.close()
+        assert nodes() == []  # nobody attached for any of that
+
+    run_shm(main())
+
+
+def test_a_mixture_is_refused(run_shm: Run) -> None:
+    async def main() -> None:
+        with pytest.raises(ValueError, match="make a server of each kind"):
+            await asyncio.start_server(echo, ["me.shm", "127.0.0.1"], 0)
+
+    run_shm(main())
+
+
+def test_numbers(run_shm: Run) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        server = await asyncio.start_server(echo, "me.shm", 7000)
+        address = server.sockets[0].getsockname()
+        both = await loop.getaddrinfo(b"me.shm", "7000")
+        assert both == [
+            (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", address),
+            (socket.AF_INET, socket.SOCK_DGRAM, socket.IPPROTO_UDP, "", address),
+        ]
+        assert await loop.getaddrinfo("me.shm", 7000, type=socket.SOCK_STREAM) == both[:1]
+        assert await loop.getaddrinfo("*.shm", 7000, type=socket.SOCK_STREAM) == both[:1]
+        assert (await loop.getaddrinfo("me.shm", "http"))[0][4] == (address[0], 80)
+        assert (await loop.getaddrinfo("me.shm", None))[0][4] == (address[0], 0)
+        assert await loop.getnameinfo(address) == ("me.shm", "7000")
+        assert await loop.getnameinfo(address, socket.NI_NUMERICHOST) == (address[0], "7000")
+        with pytest.raises(socket.gaierror, match="AF_INET stands for it"):
+            await loop.getaddrinfo("me.shm", 7000, family=socket.AF_INET6)
+        with pytest.raises(socket.gaierror, match="name of a service"):
+            await loop.getaddrinfo("me.shm", "no-such-service")
+        with pytest.raises(socket.gaierror, match=r"no peer named 'you\.shm'"):
+            await loop.getaddrinfo("you.shm", 7000)
+        with pytest.raises(socket.gaierror, match="no peer named 9"):
+            await loop.getnameinfo((address[0].rpartition(".")[0] + ".9", 7000))
+        assert await ask(*address) == "ShmTransport"
+        _, writer = await asyncio.open_connection("me.shm", 7000)
+        assert writer.get_extra_info("peername") == address
+        assert writer.get_extra_info("socket").getpeername() == address
+        writer.close()
+        assert len(nodes()) == 1  # the number means the region that we are attached to
+        server.close()
+
+    run_shm(main())
+
+
+def test_anyio_over_it(run_shm: Run) -> None:
+    async def main() -> None:
+        async with await asyncio.start_server(echo, "me.shm", 7000):
+            async with await anyio.connect_tcp("me.shm", 7000) as stream:
+                await stream.send(b"hello")
+                assert await stream.receive() == b"hello"
+                assert stream.extra(anyio.abc.SocketAttribute.remote_port) == 7000
+            assert len(nodes()) == 1
+
+    run_shm(main())
+
+
+@pytest.mark.parametrize("base", [int, dict, 5, "uvloop", lambda: 5])
+def test_what_makes_no_loop(base: Any) -> None:
+    with pytest.raises(TypeError, match="makes no event loop"):
+        shmsock.loop_factory(base)
+
+
+def test_new_event_loop() -> None:
+    loop = shmsock.new_event_loop()
+    assert isinstance(loop, asyncio.SelectorEventLoop)
+    assert shmsock.loop_factory() is shmsock.loop_factory(asyncio.SelectorEventLoop)
+    loop.close()
+
+
+@pytest.mark.parametrize(
+    "host", ["198.18.0", "198.18.0.0.1", "198.19.0.0", "198.18.a.0", "198.18.0.64", "", "*"]
+)
+def test_what_is_no_number_of_ours(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(names, "_regions", ["file:/one"])
+    assert names.parse_numeric(host) is None
+    assert names.parse_numeric("198.18.1.0") is None  # no such region
+    assert names.parse_numeric("198.18.0.63") == ("file:/one", 63)
+
+
+def test_regions_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(names, "_regions", [])
+    monkeypatch.setattr(names, "_next", 0)
+    made = [SimpleNamespace(region=SimpleNamespace(url=f"file:/{i}")) for i in range(600)]
+    for i, node in enumerate(made):
+        address = names.numeric(node, 5)  # type: ignore[arg-type]
+        assert address == f"198.18.{i % 256}.5"
+        assert names.parse_numeric(address) == (f"file:/{i}", 5)
+    assert len(names._regions) == 256
