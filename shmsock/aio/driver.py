@@ -237,14 +237,15 @@ class Node:
             )
         if not self.engine.quiet:
             return True
-        if self._one_cpu and not self.engine.peers.strangers:
-            return False  # whoever would answer needs this CPU
-        return (
+        hot = (
             self._gap < self._hot_ns
             and now - self._last_hit < self._hot_ns
             and self._credit > 0
             and self._idle_turns < self._hot_turns
         )
+        if hot and (self._idle_turns or self._one_cpu):
+            os.sched_yield()  # whoever is to answer may need this CPU
+        return hot
 
     def _dispatch(self, kind: str, target: Any, arg: Any) -> None:
         if kind == "ready":
