@@ -27,4 +27,6 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
     anyio.run(main, backend=sys.argv[1])

@@ -13,11 +13,8 @@ PORT = 8125
 
 
 class Collector(asyncio.DatagramProtocol):
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = transport
+        self.transport, self.counts = transport, Counter()
 
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
         word = data.decode()
@@ -50,7 +47,11 @@ async def send(host: str, text: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) not in (2, 3):
+        sys.exit(__doc__)
     try:
         asyncio.run(serve() if sys.argv[1] == "serve" else send(*sys.argv[1:]))
     except KeyboardInterrupt:
         pass
+    except OSError as error:
+        sys.exit(f"datagrams: {error}")

@@ -31,6 +31,8 @@ async def main(host: str) -> None:
 # ---- how it is started (asyncio.Runner and uvloop.run take the factory as loop_factory=)
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
     loop = shmsock.loop_factory()()
     try:
         loop.run_until_complete(main(sys.argv[1]))

@@ -6,6 +6,9 @@ server = await shmsock.start_server(handler, port=7000)
 
 from __future__ import annotations
 
+import importlib as _importlib
+from typing import Any as _Any
+
 from shmsock.aio.attach import attach
 from shmsock.aio.datagram import create_datagram_endpoint
 from shmsock.aio.driver import Node
@@ -51,3 +54,10 @@ __all__ = [
     "open_region",
     "start_server",
 ]
+
+
+def __getattr__(name: str) -> _Any:
+    """`shmsock.anyio` and `shmsock.testing` are imported when they are asked for."""
+    if name in ("anyio", "testing"):
+        return _importlib.import_module(f"shmsock.{name}")
+    raise AttributeError(f"module 'shmsock' has no attribute {name!r}")

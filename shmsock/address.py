@@ -25,6 +25,7 @@ __all__ = [
     "machine_id",
     "node_name",
     "normalize_name",
+    "port_number",
 ]
 
 NAME_BYTES = 63
@@ -89,6 +90,28 @@ def check_port(port: SupportsIndex, call: str = "") -> int:
     if not 0 <= number <= 65535:
         raise OverflowError(f"{call}(): port must be 0-65535." if call else "port must be 0-65535.")
     return number
+
+
+def port_number(port: object) -> int:
+    """A port as getaddrinfo takes it: a number, its digits, the name of a service, or None for 0.
+
+    Raises TypeError and OverflowError as check_port() does, socket.gaierror for a name that is no service's.
+    """
+    if isinstance(port, (bytes, bytearray)):
+        port = port.decode("ascii", "replace")
+    if isinstance(port, str):
+        port = port.strip() or "0"
+        try:
+            return check_port(int(port)) if port.isdecimal() else socket.getservbyname(port)
+        except OSError:
+            raise socket.gaierror(
+                socket.EAI_SERVICE, f"port {port!r}: expected a number or the name of a service"
+            ) from None
+    if port is None:
+        return 0
+    if not isinstance(port, SupportsIndex):
+        raise TypeError(f"a port is a number or the name of a service, not {type(port).__name__!r}")
+    return check_port(port)
 
 
 def is_any(host: object) -> bool:

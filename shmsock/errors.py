@@ -178,7 +178,8 @@ def address_unavailable(host: object, own: Sequence[str] = ()) -> OSError:
     return OSError(
         errno.EADDRNOTAVAIL,
         f"cannot listen on {host!r}: this node goes by {_listing(own)}; listen on None for all peers, "
-        "on 'localhost' for those of this machine, or attach with name=",
+        "on 'localhost' for those of this machine, or attach with name= (on a loop that knows .shm hosts: on "
+        "'*.shm' or 'localhost.shm', or with SHMSOCK_NAME)",
     )
 
 

@@ -77,6 +77,30 @@ def test_ports_are_int(port: Any) -> None:
     assert str(ours.value) == str(theirs.value)
 
 
+@pytest.mark.parametrize(
+    ("port", "number"),
+    [(80, 80), ("80", 80), (b"80", 80), (" 80 ", 80), ("http", 80), (None, 0), ("0", 0), ("", 0), (True, 1)],
+)
+def test_port_numbers(port: object, number: int) -> None:
+    assert address.port_number(port) == number
+
+
+@pytest.mark.parametrize(
+    ("port", "error"),
+    [
+        ("no-such-service", socket.gaierror),
+        ("-1", socket.gaierror),
+        ("65536", OverflowError),
+        (-1, OverflowError),
+        ([80], TypeError),
+        (1.5, TypeError),
+    ],
+)
+def test_what_is_no_port_number(port: object, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        address.port_number(port)
+
+
 def test_port_message_is_the_one_of_socket() -> None:
     with socket.socket() as control, pytest.raises(OverflowError) as theirs:
         control.bind(("127.0.0.1", 65536))

@@ -118,7 +118,14 @@ def test_datagrams(start: Start) -> None:
 def test_datagrams_without_a_server(shm_region: Path) -> None:
     done = run("datagrams.py", "localhost", "tea", check=False)
     assert done.returncode == 1
-    assert "ConnectionRefusedError" in done.stderr
+    assert done.stderr.startswith("datagrams: [Errno 111]")
+
+
+@pytest.mark.parametrize("name", ["datagrams.py", "anyio_echo.py", "unmodified_asyncio.py"])
+def test_usage(name: str) -> None:
+    done = run(name, check=False)
+    assert done.returncode == 1
+    assert f"python {name}" in done.stderr
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])

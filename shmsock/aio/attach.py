@@ -261,9 +261,10 @@ def _made(task: asyncio.Task[Node] | TrioFuture, mine: _Mine, key: str) -> None:
     elif mine.get(key) is task:
         node = task.result()
         mine[key] = weakref.ref(node)
-        other = mine.get(node.region.url)  # the same region, by the name that it gives itself
-        if other is None or (isinstance(other, weakref.ref) and other() is None):
-            mine[node.region.url] = weakref.ref(node)
+        for alias in (node.region.url, node.region.path):  # the same region by other names
+            other = mine.get(alias)
+            if other is None or (isinstance(other, weakref.ref) and other() is None):
+                mine[alias] = weakref.ref(node)
 
 
 def _at_exit() -> None:

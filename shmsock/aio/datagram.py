@@ -11,13 +11,13 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from shmsock.address import check_port
+from shmsock.address import port_number
 from shmsock.aio import names
 from shmsock.aio.attach import current_node
 from shmsock.aio.driver import Node
 from shmsock.aio.flow import FlowControl
 from shmsock.aio.pseudosocket import PseudoSocket
-from shmsock.errors import NodeClosedError, forked, wrong_thread
+from shmsock.errors import NodeClosedError, forked, name_unknown, wrong_thread
 from shmsock.fabric.datagrams import BROADCAST, DATAGRAM_MAX, Endpoint
 
 __all__ = ["DATAGRAM_MAX", "ShmDatagramTransport", "create_datagram_endpoint"]
@@ -150,6 +150,8 @@ class ShmDatagramTransport(FlowControl, asyncio.DatagramTransport):
         self._check_thread()
         if not isinstance(data, (bytes, bytearray, memoryview)):
             raise TypeError(f"data argument must be a bytes-like object, not {type(data).__name__!r}")
+        if isinstance(addr, tuple) and len(addr) == 2 and isinstance(addr[0], (bytes, bytearray)):
+            addr = addr[0].decode("ascii", "replace"), addr[1]
         if self.endpoint.remote is not None and addr not in self.endpoint.aliases:
             raise ValueError(f"Invalid address: must be None or {self._extra['peername']}")
         if len(data) > DATAGRAM_MAX or isinstance(data, memoryview):
@@ -253,10 +255,12 @@ def _number(node: Node, endpoint: Endpoint) -> tuple[tuple[str, int], tuple[str,
     """Have internet addresses stand for names (names.py): (local, remote)."""
 
     def host(given: Any) -> Any:
-        if given == names.ANY:
+        if names.is_any_shm(given):
             return BROADCAST
-        known = names.parse_numeric(given) if isinstance(given, str) else None
-        return given if known is None else known[1]
+        region, known = names.host_of(given) if names.is_shm(given) else (None, given)
+        if region not in (None, node.region.url):
+            raise name_unknown(given, [names.numeric(node, node.section)])  # a number of another region
+        return known
 
     endpoint.host = host
     endpoint.shown = lambda address, section: (names.numeric(node, section), address[1])
@@ -272,8 +276,8 @@ def _address(addr: Any) -> tuple[Any, int] | None:
     if not addr:
         return None
     if not (isinstance(addr, tuple) and len(addr) == 2):
-        raise TypeError("2-tuple is expected")
-    return addr[0], check_port(addr[1])
+        raise TypeError(f"2-tuple is expected: (host, port), not {addr!r}")
+    return addr[0], port_number(addr[1])
 
 
 async def create_datagram_endpoint(

@@ -11,7 +11,7 @@ from asyncio.streams import _DEFAULT_LIMIT  # type: ignore[attr-defined]
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
-from shmsock.address import check_port
+from shmsock.address import port_number
 from shmsock.aio.attach import current_node
 from shmsock.aio.driver import Node
 from shmsock.aio.server import Server
@@ -66,8 +66,8 @@ async def create_connection(
         what = "host and port was not specified and no sock specified" if host is None else "a port is needed"
         raise ValueError(what)
     node = node or await current_node(region, name)
-    local_port = check_port(local_addr[1]) if local_addr else 0
-    conn = await node.connect(host, check_port(port), local_port)
+    local_port = port_number(local_addr[1]) if local_addr else 0
+    conn = await node.connect(host, port_number(port), local_port)
     waiter = node.loop.create_future()
     try:
         protocol = protocol_factory()
@@ -127,7 +127,7 @@ async def create_server(
     server = Server(
         node,
         list(host) if several else [host],
-        check_port(port or 0),
+        port_number(port),
         protocol_factory,
         backlog=backlog,
         reuse_port=bool(reuse_port),

@@ -16,7 +16,7 @@ from shmsock.fabric import layout as lay
 if TYPE_CHECKING:
     from shmsock.aio.driver import Node
 
-__all__ = ["ANY", "host_of", "is_shm", "name_of", "numeric", "parse_numeric", "sections"]
+__all__ = ["ANY", "host_of", "is_any_shm", "is_shm", "name_of", "numeric", "parse_numeric", "sections"]
 
 ANY = "*" + SUFFIX
 """To listen on, where a name ending in `.shm` must be given: all peers."""
@@ -50,6 +50,12 @@ def is_shm(host: Any) -> bool:
     if not isinstance(host, str):
         return False
     return host.lower().removesuffix(".").endswith(SUFFIX) or parse_numeric(host) is not None
+
+
+def is_any_shm(host: Any) -> bool:
+    """Is it ANY, in any spelling?"""
+    text = host.decode("ascii", "replace") if isinstance(host, (bytes, bytearray)) else host
+    return isinstance(text, str) and text.removesuffix(".").lower() == ANY
 
 
 def host_of(host: Any) -> tuple[str | None, Any]:

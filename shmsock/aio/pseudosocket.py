@@ -84,7 +84,7 @@ class PseudoSocket:
 
     def setsockopt(self, level: int, option: int, value: Any, optlen: int | None = None) -> None:
         """Remembered, without effect: there is no kernel socket."""
-        self._options[level, option] = value
+        self._options[level, option] = value if isinstance(value, int) else bytes(value or optlen or 0)
 
     def getblocking(self) -> bool:
         return False

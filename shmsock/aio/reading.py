@@ -75,18 +75,17 @@ class ReadSide(FlowControl, asyncio.Transport):
         self.reader = reference
 
     def is_reading(self) -> bool:
-        """Also False while a stream reader has more before it than its limit allows."""
-        if self._reading_paused or self._closing:
-            return False
-        reader = self.reader() if self.reader is not None else None
-        return reader is None or len(reader._buffer) + self.conn.available() <= 2 * reader._limit
+        return not self._reading_paused and not self._closing
 
     def fileno(self) -> int:
         """A descriptor that is readable while there is something to read, or the end; -1 after the end."""
-        if self._lost:
+        if self._lost or self.node.closed:
             return -1
         if self._poll is None:
             self._poll = PollFd()
+            reader = self.reader() if self.reader is not None else None
+            if reader is not None:
+                reader._fast = False  # the short cuts tell nobody that they have emptied the ring
         self.update_poll()
         return self._poll.fd
 
@@ -110,14 +109,16 @@ class ReadSide(FlowControl, asyncio.Transport):
 
     def _resumed(self) -> None:
         if not self._lost and self.reader is None:
+            if not (self.node.scheduled or self.node.closed):
+                self.node.begin_turn()
             self.ready(DATA)
 
     def _receiving(self) -> bool:
         return not (self._reading_paused or self._closing or self._lost or self.reader)
 
     def _deliver(self) -> None:
-        """Protocol mode: hand over what is there, bounded, and come again if more is."""
-        given = 0
+        """Protocol mode: hand over what is there, within the turn's budget, and come again if more is."""
+        given, over, nd = 0, self.node.lib.sh_over, self.node.nd
         while given < DELIVER_MAX and self._receiving():
             protocol: Any = self._protocol
             deliver = (
@@ -130,9 +131,11 @@ class ReadSide(FlowControl, asyncio.Transport):
                 if n == EOF:
                     self.got_eof()
                 elif n not in (0, EMPTY, YIELD) and self.conn.error is not None:
-                    self.force_close(self.conn.error)
+                    self._read_in_vain()
                 return
             given += n
+            if over(nd):
+                break
         if self._receiving():
             self._loop.call_soon(self._resumed, context=self.node.context)
 
@@ -154,16 +157,18 @@ class ReadSide(FlowControl, asyncio.Transport):
         if replaced or not self._receiving():
             return 0
         try:
-            view = memoryview(buffer).cast("B")
-            if not view:
-                raise RuntimeError("get_buffer() returned an empty buffer")
+            with memoryview(buffer) as whole, whole.cast("B") as view:  # it may be resized right afterwards
+                if not view:
+                    raise RuntimeError("get_buffer() returned an empty buffer")
+                if view.readonly:
+                    raise TypeError("get_buffer() returned a buffer that cannot be written")
+                data = self._take(min(len(view), DELIVER_MAX))
+                if isinstance(data, int):
+                    return data
+                view[: len(data)] = data
         except BaseException as error:
             self._fatal_error(error, "Fatal error: protocol.get_buffer() call failed.")
             return 0
-        data = self._take(min(len(view), DELIVER_MAX))
-        if isinstance(data, int):
-            return data
-        view[: len(data)] = data
         self._guarded("buffer_updated", protocol.buffer_updated, len(data))
         return len(data)
 
@@ -182,6 +187,15 @@ class ReadSide(FlowControl, asyncio.Transport):
         except BaseException as error:
             self._fatal_error(error, f"Fatal error: protocol.{what}() call failed.")
             return None
+
+    def _read_in_vain(self) -> None:
+        """The connection broke, and all that had come was read. Of a peer that died that is the end, as when
+        the kernel of a killed process closes its sockets: at an error, TLS and stock readers would forget
+        what they still hold."""
+        if self.conn.orphaned_ns and self.reader is None:
+            self.got_eof()
+        else:
+            self.force_close(self.conn.error)
 
     def _discard(self) -> None:
         given = 0

@@ -63,6 +63,12 @@ class ShmStreamReader(asyncio.StreamReader):
         self._rx, self._rx_bytes = transport.conn.rx, transport.conn.rx_bytes
         transport.adopt(self, weakref.ref(self))
 
+    def _maybe_resume_transport(self) -> None:
+        """Called by asyncio whenever bytes were taken out of the buffer."""
+        super()._maybe_resume_transport()  # type: ignore[misc]
+        if isinstance(self._transport, ShmTransport):
+            self._transport.update_poll()
+
     def _detach(self) -> None:
         """The transport is over. What is in the buffer can still be read."""
         self._direct = self._fast = False
@@ -195,7 +201,7 @@ class ShmStreamReader(asyncio.StreamReader):
             raise
         finally:
             self._waiter = None
-            self._fast = self._direct and self._exception is None
+            self._fast = self._direct and self._exception is None and self._transport._poll is None
             if self._was_woken:
                 self._was_woken = False
                 self._node.runs()

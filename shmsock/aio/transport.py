@@ -145,7 +145,7 @@ class ShmTransport(ReadSide):
         elif not self._reading_paused and not self._closing and not self._read_eof:
             self._deliver()
         if self.conn.error is not None and not self._lost and reader is None:
-            self.force_close(self.conn.error)
+            self._read_in_vain()
 
     def failed(self, error: OSError) -> None:
         self.force_close(error)
@@ -160,7 +160,7 @@ class ShmTransport(ReadSide):
     def _ended(self) -> None:
         """The engine released the connection: a reset, or the peer closed it and all of it was read."""
         if self.conn.error is not None:
-            self.force_close(self.conn.error)
+            self._read_in_vain()
             return
         if self._waits_for_space:
             self._write_failed()
@@ -241,7 +241,7 @@ class ShmTransport(ReadSide):
                 # as over TCP: the first write after the peer closed is lost silently
                 self._wrote_in_vain = True
                 self._settle()
-                self._maybe_resume_protocol()
+                self._resume_protocol()
                 self._wake_writer()
                 return
             error = BrokenPipeError(
@@ -252,7 +252,7 @@ class ShmTransport(ReadSide):
             self.force_close(error)
         else:
             self._broken, self.calm = error, False
-            self._maybe_resume_protocol()
+            self._resume_protocol()
             self._wake_writer()
 
     def _flush(self) -> None:
@@ -268,7 +268,7 @@ class ShmTransport(ReadSide):
                 return
             del pending[:taken]
             self._settle()
-            self._maybe_resume_protocol()
+            self._resume_protocol()
         if not pending:
             if self._closing:
                 self._finish_close()
@@ -276,6 +276,10 @@ class ShmTransport(ReadSide):
                 self.conn.finish()
             self.node.flushed()
         self._wake_writer()
+
+    def _resume_protocol(self) -> None:
+        if self._protocol_paused:  # a copy: drain() may be inside of the connection's own context
+            self.context.copy().run(self._maybe_resume_protocol)
 
     @property
     def _waits_for_space(self) -> bool:

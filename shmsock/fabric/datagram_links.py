@@ -12,6 +12,7 @@ from collections import deque
 from errno import ECONNREFUSED
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from shmsock.errors import no_buffers
 from shmsock.fabric.connection import DATA, EMPTY, EOF, REL, SPACE, UNBOUND, VIOLATION, Connection, State
 
 if TYPE_CHECKING:
@@ -69,7 +70,12 @@ class Outgoing:
 
     def send(self, item: Waiting) -> bool:
         """Now, or when its turn comes; dropped if too much of its endpoint waits. False: not by this link or
-        entry."""
+        entry. Raises OSError (ENOBUFS) for one that this ring can never hold."""
+        need, ring = HEADER + len(item.data), self.conn.ring[1]
+        if need > ring:
+            what = f"ring memory for a datagram of {len(item.data)} bytes to {self.conn.remote[0]!r}"
+            larger = self.owner.engine.slots.region_for_link(need)
+            raise no_buffers(f"{what}, whose link has {ring} bytes,", larger)
         if not self.queue and self.conn.state is State.OPEN:
             status = self._put(item)
             self.direct = status == 1 and not self._over
@@ -108,6 +114,8 @@ class Outgoing:
             told.add(item.endpoint)
             if status == UNBOUND and item.to is not None:
                 stray.append(item)
+            elif status == UNBOUND:
+                self.owner.engine.counts["datagrams_unreachable"] += 1
         else:
             self.owner.engine.emit("ready", self.conn, SPACE)
         self.direct = self.conn.state is State.OPEN and not (queue or self._over)
@@ -176,10 +184,10 @@ class Incoming:
 
     def ready(self, bits: Any) -> None:
         engine, conn, ep, ports, flows = self.owner.engine, self.conn, self.ep, self._ports, self._flows
-        recv, arm = engine.lib.sh_recv, engine.lib.sh_arm
+        recv, arm, over = engine.lib.sh_recv, engine.lib.sh_arm, engine.lib.sh_over
         records = given = 0
         while conn.state is State.OPEN:
-            if records == RECORDS_PER_PASS or given >= BYTES_PER_PASS:
+            if records and (records == RECORDS_PER_PASS or given >= BYTES_PER_PASS or over(engine.nd)):
                 engine.emit("ready", conn, DATA)
                 return
             span = recv(ep, ports)

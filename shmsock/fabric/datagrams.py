@@ -4,7 +4,8 @@ A datagram is lost only if, and is counted where it happens as
     datagrams_unreachable     nobody has the port, when it is sent or when it arrives
     datagrams_dropped_full    what a paused receiving endpoint keeps is at its bound already
     datagrams_dropped_unsent  what waits in the sending endpoint is at its bound already (it ignored
-                              pause_writing); or the endpoint was closed, or the peer left or died, meanwhile
+                              pause_writing); or the endpoint was closed, or the peer left or died, meanwhile;
+                              or, one of a broadcast, there is no memory for its link, or too little
     datagrams_lost_unread     the peer left or died, and had not taken it out of the ring
 The bounds are Settings.datagram_queue_bytes; it is always the newest that goes.
 """
@@ -74,14 +75,14 @@ class Endpoint:
     def send(self, data: Any, to: Any = None) -> None:
         """Never blocks. `to` is (host, port), ("*", port) for all that have the port, or None if connected.
 
-        Raises OSError: EMSGSIZE above 65507 bytes, socket.gaierror, ENOBUFS, NodeClosedError; TypeError,
-        ValueError."""
+        Raises OSError: EMSGSIZE above 65507 bytes, socket.gaierror, ENOBUFS (no memory for a link, or so
+        little that this one never fits), NodeClosedError; TypeError, ValueError."""
         if not self.send_now(data, to):
             self._send_slowly(data, to)
 
     def send_now(self, data: Any, to: Any = None) -> bool:
         """The fast way, for an address that was used before. False: nothing was done."""
-        route = self._routes.get(to)
+        route = self._routes.get(to) if type(to) is tuple or to is None else None
         if route is None or type(data) is not bytes or not route[0].direct:
             return False
         sent: int = self._send(route[0].ep, self._port, route[1], route[2], data, len(data))
@@ -97,8 +98,8 @@ class Endpoint:
         if self.closed:
             raise node_closed(self.local, "the endpoint was closed")
         if self.remote is None:
-            if to is None:
-                raise TypeError("an address is needed: the endpoint is not connected")
+            if not isinstance(to, tuple) or len(to) != 2:
+                raise TypeError(f"an address is needed, (host, port), not {to!r}: this is not connected")
             host, port = self.host(to[0]), check_port(to[1], "sendto")
         elif to not in self.aliases:
             raise ValueError(f"Invalid address: must be None or {self.remote}")
@@ -140,10 +141,10 @@ class Endpoint:
             ):
                 try:
                     link = self.owner.link(peer)
-                except OSError:  # no room for a link, or it is not listened to
+                    if not link.send(Waiting(self, None, Route(link, port, entry), data)):
+                        self.engine.counts["datagrams_unreachable"] += 1
+                except OSError:  # no room for a link, or in its ring, or it is not listened to
                     self.engine.counts["datagrams_dropped_unsent"] += 1
-                    continue
-                link.send(Waiting(self, None, Route(link, port, entry), data))
 
     def retry(self, item: Waiting) -> None:
         """It waited, and its port has changed hands."""
@@ -189,7 +190,8 @@ class Endpoint:
             self.engine.emit("endpoint", self)
 
     def happened(self) -> None:
-        """The event `endpoint`: an error, space, or what was kept, a bounded number in a pass."""
+        """The event `endpoint`: an error, space, or what was kept: one at least, and what a turn has time
+        for."""
         self._due = False
         error, self._error = self._error, None
         try:
@@ -197,8 +199,10 @@ class Endpoint:
                 self.handler.refused(error)
             if self._told:
                 self.handler.space()
-            for _ in range(RECORDS_PER_PASS):
+            for given in range(RECORDS_PER_PASS):
                 if self._paused or not (self._kept and self._told):
+                    break
+                if given and self.engine.lib.sh_over(self.engine.nd):
                     break
                 data, source = self._kept.popleft()
                 self._kept_bytes -= len(data) + OVERHEAD

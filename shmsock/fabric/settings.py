@@ -9,34 +9,39 @@ __all__ = ["Settings"]
 
 @dataclass(frozen=True)
 class Settings:
+    """Frozen; all have defaults.
+
+    `busy_poll_us`: Longest busy-poll of a read or a drain that finds nothing. Windows adapt below it; 0:
+    never spin. On a machine that runs code slowly (an emulated guest) up to ten times as long, as
+    measured at attach; so is hot_us.
+    `hot_us`: How long the pump re-schedules itself after bytes moved, before it lets the loop sleep.
+    `hold_us`: Longest time that reads and drains that need not wait may hold one turn of the loop.
+    `look_cap_us`: The keeper's longest sleep between two looks at the bells while the loop sleeps: the
+    worst wakeup, and its CPU cost.
+    `dead_after_s`: A peer whose beat stands still so long, over at least ten looks of ours, is dead.
+    `linger_s`: How long the unread bytes of a dead peer are kept for a reader that does not come.
+    `flush_s`: How long a node that is detached waits for closed writers to get rid of what they hold.
+    `reap_after_s`: A section silent so long is freed for reuse; None: never (by hand: `shmsock reap`).
+    `ring_bytes`: Largest ring of one direction of a connection, a power of two from 4096 to 2**30;
+    smaller ones when memory is scarce. (Datagrams have rings of their own, of at most 256 KiB.)
+    `datagram_queue_bytes`: What an endpoint for datagrams keeps at most, of those that wait to be sent
+    and of those that wait while it is paused; each counts 64 bytes more than it has. At least 2**18: more
+    than pause_writing lets come up.
+    `max_connects`: CONNECTs per peer without an answer; more wait here. At most 32 (two directions share
+    64 messages).
+    """
+
     busy_poll_us: int = 200
-    """Longest busy-poll of a read or a drain that finds nothing. Windows adapt below it; 0: never spin. On a
-    machine that runs code slowly (an emulated guest) up to ten times as long, as measured at attach; so is
-    hot_us."""
     hot_us: int = 300
-    """How long the pump re-schedules itself after bytes moved, before it lets the loop sleep."""
     hold_us: int = 500
-    """Longest time that reads and drains that need not wait may hold one turn of the loop."""
     look_cap_us: int = 1000
-    """The keeper's longest sleep between two looks at the bells while the loop sleeps: the worst wakeup, and
-    its CPU cost."""
     dead_after_s: float = 3.0
-    """A peer whose beat stands still so long, over at least ten looks of ours, is dead."""
     linger_s: float = 60.0
-    """How long the unread bytes of a dead peer are kept for a reader that does not come."""
     flush_s: float = 2.0
-    """How long a node that is detached waits for closed writers to get rid of what they hold."""
     reap_after_s: float | None = 600.0
-    """A section silent so long is freed for reuse; None: never (by hand: `shmsock reap`)."""
     ring_bytes: int = 1 << 20
-    """Largest ring of one direction of a connection, a power of two from 4096 to 2**30; smaller ones when
-    memory is scarce."""
     datagram_queue_bytes: int = 4 << 20
-    """What an endpoint for datagrams keeps at most, of those that wait to be sent and of those that wait
-    while it is paused; each counts 64 bytes more than it has. At least 2**18: more than pause_writing lets
-    come up."""
     max_connects: int = 32
-    """CONNECTs per peer without an answer; more wait here. At most 32 (two directions share 64 messages)."""
 
     def __post_init__(self) -> None:
         if self.ring_bytes < 4096 or self.ring_bytes > 1 << 30 or self.ring_bytes & (self.ring_bytes - 1):

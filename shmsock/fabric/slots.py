@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from shmsock.errors import no_buffers
 from shmsock.fabric.arena import MIN_RING, Arena
 from shmsock.fabric.connection import Connection
-from shmsock.fabric.layout import region_for
+from shmsock.fabric.layout import Layout, default_slots, region_for
 
 if TYPE_CHECKING:
     from shmsock.fabric.node import Engine
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["NO_MEMORY", "NO_SLOT", "Slots"]
 
 NO_SLOT, NO_MEMORY = 2, 3  # enum sh_reason
-DATAGRAM_RING = 256 << 10  # half of it holds the largest datagram
+DATAGRAM_RING = 256 << 10  # at best; a quarter of it holds the largest datagram
 
 
 class Slots:
@@ -38,10 +38,10 @@ class Slots:
         from who opens it: the ring of the other side is of no use, so it is the smallest."""
         if not self.free:
             return NO_SLOT
-        least, most = MIN_RING, self.engine.settings.ring_bytes
+        most = self.engine.settings.ring_bytes
         if datagrams:
-            least, most = (MIN_RING, MIN_RING) if accepted else (DATAGRAM_RING // 2, min(most, DATAGRAM_RING))
-        size = max(least, Arena.fit(most, self.arena.free_bytes, len(self.free) - 1))
+            most = MIN_RING if accepted else DATAGRAM_RING
+        size = Arena.fit(most, self.arena.free_bytes, len(self.free) - 1)
         if accepted and peer.section != self.engine.section:
             if peer.slots * 2 >= self.engine.layout.slots:
                 return NO_SLOT
@@ -52,9 +52,6 @@ class Slots:
                 return NO_MEMORY
             size = Arena.fit(size, share, self.engine.layout.slots // 2 - peer.slots - 1, parts=4)
         ring = self.arena.take(size)
-        if ring is not None and ring[1] < least:
-            self.arena.give(*ring)
-            ring = None
         if ring is None:
             return NO_MEMORY
         try:
@@ -91,3 +88,17 @@ class Slots:
     def no_room(self, reason: int) -> OSError:
         what = "connection slots" if reason == NO_SLOT else "ring memory"
         return no_buffers(what, region_for(self.engine.layout))
+
+    def region_for_link(self, need: int) -> str:
+        """A size of region in which a link gets a ring of `need` bytes, with as much in use as here."""
+        layout, used = self.engine.layout, self.arena.size - self.arena.free_bytes
+        for factor in (1 << k for k in range(1, 20)):
+            size = layout.region_bytes * factor
+            slots = default_slots(self.engine.memory, size, layout.peers)
+            if not slots:
+                break
+            larger = Layout(self.engine.memory, (slots.bit_length() - 1) << 8 | layout.peers, size)
+            room = larger.arena_bytes - used
+            if Arena.fit(DATAGRAM_RING, room, larger.slots - len(self.connections) - 1) >= need:
+                return region_for(layout, factor)
+        return ""

@@ -302,7 +302,7 @@ def check_size(path: str, size: int, minimum: int = MINIMUM) -> None:
         seen = "is empty" if not size else f"has {format_size(size)}"
         raise format_error(
             f"region {path} {seen}, expected at least {format_size(minimum)}: truncated, or not a region; "
-            f"make it anew with `shmsock create {path} --size 64M --force`",
+            "name another, or make one with `shmsock create`",
             path,
         )
 

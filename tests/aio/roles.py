@@ -10,6 +10,7 @@ import json
 import os
 import random
 import signal
+import ssl
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -109,6 +110,25 @@ async def victim(region: str, size: int, dead_after_s: float = 3.0) -> None:
         _, writer = await shmsock.open_connection("test", 7000, node=node)
         writer.write(b"again")
         writer.close()
+        await hear()
+
+
+async def writes_at_once(region: str, name: str, size: int, certificate: str | None) -> None:
+    """Writes `size` bytes to who connects, and then waits for its end."""
+    context = None
+    if certificate is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(bytes(size))
+        await writer.drain()
+        say("written")
+        await reader.read()
+
+    async with shmsock.attach(region, name=name) as node:
+        await shmsock.start_server(handler, None, 7000, node=node, ssl=context)
+        say("ready")
         await hear()
 
 

@@ -55,7 +55,7 @@ RUN = {
     """,
     "test_server.SelectorStartServerTests": "test_start_server_1",
     "test_server.TestServer2": """
-        test_abort_clients test_close_clients test_wait_closed_basic test_wait_closed_race
+        test_close_clients test_wait_closed_basic test_wait_closed_race
     """,
     "test_streams.StreamTests": NOT_THE_READER["tests of streams on a loop: test_cpython_loop.py"],
 }
@@ -69,6 +69,9 @@ NOT_RUN = {
         "test_sendfile.SelectEventLoopTests": """
             test_sendfile_force_unsupported_native test_sendfile_prevents_bare_write
         """,
+    },
+    "waits until asyncio's reader has paused its transport: ours leaves bytes in the ring instead": {
+        "test_server.TestServer2": "test_abort_clients",
     },
     "gives the loop a socket that it accepted itself": {
         "test_ssl.TestSSL": "test_connect_accepted_socket",

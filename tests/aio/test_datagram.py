@@ -11,7 +11,8 @@ import itertools
 import json
 import logging
 import socket
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -190,6 +191,53 @@ def test_internet_addresses(run: Run, world: World) -> None:
             assert client.protocol.sources == [(host, PORT)]
             for end in (server, client, stranger):
                 end.close()
+
+    run(main())
+
+
+def test_hosts_as_programs_spell_them(run: Run, world: World) -> None:
+    """On a loop that knows .shm hosts, sendto() takes what create_connection() there takes."""
+
+    async def main() -> None:
+        async with nodes(world) as (a, b):
+            servers = [await bind(b, PORT, numeric=True), await bind(a, PORT + 1, numeric=True)]
+            client = await bind(b, numeric=True)
+            hosts: list[Any] = ["localhost.shm", "LOCALHOST.SHM", "localhost.shm.", "LocalHost.shm."]
+            hosts += ["*.shm", "*.SHM", "*.shm.", "*", f"{a.name}.shm", f"{a.name.upper()}.SHM."]
+            hosts += [servers[1].address[0], "localhost", a.name]
+            hosts += [kind(host.encode()) for host in hosts for kind in (bytes, bytearray)]
+            for i, host in enumerate(hosts):
+                client.sendto(b"%d" % i, (host, PORT + 1))
+            await servers[1].got(*(b"%d" % i for i in range(len(hosts))))
+            assert client.protocol.errors == []
+            client.sendto(b"", (b"nobody.shm", PORT))
+            client.sendto(b"", (b"nobody", PORT))
+            client.sendto(b"", ("198.18.255.0", PORT))  # no region has that number
+            assert [type(e) for e in client.protocol.errors] == [socket.gaierror] * 3
+            to_all = await bind(a, 0, ("*", PORT), numeric=True)
+            assert to_all.transport.get_extra_info("peername") == ("*", PORT)
+            to_all.sendto(b"all")
+            to_all.sendto(b"of you", (b"*", PORT))
+            await servers[0].got(b"all", b"of you")
+            assert counts(a, b) == {}
+            for end in (*servers, client, to_all):
+                assert not end.transport.is_closing()
+                end.close()
+
+    run(main())
+
+
+def test_numbers_of_another_region(run: Run, make: Callable[..., str]) -> None:
+    """Nobody who is at that place in the own one gets what is sent there."""
+
+    async def main() -> None:
+        async with shmsock.attach(make(), name="a") as a, shmsock.attach(make(), name="b") as b:
+            server, other = await bind(a, PORT, numeric=True), await bind(b, PORT, numeric=True)
+            server.sendto(b"x", other.address)
+            (error,) = server.protocol.errors
+            assert isinstance(error, socket.gaierror)
+            server.close()
+            other.close()
 
     run(main())
 
@@ -477,6 +525,65 @@ def test_reading_can_be_paused(run: Run, world: World) -> None:
 
 
 # -- how much
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_slow_callbacks_do_not_hold_the_loop(run: Run, world: World, kept: bool) -> None:
+    """The loop turns in between: a few datagrams in a turn, not 64."""
+
+    async def main() -> None:
+        async with nodes(world) as (a, b):
+            turns: list[int] = []
+            loop = asyncio.get_running_loop()
+            sink, client = await bind(b, PORT), await bind(a, 0, (b.name, PORT))
+            client.sendto(b"")
+            await sink.got(b"")
+
+            def datagram_received(data: bytes, addr: Any) -> None:
+                turns[-1] += 1
+                end = time.perf_counter() + 0.0005
+                while time.perf_counter() < end:
+                    pass
+
+            def turn() -> None:
+                turns.append(0)
+                if sum(turns) < 200:
+                    loop.call_soon(turn)
+
+            sink.protocol.datagram_received = datagram_received
+            if kept:
+                sink.transport.pause_reading()
+            for _ in range(200):
+                client.sendto(b"x")
+            if kept:
+                await until(lambda: b.statistics()["datagrams_in"] == 201)
+                sink.transport.resume_reading()
+            turn()
+            await until(lambda: sum(turns) == 200)
+            assert max(turns) <= 4
+            assert counts(a, b) == {}
+            client.close()
+            sink.close()
+
+    run(main())
+
+
+def test_what_never_fits_is_told(run: Run, make: Callable[..., str]) -> None:
+    """In a small region; and nothing waits for it."""
+
+    async def main() -> None:
+        async with nodes(World("nodes", make(size=1 << 18, peers=4))) as (a, b):
+            sink, client = await bind(b, PORT), await bind(a, 0, (b.name, PORT))
+            client.sendto(bytes(5000))
+            client.sendto(b"fits")
+            await sink.got(b"fits")
+            (error,) = client.protocol.errors
+            assert error.errno == errno.ENOBUFS
+            assert client.transport.get_write_buffer_size() == 0
+            client.close()
+            sink.close()
+
+    run(main())
 
 
 def test_an_overrun_loses_by_the_rule(run: Run, world: World) -> None:

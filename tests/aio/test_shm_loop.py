@@ -16,6 +16,7 @@ import uvloop
 
 import shmsock
 from shmsock.aio import attach, names
+from shmsock.aio.pseudosocket import PseudoSocket
 from shmsock.aio.streams import ShmStreamReader
 from shmsock.aio.transport import ShmTransport
 from tests.aio.roles import echo
@@ -129,7 +130,9 @@ def test_numbers(run_shm: Run) -> None:
         assert await loop.getaddrinfo("*.shm", 7000, type=socket.SOCK_STREAM) == both[:1]
         assert (await loop.getaddrinfo("me.shm", "http"))[0][4] == (address[0], 80)
         assert (await loop.getaddrinfo("me.shm", None))[0][4] == (address[0], 0)
-        assert await loop.getnameinfo(address) == ("me.shm", "7000")
+        assert await loop.getnameinfo(address, socket.NI_NUMERICSERV) == ("me.shm", "7000")
+        assert await loop.getnameinfo((address[0], 80)) == ("me.shm", "http")
+        assert await loop.getnameinfo((address[0], 65001)) == ("me.shm", "65001")
         assert await loop.getnameinfo(address, socket.NI_NUMERICHOST) == (address[0], "7000")
         with pytest.raises(socket.gaierror, match="AF_INET stands for it"):
             await loop.getaddrinfo("me.shm", 7000, family=socket.AF_INET6)
@@ -146,6 +149,73 @@ def test_numbers(run_shm: Run) -> None:
         writer.close()
         assert len(nodes()) == 1  # the number means the region that we are attached to
         server.close()
+
+    run_shm(main())
+
+
+def test_a_program_that_connects_a_socket_of_its_own(run_shm: Run) -> None:
+    """As aiohttp's client does, which looks the name up, connects, and gives the socket to the loop."""
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        async with await asyncio.start_server(echo, "me.shm", 7000):
+            (*_, address), *_ = await loop.getaddrinfo("me.shm", 7000, type=socket.SOCK_STREAM)
+            sock = socket.socket()
+            sock.setblocking(False)
+            await loop.sock_connect(sock, address)
+            reader, writer = await asyncio.open_connection(sock=sock)
+            assert sock.fileno() == -1
+            assert type(writer.transport) is ShmTransport
+            writer.write(b"x")
+            assert await reader.readexactly(1) == b"x"
+            writer.close()
+            await writer.wait_closed()
+            with socket.socket() as other:
+                other.setblocking(False)
+                with pytest.raises(ConnectionRefusedError):
+                    await loop.sock_connect(other, (address[0], 7001))
+        async with await asyncio.start_server(echo, "127.0.0.1", 0) as server:
+            sock = socket.socket()
+            sock.setblocking(False)
+            await loop.sock_connect(sock, server.sockets[0].getsockname())
+            _, writer = await asyncio.open_connection(sock=sock)
+            assert type(writer.transport) is not ShmTransport
+            writer.close()
+            await writer.wait_closed()
+
+    run_shm(main())
+
+
+def test_hosts_from_a_generator(run_shm: Run) -> None:
+    async def main() -> None:
+        for host, kind in (("127.0.0.1", False), ("me.shm", True)):
+            server = await asyncio.start_server(echo, (h for h in [host]), 0)  # type: ignore[arg-type]
+            (sock,) = server.sockets
+            assert isinstance(sock, PseudoSocket) is kind
+            server.close()
+
+    run_shm(main())
+
+
+def test_sendfile_begins_at_the_offset(run_shm: Run, tmp_path: Path) -> None:
+    """Wherever the file stands."""
+
+    async def main() -> None:
+        loop, got = asyncio.get_running_loop(), asyncio.Queue[bytes]()
+
+        async def sink(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            got.put_nowait(await reader.read())
+            writer.close()
+
+        async with await asyncio.start_server(sink, "me.shm", 7000):
+            for offset in (0, 5):
+                _, writer = await asyncio.open_connection("me.shm", 7000)
+                with (tmp_path / "file").open("w+b") as file:
+                    file.write(b"0123456789")
+                    assert await loop.sendfile(writer.transport, file, offset) == 10 - offset
+                writer.close()
+                await writer.wait_closed()
+                assert await got.get() == b"0123456789"[offset:]
 
     run_shm(main())
 

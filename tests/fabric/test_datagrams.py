@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
+import re
 import socket
 import struct
 from collections.abc import Callable
@@ -18,10 +19,12 @@ from shmsock.fabric.connection import State
 from shmsock.fabric.datagram_links import OVERHEAD, REMEMBERED, Incoming, Outgoing
 from shmsock.fabric.datagrams import DATAGRAM_MAX, Endpoint
 from shmsock.fabric.settings import Settings
+from shmsock.region.sizes import parse_size
 from tests.fabric.world import Node, World
 
 PORT = 9
 BOUND = 1 << 18
+SMALLEST = 256 << 10  # for 4 peers
 LEAN = Settings(ring_bytes=4096, datagram_queue_bytes=BOUND)
 COUNTS = ("unreachable", "dropped_full", "dropped_unsent", "lost_unread")
 
@@ -70,8 +73,8 @@ def link(node: Node, kind: Any = Outgoing) -> Any:
 
 @pytest.fixture
 def tiny_rings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """4 KiB with LEAN, so that they are full soon."""
-    monkeypatch.setattr(slots, "DATAGRAM_RING", 8192)
+    """4 KiB, so that they are full soon."""
+    monkeypatch.setattr(slots, "DATAGRAM_RING", 4096)
 
 
 # -- what arrives
@@ -120,7 +123,7 @@ def test_answers_take_a_ring_of_their_own(world: World) -> None:
     assert (server.got, client.got) == ([b"question"], [b"answer"])
     assert client.endpoint.remote == ("b", PORT)
     assert len(link(a).conn.handler.conn.ring) == 2
-    assert link(b).conn.ring[1] >= 1 << 17
+    assert link(b).conn.ring[1] >= 1 << 16
     assert link(b, Incoming).conn.ring[1] == 4096
 
 
@@ -373,16 +376,73 @@ def test_after_a_full_ring_lost_its_queue(tiny_rings: None) -> None:
 
 
 def test_no_memory_for_a_link() -> None:
-    world = World(peers=4, size=400 << 10)
+    world = World(peers=4, size=SMALLEST)
     a, b = world.pair()
     Inbox(b)
     source = Inbox(a, 0)
+    held = []
+    while (ring := a.engine.arena.take(4096)) is not None:
+        held.append(ring)
     with pytest.raises(OSError, match="ring memory") as info:
         source.send(b"", ("b", PORT))
     assert info.value.errno == errno.ENOBUFS
     source.send(b"", ("*", PORT))
     assert counts(a) == {"dropped_unsent": 1}
+    for ring in held:
+        a.engine.arena.give(*ring)
     world.check()
+
+
+def test_the_smallest_region_has_datagrams() -> None:
+    """Of the size that its links have rings for. What never fits is refused at once, whether the link is open
+    already or not, and a region of the size that is named then has it."""
+    world = World(peers=4, size=SMALLEST)
+    a, b = world.pair()
+    source, sink = Inbox(a, 0), Inbox(b)
+    sizes = []
+    for _ in range(2):
+        with pytest.raises(
+            OSError, match=f"datagram of {DATAGRAM_MAX} bytes to 'b', whose link has 4096"
+        ) as info:
+            source.send(bytes(DATAGRAM_MAX), ("b", PORT))
+        assert info.value.errno == errno.ENOBUFS
+        sizes += re.findall(r"make a region of (.+) \(", str(info.value))
+        source.send(bytes(4096 - 8), ("b", PORT))
+        with pytest.raises(OSError, match="datagram of 4089 bytes"):
+            source.send(bytes(4096 - 7), ("b", PORT))
+        assert link(a).conn.ring[1] == 4096
+        world.quiet()
+    assert sink.got == [bytes(4096 - 8)] * 2
+    assert counts(a, b) == {}
+    source.send(bytes(4096 - 7), ("*", PORT))
+    assert counts(a, b) == {"dropped_unsent": 1}
+    assert source.endpoint.unsent == 0
+    assert source.errors == []
+    world.check()
+    assert sizes[0] == sizes[1]
+    world = World(peers=4, size=parse_size(sizes[0]))
+    a, b = world.pair()
+    source, sink = Inbox(a, 0), Inbox(b)
+    source.send(bytes(DATAGRAM_MAX), ("b", PORT))
+    world.quiet()
+    assert sink.got == [bytes(DATAGRAM_MAX)]
+    world.check()
+
+
+def test_links_leave_memory_for_streams() -> None:
+    """A broadcast to many: every free slot keeps its claim, and large rings are not all gone."""
+    world = World(peers=16, size=16 << 20)
+    nodes = [world.attach(f"n{i}") for i in range(13)]
+    world.quiet()
+    source, sinks = Inbox(nodes[0], 0), [Inbox(node) for node in nodes[1:]]
+    source.send(b"all", ("*", PORT))
+    world.quiet()
+    assert [sink.got for sink in sinks] == [[b"all"]] * 12
+    engine = nodes[0].engine
+    assert engine.arena.free_bytes - 4096 * len(engine.slots.free) > engine.layout.arena_bytes // 8
+    nodes[1].listen()
+    world.drain()
+    assert nodes[0].connect(nodes[1]).ring[1] >= 16384
 
 
 # -- several at once
@@ -883,6 +943,72 @@ def test_a_flood_does_not_hold_the_pump() -> None:
         passes.append(len(sink.got) - before)
         assert not b.engine.quiet or len(sink.got) == 1001
     assert max(passes) == 64
+    world.check()
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_slow_receivers_do_not_hold_the_pump(kept: bool) -> None:
+    """A pass hands over one for each link, or endpoint that kept some, and more only within its budget."""
+    world = World()
+    nodes = [world.attach(name) for name in "abc"]
+    world.quiet()
+    sources, sink = [Inbox(node, 0) for node in nodes[:2]], Inbox(nodes[2])
+    at: list[int] = []
+
+    def datagram(data: bytes, source: Any) -> None:
+        world.now += 300_000  # hold_us is 500
+        world.lib.sh_fake_time(world.now)
+        sink.got.append(data)
+
+    sink.datagram = datagram  # type: ignore[method-assign]
+    if kept:
+        sink.endpoint.pause()
+    for source in sources:
+        source.send(b"", ("c", PORT))
+    world.quiet()
+    if not kept:
+        world.stop(nodes[2])
+    for i in range(20):
+        for source in sources:
+            source.send(b"%d" % i, ("c", PORT))
+    world.quiet()
+    world.drain()
+    if kept:
+        sink.endpoint.resume()
+    else:
+        world.resume(nodes[2])
+    while len(sink.got) < 42:
+        before = len(sink.got)
+        nodes[2].pump()
+        at.append(len(sink.got) - before)
+        assert not nodes[2].engine.quiet or len(sink.got) == 42
+    assert max(at) == (2 if kept else 3)  # the second link comes when the first used all up
+    assert min(at) > 0
+    world.check()
+
+
+def test_a_broadcast_that_meets_nobody_is_counted(tiny_rings: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its port is closed while it waits for room, or between the look and the send."""
+    world = World()
+    a, b = world.pair()
+    source, sink = Inbox(a, 0), Inbox(b)
+    source.send(b"", ("b", PORT))
+    world.quiet()
+    world.stop(b)
+    for _ in range(10):
+        source.send(bytes(1000), ("*", PORT))
+    waiting = source.endpoint.unsent // (1000 + OVERHEAD)
+    assert waiting
+    world.resume(b)
+    entry = a.call(a.engine.listeners.entry, a.peer(b), PORT, True)
+    sink.close()
+    world.quiet()
+    assert source.endpoint.unsent == 0
+    assert counts(a, b) == {"unreachable": 10}  # some of them when they arrived
+    peer = a.peer(b)
+    monkeypatch.setattr(a.engine.listeners, "reachable", lambda p, *_, **__: entry if p is peer else 0)
+    source.send(b"", ("*", PORT))
+    assert counts(a, b) == {"unreachable": 11}
     world.check()
 
 
