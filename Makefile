@@ -9,7 +9,8 @@ AT_ONCE := -n $(shell expr $$(nproc) + 1)
 QUICK := $(AT_ONCE) -m "not vm and not slow"
 # What depends on the Python version: asyncio's contract, its loops, anyio. The rest runs on one.
 ACROSS := tests/conformance tests/anyio_face tests/aio/test_streams.py tests/aio/test_datagram.py \
-	tests/aio/test_cpython.py tests/aio/test_cpython_loop.py tests/aio/test_loop.py
+	tests/aio/test_cpython.py tests/aio/test_cpython_loop.py tests/aio/test_loop.py \
+	tests/aio/test_protocols.py tests/aio/test_shm_loop.py
 
 .PHONY: help
 help: ## list the targets

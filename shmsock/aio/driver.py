@@ -123,7 +123,6 @@ class Node:
         self._known = self.queue is not None
         if not self._known:
             self.queue = [None]
-        self._armed = False
         self._moved = 0
         self._last_pump = self._last_hit = time.monotonic_ns()
         self._gap = 1 << 62
@@ -182,7 +181,6 @@ class Node:
     def _wake(self) -> None:
         """A bell moved, or the keeper beat."""
         self.keeper.drain()
-        self._armed = False
         self.flushed()
         if not self.scheduled:
             self._pump()
@@ -217,7 +215,6 @@ class Node:
             if self._stay_hot(now):
                 self.begin_turn()
             elif engine.alive:
-                self._armed = True
                 self.keeper.arm(True)
 
     def _stay_hot(self, now: int) -> bool:

@@ -63,8 +63,9 @@ async def create_connection(
     if sock is not None:
         raise ValueError(_NO_SOCKETS)
     if port is None:
-        what = "host and port was not specified and no sock specified" if host is None else "a port is needed"
-        raise ValueError(what)
+        if host is None:
+            raise ValueError("host and port was not specified and no sock specified")
+        raise ValueError(f"no port of {host!r} was given: pass the one that a server of it listens on")
     node = node or await current_node(region, name)
     local_port = port_number(local_addr[1]) if local_addr else 0
     conn = await node.connect(host, port_number(port), local_port)

@@ -68,7 +68,6 @@ class Peers:
         self.me = own_identity
         self.dead_after_ns = int(dead_after_s * 1e9)
         self.all = [Peer(i, credits) for i in range(layout.peers)]
-        self.strangers = False  # somebody of another kernel is there
 
     def __getitem__(self, section: int) -> Peer:
         return self.all[section]
@@ -114,7 +113,6 @@ class Peers:
             if peer.here and not peer.live:  # whoever noticed first
                 peer.here = False
                 gone.append(peer)
-        self.strangers = any(p.live and not self.same_kernel(p) for p in self.all)
         return gone
 
     def declare_dead(self, peer: Peer) -> None:
