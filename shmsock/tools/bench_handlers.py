@@ -50,7 +50,8 @@ async def echo(
 ) -> dict[str, Any]:
     """Round trips of `size` bytes, one at a time."""
     writer.write(b"e")
-    data, times, clock = os.urandom(size), [], time.perf_counter_ns
+    times: list[int] = []
+    data, clock = os.urandom(size), time.perf_counter_ns
     warm = clock() + int(seconds * WARM_UP * 1e9)
     end = warm + int(seconds * 1e9)
     now = clock()
