@@ -1,8 +1,8 @@
 """What a test guest is booted from: Debian's cloud kernel, a tiny initramfs, the host's root file system.
 
 No disk image is built. The initramfs (busybox and a few kernel modules) mounts the host's root read-only
-through virtiofs, puts a tmpfs over /tmp, /run and /dev/shm, and starts `guest_agent` as process 1. The
-host's running kernel does not matter.
+through virtiofs, puts a tmpfs over /tmp, /run and /dev/shm (folders of the host's that guests need from
+there are mounted again), and starts `guest_agent` as process 1. The host's running kernel does not matter.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +54,10 @@ for m in @MODULES@; do $b insmod /modules/$m || fail "insmod $m"; done
 $b mount -t virtiofs -o ro @TAG@ /root || fail "mounting the root file system"
 $b mkdir /dev/pts /dev/shm
 $b mount -t devpts devpts /dev/pts
+show() { $b mkdir -p "$1" "$2"; $b mount --bind "$1" "$2" || fail "showing $1"; }
+@KEEP@
 for d in /root/tmp /root/run /dev/shm; do $b mount -t tmpfs -o mode=1777 tmpfs $d || fail "tmpfs on $d"; done
+@SHOW@
 for d in /dev /proc /sys; do $b mount --move $d /root$d || fail "moving $d"; done
 echo "shmsock: the root file system is there, starting the agent"
 exec $b switch_root /root @AGENT@
@@ -184,8 +187,21 @@ class _lock:
         self.file.close()
 
 
-def build_initramfs(kernel: Kernel, path: Path, agent: Sequence[str]) -> None:
-    """Write an initramfs that ends in running `agent`, a command in the host's root file system."""
+def hidden(folders: Iterable[str | Path]) -> list[Path]:
+    """Those of the folders that a guest's own /tmp or /run would hide, the outermost ones alone."""
+    found: list[Path] = []
+    for path in sorted({Path(folder).resolve() for folder in folders if Path(folder).is_dir()}):
+        under = any(path.is_relative_to(top) and path != Path(top) for top in ("/tmp", "/run"))
+        if under and not any(path.is_relative_to(other) for other in found):
+            found.append(path)
+    return found
+
+
+def build_initramfs(kernel: Kernel, path: Path, agent: Sequence[str], show: Sequence[Path] = ()) -> None:
+    """Write an initramfs that ends in running `agent`, a command in the host's root file system.
+
+    `show` are folders of the host's under /tmp and /run that are to be seen there all the same.
+    """
     busybox = command_path("busybox")
     assert busybox is not None
     modules = list(_load_order(kernel))
@@ -195,6 +211,8 @@ def build_initramfs(kernel: Kernel, path: Path, agent: Sequence[str]) -> None:
         "PROBE": _PROBE,
         "MODULES": " ".join(file.name.partition(".ko")[0] for file in modules),
         "TAG": ROOT_TAG,
+        "KEEP": "\n".join(f"show {shlex.quote(f'/root{folder}')} /keep/{n}" for n, folder in enumerate(show)),
+        "SHOW": "\n".join(f"show /keep/{n} {shlex.quote(f'/root{folder}')}" for n, folder in enumerate(show)),
         "AGENT": shlex.join(agent),
     }.items():
         init = init.replace(f"@{name}@", value)

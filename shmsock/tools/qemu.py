@@ -43,6 +43,7 @@ from shmsock.tools.guest_image import (
     Kernel,
     build_initramfs,
     find_kernel,
+    hidden,
     kvm_works,
     missing,
     require,
@@ -74,15 +75,15 @@ log = logging.getLogger("shmsock.qemu")
 class Fleet:
     """Some guests, a temporary directory, and the promise that all of it is gone after `close`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, show: Sequence[str | Path] = ()) -> None:
+        """`show`: folders under /tmp and /run that guests shall see; their own tmpfs covers the others."""
         require()
-        for path in sys.executable, guest_agent.__file__:
-            if Path(path).is_relative_to("/tmp") or Path(path).is_relative_to("/run"):
-                raise GuestUnavailable(f"{path} is hidden in guests, which have their own /tmp and /run")
         # A guest cannot write bytecode, and compiling takes seconds under emulation: have it there, quietly
         # if it cannot be.
         compileall.compile_dir(str(Path(guest_agent.__file__).parents[1]), quiet=2)
         self.kernel: Kernel = find_kernel()
+        package = Path(guest_agent.__file__).parents[2]
+        self._show = hidden([*sys.path, sys.prefix, sys.base_prefix, package, self.kernel.root, *show])
         self.guests: list[Guest] = []
         self.directory = Path(tempfile.mkdtemp(prefix="shmsock-vm-"))
         self._files: list[Path] = []
@@ -199,7 +200,8 @@ class Fleet:
     def _initramfs(self, stem: Path, marker: bytes) -> Path:
         path = stem.with_suffix(".initramfs")
         script = Path(guest_agent.__file__).resolve()
-        build_initramfs(self.kernel, path, [sys.executable, "-I", "-S", "-B", str(script), marker.hex()])
+        agent = [sys.executable, "-I", "-S", "-B", str(script), marker.hex()]
+        build_initramfs(self.kernel, path, agent, self._show)
         return path
 
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -315,10 +316,13 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         Fleet()
 
 
-def test_python_that_guests_cannot_see(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "executable", "/tmp/venv/bin/python")
-    with pytest.raises(GuestUnavailable, match="/tmp/venv/bin/python is hidden"):
-        Fleet()
+def test_folders_that_guests_would_hide(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("seen")
+    with Fleet(show=[tmp_path]) as fleet, tempfile.TemporaryDirectory() as other:
+        guest = fleet.boot("vm-a")
+        assert guest.run(["cat", tmp_path / "file"]).stdout == b"seen"
+        assert guest.run(["test", "-e", other], check=False).returncode == 1
+        assert guest.run(["touch", tmp_path / "mine"], check=False).returncode != 0
 
 
 def test_nonsense_is_refused(fleet: Fleet) -> None:
