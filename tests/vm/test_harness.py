@@ -192,7 +192,7 @@ def test_reset(two_guests: Pair) -> None:
         a.reset()
         with pytest.raises(GuestDied, match="was reset while running"):
             flood.wait()
-        assert "here" not in a.run(["ls", "/tmp"]).text.split()
+    assert "here" not in a.run(["ls", "/tmp"]).text.split()
     assert a.run(["uname", "-n"]).text == "vm-a"
     assert (a.process.pid, a.alive) == (pid, True)
     assert two_guests.b.run(["echo", "undisturbed"]).text == "undisturbed"
