@@ -132,7 +132,11 @@ async def _make(url: str | None, name: str | None, settings: Settings | None) ->
                 RuntimeWarning,
                 stacklevel=2,
             )
-        flags = lay.FLAG_LOCKED if opened.can_lock else 0
+        us = settings or Settings()
+        # Not on memory of a device, before Linux 5.16, or where a container forbids it.
+        bell = layout.pair(claim.section, claim.section) + lay.BELL
+        futex = us.doorbells and memory.core.lib.sh_futex_works(memory.base, bell) == 0
+        flags = (lay.FLAG_LOCKED if opened.can_lock else 0) | (lay.FLAG_FUTEX if futex else 0)
         identity = Identity(own, boot, machine, os.getpid(), flags, opened.identity)
         keepers: list[Keeper] = []
 
@@ -145,17 +149,23 @@ async def _make(url: str | None, name: str | None, settings: Settings | None) ->
             layout,
             claim,
             identity,
-            settings=settings,
+            settings=us,
             rng=rng,
             ensure=opened.ensure if opened.sparse else None,
             watch=watch,
             locks=opened,
+            doorbell=opened.doorbell if us.doorbells else None,
+            futex=futex,
             now_ns=memory.core.lib.sh_clock(),
         )
         try:
             keepers.append(
                 Keeper(
-                    memory.core, engine.nd, lock_fd=opened.lock_fd, look_cap_us=engine.settings.look_cap_us
+                    memory.core,
+                    engine.nd,
+                    lock_fd=opened.lock_fd,
+                    look_cap_us=us.look_cap_us,
+                    futex=futex,
                 )
             )
             node = Node(opened, engine, keepers[0], loop)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import logging
 import os
 import threading
 import time
@@ -27,11 +28,15 @@ from shmsock.fabric.listeners import Listener
 from shmsock.fabric.node import Engine
 from shmsock.fabric.peers import Peer
 from shmsock.region.base import Region
+from shmsock.region.doorbell import Doorbell
 from shmsock.wakeup import Keeper
 
 __all__ = ["Handler", "Loop", "Node", "yield_once"]
 
+log = logging.getLogger("shmsock")
+
 CREDIT_CAP_NS = 5_000_000
+STORM_S = 60
 SKIP_NS = 50_000
 
 
@@ -138,6 +143,12 @@ class Node:
         yield_ns = 0 if self._one_cpu else 1000
         self.lib.sh_node_settings(self.nd, us.hold_us * 1000, us.busy_poll_us * 1000 * slow, yield_ns)
         self.context.run(loop.add_reader, keeper.fd, self._wake)
+        self.doorbell = region.doorbell if engine.settings.doorbells else None
+        self._deaf_until, self._deaf_s = 0, 1
+        if self.doorbell is not None:
+            self._listen_to(self.doorbell)
+            if self.doorbell.server_fd >= 0:
+                self.context.run(loop.add_reader, self.doorbell.server_fd, self._news)
         self.closed = False
         self.begin_turn()
 
@@ -179,8 +190,15 @@ class Node:
             self.queue.pop()
 
     def _wake(self) -> None:
-        """A bell moved, or the keeper beat."""
+        """A bell moved, or it is time for a look."""
         self.keeper.drain()
+        if self.doorbell is not None:
+            self._hear(self.doorbell)
+        if lost := self.lib.sh_lost(self.nd):
+            missed = [p.name for p in self.engine.peers.all if lost >> p.section & 1]
+            log.warning(
+                "%r: doorbells of %s do not arrive: polling instead, until one does", self, ", ".join(missed)
+            )
         self.flushed()
         if not self.scheduled:
             self._pump()
@@ -212,10 +230,11 @@ class Node:
                     }
                 )
         if not self.scheduled and not self.closed:
-            if self._stay_hot(now):
+            # Those who were told of something run first: going to sleep can wait.
+            if events or self._stay_hot(now):
                 self.begin_turn()
-            elif engine.alive:
-                self.keeper.arm(True)
+            elif engine.alive and not self.keeper.arm(now if self._flushed else engine.next_deadline()):
+                self.begin_turn()
 
     def _stay_hot(self, now: int) -> bool:
         """Come again at once? When something is owed; or when bytes moved, they moved shortly before as well,
@@ -264,6 +283,60 @@ class Node:
             self.loop.call_exception_handler(
                 {"message": f"shmsock: {self!r} is down", "exception": arg, "node": self}
             )
+
+    # -- doorbells
+
+    def _listen_to(self, bell: Doorbell) -> None:
+        self.context.run(self.loop.add_reader, bell.fd, self._rang)
+
+    def _rang(self) -> None:
+        """The doorbell."""
+        if self.doorbell is not None:
+            self._hear(self.doorbell)
+        if not self.scheduled:
+            self._pump()
+
+    def _hear(self, bell: Doorbell) -> None:
+        """Count what rang. A thousand doorbells in a second that are for nobody are not listened to for a
+        while, longer each time: peers are polled then."""
+        now = time.monotonic_ns()
+        if self._deaf_until:
+            if now >= self._deaf_until:
+                self._deaf_until = 0
+                bell.drain()
+                self._listen_to(bell)
+                self.engine.wakes.restore(bell)
+            return
+        times = bell.drain()
+        if times and self.lib.sh_rung(self.nd, times):
+            log.warning(
+                "%r: a thousand interrupts within a second for nothing: polling for %d s", self, self._deaf_s
+            )
+            self.loop.remove_reader(bell.fd)
+            self.engine.wakes.withdraw()
+            self._deaf_until = now + self._deaf_s * 1_000_000_000
+            self._deaf_s = min(self._deaf_s * 2, STORM_S)
+
+    def _news(self) -> None:
+        """The ivshmem server says something, or nothing any more."""
+        bell = self.doorbell
+        if bell is None:
+            return
+        gone = bell.news()
+        if bell.lost:
+            log.warning("%r: doorbells are gone: polling from now on: %s", self, bell.lost)
+            self._silence(bell)
+            self.engine.wakes.withdraw()
+        self.engine.left_server(gone, time.monotonic_ns())
+        if not self.scheduled:
+            self._pump()
+
+    def _silence(self, bell: Doorbell) -> None:
+        self.doorbell = None
+        if not self._deaf_until:
+            self.loop.remove_reader(bell.fd)
+        if bell.server_fd >= 0:
+            self.loop.remove_reader(bell.server_fd)
 
     # -- names
 
@@ -374,6 +447,8 @@ class Node:
         self.lib.sh_node_own(self.nd)  # at exit, the thread of the loop may be gone
         if not self.loop.is_closed():
             self.loop.remove_reader(self.keeper.fd)
+            if self.doorbell is not None:
+                self._silence(self.doorbell)
         for transport in list(self.transports):
             transport.node_closed()
         opening = [c.handler for c in self.engine.connections.values() if isinstance(c.handler, _Opening)]
@@ -419,4 +494,7 @@ class Node:
         counts["names"] = sorted(self.engine.peers.names())
         counts["state"] = "closed" if self.closed else "attached" if self.engine.alive else "down"
         counts["format"] = lay.VERSION
+        counts["doorbell"] = self.doorbell.id if self.doorbell is not None else None
+        counts["doorbell_lost"] = self.region.doorbell.lost if self.region.doorbell is not None else ""
+        counts["woken_by"] = self.engine.wakes.ways()
         return counts

@@ -12,17 +12,18 @@ from shmsock.fabric.memory import Memory
 __all__ = ["MAX_PEERS", "Identity", "Layout", "default_slots", "format_region", "read_layout", "region_for"]
 
 MAGIC = int.from_bytes(b"SHMSOCK1", "little")
-VERSION = 2
+VERSION = 3
 HEADER = 4096
 MAX_PEERS = 64
 LISTENERS = 448
 # offsets in the header, then in a section, then in a pair
 H_MAGIC, H_VERSION, H_ID, H_BYTES = 0, 8, 16, 24
 CLAIM, BEAT, PUMPS, INCARNATION, STATE, N_LISTENERS, FLAGS = 0x00, 0x40, 0x48, 0xC0, 0xC8, 0xD0, 0xD8
-NAME, MACHINE, BOOT, PID, DEV, INO, LEFT, LISTENER = 0x100, 0x140, 0x150, 0x160, 0x168, 0x170, 0x178, 0x200
+NAME, MACHINE, BOOT, PID, DEV, INO, LEFT, DOORBELL = 0x100, 0x140, 0x150, 0x160, 0x168, 0x170, 0x178, 0x180
+LISTENER = 0x200
 BELL, USERS = 0x00, 0xC0
 LIVE, LEAVING, GONE = 1, 2, 3
-FLAG_LOCKED = 1
+FLAG_LOCKED, FLAG_FUTEX = 1, 2
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ from shmsock.fabric.listeners import Listener, Listeners
 from shmsock.fabric.peers import ADOPTIONS_PER_S, VIOLATIONS, Peer, Peers
 from shmsock.fabric.settings import Settings
 from shmsock.fabric.slots import Slots
+from shmsock.fabric.wakes import Wakes
+from shmsock.region.doorbell import Doorbell
 
 __all__ = ["Engine", "Event"]
 
@@ -46,6 +48,10 @@ COUNTERS = (
     "bells",
     "datagrams_in",
     "datagrams_out",
+    "rung",
+    "suppressed",
+    "received",
+    "spurious",
 )
 
 
@@ -73,6 +79,8 @@ class Engine:
         ensure: Callable[[int, int], None] | None = None,
         watch: Callable[[Peer, bool], None] | None = None,
         locks: Locks | None = None,
+        doorbell: Doorbell | None = None,
+        futex: bool = False,
         now_ns: int = 0,
     ) -> None:
         self.layout, self.memory, self.claim = layout, layout.memory, claim
@@ -94,8 +102,10 @@ class Engine:
         )
         if not self.nd:
             raise MemoryError("no memory for a node's private state")
+        us = self.settings
+        self._sample_ns = int(min(max(us.dead_after_s / 3 * 1e9, SAMPLE_NS), SAFETY_NS))
         self.peers = Peers(
-            layout, self.section, identity, self.settings.max_connects, self.settings.dead_after_s, locks
+            layout, self.section, identity, us.max_connects, us.dead_after_s, locks, self._changed
         )
         self.listeners = Listeners(self)
         self.handshake = Handshake(self)
@@ -122,11 +132,11 @@ class Engine:
         self._reap: dict[int, tuple[int, int, int]] = {}
         self._next_sample = now_ns
         self._next_safety = now_ns + SAFETY_NS
-        self._attach(identity, now_ns)
+        self._attach(identity, doorbell, futex, now_ns)
 
     # -- life
 
-    def _attach(self, identity: Identity, now_ns: int) -> None:
+    def _attach(self, identity: Identity, doorbell: Doorbell | None, futex: bool, now_ns: int) -> None:
         lib, me = self.lib, self.section
         lib.sh_node_claim(self.nd, self.claim.word)
         us = self.settings
@@ -134,11 +144,23 @@ class Engine:
         at = self.layout.section(me)
         self.memory.store(at + lay.STATE, 0)  # a former life's must not vouch for what is half written
         self.layout.write_identity(me, identity, self.rng.getrandbits(63) | 1)
+        self.wakes = Wakes(self, doorbell, futex)
         for j in range(self.layout.peers):
             lib.sh_restart(self.nd, j, self._pair_inc(me, j))
         self.memory.fence()
         self.memory.store(at + lay.STATE, lay.LIVE)
         self.peers.refresh_all(now_ns)
+        for peer in self.peers.all:
+            lib.sh_call(self.nd, peer.section)  # the bells moved before it was known how each is woken
+
+    def _changed(self, peer: Peer) -> None:
+        self.wakes.update(peer)
+
+    def left_server(self, ids: list[int], now_ns: int) -> None:
+        """The ivshmem server says that these peers of it are gone."""
+        for peer in self.wakes.left(ids):
+            self.peers.forsake(peer, now_ns)
+            self._next_sample = now_ns
 
     def _pair_inc(self, of: int, towards: int) -> int:
         """Random, not 0, and not what the word holds now."""
@@ -293,10 +315,11 @@ class Engine:
         self._publish_users(peer)
         self.peers.refresh(peer, now_ns)
         self._watch_lock(peer)
+        if not peer.live:  # its bells may be heard before it says that it is there
+            self._next_sample = min(self._next_sample, now_ns + SAMPLE_NS)
 
     def _watch_lock(self, peer: Peer) -> None:
-        """Once per life. Its bells may be heard before its section says that it is there, so every sample
-        asks."""
+        """Once per life."""
         if peer.live and not peer.watched:
             peer.watched = True
             self._watch(peer, True)
@@ -370,7 +393,6 @@ class Engine:
         self.drop(peer, now_ns)
 
     def _sample(self, now_ns: int) -> None:
-        self._next_sample = now_ns + SAMPLE_NS
         for peer in self.peers.sample(now_ns):
             self._lost(peer, now_ns)
         for peer in self.peers.all:
@@ -387,6 +409,14 @@ class Engine:
             self._events.append(Event("ready", conn, 0))
         if self.settings.reap_after_s is not None:
             self._reap_silent(now_ns, int(self.settings.reap_after_s * 1e9))
+        # A loop that sleeps is woken for this: seldom, as long as all is well.
+        watchful = self._orphans or self._tags or self._strangers() or self.peers.doubtful
+        self._next_sample = now_ns + (SAMPLE_NS if watchful else self._sample_ns)
+
+    def _strangers(self) -> bool:
+        """Is somebody about to attach, whose bell is adopted and who does not say yet that it is there?"""
+        load, section = self.layout.memory.load, self.layout.section
+        return any(p.claim and not p.live and not load(section(p.section) + lay.STATE) for p in self.peers.all)
 
     def _reap_silent(self, now_ns: int, after_ns: int) -> None:
         load, seen = self.memory.load, self._reap

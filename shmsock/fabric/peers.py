@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from shmsock.fabric import layout as lay
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["Peer", "Peers"]
 
 SAMPLES = 10
+FORSAKEN_SAMPLES = 3
 ADOPTIONS_PER_S = 10
 VIOLATIONS = 3
 
@@ -31,6 +32,9 @@ class Peer:
         self.live = False
         self.here = False  # was live, and sample() has not told yet that it is gone
         self.watched = False  # its lock: somebody was asked to
+        self.doorbell = 0  # id << 32 | vectors, as it says
+        self.told = (0, False, 0)  # life, live and doorbell, as `changed` was last told of
+        self.forsaken = False  # the server says that its id is gone: dead, if its beat is still as well
         self.beat = -1
         self.beat_ns = 0
         self.samples = 0
@@ -63,7 +67,9 @@ class Peers:
         credits: int,
         dead_after_s: float,
         locks: Locks | None = None,
+        changed: Callable[[Peer], None] | None = None,
     ) -> None:
+        self.changed = changed or (lambda peer: None)
         self.layout, self.own, self.locks = layout, own, locks
         self.me = own_identity
         self.dead_after_ns = int(dead_after_s * 1e9)
@@ -76,16 +82,23 @@ class Peers:
         """Is there somebody, and who? Reads two words unless a new life began."""
         load, at = self.layout.memory.load, self.layout.section(peer.section)
         life, state = load(at + lay.INCARNATION), load(at + lay.STATE)
-        peer.claim = load(at + lay.CLAIM)
+        peer.claim, peer.doorbell = load(at + lay.CLAIM), load(at + lay.DOORBELL)
         if life != peer.incarnation:
             peer.incarnation = life
             peer.who = self.layout.identity(peer.section)
             peer.beat, peer.beat_ns, peer.samples = -1, now_ns, 0
-            peer.live = peer.watched = False
+            peer.live = peer.watched = peer.forsaken = False
         if peer.who is None or not peer.claim or state not in (lay.LIVE, lay.LEAVING):
             peer.live = False
         elif peer.samples == 0:
             peer.live = peer.here = True
+        self._tell(peer)
+
+    def _tell(self, peer: Peer) -> None:
+        now = (peer.incarnation, peer.live, peer.doorbell)
+        if now != peer.told:
+            peer.told = now
+            self.changed(peer)
 
     def refresh_all(self, now_ns: int) -> None:
         for peer in self.all:
@@ -100,11 +113,13 @@ class Peers:
             if peer.section != self.own and peer.live:
                 beat = self.layout.memory.load(self.layout.section(peer.section) + lay.BEAT)
                 if beat != peer.beat:
-                    peer.beat, peer.beat_ns, peer.samples = beat, now_ns, 0
+                    peer.beat, peer.beat_ns, peer.samples, peer.forsaken = beat, now_ns, 0, False
                 else:
                     peer.samples += 1
-                    if peer.samples >= SAMPLES and now_ns - peer.beat_ns >= self.dead_after_ns:
+                    silent = peer.samples >= SAMPLES and now_ns - peer.beat_ns >= self.dead_after_ns
+                    if silent or (peer.forsaken and peer.samples >= FORSAKEN_SAMPLES):
                         peer.live = False
+                        self._tell(peer)
             elif peer.who is not None and peer.section != self.own and peer.claim:
                 beat = self.layout.memory.load(self.layout.section(peer.section) + lay.BEAT)
                 if beat != peer.beat:  # thought dead, and beats again: a stopped process or VM was continued
@@ -119,6 +134,17 @@ class Peers:
         """The kernel said so: its lock fell."""
         peer.beat = self.layout.memory.load(self.layout.section(peer.section) + lay.BEAT)
         peer.live, peer.here, peer.samples = False, False, max(peer.samples, 1)
+        self._tell(peer)
+
+    def forsake(self, peer: Peer, now_ns: int) -> None:
+        """The server says that the peer's id is gone. One whose beat goes on was merely dropped by it."""
+        peer.forsaken, peer.samples, peer.beat_ns = True, 0, now_ns
+        peer.beat = self.layout.memory.load(self.layout.section(peer.section) + lay.BEAT)
+
+    @property
+    def doubtful(self) -> bool:
+        """Is there one whose beat stood still at the last look?"""
+        return any(p.live and (p.samples or p.forsaken) for p in self.all)
 
     def same_kernel(self, peer: Peer) -> bool:
         known = peer.who is not None and peer.who.boot_id == self.me.boot_id != bytes(16)

@@ -16,8 +16,9 @@ class Settings:
     measured at attach; so is hot_us.
     `hot_us`: How long the pump re-schedules itself after bytes moved, before it lets the loop sleep.
     `hold_us`: Longest time that reads and drains that need not wait may hold one turn of the loop.
-    `look_cap_us`: The keeper's longest sleep between two looks at the bells while the loop sleeps: the
-    worst wakeup, and its CPU cost.
+    `look_cap_us`: The keeper's longest sleep between two looks at the bells, while the loop sleeps and
+    there is a peer that can ring neither a doorbell nor a futex: the worst wakeup, and its CPU cost.
+    `doorbells`: False: neither ring nor be rung, by doorbells or futexes. Then all are such peers.
     `dead_after_s`: A peer whose beat stands still so long, over at least ten looks of ours, is dead.
     `linger_s`: How long the unread bytes of a dead peer are kept for a reader that does not come.
     `flush_s`: How long a node that is detached waits for closed writers to get rid of what they hold.
@@ -35,6 +36,7 @@ class Settings:
     hot_us: int = 300
     hold_us: int = 500
     look_cap_us: int = 1000
+    doorbells: bool = True
     dead_after_s: float = 3.0
     linger_s: float = 60.0
     flush_s: float = 2.0

@@ -28,7 +28,11 @@ enum sh_reason { SH_NO_LISTENER = 1, SH_NO_SLOT, SH_NO_MEMORY, SH_BACKLOG, SH_ST
 enum sh_listen {
     SH_LISTEN_USED = 1, SH_LISTEN_REUSE = 2, SH_LISTEN_LOCAL = 4, SH_LISTEN_TENTATIVE = 8, SH_LISTEN_DATAGRAM = 16
 };
-enum sh_flag { SH_FLAG_LOCKED = 1 };
+enum sh_flag { SH_FLAG_LOCKED = 1, SH_FLAG_FUTEX = 2 };
+/* how a sleeping peer is woken */
+enum sh_reach { SH_REACH_NONE, SH_REACH_FUTEX, SH_REACH_EVENTFD, SH_REACH_REGISTER };
+/* and how it wakes us */
+enum sh_rings { SH_RINGS_NOT, SH_RINGS_FUTEX, SH_RINGS_DOORBELL };
 /* what read, look and spin answer when it is no count */
 enum sh_status {
     SH_EMPTY = -1,     /* nothing there: arm and suspend */
@@ -47,7 +51,8 @@ enum sh_bits {
 enum sh_event { SH_EV_SLOT = 0, SH_EV_ADOPT = 1, SH_EV_MESSAGE = 2 };
 enum sh_counter {
     SH_N_PUMPS, SH_N_READS, SH_N_WRITES, SH_N_BYTES_IN, SH_N_BYTES_OUT, SH_N_NOTIFY, SH_N_PENDING, SH_N_SPIN_HIT, SH_N_SPIN_MISS,
-    SH_N_WAKEUPS, SH_N_HEALED, SH_N_BELLS, SH_N_DATAGRAMS_IN, SH_N_DATAGRAMS_OUT, SH_N_COUNTERS
+    SH_N_WAKEUPS, SH_N_HEALED, SH_N_BELLS, SH_N_DATAGRAMS_IN, SH_N_DATAGRAMS_OUT, SH_N_RUNG, SH_N_SUPPRESSED,
+    SH_N_RECEIVED, SH_N_SPURIOUS, SH_N_COUNTERS
 };
 
 /* memory, for the cold paths; offsets in bytes from base, 8-byte aligned */
@@ -76,6 +81,16 @@ uint64_t sh_moved(sh_node *nd);
 int sh_pump(sh_node *nd, uint32_t *out, int max);
 int sh_quiet(sh_node *nd);
 int sh_safety(sh_node *nd);
+
+/* sleep, and waking others */
+void sh_reach(sh_node *nd, uint32_t peer, int kind, int fd, uint64_t offset, uint32_t value);
+void sh_rings(sh_node *nd, uint32_t peer, int rings, int there);
+int sh_polled(sh_node *nd, uint32_t peer);
+void sh_call(sh_node *nd, uint32_t peer);
+int sh_sleep(sh_node *nd);
+int sh_rung(sh_node *nd, uint64_t times);
+uint64_t sh_lost(sh_node *nd);
+int sh_futex_works(void *base, uint64_t offset);
 
 /* links */
 void sh_restart(sh_node *nd, uint32_t peer, uint32_t pair_inc);
@@ -111,8 +126,8 @@ int64_t sh_recv(sh_ep *ep, uint32_t *ports);
 uint32_t sh_unread(sh_ep *ep);
 
 /* keeper */
-sh_keeper *sh_keeper_start(sh_node *nd, int event_fd, int lock_fd, uint64_t beat_ns, uint64_t cap_ns, int *error);
-void sh_keeper_arm(sh_keeper *k, int armed);
+sh_keeper *sh_keeper_start(sh_node *nd, int event_fd, int lock_fd, uint64_t beat_ns, uint64_t cap_ns, int futexes, int *error);
+int sh_keeper_arm(sh_keeper *k, uint64_t deadline_ns);
 void sh_keeper_watch(sh_keeper *k, uint32_t peer, int locked);
 uint64_t sh_keeper_unlocked(sh_keeper *k);
 void sh_keeper_stop(sh_keeper *k);

@@ -1,6 +1,7 @@
 /* keeper.c - one native thread per node, without the GIL and with all signals blocked. It beats ten times a second as long as the
- * section is still ours and rings the loop each time, watches the bells while the loop sleeps, and tells of peers under the same
- * kernel whose lock fell. */
+ * section is still ours, wakes the sleeping loop when a bell moved or its time has come, and tells of peers under the same kernel whose
+ * lock fell. Peers under the same kernel wake it through a futex on their bells, those with doorbells wake the loop themselves; only
+ * for the others does it look again and again. */
 #include "node.h"
 
 #include <errno.h>
@@ -9,23 +10,28 @@
 #include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
 #define LOOK_MIN_NS 20000u
+#define STORM 1000
 
 struct sh_keeper {
     sh_node *nd;
     pthread_t thread;
     int event_fd, lock_fd;
     uint64_t beat_ns, cap_ns;
+    int futexes;       /* peers may wake us through their bells */
     uint32_t wake;     /* futex: bumped by the owner to end a sleep */
     int armed, stop;   /* atomic */
+    uint64_t deadline; /* atomic: when the loop wants to be woken at the latest, be it by a beat */
     uint64_t watched;  /* peers whose section lock lives under this kernel */
     uint64_t unlocked; /* of those: the lock is gone, hence the process */
     uint64_t beat;
+    uint32_t beats, nothing[SH_MAX_PEERS]; /* rings for nothing in this second, by peer */
 };
 
 #define GET(x) __atomic_load_n(&(x), __ATOMIC_ACQUIRE)
@@ -39,18 +45,9 @@ static void ring_owner(sh_keeper *k)
         ;
 }
 
-static int bells_differ(const sh_node *nd)
-{
-    for (uint32_t j = 0; j < nd->g.peers; j++)
-        if (!GET(nd->links[j].muted)
-            && sh_peek(&nd->links[j].in->bell) != __atomic_load_n(&nd->links[j].last, __ATOMIC_RELAXED))
-            return 1;
-    return 0;
-}
-
 /* Locks are bytes of the region file, one per section, taken by its owner on its own open file description: the kernel drops
- * them when the process dies, however it dies. */
-static void look_at_locks(sh_keeper *k)
+ * them when the process dies, however it dies. Returns whether one fell. */
+static int look_at_locks(sh_keeper *k)
 {
     uint64_t gone = 0;
 
@@ -60,9 +57,10 @@ static void look_at_locks(sh_keeper *k)
             gone |= m & -m;
     }
     __atomic_fetch_or(&k->unlocked, gone, __ATOMIC_ACQ_REL);
+    return gone != 0;
 }
 
-static void beat(sh_keeper *k)
+static void beat(sh_keeper *k, uint64_t now)
 {
     sh_node *nd = k->nd;
     struct sh_section *mine = (struct sh_section *)(uintptr_t)nd->claim_at; /* claim is the section's first word */
@@ -74,15 +72,88 @@ static void beat(sh_keeper *k)
     }
     sh_put(&mine->pumps, nd->n[SH_N_PUMPS]);
     sh_store(&mine->beat, ++k->beat, nd->wc);
-    look_at_locks(k);
-    ring_owner(k); /* the loop's only clock: its pump samples peers, and counts, so that others see a loop that stands still */
+    if (look_at_locks(k) || !GET(k->armed) || now >= GET(k->deadline))
+        ring_owner(k); /* the loop's only clock: its pump samples peers, and counts, so that others see a loop that stands still */
 }
 
-static void sleep_until_woken(sh_keeper *k, uint32_t seen, uint64_t ns)
-{
-    struct timespec t = {.tv_sec = (time_t)(ns / 1000000000u), .tv_nsec = (long)(ns % 1000000000u)};
+/* ---- sleeping ---- */
 
-    syscall(SYS_futex, &k->wake, FUTEX_WAIT_PRIVATE, seen, &t, NULL, 0);
+/* As in linux/futex.h since 5.16, which may be newer than the headers here. */
+struct waiter {
+    uint64_t val, uaddr;
+    uint32_t flags, reserved;
+};
+#define SYS_FUTEX_WAITV 449
+#define WAIT_32 2u
+#define WAIT_PRIVATE 128u
+
+static void count(sh_keeper *k, int which) { __atomic_fetch_add(&k->nd->n[which], 1, __ATOMIC_RELAXED); }
+
+static long wait_for_any(const struct waiter *w, uint32_t n, uint64_t until)
+{
+    struct timespec t = {.tv_sec = (time_t)(until / 1000000000u), .tv_nsec = (long)(until % 1000000000u)};
+
+    return syscall(SYS_FUTEX_WAITV, w, n, 0, &t, CLOCK_MONOTONIC);
+}
+
+/* Can bells be waited for? 0 or an errno: ENOSYS before Linux 5.16, EPERM in a container that forbids it, EFAULT where memory is a device's. */
+int sh_futex_works(void *base, uint64_t offset)
+{
+    uint64_t word = (uint64_t)(uintptr_t)base + offset;
+    struct waiter w = {.val = *(volatile uint32_t *)(uintptr_t)word + 1u, .uaddr = word, .flags = WAIT_32};
+
+    return wait_for_any(&w, 1, sh_clock() + 1) == 0 || errno == EAGAIN || errno == ETIMEDOUT ? 0 : errno;
+}
+
+/* What to wait for: the owner, and the rings of others as they are now. */
+static uint32_t take_rings(const sh_keeper *k, uint32_t seen, struct waiter *w)
+{
+    uint32_t n = 1;
+
+    w[0] = (struct waiter){.val = seen, .uaddr = (uintptr_t)&k->wake, .flags = WAIT_32 | WAIT_PRIVATE};
+    for (uint32_t j = 0; k->futexes && j < k->nd->g.peers; j++) {
+        const struct sh_link *l = &k->nd->links[j];
+        if (j != k->nd->self && !GET(l->muted))
+            w[n++] = (struct waiter){.val = SH_LOW(sh_load(&l->in->rang, k->nd->wc)), .uaddr = (uintptr_t)&l->in->rang, .flags = WAIT_32};
+    }
+    return n;
+}
+
+/* Has anybody rung for this sleep, as w tells? By who rings for nothing a thousand times a second nobody is woken any more, until the
+ * next safety look. */
+static int rung_for(sh_keeper *k, const struct waiter *w, uint32_t n)
+{
+    uint32_t sleep = SH_LOW(GET(k->nd->sleep));
+    int found = 0;
+
+    for (uint32_t i = 1; i < n; i++) {
+        if (w[i].val != sleep)
+            continue;
+        found = 1;
+        for (uint32_t j = 0; j < k->nd->g.peers; j++) {
+            struct sh_link *l = &k->nd->links[j];
+            if ((uintptr_t)&l->in->rang != w[i].uaddr || GET(l->rings) == SH_RINGS_DOORBELL)
+                continue;
+            count(k, SH_N_RECEIVED);
+            if (sh_peek(&l->in->bell) == GET(l->last)) {
+                count(k, SH_N_SPURIOUS);
+                if (++k->nothing[j] >= STORM)
+                    SET(l->muted, 1);
+            }
+        }
+    }
+    return found;
+}
+
+/* Sleep until that time, until the owner wakes us, or until somebody rings who wakes us by a futex. */
+static void sleep_until(sh_keeper *k, const struct waiter *w, uint32_t n, uint64_t until)
+{
+    struct timespec t = {.tv_sec = (time_t)(until / 1000000000u), .tv_nsec = (long)(until % 1000000000u)};
+
+    if (k->futexes)
+        wait_for_any(w, n, until);
+    else
+        syscall(SYS_futex, &k->wake, FUTEX_WAIT_BITSET_PRIVATE, w[0].val, &t, NULL, FUTEX_BITSET_MATCH_ANY); /* its clock is absolute */
 }
 
 static void *run(void *arg)
@@ -93,35 +164,44 @@ static void *run(void *arg)
     prctl(PR_SET_NAME, "shmsock-keeper");
     prctl(PR_SET_TIMERSLACK, 1);
     for (;;) {
-        uint32_t seen = GET(k->wake);
-        uint64_t now = sh_clock(), rest;
+        struct waiter w[1 + SH_MAX_PEERS];
+        uint32_t seen = GET(k->wake), n;
+        uint64_t now = sh_clock(), until;
 
         if (GET(k->stop))
             break;
         if (now >= next_beat) {
-            beat(k);
+            beat(k, now);
             next_beat = now + k->beat_ns;
+            if (++k->beats % 10 == 0)
+                memset(k->nothing, 0, sizeof k->nothing);
         }
-        rest = next_beat - now;
+        /* First what others rang for, then whether and how the loop sleeps, as it does not wake us when it falls asleep: who rings for a
+         * sleep has seen it, so it is either seen here, or no longer as in w, and the kernel does not let us wait. */
+        n = take_rings(k, seen, w);
         if (!GET(k->armed) || GET(k->nd->inert)) {
             pause_ns = LOOK_MIN_NS;
-            sleep_until_woken(k, seen, rest);
+            sleep_until(k, w, n, next_beat);
             continue;
         }
-        if (bells_differ(k->nd)) { /* level, not edge: what came before arming is found as well */
+        if (rung_for(k, w, n) || sh_bells_differ(k->nd)) { /* level, not edge: what came before arming is found as well */
             SET(k->armed, 0);
             ring_owner(k);
             continue;
         }
-        sleep_until_woken(k, seen, pause_ns < rest ? pause_ns : rest);
-        pause_ns += pause_ns / 4;
-        if (pause_ns > k->cap_ns)
-            pause_ns = k->cap_ns;
+        until = next_beat;
+        if (GET(k->nd->polled)) {
+            until = now + pause_ns < until ? now + pause_ns : until;
+            pause_ns += pause_ns / 4;
+            if (pause_ns > k->cap_ns)
+                pause_ns = k->cap_ns;
+        }
+        sleep_until(k, w, n, until);
     }
     return NULL;
 }
 
-sh_keeper *sh_keeper_start(sh_node *nd, int event_fd, int lock_fd, uint64_t beat_ns, uint64_t cap_ns, int *error)
+sh_keeper *sh_keeper_start(sh_node *nd, int event_fd, int lock_fd, uint64_t beat_ns, uint64_t cap_ns, int futexes, int *error)
 {
     sh_keeper *k = calloc(1, sizeof *k);
     sigset_t all, old;
@@ -133,6 +213,7 @@ sh_keeper *sh_keeper_start(sh_node *nd, int event_fd, int lock_fd, uint64_t beat
     k->event_fd = event_fd;
     k->lock_fd = lock_fd;
     k->beat_ns = beat_ns;
+    k->futexes = futexes;
     k->cap_ns = cap_ns > LOOK_MIN_NS ? cap_ns : LOOK_MIN_NS;
     k->beat = sh_peek(&((const struct sh_section *)nd->claim_at)->beat);
     sigfillset(&all);
@@ -152,14 +233,20 @@ static void wake(sh_keeper *k)
     syscall(SYS_futex, &k->wake, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
 }
 
-/* armed: watch the bells and fill the eventfd at the first that differs. Not armed: only beat. */
-void sh_keeper_arm(sh_keeper *k, int armed)
+/* The loop is about to wait, and nothing is owed a pass. 1: wait; the eventfd is filled when the first bell differs, and at the first beat
+ * behind the deadline. 0: somebody was quicker, pump again. Armed first: the bells that R2 looks at are the keeper's from here on. */
+int sh_keeper_arm(sh_keeper *k, uint64_t deadline_ns)
 {
-    if (GET(k->armed) == armed)
-        return;
-    SET(k->armed, armed);
-    if (armed)
-        wake(k);
+    SET(k->deadline, deadline_ns);
+    SET(k->armed, 1);
+    if (!sh_sleep(k->nd)) {
+        SET(k->armed, 0);
+        return 0;
+    }
+    if (!k->futexes || GET(k->nd->polled) || k->nd->unmuted)
+        wake(k); /* it sleeps until the next beat, and is to look more often, or at somebody else */
+    k->nd->unmuted = 0;
+    return 1;
 }
 
 void sh_keeper_watch(sh_keeper *k, uint32_t peer, int locked)

@@ -14,7 +14,7 @@
 #endif
 
 #define SH_MAGIC 0x314b434f534d4853ull /* the bytes "SHMSOCK1" */
-#define SH_VERSION 2u
+#define SH_VERSION 3u
 #define SH_LINE 64u
 #define SH_PAGE 4096u
 #define SH_MAX_PEERS 64u
@@ -42,7 +42,7 @@ struct sh_section { /* first page of a section */
     uint64_t beat;  /* keeper: +1 ten times a second */
     uint64_t pumps; /* keeper: copy of the owner's pump counter */
     uint8_t pad1[48];
-    uint64_t sleeping; /* reserved for doorbells */
+    uint64_t sleeping; /* +1 at each change; odd: the owner's loop sleeps, ring it */
     uint8_t pad2[56];
     uint64_t incarnation; /* random, nonzero: one life of one owner */
     uint64_t state;       /* enum sh_state, stored last at attach */
@@ -56,14 +56,15 @@ struct sh_section { /* first page of a section */
     uint64_t dev; /* st_dev and st_ino of what the owner mapped: where its lock is */
     uint64_t ino;
     uint64_t left; /* reserved */
-    uint64_t doorbell; /* reserved: id:32 | vectors:32 */
+    uint64_t doorbell; /* id:32 | vectors:32 of the owner's ivshmem doorbell; 0: it has none */
     uint8_t pad4[120];
     uint64_t listener[SH_LISTENERS]; /* port:16 | SH_LISTEN_* << 16 */
 };
 
 struct sh_pair { /* what i says to j: in section i, one for every j, i included */
     uint64_t bell; /* pair_inc of i towards j : 32 | count : 32 */
-    uint8_t pad0[56];
+    uint64_t rang; /* j's sleeping word that i last rang for */
+    uint8_t pad0[48];
     uint64_t outbox; /* adopted pair_inc of j : 32 | message tail : 32 */
     uint8_t pad1[56];
     uint64_t inbox; /* adopted pair_inc of j : 32 | message head : 32 */
@@ -130,6 +131,7 @@ SH_AT(sh_section, doorbell, 0x180);
 SH_AT(sh_section, listener, 0x200);
 SH_ASSERT(sizeof(struct sh_section) == SH_PAGE);
 SH_AT(sh_pair, bell, 0x00);
+SH_AT(sh_pair, rang, 0x08);
 SH_AT(sh_pair, outbox, 0x40);
 SH_AT(sh_pair, inbox, 0x80);
 SH_AT(sh_pair, users, 0xc0);

@@ -27,6 +27,7 @@ sh_node *sh_node_new(void *base, const sh_geometry *g, uint32_t self, int wc)
     nd->words = (g->slots + 63) / 64;
     nd->region_id = sh_load(&((struct sh_header *)base)->region_id, wc);
     nd->claim_at = &((struct sh_section *)sh_section_at(base, g, self))->claim;
+    nd->sleeping_at = &((struct sh_section *)sh_section_at(base, g, self))->sleeping;
     for (uint32_t j = 0; j < g->peers; j++) {
         struct sh_link *l = &nd->links[j];
         uint8_t *out = (uint8_t *)sh_pair_at(base, g, self, j), *in = (uint8_t *)sh_pair_at(base, g, j, self);
@@ -39,6 +40,7 @@ sh_node *sh_node_new(void *base, const sh_geometry *g, uint32_t self, int wc)
         l->t_in = (uint64_t *)(in + g->toggle_off);
         l->a_in = (uint64_t *)(in + g->ack_off);
         l->m_in = (struct sh_message *)(in + g->message_off);
+        l->sleeping = &((struct sh_section *)sh_section_at(base, g, j))->sleeping;
     }
     for (uint32_t s = 0; s < g->slots; s++) {
         nd->eps[s].nd = nd;
@@ -70,6 +72,8 @@ void sh_node_claim(sh_node *nd, uint64_t claim)
         sh_put(&ep->mine->p, (uint64_t)ep->gen << SH_GEN_SHIFT);
         sh_put(&ep->mine->c, (uint64_t)ep->gen << SH_GEN_SHIFT);
     }
+    nd->sleep = (sh_peek(nd->sleeping_at) + 2) & ~1ull; /* awake, and no sleep that anybody rang a former owner for */
+    sh_put(nd->sleeping_at, nd->sleep);
     sh_fence(nd->wc);
     __atomic_store_n(&nd->inert, 0, __ATOMIC_RELEASE);
 }
@@ -85,7 +89,10 @@ void sh_node_settings(sh_node *nd, uint64_t hold_ns, uint64_t spin_max_ns, uint6
     nd->spin_yield_ns = spin_yield_ns;
 }
 
-uint64_t sh_node_counter(sh_node *nd, int which) { return which >= 0 && which < SH_N_COUNTERS ? nd->n[which] : 0; }
+uint64_t sh_node_counter(sh_node *nd, int which)
+{
+    return which >= 0 && which < SH_N_COUNTERS ? __atomic_load_n(&nd->n[which], __ATOMIC_RELAXED) : 0;
+}
 
 /* ---- the pump ---- */
 
@@ -95,6 +102,7 @@ uint64_t sh_turn(sh_node *nd)
     uint64_t now = sh_clock();
 
     nd->turn_end_ns = now + nd->hold_ns;
+    sh_wake_up(nd); /* a pump follows in this turn: nobody need ring */
     return now;
 }
 
@@ -170,6 +178,8 @@ int sh_pump(sh_node *nd, uint32_t *out, int max)
         struct sh_link *l = &nd->links[j];
 
         if (!l->muted && sh_peek(&l->in->bell) != l->last) {
+            if (nd->woke)
+                sh_doubt(nd, l, now);
             if (!sh_collect(nd, l) && !l->acknowledged)
                 fruitless(l, now);
             l->acknowledged = 0;
@@ -184,6 +194,7 @@ int sh_pump(sh_node *nd, uint32_t *out, int max)
         l->unread = !(l->news & SH_NEWS_TAG);
         l->news = 0; /* what is left unread of the mail is found again by sh_message_recv's caller */
     }
+    nd->woke = 0;
     nd->start = (nd->start + 1) % nd->g.peers;
     for (uint32_t k = 0; k < nd->words && n < max; k++) {
         uint32_t w = (nd->start + k) % nd->words;
@@ -217,6 +228,7 @@ int sh_safety(sh_node *nd)
 
         if (l->muted) {
             __atomic_store_n(&l->muted, 0, __ATOMIC_RELEASE);
+            nd->unmuted = 1;
             l->second_ns = 0;
             sh_collect(nd, l);
             continue;
@@ -274,9 +286,10 @@ void sh_restart(sh_node *nd, uint32_t peer, uint32_t pair_inc)
     sh_put(&l->out->inbox, 0);
     sh_put(&l->out->users, 0);
     l->my_inc = pair_inc;
-    l->peer_inc = l->count = l->msg_tail = l->msg_head = 0;
+    l->peer_inc = l->msg_tail = l->msg_head = 0;
     l->news = l->suspected = l->unread = 0;
-    sh_store(&l->out->bell, SH_PACK(pair_inc, 0), nd->wc); /* last: who sees the tag sees the cleared words */
+    l->count = SH_LOW(sh_peek(&l->out->bell)); /* goes on from there: who waits for a futex sees the low half only */
+    sh_ring_bell(nd, l); /* last: who sees the tag sees the cleared words */
     sh_fence(nd->wc);
     /* no bell has the tag 0 and the count all ones: the next pump takes this for a change */
     __atomic_store_n(&l->last, 0xffffffffull, __ATOMIC_RELAXED);

@@ -30,6 +30,15 @@ struct sh_link { /* towards one peer */
     uint32_t fruitless;
     int acknowledged;          /* a toggle, by who read its slot: the bell that spoke of it comes yet, and is not fruitless */
     int muted;                 /* rang a thousand times a second for nothing: until the next safety look; atomic */
+    const uint64_t *sleeping;  /* the peer's word */
+    uint64_t rung;             /* value of it that the peer was rung for */
+    int reach, reach_fd;       /* SH_REACH_*, and by what */
+    uint64_t reach_at;
+    uint32_t reach_value;
+    int rings;                 /* SH_RINGS_*; atomic */
+    int missed;                /* but it did, and nothing came: its bell is polled until a doorbell of its comes through */
+    uint64_t doubt;            /* our sleep in which its bell moved and nothing had rung; 0: none */
+    uint64_t doubt_ns, doubt_received;
     uint64_t t[SH_MAX_WORDS];    /* my toggles */
     uint64_t a[SH_MAX_WORDS];    /* my acknowledgements */
     uint64_t open[SH_MAX_WORDS]; /* my slots open with this peer */
@@ -71,6 +80,14 @@ struct sh_node {
     uint64_t moved_messages;
     int attention;                /* a bell spoke of a message or a new life: the pump must run */
     uint32_t start;               /* peer the next pump begins with: nobody is always last */
+    uint64_t *sleeping_at;
+    uint64_t sleep;               /* the sleeping word as published; the keeper reads it too, hence atomic */
+    int unmuted;                  /* the keeper is to watch somebody again */
+    int woke;                     /* slept since the last pump */
+    uint64_t slept_received;      /* n[SH_N_RECEIVED] when it fell asleep */
+    uint64_t polled;              /* peers that do not ring: the keeper looks at their bells; atomic */
+    uint64_t storm_ns;            /* when counting of spurious doorbells began */
+    uint32_t storm;
     uint64_t ready[SH_MAX_WORDS];   /* slots the pump owes a look */
     uint64_t touched[SH_MAX_WORDS]; /* read since the last pump: their toggles are left unacknowledged until then */
     uint64_t later[SH_MAX_WORDS];   /* were touched: looked at next time, if they are not touched again */
@@ -87,6 +104,9 @@ struct sh_node {
 uint8_t *sh_section_at(const void *base, const sh_geometry *g, uint32_t section);
 struct sh_pair *sh_pair_at(const void *base, const sh_geometry *g, uint32_t of, uint32_t towards);
 void sh_ring_bell(sh_node *nd, struct sh_link *l);
+void sh_wake_up(sh_node *nd);
+void sh_doubt(sh_node *nd, struct sh_link *l, uint64_t now);
+int sh_bells_differ(sh_node *nd);
 int sh_collect(sh_node *nd, struct sh_link *l);
 int sh_refresh(sh_ep *ep);
 int sh_see_head(sh_ep *ep);

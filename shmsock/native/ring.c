@@ -9,13 +9,6 @@
 
 /* ---- telling the peer ---- */
 
-void sh_ring_bell(sh_node *nd, struct sh_link *l)
-{
-    l->count++;
-    nd->n[SH_N_BELLS]++;
-    sh_store(&l->out->bell, SH_PACK(l->my_inc, l->count), nd->wc);
-}
-
 void sh_notify_slot(sh_node *nd, uint32_t peer, uint32_t slot)
 {
     struct sh_link *l = &nd->links[peer];

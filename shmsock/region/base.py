@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from shmsock.errors import ForkedError, RegionError, forked, format_error, region_error
 from shmsock.region import locks
+from shmsock.region.doorbell import Doorbell
 from shmsock.region.sizes import format_size
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ class Description:
     uid: int
     gid: int
     device: PciDevice | None = None
+    doorbell: Doorbell | None = None
+    """Closed together with the region."""
 
 
 class Region:
@@ -58,11 +61,11 @@ class Region:
     """
 
     url: str
-    """Canonical: "file:/dev/shm/x" or "pci:0000:00:04.0"."""
+    """Canonical: "file:/dev/shm/x", "pci:0000:00:04.0" or "ivshmem:/run/ivshmem.sock"."""
     kind: str
-    """"file" or "pci"."""
+    """What stands before the colon of `url`."""
     path: str
-    """The file that is mapped."""
+    """The file that is mapped; the socket of the server whose memory it is."""
     size: int
     """Bytes mapped."""
     writable: bool
@@ -73,6 +76,8 @@ class Region:
     identity: tuple[int, int]
     """(st_dev, st_ino) of what is locked. Two processes of one kernel that agree on it map the same
     thing and see each other's locks. (Otherwise it may still be one device, through two sysfs mounts.)"""
+    doorbell: Doorbell | None = None
+    """How its owner is rung, and rings others; None: it has only memory. Closed together with the region."""
 
     def __init__(
         self,
@@ -176,7 +181,7 @@ class Region:
     # -- the end
 
     def close(self) -> None:
-        """Give up locks, mapping and descriptors. A second call does nothing.
+        """Give up locks, mapping, doorbell and descriptors. A second call does nothing.
 
         Raises BufferError, and changes nothing, while a buffer of the mapping is in use.
         """
@@ -221,10 +226,15 @@ class Region:
         return mapping
 
     def _close_fd(self) -> None:
+        """The doorbell goes with it. (In a forked child too: it knows which process made it.)"""
         fd, self._fd = self._fd, -1
         self._locked.clear()
         self._can_lock = False
-        os.close(fd)
+        try:
+            if self.doorbell is not None:
+                self.doorbell.close()
+        finally:
+            os.close(fd)
 
     def _open_fd(self) -> int:
         if self._fd < 0:
@@ -276,6 +286,7 @@ class Region:
             uid=status.st_uid,
             gid=status.st_gid,
             device=self._device(),
+            doorbell=self.doorbell,
         )
 
     def _filesystem_type(self) -> str:
@@ -307,10 +318,13 @@ def check_size(path: str, size: int, minimum: int = MINIMUM) -> None:
         )
 
 
-def map_bytes(fd: int, size: int, writable: bool) -> Mapping:
-    """Map `size` bytes of `fd`, shared. Raises what mmap(2) does, RegionError if the file is shorter."""
+def map_bytes(fd: int, size: int, writable: bool, offset: int = 0) -> Mapping:
+    """Map `size` bytes of `fd` from `offset` on, shared.
+
+    Raises what mmap(2) does, RegionError if the file is shorter.
+    """
     access = ACCESS_WRITE if writable else ACCESS_READ
     try:
-        return Mapping(fd, size, access=access)
+        return Mapping(fd, size, access=access, offset=offset)
     except ValueError as error:  # the module compares with the size of the file: it shrank just now
         raise RegionError(errno.EINVAL, f"truncated while it was being mapped ({error})") from None

@@ -1,0 +1,190 @@
+/* doorbell.c - going to sleep, and waking those who sleep. A doorbell is a hint: what happened stands in memory, each pump looks at all
+ * bells, and a doorbell that does not come costs time only. */
+#include "node.h"
+
+#include <errno.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define STORM 1000           /* doorbells within a second that spoke of nothing */
+#define DECIDE_NS 100000000u /* a doorbell that did not come within this is lost */
+
+/* ---- waking others ---- */
+
+void sh_reach(sh_node *nd, uint32_t peer, int kind, int fd, uint64_t offset, uint32_t value)
+{
+    struct sh_link *l = &nd->links[peer];
+
+    l->reach = kind;
+    l->reach_fd = fd;
+    l->reach_at = offset;
+    l->reach_value = value;
+}
+
+static void ring(const struct sh_link *l)
+{
+    uint64_t one = 1;
+    ssize_t done;
+
+    if (l->reach == SH_REACH_FUTEX)
+        done = syscall(SYS_futex, &l->out->rang, FUTEX_WAKE, INT_MAX, NULL, NULL, 0); /* its low half, as we are little-endian */
+    else if (l->reach == SH_REACH_EVENTFD)
+        done = write(l->reach_fd, &one, sizeof one);
+    else
+        done = pwrite(l->reach_fd, &l->reach_value, sizeof l->reach_value, (off_t)l->reach_at);
+    (void)done; /* full, gone, or not there any more: the peer looks by itself before long */
+}
+
+/* Ring that peer if it sleeps, once per sleep: whatever wakes it, it does not sleep on without having looked at all bells, and then it is
+ * another sleep. The futex is rang, never the bell: the bell may be seen, and the wake for it still be to come, and be lost. */
+static void call(sh_node *nd, struct sh_link *l)
+{
+    uint64_t sleep;
+
+    if (l->reach == SH_REACH_NONE)
+        return;
+    sh_fence(nd->wc); /* SYNC F2: bell before the look at sleeping; partner: R2, sleeping before the look at the bells */
+    sleep = sh_load(l->sleeping, nd->wc);
+    if (!(sleep & 1) || sleep == l->rung) {
+        nd->n[SH_N_SUPPRESSED]++;
+        return;
+    }
+    l->rung = sleep;
+    sh_store(&l->out->rang, sleep, nd->wc);
+    nd->n[SH_N_RUNG]++;
+    ring(l);
+}
+
+void sh_call(sh_node *nd, uint32_t peer)
+{
+    if (sh_may_write(nd))
+        call(nd, &nd->links[peer]);
+}
+
+void sh_ring_bell(sh_node *nd, struct sh_link *l)
+{
+    l->count++;
+    nd->n[SH_N_BELLS]++;
+    sh_store(&l->out->bell, SH_PACK(l->my_inc, l->count), nd->wc);
+    call(nd, l);
+}
+
+/* ---- being woken ---- */
+
+static void heard(sh_node *nd, uint32_t peer, int polled)
+{
+    if (polled)
+        __atomic_fetch_or(&nd->polled, 1ull << peer, __ATOMIC_RELAXED);
+    else
+        __atomic_fetch_and(&nd->polled, ~(1ull << peer), __ATOMIC_RELAXED);
+}
+
+/* Is anybody there, and how does it wake us? */
+void sh_rings(sh_node *nd, uint32_t peer, int rings, int there)
+{
+    struct sh_link *l = &nd->links[peer];
+
+    __atomic_store_n(&l->rings, rings, __ATOMIC_RELAXED);
+    l->missed = 0;
+    l->doubt = 0;
+    heard(nd, peer, there && rings == SH_RINGS_NOT);
+}
+
+int sh_polled(sh_node *nd, uint32_t peer) { return (__atomic_load_n(&nd->polled, __ATOMIC_RELAXED) >> peer) & 1; }
+
+int sh_bells_differ(sh_node *nd)
+{
+    for (uint32_t j = 0; j < nd->g.peers; j++)
+        if (!__atomic_load_n(&nd->links[j].muted, __ATOMIC_ACQUIRE)
+            && sh_peek(&nd->links[j].in->bell) != __atomic_load_n(&nd->links[j].last, __ATOMIC_RELAXED))
+            return 1;
+    return 0;
+}
+
+static void change_sleep(sh_node *nd)
+{
+    uint64_t next = nd->sleep + 1;
+
+    __atomic_store_n(&nd->sleep, next, __ATOMIC_RELEASE); /* before others can ring for it: the keeper compares */
+    sh_store(nd->sleeping_at, next, nd->wc);
+}
+
+/* The loop is about to wait, and nothing is owed a pass. 1: wait; who has news from here on rings. 0: somebody was quicker. */
+int sh_sleep(sh_node *nd)
+{
+    if (!sh_may_write(nd))
+        return 1; /* the pump has told of it */
+    if (!(nd->sleep & 1)) {
+        nd->slept_received = __atomic_load_n(&nd->n[SH_N_RECEIVED], __ATOMIC_RELAXED);
+        change_sleep(nd);
+    }
+    sh_fence(nd->wc); /* SYNC R2: sleeping before the look at the bells; partner: F2, bell before the look at sleeping */
+    return !sh_bells_differ(nd);
+}
+
+/* A pump follows, which looks at all bells: no need to ring. */
+void sh_wake_up(sh_node *nd)
+{
+    if ((nd->sleep & 1) && sh_may_write(nd)) {
+        change_sleep(nd);
+        nd->woke = 1;
+    }
+}
+
+/* Our doorbell rang so often. 1: that was one too many of those that are for nobody, do not listen to it for a while. */
+int sh_rung(sh_node *nd, uint64_t times)
+{
+    uint64_t now;
+
+    __atomic_fetch_add(&nd->n[SH_N_RECEIVED], times, __ATOMIC_RELAXED);
+    if (sh_bells_differ(nd))
+        return 0;
+    __atomic_fetch_add(&nd->n[SH_N_SPURIOUS], times, __ATOMIC_RELAXED);
+    now = sh_clock();
+    if (now - nd->storm_ns > 1000000000u) {
+        nd->storm_ns = now;
+        nd->storm = 0;
+    }
+    return ++nd->storm >= STORM;
+}
+
+/* ---- doorbells that do not come ---- */
+
+/* The pump found a bell that moved while we slept. If nothing has rung by now, something may have been lost: sh_lost() decides, later,
+ * as the peer may be just about to ring, or have seen us awake. */
+void sh_doubt(sh_node *nd, struct sh_link *l, uint64_t now)
+{
+    if (l->rings == SH_RINGS_DOORBELL && !l->doubt && __atomic_load_n(&nd->n[SH_N_RECEIVED], __ATOMIC_RELAXED) == nd->slept_received) {
+        l->doubt = nd->sleep - 1;
+        l->doubt_ns = now;
+        l->doubt_received = nd->slept_received;
+    }
+}
+
+/* Decide about doubts that are old enough; the caller has drained all doorbells. The peer says for which sleep it rang: if it was that one
+ * and nothing came, the doorbell is lost, and the peer is polled until one comes through. Returns a mask of those that began to miss. */
+uint64_t sh_lost(sh_node *nd)
+{
+    uint64_t now = sh_clock(), lost = 0;
+
+    for (uint32_t j = 0; j < nd->g.peers; j++) {
+        struct sh_link *l = &nd->links[j];
+
+        if (!l->doubt || now - l->doubt_ns < DECIDE_NS)
+            continue;
+        if (sh_load(&l->in->rang, nd->wc) == l->doubt) {
+            int came = __atomic_load_n(&nd->n[SH_N_RECEIVED], __ATOMIC_RELAXED) != l->doubt_received;
+
+            if (!came && !l->missed) {
+                nd->n[SH_N_HEALED]++;
+                lost |= 1ull << j;
+            }
+            l->missed = !came;
+            heard(nd, j, !came);
+        }
+        l->doubt = 0;
+    }
+    return lost;
+}

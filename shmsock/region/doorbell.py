@@ -1,0 +1,61 @@
+"""Doorbells: how a process is rung, and rings others, beside the memory of a region.
+
+A doorbell is a hint. It may be lost, late, or for nobody, and who rings does not say so: what happened stands
+in memory.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+__all__ = ["Doorbell", "Reach"]
+
+
+class Reach(NamedTuple):
+    """How another peer is rung: by 8 bytes that say 1, written to its eventfd, or by `value`, 4 bytes written
+    at `offset` of a device (a register)."""
+
+    kind: str
+    """"eventfd" or "register"."""
+    fd: int
+    offset: int = 0
+    value: int = 0
+
+
+class Doorbell:
+    """Ours, and the way to others'. Belongs to a Region, which closes it."""
+
+    id: int
+    """Our peer id, 0 to 65535: others ring it."""
+    vectors: int
+    """How many vectors we have, 1 to 64. Peers ring vector 0."""
+    fd: int
+    """An eventfd: readable once somebody rang."""
+    server_fd = -1
+    """Readable when the server has news: call news(). -1: nobody tells us."""
+    lost = ""
+    """Why there are no doorbells any more; empty: there are."""
+
+    def reach(self, peer: int) -> Reach | None:
+        """How to ring the peer with that id; None when it is not known, or our own."""
+        raise NotImplementedError
+
+    def drain(self) -> int:
+        """How often we were rung since the last call. Never waits, even if others made the eventfd blocking:
+        a peer of an ivshmem server shares it with everybody."""
+        try:
+            data = bytearray(8)
+            os.preadv(self.fd, [data], -1, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return 0
+        return int.from_bytes(data, "little")
+
+    def news(self) -> list[int]:
+        """Take in what the server said: the ids of peers that left. Never waits, never raises; `lost` is set
+        when the server is gone or talks nonsense."""
+        return []
+
+    def close(self) -> None:
+        """Give everything back. A second call does nothing."""
+        raise NotImplementedError
