@@ -1,8 +1,10 @@
 """Regions: the shared bytes, by URL.
 
 /path, file:/path       a file: under /dev/shm, on hugetlbfs, or wherever files can be mapped
-pci:auto                the one ivshmem device of this guest
-pci:0000:00:04.0        that ivshmem device (short: pci:00:04.0)
+pci:auto                the one ivshmem device of this guest; with interrupts if vfio-pci has it
+pci:0000:00:04.0        that ivshmem device, memory only (short: pci:00:04.0)
+vfio:0000:00:04.0       that ivshmem-doorbell device, with its interrupts; vfio:auto: the one vfio-pci has
+ivshmem:/path           on the host: memory and doorbells of the ivshmem server that listens there
 """
 
 from __future__ import annotations
@@ -18,17 +20,21 @@ from shmsock.region.bar2 import PciRegion, open_pci, udev_rule
 from shmsock.region.base import Description, Region
 from shmsock.region.create import DEFAULT_SIZE, Prepare, create_file, open_default
 from shmsock.region.file import FileRegion, open_file
+from shmsock.region.ivshmem import IvshmemRegion, open_ivshmem
 from shmsock.region.pci import Bar, PciDevice, find_devices
 from shmsock.region.sizes import format_size, parse_size
+from shmsock.region.vfio import VfioRegion, open_vfio
 
 __all__ = [
     "DEFAULT_SIZE",
     "Bar",
     "Description",
     "FileRegion",
+    "IvshmemRegion",
     "PciDevice",
     "PciRegion",
     "Region",
+    "VfioRegion",
     "create_file",
     "default_url",
     "find_devices",
@@ -36,8 +42,10 @@ __all__ = [
     "open",
     "open_default",
     "open_file",
+    "open_ivshmem",
     "open_pci",
     "open_region",
+    "open_vfio",
     "parse_size",
     "parse_url",
     "udev_rule",
@@ -45,13 +53,13 @@ __all__ = [
 
 Url = str | os.PathLike[str]
 
-_ACCEPTED = "expected /path, file:/path, pci:auto or pci:0000:00:04.0"
+_ACCEPTED = "expected /path, file:/path, pci:auto, pci:0000:00:04.0, vfio:0000:00:04.0 or ivshmem:/path"
 
 
 def parse_url(url: Url) -> tuple[str, str]:
-    """(kind, argument): ("file", absolute path) or ("pci", "auto" or a full address).
+    """(kind, argument): ("file" or "ivshmem", absolute path) or ("pci" or "vfio", "auto" or a full address).
 
-    Raises RegionUrlError (a ValueError too): EINVAL for what is no region URL, EOPNOTSUPP for kinds to come.
+    Raises RegionUrlError (a ValueError too), EINVAL, for what is no region URL.
     """
     text = os.fspath(url)
     if not isinstance(text, str):
@@ -63,23 +71,19 @@ def parse_url(url: Url) -> tuple[str, str]:
     kind, colon, argument = text.partition(":")
     if not colon:
         raise _bad(f"{text!r} is no region URL: {_ACCEPTED}; a relative path is not, make it absolute")
-    if kind == "file":
+    if kind in ("file", "ivshmem"):
         if not argument.startswith("/"):
             raise _bad(f"{text!r} names a relative path: {_ACCEPTED}")
         if argument.startswith("//") and not argument.startswith("///"):
             raise _bad(f"{text!r} names a host: {_ACCEPTED}")
-        return "file", "/" + argument.lstrip("/")
-    if kind == "pci":
+        return kind, "/" + argument.lstrip("/")
+    if kind in ("pci", "vfio"):
         if argument == "auto":
-            return "pci", "auto"
+            return kind, "auto"
         try:
-            return "pci", pci.normalize_address(argument)
+            return kind, pci.normalize_address(argument)
         except ValueError as error:
             raise _bad(f"{text!r} is no region URL: {error}; {_ACCEPTED}") from None
-    if kind in ("vfio", "ivshmem"):
-        raise RegionUrlError(
-            errno.EOPNOTSUPP, f"{text!r}: {kind}: is not supported by this version; {_ACCEPTED}"
-        )
     raise _bad(f"{text!r} is no region URL: unknown kind {kind!r}; {_ACCEPTED}")
 
 
@@ -105,16 +109,21 @@ def open(
     """Map a region; None: the default one.
 
     `create_default`: make this user's own region (`default_region()`) if that is meant and not there;
-    `prepare` formats it. `probe`: tells several devices apart for pci:auto. `prefer_wc`: see open_pci().
+    `prepare` formats it. `probe`: tells several devices apart for pci:auto and vfio:auto. `prefer_wc`: see
+    open_pci().
     `sysfs`: for tests.
 
     Raises RegionError (RegionUrlError, RegionNotFoundError, RegionPermissionError, RegionFormatError, ...).
     """
     kind, argument = parse_url(url) if url is not None else _parse_default(sysfs)
+    if kind in ("pci", "vfio") and argument == "auto":
+        kind, argument = pci.choose_device(sysfs, probe, vfio=kind == "vfio").url.split(":", 1)
+    if kind == "vfio":
+        return open_vfio(argument, writable=writable, sysfs=sysfs)
     if kind == "pci":
-        if argument == "auto":
-            argument = pci.choose_device(sysfs, probe).address
         return open_pci(argument, writable=writable, prefer_wc=prefer_wc, sysfs=sysfs)
+    if kind == "ivshmem":
+        return open_ivshmem(argument, writable=writable)
     if bar := pci.resource_address(argument):
         # As a plain file it would be mapped without enabling the device, and with the wrong fences.
         raise _bad(f"{argument} is a BAR of a PCI device: name it pci:{bar}")

@@ -12,7 +12,7 @@ from shmsock.region.file import owner_name
 from shmsock.region.pci import SYSFS, PciDevice, find_devices, read_device
 from shmsock.region.sizes import format_size
 
-__all__ = ["PciRegion", "open_pci", "udev_rule"]
+__all__ = ["PciRegion", "open_pci", "the_device", "udev_rule"]
 
 
 class PciRegion(Region):
@@ -56,7 +56,7 @@ def open_pci(address: str, *, writable: bool = True, prefer_wc: bool = True, sys
     elsewhere it makes no difference. Raises RegionError with the errno that fits: RegionNotFoundError,
     RegionPermissionError (the message has a udev rule), EBUSY (another driver has it), ...
     """
-    device = _the_device(address, sysfs)
+    device = the_device(address, sysfs)
     _enable(device)
     # Locks are on resource2 in any case: processes that map different files must see each other's.
     lock_fd = _open_resource(device, "resource2", writable)
@@ -70,7 +70,7 @@ def open_pci(address: str, *, writable: bool = True, prefer_wc: bool = True, sys
         if mapping is None:
             mapping = _map_resource(device, name, writable, sysfs)
         try:
-            now = _the_device(address, sysfs)  # once more, as it is enabled now
+            now = the_device(address, sysfs)  # once more, as it is enabled now
             return PciRegion(now, f"{device.directory}/{name}", mapping, lock_fd, writable)
         except BaseException:
             mapping.close()
@@ -100,9 +100,9 @@ def _map_resource(device: PciDevice, name: str, writable: bool, sysfs: str) -> m
         os.close(fd)
 
 
-def _the_device(address: str, sysfs: str) -> PciDevice:
+def the_device(address: str, sysfs: str) -> PciDevice:
     """The ivshmem device at `address`, with a BAR2 that can be mapped."""
-    others = ", ".join(f"pci:{device.address}" for device in find_devices(sysfs)[:8])
+    others = ", ".join(device.url for device in find_devices(sysfs)[:8])
     known = f"ivshmem devices here: {others or 'none'}"
     try:
         device = read_device(address, sysfs)
@@ -195,6 +195,13 @@ def _denied(what: str, path: str, code: int) -> RegionError:
 
 
 def _claimed(device: PciDevice, path: str) -> RegionError:
+    if device.vfio:
+        return region_error(
+            errno.EBUSY,
+            f"ivshmem device {device.address} is claimed by {device.driver}: use it as {device.url}, with "
+            f"interrupts, or give it back, as root: `shmsock unbind {device.address}`",
+            path,
+        )
     driver = device.driver or "another driver"
     unbind = f"echo {device.address} > {device.directory}/driver/unbind"
     return region_error(

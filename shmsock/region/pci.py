@@ -124,6 +124,16 @@ class PciDevice:
         """The shared memory: BAR2."""
         return self.bars[2]
 
+    @property
+    def vfio(self) -> bool:
+        """Bound to vfio-pci, or a driver made from it?"""
+        return "vfio" in (self.driver or "")
+
+    @property
+    def url(self) -> str:
+        """The region URL that fits its driver."""
+        return f"{'vfio' if self.vfio else 'pci'}:{self.address}"
+
 
 def normalize_address(text: str) -> str:
     """'0000:00:04.0' for '00:04.0' or '0000:00:04.0'. Raises ValueError."""
@@ -211,12 +221,24 @@ def _bars(path: str) -> tuple[Bar, ...]:
     return tuple(bars) + tuple(Bar(index, 0, 0, 0) for index in range(len(bars), 6))
 
 
-def choose_device(sysfs: str = SYSFS, probe: Callable[[PciDevice], bool] | None = None) -> PciDevice:
+def choose_device(
+    sysfs: str = SYSFS, probe: Callable[[PciDevice], bool] | None = None, *, vfio: bool = False
+) -> PciDevice:
     """The one ivshmem device; of several the only one that `probe` accepts (an OSError of it: not this one).
+    `vfio`: only those that vfio-pci has.
 
     Raises RegionNotFoundError when there is none, RegionError (ENOTUNIQ) when it cannot be told which.
     """
     devices = find_devices(sysfs)
+    if vfio and devices:
+        known = ", ".join(device.address for device in devices[:8])
+        devices = [device for device in devices if device.vfio]
+        if not devices:
+            raise region_error(
+                errno.ENODEV,
+                f"no ivshmem device is bound to vfio-pci; there is {known}: bind it, as root, with "
+                "`shmsock bind ADDRESS`",
+            )
     if not devices:
         root = f"{sysfs}/bus/pci/devices"
         seen = "" if os.path.isdir(root) else f" ({root} is not there: a container without sysfs?)"
@@ -230,9 +252,7 @@ def choose_device(sysfs: str = SYSFS, probe: Callable[[PciDevice], bool] | None 
         if len(accepted) == 1:
             return accepted[0]
     if len(devices) > 1:
-        seen = ", ".join(
-            f"pci:{device.address} ({format_size(device.memory.size)})" for device in devices[:8]
-        )
+        seen = ", ".join(f"{device.url} ({format_size(device.memory.size)})" for device in devices[:8])
         raise region_error(
             errno.ENOTUNIQ,
             f"{len(devices)} ivshmem devices found, expected one: {seen}; name the one to use, as region= or "

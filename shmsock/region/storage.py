@@ -7,6 +7,7 @@ instead of an error. (On tmpfs loads as well as stores: reading a hole allocates
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 from dataclasses import dataclass
@@ -56,7 +57,19 @@ def filesystem(file: int | str, mountinfo: str = "/proc/self/mountinfo") -> File
                     break
     except OSError:
         pass  # no /proc: the type only steers messages and the way of allocating
-    return FileSystem(kind, os.statvfs(file).f_bsize)
+    block_size = os.statvfs(file).f_bsize
+    if kind == "unknown" and isinstance(file, int) and _in_memory(file):
+        kind = "tmpfs" if block_size == mmap.PAGESIZE else "hugetlbfs"
+    return FileSystem(kind, block_size)
+
+
+def _in_memory(fd: int) -> bool:
+    """A file on tmpfs or hugetlbfs, a memfd mostly: no table shows the mount where those lie."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:
+        return False
+    return True
 
 
 def back(fd: int, mapping: mmap.mmap, kind: str, offset: int, length: int) -> None:

@@ -5,7 +5,6 @@ Nothing is written. What is read is somebody else's and may be nonsense or half 
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ from shmsock.fabric.attach import Seen, survey
 from shmsock.fabric.layout import Layout, read_layout
 from shmsock.fabric.memory import Memory, native_core
 from shmsock.region.base import Region
+from shmsock.region.file import FileRegion
 from shmsock.region.pci import PciDevice
 
 __all__ = ["Content", "Section", "busy_sections", "describe_device", "describe_region", "look", "sections"]
@@ -102,12 +102,8 @@ def look(region: Region, watch_s: float = BEAT_S) -> Content:
 
 def _head(region: Region) -> bytes:
     """The first page. Of a file not through the mapping: even looking at a hole there takes a page."""
-    if region.kind == "file":
-        fd = os.open(region.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        try:
-            return os.pread(fd, lay.HEADER, 0)
-        finally:
-            os.close(fd)
+    if isinstance(region, FileRegion):
+        return region.peek(lay.HEADER)
     return bytes(region.mmap[: lay.HEADER])
 
 
@@ -191,6 +187,7 @@ def busy_sections(region: Region) -> list[str]:
 def describe_region(region: Region) -> dict[str, Any]:
     """How it is mapped."""
     known = region.describe()
+    bell = known.doorbell
     return {
         "url": known.url,
         "kind": known.kind,
@@ -204,6 +201,7 @@ def describe_region(region: Region) -> dict[str, Any]:
         "uid": known.uid,
         "gid": known.gid,
         "section_locks": known.can_lock,
+        "doorbell": None if bell is None else {"id": bell.id, "vectors": bell.vectors, "lost": bell.lost},
     }
 
 

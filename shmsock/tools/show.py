@@ -50,8 +50,9 @@ def device_lines(device: dict[str, Any]) -> Iterator[str]:
 def region_lines(region: dict[str, Any]) -> Iterator[str]:
     """How it is mapped."""
     yield f"region {region['url']}: {format_size(region['size'])}"
-    where = f"    mapped from {region['path']}"
-    if region["kind"] == "pci":
+    what = "memory of the ivshmem server at" if region["kind"] == "ivshmem" else "mapped from"
+    where = f"    {what} {region['path']}"
+    if region["kind"] in ("pci", "vfio"):
         yield where + ", to be used with the fences of write-combining memory"
     else:
         page = format_size(region["page_size"])
@@ -62,6 +63,10 @@ def region_lines(region: dict[str, Any]) -> Iterator[str]:
             if region["section_locks"]
             else "; this file system knows no locks: the dead are found by their beat alone"
         )
+    if bell := region["doorbell"]:
+        vectors = "1 vector" if bell["vectors"] == 1 else f"{bell['vectors']} vectors"
+        lost = f"; {bell['lost']}" if bell["lost"] else ""
+        yield f"    doorbell: we are peer {bell['id']}, with {vectors}{lost}"
 
 
 def content_lines(content: Content) -> Iterator[str]:

@@ -324,7 +324,11 @@ def test_udev_rule() -> None:
 @pytest.mark.parametrize(
     ("code", "kind", "says"),
     [
-        (errno.EBUSY, RegionError, r"claimed by vfio-pci.*driver/unbind"),
+        (
+            errno.EBUSY,
+            RegionError,
+            rf"claimed by vfio-pci: use it as vfio:{ADDRESS}.*`shmsock unbind {ADDRESS}`",
+        ),
         (errno.EPERM, RegionPermissionError, "udev"),
         (errno.EROFS, RegionPermissionError, "read-only"),
         (errno.EIO, RegionError, "cannot enable"),
@@ -361,15 +365,15 @@ def test_open_fails(
     ("code", "kind", "says"),
     [
         (errno.EPERM, RegionPermissionError, r"locked down, as with Secure Boot"),
-        (errno.EINVAL, RegionError, r"claimed by vfio-pci.*IO_STRICT_DEVMEM"),
-        (errno.EBUSY, RegionError, r"claimed by vfio-pci.*IO_STRICT_DEVMEM"),
+        (errno.EINVAL, RegionError, r"claimed by uio_ivshmem.*IO_STRICT_DEVMEM.*driver/unbind"),
+        (errno.EBUSY, RegionError, r"claimed by uio_ivshmem.*IO_STRICT_DEVMEM.*driver/unbind"),
         (errno.ENOMEM, RegionError, r"cannot map the 1 MiB"),
     ],
 )
 def test_mmap_fails(
     sysfs: FakeSysfs, monkeypatch: pytest.MonkeyPatch, code: int, kind: type[RegionError], says: str
 ) -> None:
-    sysfs.add(enabled=1, driver="vfio-pci")
+    sysfs.add(enabled=1, driver="uio_ivshmem")
     monkeypatch.setattr("shmsock.region.base.Mapping", failing(code))
     with pytest.raises(RegionError, match=says) as caught:
         open_pci(ADDRESS, sysfs=sysfs.root)

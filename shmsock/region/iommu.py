@@ -1,0 +1,125 @@
+"""IOMMU groups: what vfio hands out, and what keeps it from that."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from shmsock.errors import RegionError, region_error
+from shmsock.region.pci import SYSFS, PciDevice, read_device
+
+__all__ = ["DEV", "NOIOMMU_SWITCH", "Group", "no_iommu", "not_viable", "read_group", "users"]
+
+DEV = "/dev/vfio"
+NOIOMMU_SWITCH = "module/vfio/parameters/enable_unsafe_noiommu_mode"
+"""Below sysfs, once the module is loaded, and only where the kernel has it."""
+
+_HARMLESS = ("vfio", "pci-stub", "pcieport", "shpchp")
+"""Drivers that vfio bears beside itself in a group."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The devices that an IOMMU cannot tell apart."""
+
+    number: int
+    path: str
+    """Of the file that stands for it, once all of it is vfio's."""
+    noiommu: bool
+    """Is there no IOMMU, and vfio was told to do without?"""
+    others: tuple[PciDevice, ...]
+    """The other devices in it."""
+
+    @property
+    def hindering(self) -> list[str]:
+        """The other devices whose drivers keep vfio from the group."""
+        return [
+            f"{other.address} ({other.ids[0]:04x}:{other.ids[1]:04x}, {other.driver})"
+            for other in self.others
+            if other.driver and not any(name in other.driver for name in _HARMLESS)
+        ]
+
+
+def read_group(device: PciDevice, sysfs: str = SYSFS, dev: str = DEV) -> Group | None:
+    """The group of `device`; None: there is no IOMMU."""
+    try:
+        directory = os.path.realpath(f"{device.directory}/iommu_group", strict=True)
+        number = int(os.path.basename(directory))
+        members = sorted(os.listdir(f"{directory}/devices"))
+    except (OSError, ValueError):
+        return None
+    others = []
+    for address in members:
+        try:
+            if address != device.address:
+                others.append(read_device(address, sysfs))
+        except (OSError, ValueError):
+            continue
+    try:
+        with open(f"{directory}/name", encoding="ascii") as file:
+            noiommu = file.read(80).strip() == "vfio-noiommu"
+    except (OSError, ValueError):
+        noiommu = False
+    return Group(number, f"{dev}/{'noiommu-' if noiommu else ''}{number}", noiommu, tuple(others))
+
+
+def no_iommu(device: PciDevice) -> RegionError:
+    """There is none, which vfio needs as a rule."""
+    return region_error(
+        errno.ENODEV,
+        f"no IOMMU, which vfio needs: ivshmem device {device.address} is in no IOMMU group. Start QEMU with "
+        "`-M q35,kernel-irqchip=split -device intel-iommu,intremap=on` and the guest's kernel with "
+        "`intel_iommu=on`; or, on a kernel that has enable_unsafe_noiommu_mode (CONFIG_VFIO_NOIOMMU), "
+        f"`shmsock bind --noiommu {device.address}`, which taints it; pci:{device.address} works without, by "
+        "polling",
+    )
+
+
+def not_viable(device: PciDevice, group: Group) -> RegionError:
+    """Not all of the group is vfio's."""
+    seen = ", ".join(group.hindering[:8]) or "another device"
+    return region_error(
+        errno.EBUSY,
+        f"vfio takes whole IOMMU groups, and in group {group.number} of ivshmem device {device.address} is "
+        f"{seen}, which has a driver of its own: give the ivshmem device a slot of its own "
+        "(QEMU: -device ivshmem-doorbell,...,addr=0x10), or unbind that driver",
+        group.path,
+    )
+
+
+def users(*paths: str, proc: str = "/proc") -> list[str]:
+    """Which processes have one of these files open or mapped: 'process 17 (python3)'. Those that one may
+    look into."""
+    found = []
+    for pid in sorted((name for name in _names(proc) if name.isdigit()), key=int):
+        if any(file in paths for file in _files(f"{proc}/{pid}")):
+            try:
+                with open(f"{proc}/{pid}/comm", encoding="utf-8", errors="replace") as file:
+                    name = file.read(80).strip()
+            except OSError:
+                name = "ending"
+            found.append(f"process {pid} ({name}{', this one' if int(pid) == os.getpid() else ''})")
+    return found
+
+
+def _files(directory: str) -> Iterator[str]:
+    for number in _names(f"{directory}/fd"):
+        try:
+            yield os.readlink(f"{directory}/fd/{number}")
+        except OSError:
+            continue
+    try:
+        with open(f"{directory}/maps", encoding="utf-8", errors="surrogateescape") as file:
+            for line in file:
+                yield line[line.find("/") :].rstrip("\n") if "/" in line else ""
+    except OSError:
+        pass
+
+
+def _names(directory: str) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except OSError:
+        return []
