@@ -9,7 +9,7 @@ import platform
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,9 @@ from shmsock.tools.child import Child, cpus, have_uvloop, python
 
 __all__ = [
     "HANDLERS",
+    "REFERENCE",
+    "THROUGHPUT",
+    "Kind",
     "Variant",
     "bench_host",
     "bench_table",
@@ -34,8 +37,11 @@ __all__ = [
     "marks_of",
     "measure",
     "medians",
+    "note_load",
     "print_marks",
     "private_region",
+    "reference",
+    "times",
     "variants",
 ]
 
@@ -53,6 +59,9 @@ class Variant:
     loop: str
     stock: bool = False
     """asyncio's own functions, on a loop that knows `.shm` hosts."""
+    region: str = ""
+    """Which, where there are several; `note` tells them apart."""
+    note: str = ""
 
     @property
     def is_tcp(self) -> bool:
@@ -62,7 +71,9 @@ class Variant:
     def label(self) -> str:
         if self.is_tcp:
             return f"{self.loop} TCP"
-        return f"stock asyncio on shmsock's {self.loop} loop" if self.stock else f"shmsock, {self.loop}"
+        if self.stock:
+            return f"stock asyncio on shmsock's {self.loop} loop"
+        return f"shmsock, {self.loop}" + (f", {self.note}" if self.note else "")
 
     def role(self, role: str, *more: object) -> list[str]:
         stock = ("--shm-loop",) if self.stock else ()
@@ -90,15 +101,21 @@ def private_region(prefix: str, size: int = 64 << 20) -> Iterator[str]:
 
 
 def measure(
-    variant: Variant, region: str, seconds: float, server_cpu: int, client_cpu: int
+    variant: Variant,
+    region: str,
+    seconds: float,
+    server_cpu: int | None,
+    client_cpu: int | None,
+    *more: object,
 ) -> dict[str, Any]:
-    """One server, one client, both measures."""
+    """One server, one client, all measures; `more` says which. A CPU of None: wherever the kernel likes."""
     env = {"SHMSOCK_REGION": region, "SHMSOCK_NAME": "bench"}
     host = "127.0.0.1" if variant.is_tcp else "localhost.shm" if variant.stock else "localhost"
-    with Child(variant.role("server", "--host", host, "--cpu", server_cpu), env) as server:
+    pins = [("--cpu", cpu) if cpu is not None else () for cpu in (server_cpu, client_cpu)]
+    with Child(variant.role("server", "--host", host, *pins[0]), env) as server:
         port = server.line()["port"]
-        to = ("--host", host, "--port", port, "--cpu", client_cpu, "--seconds", seconds)
-        with Child(variant.role("client", *to), env) as client:
+        to = ("--host", host, "--port", port, *pins[1], "--seconds", seconds)
+        with Child(variant.role("client", *to, *more), env) as client:
             return client.line()
 
 
@@ -142,8 +159,42 @@ def _commit() -> str | None:
     return None
 
 
-def bench_host(console: Console, rounds: int, seconds: float, placements: list[str]) -> dict[str, Any]:
-    """Between two processes of this host: "two" cores, "one" core."""
+@dataclass(frozen=True)
+class Kind:
+    """What is measured, and how it is told."""
+
+    title: str
+    arguments: tuple[object, ...]
+    """Of the client."""
+    rounds: int
+    seconds: float
+    """Unless the user says otherwise."""
+    placements: tuple[str, ...]
+    variants: Callable[[], list[Variant]]
+    medians: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    table: Callable[[str, dict[str, Any]], Table]
+    marks_of: Callable[[dict[str, Any], str], list[dict[str, Any]]]
+    print_marks: Callable[[Console, list[dict[str, Any]]], None]
+
+    def show(
+        self, console: Console, where: str, taken: dict[str, Any], rounds: int, seconds: float
+    ) -> dict[str, Any]:
+        results = {label: {**self.medians(values), "rounds": values} for label, values in taken.items()}
+        times = f"medians of {rounds} rounds" if rounds > 1 else "one round"
+        console.print(self.table(f"{self.title}, {where}; {times} of {seconds:g} s", results))
+        return results
+
+    def judge(self, console: Console, results: dict[str, Any], placement: str) -> list[dict[str, Any]]:
+        marks = self.marks_of(results, placement)
+        self.print_marks(console, marks)
+        return marks
+
+
+def bench_host(
+    console: Console, rounds: int, seconds: float, placements: list[str], kind: Kind | None = None
+) -> dict[str, Any]:
+    """Between two processes of this host: on "two" cores, on "one" core, or "free" to move."""
+    kind = kind or THROUGHPUT
     known = machine()
     console.print(describe(known))
     server, client, where = cpus()
@@ -159,22 +210,21 @@ def bench_host(console: Console, rounds: int, seconds: float, placements: list[s
             if placement == "two" and server == client:
                 console.print("There is one CPU: no figures for two.")
                 continue
-            on = (server, client) if placement == "two" else (client, client)
-            text = where if placement == "two" else f"both on CPU {client}"
+            on, text = {
+                "two": ((server, client), where),
+                "one": ((client, client), f"both on CPU {client}"),
+                "free": ((None, None), "wherever the kernel put them"),
+            }[placement]
             taken = in_turn(
                 console,
-                variants(),
+                kind.variants(),
                 rounds,
-                f"{placement} core",
-                lambda v, on=on: measure(v, region, seconds, *on),
+                kind.title if placement == "free" else f"{placement} core",
+                lambda v, on=on: measure(v, region, seconds, *on, *kind.arguments),
             )
-            results = {label: {**medians(values), "rounds": values} for label, values in taken.items()}
-            report["results"][placement] = results
-            marks = marks_of(results, placement)
-            report["marks"] += marks
-            title = f"64 B round trip and 64 KiB writes, {text}; medians of {rounds} rounds of {seconds:g} s"
-            console.print(bench_table(title, results))
-            print_marks(console, marks)
+            report["results"][placement] = kind.show(console, text, taken, rounds, seconds)
+            report["marks"] += kind.judge(console, report["results"][placement], placement)
+    note_load(console, known)
     return report
 
 
@@ -253,6 +303,30 @@ def print_marks(console: Console, marks: list[dict[str, Any]]) -> None:
             least = f"at least {mark['at_least']:.0%} of {mark['than']}"
             aim = f"{what} of stock asyncio {least}: {mark['seen']:.0%}"
         console.print(f"  mark: {aim}, {met}")
+
+
+THROUGHPUT = Kind(
+    title="64 B round trip and 64 KiB writes",
+    arguments=(),
+    rounds=5,
+    seconds=1.0,
+    placements=("two", "one"),
+    variants=variants,
+    medians=medians,
+    table=bench_table,
+    marks_of=marks_of,
+    print_marks=print_marks,
+)
+
+
+def note_load(console: Console, known: dict[str, Any]) -> None:
+    """What else the machine did meanwhile is in all figures."""
+    known["load_after"] = load = round(os.getloadavg()[0], 1)
+    if load > 2 * known["cpus"]:
+        console.print(
+            f"  The machine did other work (load {load} on {known['cpus']} CPUs): times are longer than they "
+            "need be, and a guest takes the CPU time that others had for its own."
+        )
 
 
 def describe(known: dict[str, Any]) -> str:
