@@ -1,5 +1,5 @@
-"""What wakes a sleeping loop: one eventfd, filled by the keeper thread when a bell moves, and when the engine's
-time has come. (Doorbells have an eventfd of their own, which the loop waits on as well.)
+"""What wakes a sleeping loop: one eventfd, filled by the keeper thread when a bell moves, and when the
+engine's time has come. (Doorbells have an eventfd of their own, which the loop waits on as well.)
 
 The keeper is native, holds no GIL and takes no signals. It also beats (others see that this process lives)
 and watches the locks of peers under the same kernel.
@@ -31,14 +31,16 @@ class Keeper:
         self._lib, self._nd = core.lib, nd
         self.fd = eventfd()
         error = core.ffi.new("int *")
-        self._keeper = core.lib.sh_keeper_start(nd, self.fd, lock_fd, BEAT_NS, look_cap_us * 1000, int(futex), error)
+        self._keeper = core.lib.sh_keeper_start(
+            nd, self.fd, lock_fd, BEAT_NS, look_cap_us * 1000, int(futex), error
+        )
         if not self._keeper:
             os.close(self.fd)
             raise OSError(error[0], f"cannot start the keeper thread: {os.strerror(error[0])}")
 
     def arm(self, deadline_ns: int) -> bool:
-        """Fall asleep: `fd` becomes readable once, when a bell moved, or at the first beat after the deadline.
-        False: a bell has moved, pump again."""
+        """Fall asleep: `fd` becomes readable once, when a bell moved, or at the first beat after the
+        deadline. False: a bell has moved, pump again."""
         return bool(self._lib.sh_keeper_arm(self._keeper, deadline_ns))
 
     def drain(self) -> None:

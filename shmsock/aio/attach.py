@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from shmsock import address, region
-from shmsock.aio.driver import Loop, Node
+from shmsock.aio.driver import Loop, Node, slowness
 from shmsock.errors import region_error
 from shmsock.fabric import layout as lay
 from shmsock.fabric.attach import claim_section, name_taken, release_claim
@@ -72,7 +72,7 @@ def _back_fixed_part(made: Region, layout: Layout) -> None:
 
 
 def _holds_a_region(device: region.PciDevice) -> bool:
-    with region.open_pci(device.address) as candidate:
+    with region.open(device.url, writable=False) as candidate:
         memory = Memory(native_core(), candidate.mmap, write_combining=candidate.write_combining)
         try:
             return memory.load(lay.H_MAGIC) == lay.MAGIC
@@ -108,7 +108,7 @@ async def _make(url: str | None, name: str | None, settings: Settings | None) ->
     try:
         memory = Memory(native_core(), opened.mmap, write_combining=opened.write_combining)
         try:
-            blank = opened.kind == "pci" and is_blank(memory)
+            blank = opened.kind != "file" and is_blank(memory)
             layout = format_region(memory) if blank else read_layout(memory)
         except OSError as error:
             error.filename = opened.path
@@ -132,7 +132,7 @@ async def _make(url: str | None, name: str | None, settings: Settings | None) ->
                 RuntimeWarning,
                 stacklevel=2,
             )
-        us = settings or Settings()
+        us, slow = settings or Settings(), slowness(memory.core.lib.sh_clock)
         # Not on memory of a device, before Linux 5.16, or where a container forbids it.
         bell = layout.pair(claim.section, claim.section) + lay.BELL
         futex = us.doorbells and memory.core.lib.sh_futex_works(memory.base, bell) == 0
@@ -164,11 +164,11 @@ async def _make(url: str | None, name: str | None, settings: Settings | None) ->
                     memory.core,
                     engine.nd,
                     lock_fd=opened.lock_fd,
-                    look_cap_us=us.look_cap_us,
+                    look_cap_us=us.look_cap_us * slow,
                     futex=futex,
                 )
             )
-            node = Node(opened, engine, keepers[0], loop)
+            node = Node(opened, engine, keepers[0], loop, slow)
         except BaseException:
             for keeper in keepers:
                 keeper.stop()

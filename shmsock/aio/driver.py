@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import logging
 import os
 import threading
 import time
@@ -19,6 +18,7 @@ from types import coroutine
 from typing import Any, Protocol
 
 from shmsock.address import is_any, is_local, normalize_name
+from shmsock.aio.doorbells import Ear
 from shmsock.errors import address_unavailable, forked, wrong_thread
 from shmsock.fabric import layout as lay
 from shmsock.fabric.connection import Connection
@@ -28,15 +28,11 @@ from shmsock.fabric.listeners import Listener
 from shmsock.fabric.node import Engine
 from shmsock.fabric.peers import Peer
 from shmsock.region.base import Region
-from shmsock.region.doorbell import Doorbell
 from shmsock.wakeup import Keeper
 
-__all__ = ["Handler", "Loop", "Node", "yield_once"]
-
-log = logging.getLogger("shmsock")
+__all__ = ["Handler", "Loop", "Node", "slowness", "yield_once"]
 
 CREDIT_CAP_NS = 5_000_000
-STORM_S = 60
 SKIP_NS = 50_000
 
 
@@ -70,7 +66,7 @@ def yield_once() -> Generator[None, None, None]:
     yield
 
 
-def _slowness(call: Callable[[], int]) -> int:
+def slowness(call: Callable[[], int]) -> int:
     """How many times slower than usual this machine runs such code as ours, 1 to 10: the windows of an
     emulated guest must be longer, or no answer ever comes within them. Measured by calls that take about 0.1
     us elsewhere, the best of several tries."""
@@ -108,7 +104,7 @@ class Node:
     """This process's side of a region, for one event loop. Made by attach(); not thread-safe, as asyncio's
     objects are not."""
 
-    def __init__(self, region: Region, engine: Engine, keeper: Keeper, loop: Loop) -> None:
+    def __init__(self, region: Region, engine: Engine, keeper: Keeper, loop: Loop, slow: int = 1) -> None:
         self.region, self.engine, self.keeper = region, engine, keeper
         self.loop: Any = loop  # a Loop to the node; asyncio's transports know it as theirs
         self.lib, self.nd = engine.lib, engine.nd
@@ -137,18 +133,13 @@ class Node:
         self.polled = 0
         self._idle_turns, self._hot_turns = 0, getattr(loop, "hot_turns", 1 << 62)
         self._one_cpu = len(os.sched_getaffinity(0)) == 1
-        us, slow = engine.settings, _slowness(self.lib.sh_clock)
+        us = engine.settings
         self._hot_ns = us.hot_us * 1000 * slow
         # On one CPU a spin that does not yield only keeps the peer from answering.
         yield_ns = 0 if self._one_cpu else 1000
         self.lib.sh_node_settings(self.nd, us.hold_us * 1000, us.busy_poll_us * 1000 * slow, yield_ns)
         self.context.run(loop.add_reader, keeper.fd, self._wake)
-        self.doorbell = region.doorbell if engine.settings.doorbells else None
-        self._deaf_until, self._deaf_s = 0, 1
-        if self.doorbell is not None:
-            self._listen_to(self.doorbell)
-            if self.doorbell.server_fd >= 0:
-                self.context.run(loop.add_reader, self.doorbell.server_fd, self._news)
+        self.ear = Ear(self, region.doorbell if engine.settings.doorbells else None)
         self.closed = False
         self.begin_turn()
 
@@ -192,14 +183,12 @@ class Node:
     def _wake(self) -> None:
         """A bell moved, or it is time for a look."""
         self.keeper.drain()
-        if self.doorbell is not None:
-            self._hear(self.doorbell)
-        if lost := self.lib.sh_lost(self.nd):
-            missed = [p.name for p in self.engine.peers.all if lost >> p.section & 1]
-            log.warning(
-                "%r: doorbells of %s do not arrive: polling instead, until one does", self, ", ".join(missed)
-            )
+        self.ear.look()
         self.flushed()
+        self.woken()
+
+    def woken(self) -> None:
+        """Something rang: look."""
         if not self.scheduled:
             self._pump()
 
@@ -231,9 +220,11 @@ class Node:
                 )
         if not self.scheduled and not self.closed:
             # Those who were told of something run first: going to sleep can wait.
-            if events or self._stay_hot(now):
-                self.begin_turn()
-            elif engine.alive and not self.keeper.arm(now if self._flushed else engine.next_deadline()):
+            if (
+                events
+                or self._stay_hot(now)
+                or (engine.alive and not self.keeper.arm(now if self._flushed else engine.next_deadline()))
+            ):
                 self.begin_turn()
 
     def _stay_hot(self, now: int) -> bool:
@@ -283,60 +274,6 @@ class Node:
             self.loop.call_exception_handler(
                 {"message": f"shmsock: {self!r} is down", "exception": arg, "node": self}
             )
-
-    # -- doorbells
-
-    def _listen_to(self, bell: Doorbell) -> None:
-        self.context.run(self.loop.add_reader, bell.fd, self._rang)
-
-    def _rang(self) -> None:
-        """The doorbell."""
-        if self.doorbell is not None:
-            self._hear(self.doorbell)
-        if not self.scheduled:
-            self._pump()
-
-    def _hear(self, bell: Doorbell) -> None:
-        """Count what rang. A thousand doorbells in a second that are for nobody are not listened to for a
-        while, longer each time: peers are polled then."""
-        now = time.monotonic_ns()
-        if self._deaf_until:
-            if now >= self._deaf_until:
-                self._deaf_until = 0
-                bell.drain()
-                self._listen_to(bell)
-                self.engine.wakes.restore(bell)
-            return
-        times = bell.drain()
-        if times and self.lib.sh_rung(self.nd, times):
-            log.warning(
-                "%r: a thousand interrupts within a second for nothing: polling for %d s", self, self._deaf_s
-            )
-            self.loop.remove_reader(bell.fd)
-            self.engine.wakes.withdraw()
-            self._deaf_until = now + self._deaf_s * 1_000_000_000
-            self._deaf_s = min(self._deaf_s * 2, STORM_S)
-
-    def _news(self) -> None:
-        """The ivshmem server says something, or nothing any more."""
-        bell = self.doorbell
-        if bell is None:
-            return
-        gone = bell.news()
-        if bell.lost:
-            log.warning("%r: doorbells are gone: polling from now on: %s", self, bell.lost)
-            self._silence(bell)
-            self.engine.wakes.withdraw()
-        self.engine.left_server(gone, time.monotonic_ns())
-        if not self.scheduled:
-            self._pump()
-
-    def _silence(self, bell: Doorbell) -> None:
-        self.doorbell = None
-        if not self._deaf_until:
-            self.loop.remove_reader(bell.fd)
-        if bell.server_fd >= 0:
-            self.loop.remove_reader(bell.server_fd)
 
     # -- names
 
@@ -447,8 +384,7 @@ class Node:
         self.lib.sh_node_own(self.nd)  # at exit, the thread of the loop may be gone
         if not self.loop.is_closed():
             self.loop.remove_reader(self.keeper.fd)
-            if self.doorbell is not None:
-                self._silence(self.doorbell)
+            self.ear.close()
         for transport in list(self.transports):
             transport.node_closed()
         opening = [c.handler for c in self.engine.connections.values() if isinstance(c.handler, _Opening)]
@@ -494,7 +430,8 @@ class Node:
         counts["names"] = sorted(self.engine.peers.names())
         counts["state"] = "closed" if self.closed else "attached" if self.engine.alive else "down"
         counts["format"] = lay.VERSION
-        counts["doorbell"] = self.doorbell.id if self.doorbell is not None else None
-        counts["doorbell_lost"] = self.region.doorbell.lost if self.region.doorbell is not None else ""
+        bell = self.region.doorbell
+        counts["doorbell"] = self.ear.bell.id if self.ear.bell is not None else None
+        counts["doorbell_lost"] = bell.lost if bell is not None else ""
         counts["woken_by"] = self.engine.wakes.ways()
         return counts

@@ -131,9 +131,12 @@ class Connection:
     def look(self) -> int:
         """Take in what the peer did; returns LOOK bits for the driver, 0 when there is nothing for it. May
         end the connection."""
+        return 0 if self.state is State.FREE else self.looked(self.engine.lib.sh_look(self.ep))
+
+    def looked(self, bits: int) -> int:
+        """The same, when the core has looked."""
         if self.state is State.FREE:
             return 0
-        bits: int = self.engine.lib.sh_look(self.ep)
         if self.state is State.CLOSING:
             if bits & (RESET_BIT | BAD | REL):
                 self.release()

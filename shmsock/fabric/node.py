@@ -30,7 +30,7 @@ from shmsock.region.doorbell import Doorbell
 __all__ = ["Engine", "Event"]
 
 EV_SLOT, EV_ADOPT, EV_MESSAGE = 0, 1, 2
-SAMPLE_NS = 100_000_000
+SAMPLE_NS = 75_000_000  # a bit less than a beat, which is what wakes a sleeping loop for it
 SAFETY_NS = 1_000_000_000
 EVENTS_PER_PASS = 64
 COUNTERS = (
@@ -122,7 +122,7 @@ class Engine:
             "datagrams_dropped_unsent": 0,
             "datagrams_lost_unread": 0,
         }
-        self._out = self.ffi.new("uint32_t[]", EVENTS_PER_PASS)
+        self._out = self.ffi.new("uint64_t[]", EVENTS_PER_PASS)
         self._events: list[Event] = []
         self._failure: OSError | None = None
         self._orphans: set[Connection] = set()
@@ -232,9 +232,10 @@ class Engine:
             return self._take_events()
         for i in range(n):
             word = self._out[i]
-            kind, what = word >> 24, word & 0xFFFFFF
+            kind, what = word >> 24 & 0xFF, word & 0xFFFFFF
             if kind == EV_SLOT:
-                self.ready(what)
+                if (conn := self.connections.get(what)) and (bits := conn.looked(word >> 32)):
+                    self._events.append(Event("ready", conn, bits))
             elif kind == EV_ADOPT:
                 self.tag_changed(self.peers[what], now_ns)
             else:
@@ -416,7 +417,9 @@ class Engine:
     def _strangers(self) -> bool:
         """Is somebody about to attach, whose bell is adopted and who does not say yet that it is there?"""
         load, section = self.layout.memory.load, self.layout.section
-        return any(p.claim and not p.live and not load(section(p.section) + lay.STATE) for p in self.peers.all)
+        return any(
+            p.claim and not p.live and not load(section(p.section) + lay.STATE) for p in self.peers.all
+        )
 
     def _reap_silent(self, now_ns: int, after_ns: int) -> None:
         load, seen = self.memory.load, self._reap

@@ -13,7 +13,7 @@ class Settings:
 
     `busy_poll_us`: Longest busy-poll of a read or a drain that finds nothing. Windows adapt below it; 0:
     never spin. On a machine that runs code slowly (an emulated guest) up to ten times as long, as
-    measured at attach; so is hot_us.
+    measured at attach; so are hot_us and look_cap_us.
     `hot_us`: How long the pump re-schedules itself after bytes moved, before it lets the loop sleep.
     `hold_us`: Longest time that reads and drains that need not wait may hold one turn of the loop.
     `look_cap_us`: The keeper's longest sleep between two looks at the bells, while the loop sleeps and

@@ -78,7 +78,7 @@ uint64_t sh_node_counter(sh_node *nd, int which);
 uint64_t sh_turn(sh_node *nd);
 int sh_over(sh_node *nd);
 uint64_t sh_moved(sh_node *nd);
-int sh_pump(sh_node *nd, uint32_t *out, int max);
+int sh_pump(sh_node *nd, uint64_t *out, int max);
 int sh_quiet(sh_node *nd);
 int sh_safety(sh_node *nd);
 

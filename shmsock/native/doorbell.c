@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <limits.h>
 #include <linux/futex.h>
+#include <poll.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -30,8 +31,8 @@ static void ring(const struct sh_link *l)
 
     if (l->reach == SH_REACH_FUTEX)
         done = syscall(SYS_futex, &l->out->rang, FUTEX_WAKE, INT_MAX, NULL, NULL, 0); /* its low half, as we are little-endian */
-    else if (l->reach == SH_REACH_EVENTFD)
-        done = write(l->reach_fd, &one, sizeof one);
+    else if (l->reach == SH_REACH_EVENTFD) /* all peers share its description: one may have made it blocking, and filled it */
+        done = poll(&(struct pollfd){.fd = l->reach_fd, .events = POLLOUT}, 1, 0) == 1 ? write(l->reach_fd, &one, sizeof one) : 0;
     else
         done = pwrite(l->reach_fd, &l->reach_value, sizeof l->reach_value, (off_t)l->reach_at);
     (void)done; /* full, gone, or not there any more: the peer looks by itself before long */

@@ -141,8 +141,9 @@ int sh_collect(sh_node *nd, struct sh_link *l)
     return any || l->news;
 }
 
-/* Bytes and connections moved so far: what hotness is earned by. */
-uint64_t sh_moved(sh_node *nd) { return nd->n[SH_N_READS] + nd->n[SH_N_WRITES] + nd->moved_messages; }
+/* What peers moved so far: bytes, messages, and space where it was waited for. Hotness is earned by it. Own writes earn none: the question
+ * and its answer are no two things in a row. */
+uint64_t sh_moved(sh_node *nd) { return nd->n[SH_N_READS] + nd->moved_messages + nd->moved_space; }
 
 /* A bell that spoke of nothing. Bells cost their listener more than their ringer: a thousand of these in a second, and the peer is heard
  * by the safety look only. */
@@ -156,8 +157,9 @@ static void fruitless(struct sh_link *l, uint64_t now)
         __atomic_store_n(&l->muted, 1, __ATOMIC_RELEASE);
 }
 
-/* One pass. Fills out[] with kind << 24 | (slot or peer), at most max of them; what does not fit is kept for the next pass. */
-int sh_pump(sh_node *nd, uint32_t *out, int max)
+/* One pass. Fills out[] with what a look at the slot found << 32 | kind << 24 | (slot or peer), at most max of them; what does not fit is
+ * kept for the next pass. */
+int sh_pump(sh_node *nd, uint64_t *out, int max)
 {
     int n = 0;
 
@@ -190,7 +192,7 @@ int sh_pump(sh_node *nd, uint32_t *out, int max)
             nd->attention = 1;
             continue;
         }
-        out[n++] = (l->news & SH_NEWS_TAG ? SH_EV_ADOPT : SH_EV_MESSAGE) << 24 | j;
+        out[n++] = (uint64_t)(l->news & SH_NEWS_TAG ? SH_EV_ADOPT : SH_EV_MESSAGE) << 24 | j;
         l->unread = !(l->news & SH_NEWS_TAG);
         l->news = 0; /* what is left unread of the mail is found again by sh_message_recv's caller */
     }
@@ -199,8 +201,10 @@ int sh_pump(sh_node *nd, uint32_t *out, int max)
     for (uint32_t k = 0; k < nd->words && n < max; k++) {
         uint32_t w = (nd->start + k) % nd->words;
 
-        for (; nd->ready[w] && n < max; nd->ready[w] &= nd->ready[w] - 1)
-            out[n++] = SH_EV_SLOT << 24 | (w * 64 + (uint32_t)__builtin_ctzll(nd->ready[w]));
+        for (; nd->ready[w] && n < max; nd->ready[w] &= nd->ready[w] - 1) {
+            uint32_t slot = w * 64 + (uint32_t)__builtin_ctzll(nd->ready[w]);
+            out[n++] = (uint64_t)sh_look(&nd->eps[slot]) << 32 | SH_EV_SLOT << 24 | slot;
+        }
     }
     return n;
 }
@@ -418,6 +422,7 @@ void sh_ep_take(sh_ep *ep, uint64_t ring_off, uint32_t ring_bytes, int accepted)
     ep->orphan = ep->waiting = 0;
     ep->accepted = accepted != 0;
     ep->window_ns = 50000;
+    ep->spun_ns = 0;
     sh_put(&ep->mine->ring, (uint64_t)ep->gen << SH_GEN_SHIFT | (uint64_t)__builtin_ctz(ring_bytes) << 30 | ring_off / SH_MIN_RING);
     sh_put(&ep->mine->c, (uint64_t)ep->gen << SH_GEN_SHIFT);
     sh_store(&ep->mine->p, (uint64_t)ep->gen << SH_GEN_SHIFT, nd->wc);

@@ -63,6 +63,7 @@ struct sh_ep {
     uint8_t waiting;              /* somebody is suspended on this slot since wait_since */
     uint64_t wait_since;
     uint64_t window_ns;           /* learnt busy-poll window */
+    uint64_t spun_ns;             /* of it, in turns of the loop that ended before it did */
     uint32_t misses;              /* spins that found nothing */
 };
 
@@ -77,7 +78,7 @@ struct sh_node {
     uint64_t claim, region_id;
     uint64_t turn_end_ns, hold_ns, spin_max_ns, spin_yield_ns;
     uint64_t n[SH_N_COUNTERS];
-    uint64_t moved_messages;
+    uint64_t moved_messages, moved_space; /* writes that went on where there had been no space */
     int attention;                /* a bell spoke of a message or a new life: the pump must run */
     uint32_t start;               /* peer the next pump begins with: nobody is always last */
     uint64_t *sleeping_at;

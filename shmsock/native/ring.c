@@ -96,6 +96,7 @@ void sh_stage(sh_ep *ep, uint32_t ahead, const void *data, uint32_t n)
 /* The peer may have the n bytes that were put behind the tail. */
 void sh_commit(sh_ep *ep, uint32_t n)
 {
+    ep->nd->moved_space += (ep->flags & SH_WANT) != 0;
     ep->tail += n;
     ep->flags &= ~SH_WANT;
     publish(ep);
@@ -180,6 +181,7 @@ static int nothing_ready(const sh_node *nd)
  * learn from. */
 static void missed(sh_ep *ep, uint64_t window)
 {
+    ep->spun_ns = 0;
     ep->nd->n[SH_N_SPIN_MISS]++;
     if (++ep->misses % 16 == 0)
         ep->window_ns = ep->nd->spin_max_ns;
@@ -188,15 +190,19 @@ static void missed(sh_ep *ep, uint64_t window)
 }
 
 /* Busy-poll one word of the peer (its P or C) until it is no longer `seen`. 1: it is not. 0: stop waiting here. SH_YIELD: the turn's
- * budget ended the spin, not its window, which learns nothing from that: let the loop turn and come again. */
+ * budget ended the spin, not its window, of which the rest is left: let the loop turn and come again. */
 static int spin_on(sh_ep *ep, const uint64_t *word, uint64_t seen, uint64_t now)
 {
     sh_node *nd = ep->nd;
     uint64_t window = ep->window_ns < nd->spin_max_ns ? ep->window_ns : nd->spin_max_ns;
-    uint64_t end = now + window, yield_at = now + nd->spin_yield_ns;
+    uint64_t start = now, end = now + window - ep->spun_ns, yield_at = now + nd->spin_yield_ns;
 
     if (!window || ep->orphan || ep->peer == nd->self || !nothing_ready(nd))
         return 0;
+    if (ep->spun_ns >= window) {
+        missed(ep, window);
+        return 0;
+    }
     nd->touched[SH_WORD(ep->slot)] |= SH_BIT(ep->slot); /* this slot is polled: its toggle may stay unacknowledged */
     for (uint32_t k = 1; sh_peek(word) == seen; k++) {
         if (nd->spin_yield_ns && k % 8) {
@@ -208,13 +214,16 @@ static int spin_on(sh_ep *ep, const uint64_t *word, uint64_t seen, uint64_t now)
             break;
         if (!now)
             return 0;
-        if (now >= nd->turn_end_ns)
-            return SH_YIELD;
         if (now >= end) {
             missed(ep, window);
             return 0;
         }
+        if (now >= nd->turn_end_ns) {
+            ep->spun_ns += now - start;
+            return SH_YIELD;
+        }
     }
+    ep->spun_ns = 0;
     nd->n[SH_N_SPIN_HIT]++;
     ep->window_ns = window * 2 < nd->spin_max_ns ? window * 2 : nd->spin_max_ns;
     return 1;
@@ -365,6 +374,7 @@ int sh_read_end(sh_ep *ep, uint32_t n)
     if (SH_UNLIKELY(SH_GEN(sh_load(&ep->theirs->p, nd->wc)) != ep->peer_gen))
         return SH_RESET;
     ep->head += n;
+    ep->spun_ns = 0;
     sh_store(&ep->mine->c, (uint64_t)ep->gen << SH_GEN_SHIFT | ep->head, nd->wc);
     nd->touched[SH_WORD(ep->slot)] |= SH_BIT(ep->slot);
     nd->n[SH_N_READS]++;

@@ -18,7 +18,7 @@ import pytest
 
 from shmsock.fabric.connection import EMPTY, EOF, RESET, YIELD, Connection, State
 from shmsock.fabric.settings import Settings
-from tests.fabric.world import Node, World
+from tests.fabric.world import FakeDoorbell, Node, World
 
 SMALL = Settings(ring_bytes=4096, busy_poll_us=100)
 Task = Generator[None, None, None]
@@ -45,7 +45,7 @@ class Sleeper:
     def step(self) -> bool:
         """One turn of the loop. False: asleep, and nothing rang."""
         node = self.node
-        if self.asleep and not self.world.lib.sh_fake_bells_differ(node.engine.nd):
+        if self.asleep and not self.rung():
             return False
         self.asleep = False
         node.pump()
@@ -57,8 +57,17 @@ class Sleeper:
                 except StopIteration:
                     self.tasks.remove((conn, task))
         if node.engine.quiet and not node.events and not self.woken:
-            self.asleep = True
+            self.asleep = node.doorbell is None or bool(node.call(self.world.lib.sh_sleep, node.engine.nd))
         return True
+
+    def rung(self) -> bool:
+        """As the keeper finds out, or by a doorbell alone, without anybody who looks at bells."""
+        lib, node = self.world.lib, self.node
+        if node.doorbell is None:
+            return bool(lib.sh_fake_bells_differ(node.engine.nd))
+        if times := node.doorbell.drain():
+            node.call(lib.sh_rung, node.engine.nd, times)
+        return times > 0
 
     def take_ready(self) -> set[Connection]:
         ready = self.woken | {event.target for event in self.node.take("ready")}
@@ -281,12 +290,14 @@ def tick(world: World) -> None:
     world.hook = world.ffi.callback("void(void)", later)
 
 
-def rounds(how: str, kind: str, seed: int, count: int, omit: str = "") -> World:
+def rounds(how: str, kind: str, seed: int, count: int, omit: str = "", rung: bool = False) -> World:
     world = World(how, seed, peers=2, size=2 << 20)
     world.lib.sh_fake_omit(omit.encode())
     if kind == "spinning":
         tick(world)
-    a, b = world.attach("a", settings=SMALL), world.attach("b", settings=SMALL)
+    board: dict[int, FakeDoorbell] = {}
+    bells = [FakeDoorbell(board, number) if rung else None for number in (0, 7)]
+    a, b = (world.attach(n, settings=SMALL, doorbell=d) for n, d in zip("ab", bells, strict=True))
     world.quiet()
     b.listen(backlog=1000)
     for i in range(count):
@@ -310,15 +321,29 @@ def test_nobody_sleeps_forever(how: str, kind: str) -> None:
         rounds(how, kind, seed, 12).check()
 
 
+@pytest.mark.parametrize(("how", "kind"), CASES)
+def test_nobody_sleeps_forever_who_is_woken_by_doorbells_alone(how: str, kind: str) -> None:
+    for seed in range(10):
+        world = rounds(how, kind, seed, 8, rung=True)
+        world.check()
+        for node in world.nodes:
+            counts = node.engine.statistics()
+            assert 0 < counts["rung"] < counts["bells"]
+            assert counts["rung"] + counts["suppressed"] <= counts["bells"] + world.layout.peers
+
+
+RINGING = ["call", "sh_sleep"]
+
+
 @pytest.mark.parametrize(
-    "function", ["sh_notify_slot", "sh_collect", "want_space", "sh_arm", "sh_rearm_touched"]
+    "function", ["sh_notify_slot", "sh_collect", "want_space", "sh_arm", "sh_rearm_touched", *RINGING]
 )
 def test_each_fence_is_needed(function: str) -> None:
     """Without the fences of that function somebody sleeps forever: so the tests above would notice."""
     for seed in range(40):
         for how, kind in CASES:
             try:
-                rounds(how, kind, seed, 4, omit=function)
+                rounds(how, kind, seed, 4, omit=function, rung=function in RINGING)
             except Hung:
                 return
     raise AssertionError(f"the fence in {function} was never missed")

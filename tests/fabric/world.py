@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import mmap
+import os
 import random
 import struct
 from collections.abc import Callable, Generator
@@ -31,6 +32,7 @@ from shmsock.fabric.node import Engine, Event
 from shmsock.fabric.peers import Peer
 from shmsock.fabric.settings import Settings
 from shmsock.native.build import FAKE_MEMORY, build_variant
+from shmsock.region.doorbell import Doorbell, Reach
 
 T = TypeVar("T")
 
@@ -72,6 +74,30 @@ class FakeLocks:
             del self.table[index]
 
 
+class FakeDoorbell(Doorbell):
+    """All of them hang on one board. `swallow`: others' rings never arrive."""
+
+    vectors = 1
+
+    def __init__(self, board: dict[int, FakeDoorbell], number: int, *, swallow: bool = False) -> None:
+        self.board, self.id, self.fd = board, number, os.eventfd(0, os.EFD_NONBLOCK)
+        self.nowhere = os.eventfd(0, os.EFD_NONBLOCK) if swallow else -1
+        board[number] = self
+
+    def reach(self, peer: int) -> Reach | None:
+        other = self.board.get(peer)
+        if other is None or other is self:
+            return None
+        return Reach("eventfd", other.fd if other.nowhere < 0 else other.nowhere)
+
+    def close(self) -> None:
+        for fd in (self.fd, self.nowhere):
+            if fd >= 0:
+                os.close(fd)
+
+    __del__ = close
+
+
 class Node:
     """An engine, and what a process has besides: a CPU, a kernel, locks, a keeper. Calls go through
     World.run."""
@@ -83,6 +109,7 @@ class Node:
         self.events: list[Event] = []
         self.state = "attaching"  # running, stopped, left or dead
         self.watched: set[int] = set()
+        self.doorbell: Doorbell | None = None
 
     def __repr__(self) -> str:
         return f"<Node {self.who.name} {self.state} cpu {self.cpu}>"
@@ -352,8 +379,10 @@ class World:
         machine: bytes = MACHINE,
         locked: bool = True,
         settings: Settings = SETTINGS,
+        doorbell: Doorbell | None = None,
     ) -> Node:
         node = self.process(name, kernel=kernel, machine=machine, locked=locked)
+        node.doorbell = doorbell
         self.start(node, settings)
         return node
 
@@ -378,6 +407,7 @@ class World:
             rng=self.rng,
             watch=node.watch,
             locks=node.locks,
+            doorbell=node.doorbell,
             now_ns=self.now,
         )
         self.nodes.append(node)
