@@ -15,6 +15,7 @@ from shmsock.fabric.memory import Core
 __all__ = ["Keeper", "eventfd"]
 
 BEAT_NS = 100_000_000
+LOCK, DOUBT = 1, 2
 
 
 def eventfd() -> int:
@@ -43,13 +44,11 @@ class Keeper:
         deadline. False: a bell has moved, pump again."""
         return bool(self._lib.sh_keeper_arm(self._keeper, deadline_ns))
 
-    def drain(self) -> None:
+    def heard(self) -> int:
         """Empty the eventfd. Before the pump looks, never after: what comes in between must make it readable
-        again."""
-        try:
-            os.eventfd_read(self.fd)
-        except BlockingIOError:
-            pass
+        again. Returns what is to be asked besides: LOCK (see unlocked()), DOUBT (a doorbell may be lost)."""
+        bits: int = self._lib.sh_keeper_heard(self._keeper)
+        return bits
 
     def watch(self, section: int, locked: bool) -> None:
         """Watch the lock of that section, or stop watching it."""

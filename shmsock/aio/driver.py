@@ -28,7 +28,7 @@ from shmsock.fabric.listeners import Listener
 from shmsock.fabric.node import Engine
 from shmsock.fabric.peers import Peer
 from shmsock.region.base import Region
-from shmsock.wakeup import Keeper
+from shmsock.wakeup import DOUBT, LOCK, Keeper
 
 __all__ = ["Handler", "Loop", "Node", "slowness", "yield_once"]
 
@@ -125,6 +125,7 @@ class Node:
         if not self._known:
             self.queue = [None]
         self._moved = 0
+        self._unlocked = 0  # mask of sections whose lock fell
         self._last_pump = self._last_hit = time.monotonic_ns()
         self._gap = 1 << 62
         self._credit = CREDIT_CAP_NS
@@ -182,10 +183,15 @@ class Node:
 
     def _wake(self) -> None:
         """A bell moved, or it is time for a look."""
-        self.keeper.drain()
-        self.ear.look()
-        self.flushed()
-        self.woken()
+        news = self.keeper.heard()
+        if news & LOCK:
+            self._unlocked = self.keeper.unlocked()
+        if news & DOUBT or self.ear.bell is not None:
+            self.ear.look()
+        if self._flushed is not None:
+            self.flushed()
+        if not self.scheduled:
+            self._pump()
 
     def woken(self) -> None:
         """Something rang: look."""
@@ -203,10 +209,14 @@ class Node:
                 self.begin_turn()
                 return
         engine = self.engine
-        events = engine.pump(now, self.keeper.unlocked())
+        unlocked, self._unlocked = self._unlocked, 0
+        events = engine.pump(now, unlocked)
         for i, (kind, target, arg) in enumerate(events):
             try:
-                self._dispatch(kind, target, arg)
+                if kind != "ready":
+                    self._dispatch(kind, target, arg)
+                elif (handler := target.handler) is not None:
+                    handler.ready(arg)
             except (SystemExit, KeyboardInterrupt):
                 engine.put_back(events[i + 1 :])  # the loop may be run again, by asyncio.run to clean up
                 raise
@@ -218,14 +228,16 @@ class Node:
                         "node": self,
                     }
                 )
-        if not self.scheduled and not self.closed:
-            # Those who were told of something run first: going to sleep can wait.
-            if (
-                events
-                or self._stay_hot(now)
-                or (engine.alive and not self.keeper.arm(now if self._flushed else engine.next_deadline()))
-            ):
-                self.begin_turn()
+        if self.scheduled or self.closed:
+            return
+        # Those who were told of something run first: going to sleep can wait.
+        if events or self._stay_hot(now) or not self._fall_asleep(now):
+            self.begin_turn()
+
+    def _fall_asleep(self, now: int) -> bool:
+        """False: somebody was quicker. A node that is over sleeps for good."""
+        engine = self.engine
+        return not engine.alive or self.keeper.arm(now if self._flushed else engine.next_deadline())
 
     def _stay_hot(self, now: int) -> bool:
         """Come again at once? When something is owed; or when bytes moved, they moved shortly before as well,
@@ -255,10 +267,7 @@ class Node:
         return hot
 
     def _dispatch(self, kind: str, target: Any, arg: Any) -> None:
-        if kind == "ready":
-            if target.handler is not None:
-                target.handler.ready(arg)
-        elif kind == "accepted":
+        if kind == "accepted":
             target.pending -= 1
             if target.handler is None or target.closed:
                 arg.abort()

@@ -245,15 +245,21 @@ class Engine:
                 self.handshake.messages(self.peers[section], now_ns)
         if unlocked:
             self._lost_locks(unlocked, now_ns)
+        if now_ns >= self._next_sample or now_ns >= self._next_safety:
+            self._look_around(now_ns)
+        if self._condemned:
+            for section in list(self._condemned):
+                self._punish(self.peers[section], now_ns)
+        events, self._events = self._events, []
+        return events
+
+    def _look_around(self, now_ns: int) -> None:
         if now_ns >= self._next_sample:
             self._sample(now_ns)
         if now_ns >= self._next_safety:
             self._next_safety = now_ns + SAFETY_NS
             if self.lib.sh_safety(self.nd):
                 self.mail.update(range(self.layout.peers))
-        for section in list(self._condemned):
-            self._punish(self.peers[section], now_ns)
-        return self._take_events()
 
     def emit(self, kind: str, target: Any, arg: Any = None) -> None:
         self._events.append(Event(kind, target, arg))

@@ -1,5 +1,5 @@
-"""Who wakes whom, pair by pair: by a doorbell where both have one, by a futex where both run under one kernel,
-else by nobody, and the keeper looks.
+"""Who wakes whom, pair by pair: by a doorbell where both have one, by a futex where both run under one
+kernel, else by nobody, and the keeper looks.
 
 A doorbell that was rung and never came is found out by the core (doorbell.c, sh_lost): such a peer is looked
 at as one that cannot ring, until a doorbell of its comes through.

@@ -32,6 +32,7 @@ enum sh_flag { SH_FLAG_LOCKED = 1, SH_FLAG_FUTEX = 2 };
 /* how a sleeping peer is woken */
 enum sh_reach { SH_REACH_NONE, SH_REACH_FUTEX, SH_REACH_EVENTFD, SH_REACH_REGISTER };
 /* and how it wakes us */
+enum sh_heard { SH_HEARD_LOCK = 1, SH_HEARD_DOUBT = 2 };
 enum sh_rings { SH_RINGS_NOT, SH_RINGS_FUTEX, SH_RINGS_DOORBELL };
 /* what read, look and spin answer when it is no count */
 enum sh_status {
@@ -128,6 +129,7 @@ uint32_t sh_unread(sh_ep *ep);
 /* keeper */
 sh_keeper *sh_keeper_start(sh_node *nd, int event_fd, int lock_fd, uint64_t beat_ns, uint64_t cap_ns, int futexes, int *error);
 int sh_keeper_arm(sh_keeper *k, uint64_t deadline_ns);
+int sh_keeper_heard(sh_keeper *k);
 void sh_keeper_watch(sh_keeper *k, uint32_t peer, int locked);
 uint64_t sh_keeper_unlocked(sh_keeper *k);
 void sh_keeper_stop(sh_keeper *k);

@@ -29,9 +29,11 @@ static void ring(const struct sh_link *l)
     uint64_t one = 1;
     ssize_t done;
 
-    if (l->reach == SH_REACH_FUTEX)
-        done = syscall(SYS_futex, &l->out->rang, FUTEX_WAKE, INT_MAX, NULL, NULL, 0); /* its low half, as we are little-endian */
-    else if (l->reach == SH_REACH_EVENTFD) /* all peers share its description: one may have made it blocking, and filled it */
+    if (l->reach == SH_REACH_FUTEX) { /* the low half, as we are little-endian */
+        done = syscall(SYS_futex, &l->out->rang, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+        if (SH_HIGH(sh_peek(&l->in->outbox)) != l->my_inc) /* it does not know us yet, and does not wait for that */
+            done = syscall(SYS_futex, l->sleeping, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+    } else if (l->reach == SH_REACH_EVENTFD) /* all peers share its description: one may have made it blocking, and filled it */
         done = poll(&(struct pollfd){.fd = l->reach_fd, .events = POLLOUT}, 1, 0) == 1 ? write(l->reach_fd, &one, sizeof one) : 0;
     else
         done = pwrite(l->reach_fd, &l->reach_value, sizeof l->reach_value, (off_t)l->reach_at);
@@ -74,13 +76,15 @@ void sh_ring_bell(sh_node *nd, struct sh_link *l)
 
 /* ---- being woken ---- */
 
-static void heard(sh_node *nd, uint32_t peer, int polled)
+static void set_bit(uint64_t *mask, uint32_t peer, int on)
 {
-    if (polled)
-        __atomic_fetch_or(&nd->polled, 1ull << peer, __ATOMIC_RELAXED);
+    if (on)
+        __atomic_fetch_or(mask, 1ull << peer, __ATOMIC_RELAXED);
     else
-        __atomic_fetch_and(&nd->polled, ~(1ull << peer), __ATOMIC_RELAXED);
+        __atomic_fetch_and(mask, ~(1ull << peer), __ATOMIC_RELAXED);
 }
+
+void sh_know(sh_node *nd, uint32_t peer, int known) { set_bit(&nd->known, peer, known); }
 
 /* Is anybody there, and how does it wake us? */
 void sh_rings(sh_node *nd, uint32_t peer, int rings, int there)
@@ -89,16 +93,21 @@ void sh_rings(sh_node *nd, uint32_t peer, int rings, int there)
 
     __atomic_store_n(&l->rings, rings, __ATOMIC_RELAXED);
     l->missed = 0;
+    nd->doubts -= l->doubt != 0;
     l->doubt = 0;
-    heard(nd, peer, there && rings == SH_RINGS_NOT);
+    sh_know(nd, peer, there);
+    set_bit(&nd->polled, peer, there && rings == SH_RINGS_NOT);
+    set_bit(&nd->by_futex, peer, there && rings == SH_RINGS_FUTEX);
+    nd->kick = 1;
 }
 
 int sh_polled(sh_node *nd, uint32_t peer) { return (__atomic_load_n(&nd->polled, __ATOMIC_RELAXED) >> peer) & 1; }
 
-int sh_bells_differ(sh_node *nd)
+/* Has one of those peers moved its bell since the pump last saw it? */
+int sh_bells_differ(const sh_node *nd, uint64_t of)
 {
-    for (uint32_t j = 0; j < nd->g.peers; j++)
-        if (!__atomic_load_n(&nd->links[j].muted, __ATOMIC_ACQUIRE)
+    for (uint32_t j = 0; j < nd->g.peers && of >> j; j++)
+        if ((of >> j & 1) && !__atomic_load_n(&nd->links[j].muted, __ATOMIC_ACQUIRE)
             && sh_peek(&nd->links[j].in->bell) != __atomic_load_n(&nd->links[j].last, __ATOMIC_RELAXED))
             return 1;
     return 0;
@@ -122,7 +131,10 @@ int sh_sleep(sh_node *nd)
         change_sleep(nd);
     }
     sh_fence(nd->wc); /* SYNC R2: sleeping before the look at the bells; partner: F2, bell before the look at sleeping */
-    return !sh_bells_differ(nd);
+    if (!sh_bells_differ(nd, SH_ALL))
+        return 1;
+    __atomic_store_n(&nd->strangers, 1, __ATOMIC_RELAXED);
+    return 0;
 }
 
 /* A pump follows, which looks at all bells: no need to ring. */
@@ -140,7 +152,8 @@ int sh_rung(sh_node *nd, uint64_t times)
     uint64_t now;
 
     __atomic_fetch_add(&nd->n[SH_N_RECEIVED], times, __ATOMIC_RELAXED);
-    if (sh_bells_differ(nd))
+    __atomic_store_n(&nd->strangers, 1, __ATOMIC_RELAXED); /* it does not say who it was */
+    if (sh_bells_differ(nd, SH_ALL))
         return 0;
     __atomic_fetch_add(&nd->n[SH_N_SPURIOUS], times, __ATOMIC_RELAXED);
     now = sh_clock();
@@ -158,6 +171,7 @@ int sh_rung(sh_node *nd, uint64_t times)
 void sh_doubt(sh_node *nd, struct sh_link *l, uint64_t now)
 {
     if (l->rings == SH_RINGS_DOORBELL && !l->doubt && __atomic_load_n(&nd->n[SH_N_RECEIVED], __ATOMIC_RELAXED) == nd->slept_received) {
+        nd->doubts++;
         l->doubt = nd->sleep - 1;
         l->doubt_ns = now;
         l->doubt_received = nd->slept_received;
@@ -170,7 +184,7 @@ uint64_t sh_lost(sh_node *nd)
 {
     uint64_t now = sh_clock(), lost = 0;
 
-    for (uint32_t j = 0; j < nd->g.peers; j++) {
+    for (uint32_t j = 0; nd->doubts && j < nd->g.peers; j++) {
         struct sh_link *l = &nd->links[j];
 
         if (!l->doubt || now - l->doubt_ns < DECIDE_NS)
@@ -183,9 +197,10 @@ uint64_t sh_lost(sh_node *nd)
                 lost |= 1ull << j;
             }
             l->missed = !came;
-            heard(nd, j, !came);
+            set_bit(&nd->polled, j, !came);
         }
         l->doubt = 0;
+        nd->doubts--;
     }
     return lost;
 }

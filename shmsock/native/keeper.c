@@ -105,66 +105,66 @@ int sh_futex_works(void *base, uint64_t offset)
     return wait_for_any(&w, 1, sh_clock() + 1) == 0 || errno == EAGAIN || errno == ETIMEDOUT ? 0 : errno;
 }
 
-/* What to wait for: the owner, and the rings of others as they are now. */
+/* What to wait for: the owner, the rings of others as they are now, and strangers, who wake whoever waits for the own sleeping word. */
 static uint32_t take_rings(const sh_keeper *k, uint32_t seen, struct waiter *w)
 {
-    uint32_t n = 1;
+    uint32_t n = 2;
 
     w[0] = (struct waiter){.val = seen, .uaddr = (uintptr_t)&k->wake, .flags = WAIT_32 | WAIT_PRIVATE};
-    for (uint32_t j = 0; k->futexes && j < k->nd->g.peers; j++) {
-        const struct sh_link *l = &k->nd->links[j];
-        if (j != k->nd->self && !GET(l->muted))
+    w[1] = (struct waiter){.val = SH_LOW(sh_peek(k->nd->sleeping_at)), .uaddr = (uintptr_t)k->nd->sleeping_at, .flags = WAIT_32};
+    for (uint64_t m = GET(k->nd->by_futex); k->futexes && m; m &= m - 1) {
+        const struct sh_link *l = &k->nd->links[__builtin_ctzll(m)];
+        if (!GET(l->muted))
             w[n++] = (struct waiter){.val = SH_LOW(sh_load(&l->in->rang, k->nd->wc)), .uaddr = (uintptr_t)&l->in->rang, .flags = WAIT_32};
     }
     return n;
 }
 
-/* Has anybody rung for this sleep, as w tells? By who rings for nothing a thousand times a second nobody is woken any more, until the
- * next safety look. */
+/* Has anybody rung for this sleep, as w tells? Who rings for nothing a thousand times a second wakes nobody any more, until the next
+ * safety look. */
 static int rung_for(sh_keeper *k, const struct waiter *w, uint32_t n)
 {
     uint32_t sleep = SH_LOW(GET(k->nd->sleep));
     int found = 0;
 
-    for (uint32_t i = 1; i < n; i++) {
+    for (uint32_t i = 2; i < n; i++) {
         if (w[i].val != sleep)
             continue;
         found = 1;
+        count(k, SH_N_RECEIVED);
         for (uint32_t j = 0; j < k->nd->g.peers; j++) {
             struct sh_link *l = &k->nd->links[j];
-            if ((uintptr_t)&l->in->rang != w[i].uaddr || GET(l->rings) == SH_RINGS_DOORBELL)
+            if ((uintptr_t)&l->in->rang != w[i].uaddr || sh_peek(&l->in->bell) != GET(l->last))
                 continue;
-            count(k, SH_N_RECEIVED);
-            if (sh_peek(&l->in->bell) == GET(l->last)) {
-                count(k, SH_N_SPURIOUS);
-                if (++k->nothing[j] >= STORM)
-                    SET(l->muted, 1);
-            }
+            count(k, SH_N_SPURIOUS);
+            if (++k->nothing[j] >= STORM)
+                SET(l->muted, 1);
         }
     }
     return found;
 }
 
-/* Sleep until that time, until the owner wakes us, or until somebody rings who wakes us by a futex. */
-static void sleep_until(sh_keeper *k, const struct waiter *w, uint32_t n, uint64_t until)
+/* Sleep until that time, until the owner wakes us, or until somebody rings who wakes us by a futex. 1: it may be a stranger. */
+static int sleep_until(sh_keeper *k, const struct waiter *w, uint32_t n, uint64_t until)
 {
     struct timespec t = {.tv_sec = (time_t)(until / 1000000000u), .tv_nsec = (long)(until % 1000000000u)};
 
     if (k->futexes)
-        wait_for_any(w, n, until);
-    else
-        syscall(SYS_futex, &k->wake, FUTEX_WAIT_BITSET_PRIVATE, w[0].val, &t, NULL, FUTEX_BITSET_MATCH_ANY); /* its clock is absolute */
+        return wait_for_any(w, n, until) == 1;
+    syscall(SYS_futex, &k->wake, FUTEX_WAIT_BITSET_PRIVATE, w[0].val, &t, NULL, FUTEX_BITSET_MATCH_ANY); /* its clock is absolute */
+    return 0;
 }
 
 static void *run(void *arg)
 {
     sh_keeper *k = arg;
     uint64_t next_beat = sh_clock(), pause_ns = LOOK_MIN_NS;
+    int stranger = 0, found;
 
     prctl(PR_SET_NAME, "shmsock-keeper");
     prctl(PR_SET_TIMERSLACK, 1);
     for (;;) {
-        struct waiter w[1 + SH_MAX_PEERS];
+        struct waiter w[2 + SH_MAX_PEERS];
         uint32_t seen = GET(k->wake), n;
         uint64_t now = sh_clock(), until;
 
@@ -173,6 +173,7 @@ static void *run(void *arg)
         if (now >= next_beat) {
             beat(k, now);
             next_beat = now + k->beat_ns;
+            stranger = 1; /* who can ring nobody is found now */
             if (++k->beats % 10 == 0)
                 memset(k->nothing, 0, sizeof k->nothing);
         }
@@ -184,7 +185,13 @@ static void *run(void *arg)
             sleep_until(k, w, n, next_beat);
             continue;
         }
-        if (rung_for(k, w, n) || sh_bells_differ(k->nd)) { /* level, not edge: what came before arming is found as well */
+        found = rung_for(k, w, n) | sh_bells_differ(k->nd, GET(k->nd->known)); /* level, not edge: what came before arming, too */
+        if (!found && stranger && sh_bells_differ(k->nd, SH_ALL)) {
+            SET(k->nd->strangers, 1);
+            found = 1;
+        }
+        stranger = 0;
+        if (found) {
             SET(k->armed, 0);
             ring_owner(k);
             continue;
@@ -196,7 +203,7 @@ static void *run(void *arg)
             if (pause_ns > k->cap_ns)
                 pause_ns = k->cap_ns;
         }
-        sleep_until(k, w, n, until);
+        stranger = sleep_until(k, w, n, until);
     }
     return NULL;
 }
@@ -243,10 +250,20 @@ int sh_keeper_arm(sh_keeper *k, uint64_t deadline_ns)
         SET(k->armed, 0);
         return 0;
     }
-    if (!k->futexes || GET(k->nd->polled) || k->nd->unmuted)
+    if (!k->futexes || GET(k->nd->polled) || k->nd->kick)
         wake(k); /* it sleeps until the next beat, and is to look more often, or at somebody else */
-    k->nd->unmuted = 0;
+    k->nd->kick = 0;
     return 1;
+}
+
+/* Empty the eventfd; before the pump looks, never after: what comes in between must fill it again. Returns SH_HEARD_*: what else is due. */
+int sh_keeper_heard(sh_keeper *k)
+{
+    uint64_t times;
+
+    while (read(k->event_fd, &times, sizeof times) < 0 && errno == EINTR)
+        ;
+    return (sh_keeper_unlocked(k) ? SH_HEARD_LOCK : 0) | (k->nd->doubts ? SH_HEARD_DOUBT : 0);
 }
 
 void sh_keeper_watch(sh_keeper *k, uint32_t peer, int locked)

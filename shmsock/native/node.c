@@ -161,14 +161,16 @@ static void fruitless(struct sh_link *l, uint64_t now)
  * kept for the next pass. */
 int sh_pump(sh_node *nd, uint64_t *out, int max)
 {
+    uint64_t now, look = SH_ALL;
     int n = 0;
-
-    uint64_t now;
 
     if (!sh_may_write(nd))
         return SH_STALE;
     now = sh_turn(nd);
-    nd->n[SH_N_PUMPS]++;
+    if (++nd->n[SH_N_PUMPS] % 16 && !nd->attention && !__atomic_load_n(&nd->strangers, __ATOMIC_RELAXED))
+        look = nd->known; /* each bell is on a page of its own, and cold ones cost more than all the rest */
+    else
+        __atomic_store_n(&nd->strangers, 0, __ATOMIC_RELAXED);
     for (uint32_t w = 0; w < nd->words; w++) {
         nd->ready[w] |= nd->later[w] & ~nd->touched[w];
         nd->later[w] = 0;
@@ -179,6 +181,8 @@ int sh_pump(sh_node *nd, uint64_t *out, int max)
         uint32_t j = (nd->start + k) % nd->g.peers;
         struct sh_link *l = &nd->links[j];
 
+        if (!(look >> j & 1))
+            continue;
         if (!l->muted && sh_peek(&l->in->bell) != l->last) {
             if (nd->woke)
                 sh_doubt(nd, l, now);
@@ -232,7 +236,7 @@ int sh_safety(sh_node *nd)
 
         if (l->muted) {
             __atomic_store_n(&l->muted, 0, __ATOMIC_RELEASE);
-            nd->unmuted = 1;
+            nd->kick = 1;
             l->second_ns = 0;
             sh_collect(nd, l);
             continue;
@@ -308,6 +312,7 @@ uint32_t sh_adopt(sh_node *nd, uint32_t peer)
     if (!sh_may_write(nd))
         return 0;
     l->peer_inc = SH_HIGH(bell);
+    sh_know(nd, peer, 1);
     l->msg_tail = l->msg_head = 0;
     l->news = l->suspected = l->unread = 0;
     __atomic_store_n(&l->last, bell, __ATOMIC_RELAXED);

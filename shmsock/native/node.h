@@ -83,7 +83,11 @@ struct sh_node {
     uint32_t start;               /* peer the next pump begins with: nobody is always last */
     uint64_t *sleeping_at;
     uint64_t sleep;               /* the sleeping word as published; the keeper reads it too, hence atomic */
-    int unmuted;                  /* the keeper is to watch somebody again */
+    uint64_t known;               /* peers whose bells are looked at each time; those of strangers now and then; atomic */
+    int strangers;                /* one of them has moved its bell, or may have: look at all; atomic */
+    int doubts;                   /* links with a doubt */
+    uint64_t by_futex;            /* peers that wake us by a futex; atomic */
+    int kick;                     /* the keeper is to watch somebody else than before */
     int woke;                     /* slept since the last pump */
     uint64_t slept_received;      /* n[SH_N_RECEIVED] when it fell asleep */
     uint64_t polled;              /* peers that do not ring: the keeper looks at their bells; atomic */
@@ -107,7 +111,9 @@ struct sh_pair *sh_pair_at(const void *base, const sh_geometry *g, uint32_t of, 
 void sh_ring_bell(sh_node *nd, struct sh_link *l);
 void sh_wake_up(sh_node *nd);
 void sh_doubt(sh_node *nd, struct sh_link *l, uint64_t now);
-int sh_bells_differ(sh_node *nd);
+int sh_bells_differ(const sh_node *nd, uint64_t of);
+void sh_know(sh_node *nd, uint32_t peer, int known);
+#define SH_ALL (~0ull)
 int sh_collect(sh_node *nd, struct sh_link *l);
 int sh_refresh(sh_ep *ep);
 int sh_see_head(sh_ep *ep);

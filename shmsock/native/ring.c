@@ -157,8 +157,8 @@ static uint64_t spin_step(sh_ep *ep, uint64_t yield_at)
 {
     uint64_t now;
 
-    for (uint32_t j = 0; j < ep->nd->g.peers; j++) {
-        struct sh_link *l = &ep->nd->links[j];
+    for (uint64_t m = ep->nd->known; m; m &= m - 1) {
+        struct sh_link *l = &ep->nd->links[__builtin_ctzll(m)];
         if (!l->muted && sh_peek(&l->in->bell) != l->last && sh_collect(ep->nd, l))
             return 0;
     }

@@ -135,6 +135,8 @@ class Node:
 
     def _pump(self) -> list[Event]:
         unlocked = sum(1 << s for s in self.watched if s not in self.locks.table)
+        if self.world.lib.sh_fake_bells_differ(self.engine.nd):
+            self.world.lib.sh_rung(self.engine.nd, 0)  # as the keeper tells of strangers
         return [e for e in self.engine.pump(self.world.now, unlocked) if not self._handled(e)]
 
     @staticmethod
