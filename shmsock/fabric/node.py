@@ -256,7 +256,7 @@ class Engine:
     def _look_around(self, now_ns: int) -> None:
         if now_ns >= self._next_sample:
             self._sample(now_ns)
-        if now_ns >= self._next_safety:
+        if now_ns >= self._next_safety - SAMPLE_NS:  # as we are awake: one of the two is enough for both
             self._next_safety = now_ns + SAFETY_NS
             if self.lib.sh_safety(self.nd):
                 self.mail.update(range(self.layout.peers))

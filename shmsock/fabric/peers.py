@@ -81,8 +81,11 @@ class Peers:
     def refresh(self, peer: Peer, now_ns: int) -> None:
         """Is there somebody, and who? Reads two words unless a new life began."""
         load, at = self.layout.memory.load, self.layout.section(peer.section)
+        claim = load(at + lay.CLAIM)
+        if not claim and not peer.claim:
+            return  # nobody was there, and nobody is
         life, state = load(at + lay.INCARNATION), load(at + lay.STATE)
-        peer.claim, peer.doorbell = load(at + lay.CLAIM), load(at + lay.DOORBELL)
+        peer.claim, peer.doorbell = claim, load(at + lay.DOORBELL)
         if life != peer.incarnation:
             peer.incarnation = life
             peer.who = self.layout.identity(peer.section)

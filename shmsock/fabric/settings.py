@@ -18,6 +18,7 @@ class Settings:
     `hold_us`: Longest time that reads and drains that need not wait may hold one turn of the loop.
     `look_cap_us`: The keeper's longest sleep between two looks at the bells, while the loop sleeps and
     there is a peer that can ring neither a doorbell nor a futex: the worst wakeup, and its CPU cost.
+    Four times that after a second in which nothing came.
     `doorbells`: False: neither ring nor be rung, by doorbells or futexes. Then all are such peers.
     `dead_after_s`: A peer whose beat stands still so long, over at least ten looks of ours, is dead.
     `linger_s`: How long the unread bytes of a dead peer are kept for a reader that does not come.

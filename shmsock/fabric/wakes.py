@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Wakes"]
 
-NONE, FUTEX, EVENTFD, REGISTER = range(4)
+NONE, FUTEX, EVENTFD, REGISTER, LOST = range(5)
 BY_NOTHING, BY_FUTEX, BY_DOORBELL = range(3)
 MAX_ID, MAX_VECTORS = 65535, 64
 
@@ -81,6 +81,8 @@ class Wakes:
         elif reach is not None:
             kind = EVENTFD if reach.kind == "eventfd" else REGISTER
             lib.sh_reach(nd, peer.section, kind, reach.fd, reach.offset, reach.value)
+        elif number is not None:  # of another server, or not announced to us yet
+            lib.sh_reach(nd, peer.section, LOST, -1, 0, 0)
         else:
             lib.sh_reach(nd, peer.section, FUTEX if self._by_futex(peer) else NONE, -1, 0, 0)
         rings = BY_DOORBELL if number is not None else BY_FUTEX if self._by_futex(peer) else BY_NOTHING

@@ -35,6 +35,8 @@ static void ring(const struct sh_link *l)
             done = syscall(SYS_futex, l->sleeping, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
     } else if (l->reach == SH_REACH_EVENTFD) /* all peers share its description: one may have made it blocking, and filled it */
         done = poll(&(struct pollfd){.fd = l->reach_fd, .events = POLLOUT}, 1, 0) == 1 ? write(l->reach_fd, &one, sizeof one) : 0;
+    else if (l->reach == SH_REACH_LOST) /* it relies on a doorbell that we cannot ring: rang tells it so */
+        return;
     else
         done = pwrite(l->reach_fd, &l->reach_value, sizeof l->reach_value, (off_t)l->reach_at);
     (void)done; /* full, gone, or not there any more: the peer looks by itself before long */
@@ -91,6 +93,8 @@ void sh_rings(sh_node *nd, uint32_t peer, int rings, int there)
 {
     struct sh_link *l = &nd->links[peer];
 
+    if (l->rings == rings && (int)(nd->known >> peer & 1) == there)
+        return; /* what was found out about its doorbells holds */
     __atomic_store_n(&l->rings, rings, __ATOMIC_RELAXED);
     l->missed = 0;
     nd->doubts -= l->doubt != 0;

@@ -17,6 +17,7 @@
 #include <unistd.h>
 
 #define LOOK_MIN_NS 20000u
+#define LONG_NS 1000000000u
 #define STORM 1000
 
 struct sh_keeper {
@@ -28,6 +29,8 @@ struct sh_keeper {
     uint32_t wake;     /* futex: bumped by the owner to end a sleep */
     int armed, stop;   /* atomic */
     uint64_t deadline; /* atomic: when the loop wants to be woken at the latest, be it by a beat */
+    uint64_t moved;    /* sh_moved() when the loop last fell asleep */
+    int fresh;         /* atomic: something has moved since: look often at first */
     uint64_t watched;  /* peers whose section lock lives under this kernel */
     uint64_t unlocked; /* of those: the lock is gone, hence the process */
     uint64_t beat;
@@ -158,7 +161,7 @@ static int sleep_until(sh_keeper *k, const struct waiter *w, uint32_t n, uint64_
 static void *run(void *arg)
 {
     sh_keeper *k = arg;
-    uint64_t next_beat = sh_clock(), pause_ns = LOOK_MIN_NS;
+    uint64_t next_beat = sh_clock(), pause_ns = LOOK_MIN_NS, since = next_beat;
     int stranger = 0, found;
 
     prctl(PR_SET_NAME, "shmsock-keeper");
@@ -166,7 +169,7 @@ static void *run(void *arg)
     for (;;) {
         struct waiter w[2 + SH_MAX_PEERS];
         uint32_t seen = GET(k->wake), n;
-        uint64_t now = sh_clock(), until;
+        uint64_t now = sh_clock(), until, cap;
 
         if (GET(k->stop))
             break;
@@ -181,7 +184,6 @@ static void *run(void *arg)
          * sleep has seen it, so it is either seen here, or no longer as in w, and the kernel does not let us wait. */
         n = take_rings(k, seen, w);
         if (!GET(k->armed) || GET(k->nd->inert)) {
-            pause_ns = LOOK_MIN_NS;
             sleep_until(k, w, n, next_beat);
             continue;
         }
@@ -192,16 +194,20 @@ static void *run(void *arg)
         }
         stranger = 0;
         if (found) {
+            since = now;
             SET(k->armed, 0);
             ring_owner(k);
             continue;
         }
         until = next_beat;
         if (GET(k->nd->polled)) {
+            if (__atomic_exchange_n(&k->fresh, 0, __ATOMIC_ACQ_REL))
+                pause_ns = LOOK_MIN_NS;
             until = now + pause_ns < until ? now + pause_ns : until;
             pause_ns += pause_ns / 4;
-            if (pause_ns > k->cap_ns)
-                pause_ns = k->cap_ns;
+            cap = now - since > LONG_NS ? 4 * k->cap_ns : k->cap_ns; /* whoever said nothing for so long can wait a bit */
+            if (pause_ns > cap)
+                pause_ns = cap;
         }
         stranger = sleep_until(k, w, n, until);
     }
@@ -244,6 +250,12 @@ static void wake(sh_keeper *k)
  * behind the deadline. 0: somebody was quicker, pump again. Armed first: the bells that R2 looks at are the keeper's from here on. */
 int sh_keeper_arm(sh_keeper *k, uint64_t deadline_ns)
 {
+    uint64_t moved = sh_moved(k->nd);
+
+    if (moved != k->moved) {
+        k->moved = moved;
+        SET(k->fresh, 1);
+    }
     SET(k->deadline, deadline_ns);
     SET(k->armed, 1);
     if (!sh_sleep(k->nd)) {
