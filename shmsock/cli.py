@@ -19,8 +19,10 @@ from shmsock.aio.attach import prepare_region
 from shmsock.errors import RegionError, region_error
 from shmsock.fabric.layout import MAX_PEERS
 from shmsock.region.base import Region
+from shmsock.region.pci import normalize_address
 from shmsock.region.sizes import parse_size
 from shmsock.tools import look, reap, show
+from shmsock.tools.bind import Plan, plan_bind, plan_unbind
 
 __all__ = ["cli", "main"]
 
@@ -84,6 +86,18 @@ class Mode(click.ParamType[int]):
         return mode
 
 
+class Address(click.ParamType[str]):
+    """A PCI address, or the region URL that has it."""
+
+    name = "address"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> str:
+        try:
+            return normalize_address(value.removeprefix("vfio:").removeprefix("pci:"))
+        except ValueError as error:
+            self.fail(f"{error}; `shmsock info` lists the devices", param, context)
+
+
 def _console() -> Console:
     """Tables are not folded for the width of a pipe."""
     return Console() if sys.stdout.isatty() else Console(width=160, soft_wrap=True)
@@ -140,7 +154,7 @@ def info(region: str | None, as_json: bool) -> None:
     Without REGION: of all devices, and of SHMSOCK_REGION or, where there is no device, the default region.
     """
     devices = regions.find_devices()
-    urls = [region] if region else [f"pci:{device.address}" for device in devices]
+    urls = [region] if region else [device.url for device in devices]
     chosen = os.environ.get("SHMSOCK_REGION")
     if not region and (chosen or not devices):
         urls = [url for url in [chosen or regions.default_url(), *urls] if url != "pci:auto" or not devices]
@@ -153,10 +167,10 @@ def info(region: str | None, as_json: bool) -> None:
             problem = _message(error)
             found.append({"url": url, "error": problem})
     shown = regions.find_devices() or devices  # once more: opening one enables it
-    if region and not region.startswith("pci:"):
+    if region and not region.startswith(("pci:", "vfio:")):
         shown = []
     elif region and "content" in found[0]:
-        shown = [device for device in shown if f"pci:{device.address}" == found[0]["url"]]
+        shown = [device for device in shown if device.url == found[0]["url"]]
     if as_json:
         click.echo(
             json.dumps(
@@ -223,6 +237,44 @@ def _confirm(section: look.Section) -> bool:
     )
 
 
+def _carry_out(plan: Plan, yes: bool, dry_run: bool) -> None:
+    for line in plan.lines():
+        click.echo(line)
+    if plan.steps:
+        if dry_run:
+            return
+        if not yes and not click.confirm("Do it?", err=True):
+            raise Failed("nothing was changed")
+        plan.apply()
+        click.echo("done")
+    for line in plan.then():
+        click.echo(line)
+
+
+@cli.command()
+@click.argument("address", type=Address())
+@click.option("--driver", default="vfio-pci", show_default=True, help="One made from vfio-pci will do too.")
+@click.option("--noiommu", is_flag=True, help="Where there is no IOMMU. Taints the kernel.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+def bind(address: str, driver: str, noiommu: bool, yes: bool, dry_run: bool) -> None:
+    """Give the ivshmem-doorbell device at ADDRESS to vfio-pci, so that programs get its interrupts.
+
+    In a guest, as root. ADDRESS is as in `shmsock info`, such as 0000:00:04.0. Says what it will do, as shell
+    commands, and asks.
+    """
+    _carry_out(plan_bind(address, driver=driver, noiommu=noiommu), yes, dry_run)
+
+
+@cli.command()
+@click.argument("address", type=Address())
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+def unbind(address: str, yes: bool, dry_run: bool) -> None:
+    """Take the device at ADDRESS back from vfio-pci: undoes `shmsock bind`."""
+    _carry_out(plan_unbind(address), yes, dry_run)
+
+
 @cli.command()
 @click.option(
     "--scale",
@@ -258,38 +310,131 @@ def demo_vm(megabytes: int, echoes: int) -> None:
     type=click.Path(dir_okay=False, writable=True, allow_dash=True),
     help="Write all figures there too.",
 )
+@click.option("--sporadic", is_flag=True, help="Round trips with pauses of 0 to 100 ms, and the CPU time.")
+@click.option("--idle", is_flag=True, help="Ten connections on which nothing is said: the CPU time.")
 @click.option(
     "--rounds",
     type=click.IntRange(1, 1000),
-    default=5,
-    show_default=True,
+    show_default="5; 3 with --sporadic, 1 with --idle",
     help="Measures are taken in turn so often.",
 )
 @click.option(
     "--seconds",
     type=click.FloatRange(0.05, 600),
-    default=1.0,
-    show_default=True,
+    show_default="1; 0.5 with --sporadic, 10 with --idle",
     help="For each measure in a round.",
 )
 @click.option("--one-core", is_flag=True, help="Only with both processes on one core.")
 @click.option("--vm", is_flag=True, help="Between two guests, beside virtio-net. Needs root.")
-def bench(file: str | None, rounds: int, seconds: float, one_core: bool, vm: bool) -> None:
+@click.option("--doorbells", is_flag=True, help="With --vm: an ivshmem-doorbell device too, through vfio.")
+def bench(
+    file: str | None,
+    sporadic: bool,
+    idle: bool,
+    rounds: int | None,
+    seconds: float | None,
+    one_core: bool,
+    vm: bool,
+    doorbells: bool,
+) -> None:
     """Round trips and throughput beside TCP, medians over several rounds."""
     from shmsock.tools import bench as run
+    from shmsock.tools.bench_sporadic import IDLE, SPORADIC
 
     if vm and one_core:
         raise click.UsageError("--one-core is about processes of this host: not with --vm")
+    if doorbells and not vm:
+        raise click.UsageError("--doorbells is about guests: only with --vm")
+    if sporadic and idle:
+        raise click.UsageError("--sporadic and --idle are two measures: one at a time")
+    kind = SPORADIC if sporadic else IDLE if idle else run.THROUGHPUT
+    rounds, seconds = rounds or kind.rounds, seconds or kind.seconds
     if vm:
         from shmsock.tools.bench_vm import bench_guests
 
-        report = bench_guests(_console(), rounds, seconds)
+        report = bench_guests(_console(), rounds, seconds, kind, doorbells)
     else:
-        report = run.bench_host(_console(), rounds, seconds, ["one"] if one_core else ["two", "one"])
+        places = ["one"] if one_core else list(kind.placements)
+        report = run.bench_host(_console(), rounds, seconds, places, kind)
     if file == "-":
         click.echo(json.dumps(report, indent=2))
     elif file:
         Path(file).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+@cli.command("ivshmem-server")
+@click.option("--socket", "path", metavar="PATH", help="Where to listen; not needed when systemd does.")
+@click.option("--region", required=True, metavar="FILE|memfd", help="The memory; a file is made if need be.")
+@click.option("--size", type=Size(), help="A power of two such as 64M; of a file that is there: its own.")
+@click.option("--vectors", type=click.IntRange(1, 64), default=1, show_default=True, help="Of each client.")
+@click.option(
+    "--mode", type=Mode(), default="0600", show_default=True, help="Permissions of socket and new file."
+)
+@click.option(
+    "--peers",
+    type=click.IntRange(1, MAX_PEERS),
+    default=16,
+    show_default=True,
+    help="How many of shmsock can be attached; of memory that is formatted here.",
+)
+@click.option("--clients", type=click.IntRange(2, 65536), default=1024, show_default=True, help="At most.")
+@click.option(
+    "--per-process",
+    type=click.IntRange(0, 65536),
+    default=64,
+    show_default=True,
+    help="Connections that one process may have; 0: as many as there are.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0.1, 3600),
+    default=5.0,
+    show_default=True,
+    help="Seconds after which a client that takes no message is dropped.",
+)
+def ivshmem_server(
+    path: str | None,
+    region: str,
+    size: int | None,
+    vectors: int,
+    mode: int,
+    peers: int,
+    clients: int,
+    per_process: int,
+    timeout: float,
+) -> None:
+    """Serve ivshmem-doorbell devices of QEMU, and processes of this host, until SIGTERM or Ctrl-C.
+
+    Hands out the memory and the eventfds by which clients ring each other. Takes its socket from systemd
+    (LISTEN_FDS) when started so. Logs to stderr who comes and goes.
+    """
+    from shmsock.tools.ivshmem_server import IvshmemServer, run_server
+    from shmsock.tools.ivshmem_setup import MEMFD, activated
+
+    if size is not None and size & (size - 1):
+        raise click.BadParameter(
+            f"{size} bytes are no power of two, as a PCI BAR must be", param_hint="--size"
+        )
+    if region == MEMFD and size is None:
+        raise click.UsageError("--region memfd takes a --size, such as 64M")
+    listener = activated()
+    if listener is None and not path:
+        raise click.UsageError("--socket is missing, and systemd passed none (LISTEN_FDS)")
+    if listener is not None and path and os.path.abspath(path) != os.path.abspath(listener.path):
+        raise click.UsageError(f"--socket is {path}, and systemd passed {listener.path}: leave --socket out")
+    run_server(
+        IvshmemServer(
+            listener or path or "",
+            region,
+            size=size,
+            peers=peers,
+            vectors=vectors,
+            mode=mode,
+            clients=clients,
+            per_process=per_process,
+            patience=timeout,
+        )
+    )
 
 
 def main() -> None:

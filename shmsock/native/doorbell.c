@@ -93,8 +93,9 @@ void sh_rings(sh_node *nd, uint32_t peer, int rings, int there)
 {
     struct sh_link *l = &nd->links[peer];
 
-    if (l->rings == rings && (int)(nd->known >> peer & 1) == there)
+    if (l->rings == rings && l->there == there)
         return; /* what was found out about its doorbells holds */
+    l->there = there;
     __atomic_store_n(&l->rings, rings, __ATOMIC_RELAXED);
     l->missed = 0;
     nd->doubts -= l->doubt != 0;

@@ -36,6 +36,7 @@ struct sh_link { /* towards one peer */
     uint64_t reach_at;
     uint32_t reach_value;
     int rings;                 /* SH_RINGS_*; atomic */
+    int there;                 /* somebody who says so */
     int missed;                /* but it did, and nothing came: its bell is polled until a doorbell of its comes through */
     uint64_t doubt;            /* our sleep in which its bell moved and nothing had rung; 0: none */
     uint64_t doubt_ns, doubt_received;

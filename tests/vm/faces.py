@@ -4,6 +4,9 @@ KIND: asyncio, uvloop (protocols, streams, TLS, datagrams), stock-asyncio, stock
 functions on the loop that knows `.shm` hosts) and trio (shmsock.anyio). All of them echo, on the same ports,
 so that each talks with each. Who serves prints its CA's certificate as a line of JSON, and ends with its
 standard input; who asks prints what it did.
+
+`faces.py calm serve KIND`, or `calm ask ...`: with a node that never spins, which the module's own functions
+are given. Then what it counted is printed last.
 """
 
 from __future__ import annotations
@@ -24,6 +27,9 @@ import shmsock
 
 STREAM, TLS, PROTOCOL, DATAGRAM = 7000, 7001, 7002, 7003
 MESSAGES, BULK = 200, 1_000_000
+
+calm: dict[str, Any] = {}
+"""node=, when it is not the one that the functions make by themselves."""
 
 
 class Echo(asyncio.Protocol):
@@ -131,10 +137,10 @@ async def serve_asyncio(stock: bool) -> None:
         await loop.create_server(Echo, host, PROTOCOL)
         await loop.create_datagram_endpoint(EchoDatagrams, local_addr=(host, DATAGRAM))
     else:
-        await shmsock.start_server(handle, None, STREAM)
-        await shmsock.start_server(handle, None, TLS, ssl=context)
-        await shmsock.create_server(Echo, None, PROTOCOL)
-        await shmsock.create_datagram_endpoint(EchoDatagrams, local_addr=(None, DATAGRAM))
+        await shmsock.start_server(handle, None, STREAM, **calm)
+        await shmsock.start_server(handle, None, TLS, ssl=context, **calm)
+        await shmsock.create_server(Echo, None, PROTOCOL, **calm)
+        await shmsock.create_datagram_endpoint(EchoDatagrams, local_addr=(None, DATAGRAM), **calm)
     print(json.dumps({"ca": pem}), flush=True)
     await end_of_input()
 
@@ -148,7 +154,7 @@ async def ask_asyncio(stock: bool, host: str, pem: str) -> list[str]:
     done = []
 
     for port, tls in ((STREAM, None), (TLS, client_context(pem))):
-        reader, writer = await open_connection(host, port, ssl=tls)
+        reader, writer = await open_connection(host, port, ssl=tls, **calm)
 
         async def send(data: bytes, writer: asyncio.StreamWriter = writer) -> None:
             writer.write(data)
@@ -161,7 +167,7 @@ async def ask_asyncio(stock: bool, host: str, pem: str) -> list[str]:
         writer.close()
         await writer.wait_closed()
 
-    transport, collector = await create_connection(Collector, host, PROTOCOL)
+    transport, collector = await create_connection(Collector, host, PROTOCOL, **calm)
 
     async def write(data: bytes) -> None:
         transport.write(data)
@@ -171,7 +177,7 @@ async def ask_asyncio(stock: bool, host: str, pem: str) -> list[str]:
     assert await collector.queue.get() == b""
     done.append(f"protocol with {transport.get_extra_info('peername')}")
 
-    udp, collector = await create_datagram_endpoint(Collector, remote_addr=(host, DATAGRAM))
+    udp, collector = await create_datagram_endpoint(Collector, remote_addr=(host, DATAGRAM), **calm)
     for size in (1, 0, 64, 1000, 65507, *[32] * 500):
         data = os.urandom(size)
         udp.sendto(data)
@@ -222,10 +228,10 @@ async def serve_trio() -> None:
 
     async with anyio.create_task_group() as tasks:
         for port in (STREAM, PROTOCOL):
-            tasks.start_soon((await shm.create_shm_listener(local_port=port)).serve, echo)
-        secure = TLSListener(await shm.create_shm_listener(local_port=TLS), context)
+            tasks.start_soon((await shm.create_shm_listener(local_port=port, **calm)).serve, echo)
+        secure = TLSListener(await shm.create_shm_listener(local_port=TLS, **calm), context)
         tasks.start_soon(secure.serve, echo)
-        tasks.start_soon(echo_datagrams, await shm.create_shm_datagram_socket(local_port=DATAGRAM))
+        tasks.start_soon(echo_datagrams, await shm.create_shm_datagram_socket(local_port=DATAGRAM, **calm))
         print(json.dumps({"ca": pem}), flush=True)
         over = trio.Event()
         token = trio.lowlevel.current_trio_token()
@@ -258,11 +264,11 @@ async def ask_trio(host: str, pem: str) -> list[str]:
 
     done = []
     for port, tls in ((STREAM, None), (TLS, client_context(pem)), (PROTOCOL, None)):
-        stream: Any = await shm.connect_shm(host, port, ssl_context=tls)
+        stream: Any = await shm.connect_shm(host, port, ssl_context=tls, **calm)
         await conversation(stream.send, BufferedByteReceiveStream(stream).receive_exactly, both)
         done.append(type(stream).__name__)
         await stream.aclose()
-    async with await shm.create_connected_shm_datagram_socket(host, DATAGRAM) as sock:
+    async with await shm.create_connected_shm_datagram_socket(host, DATAGRAM, **calm) as sock:
         for size in (1, 0, 64, 1000, 65507, *[32] * 500):
             data = os.urandom(size)
             await sock.send(data)
@@ -271,17 +277,29 @@ async def ask_trio(host: str, pem: str) -> list[str]:
     return done
 
 
+async def calmly(work: Callable[..., Awaitable[Any]], *arguments: Any) -> list[Any]:
+    async with shmsock.attach(settings=shmsock.Settings(busy_poll_us=0, hot_us=0)) as node:
+        calm["node"] = node
+        made = await work(*arguments)
+        return [*(made or ()), node.statistics()]
+
+
 def main() -> None:
-    role, kind, *arguments = sys.argv[1:]
+    words = sys.argv[1:]
+    calmed = words[0] == "calm"
+    role, kind, *arguments = words[calmed:]
+    work: Any
     if kind == "trio":
         import trio
 
-        work: Any = serve_trio if role == "serve" else ask_trio
-        made = trio.run(work, *arguments)
+        work = serve_trio if role == "serve" else ask_trio
+        made = trio.run(calmly, work, *arguments) if calmed else trio.run(work, *arguments)
     else:
         stock = kind.startswith("stock-")
-        made = run_asyncio(serve_asyncio(stock) if role == "serve" else ask_asyncio(stock, *arguments), kind)
-    if role == "ask":
+        work = serve_asyncio if role == "serve" else ask_asyncio
+        work = calmly(work, stock, *arguments) if calmed else work(stock, *arguments)
+        made = run_asyncio(work, kind)
+    if made:
         print(json.dumps(made))
 
 

@@ -12,6 +12,7 @@ import asyncio
 import faulthandler
 import hashlib
 import json
+import logging
 import random
 import signal
 import sys
@@ -27,11 +28,36 @@ from shmsock.aio.attach import current_node
 
 CHUNK = 1 << 16
 LIMIT = 1 << 20
+FLOOD = 65521  # bytes, a prime: no size of a buffer or a ring is a multiple of it
 
 
 def say(**line: Any) -> None:
     sys.stdout.write(json.dumps(line) + "\n")
     sys.stdout.flush()
+
+
+class Tell(logging.Handler):
+    """Says what the package logs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(event="log", level=record.levelname, text=record.getMessage())
+
+
+class Datagrams(asyncio.DatagramProtocol):
+    """Sends all back, or keeps all for who waits."""
+
+    def __init__(self, echo: bool) -> None:
+        self.echo = echo
+        self.queue: asyncio.Queue[bytes] = asyncio.Queue()
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def datagram_received(self, data: bytes, addr: Any) -> None:
+        if self.echo:
+            self.transport.sendto(data, addr)
+        else:
+            self.queue.put_nowait(data)
 
 
 async def send_bytes(writer: asyncio.StreamWriter, size: int) -> str:
@@ -62,6 +88,8 @@ class Worker:
         self.node: Any = None
         self.servers: dict[int, shmsock.Server] = {}
         self.held: dict[int, tuple[asyncio.StreamReader, asyncio.StreamWriter]] = {}
+        self.datagrams: list[asyncio.DatagramTransport] = []
+        self.flood = random.Random(1).randbytes(FLOOD)
 
     # -- the serving side: the first line of a connection says what it is for
 
@@ -78,6 +106,15 @@ class Worker:
                 )
                 writer.write(f"{sent} {received}\n".encode())
                 await writer.drain()
+            elif what == "take":
+                got = await self.compare(reader, int(size))
+                writer.write(json.dumps(got).encode() + b"\n")
+                await writer.drain()
+            elif what == "pour":
+                say(event="pouring")
+                while True:  # until somebody is no more
+                    writer.write(self.flood)
+                    await writer.drain()
             elif what == "hold":
                 writer.transport.set_write_buffer_limits(0)  # drain() waits until all is in the ring
                 sent = await send_bytes(writer, int(size))
@@ -88,6 +125,22 @@ class Worker:
             say(event="end", error=type(error).__name__)
         finally:
             writer.close()
+
+    async def compare(self, reader: asyncio.StreamReader, most: int) -> dict[str, Any]:
+        """Read until there are so many bytes, or no more, which should be `flood` again and again."""
+        expected, size, end, wrong = self.flood * 3, 0, "", False
+        try:
+            while size < most and not end:
+                data = await reader.read(min(CHUNK, most - size))
+                start = size % FLOOD
+                wrong = wrong or data != expected[start : start + len(data)]
+                if not size:
+                    say(event="reading")
+                size += len(data)
+                end = "" if data else "EOF"
+        except OSError as error:
+            end = type(error).__name__
+        return {"bytes": size, "wrong": wrong, "end": end}
 
     # -- commands
 
@@ -117,6 +170,9 @@ class Worker:
         for server in self.servers.values():
             server.close()
         self.servers.clear()
+        for transport in self.datagrams:
+            transport.close()
+        self.datagrams.clear()
         await self.node.aclose()
 
     async def listen(self, port: int, host: str | None = None) -> int:
@@ -172,6 +228,72 @@ class Worker:
             there = (await reader.readline()).decode().split()
         return {"sent": sent, "received": received, "there_sent": there[0], "there_received": there[1]}
 
+    async def give(self, host: str | int, port: int, size: int, piece: int) -> dict[str, Any]:
+        """`size` bytes one way, by writes of `piece`, as fast as it goes; returns what came of them there."""
+        data = memoryview(self.flood * (2 + piece // FLOOD))
+        async with self.to(host, port, f"take {size}") as (reader, writer):
+            for at in range(0, size, piece):
+                start = at % FLOOD
+                writer.write(data[start : start + min(piece, size - at)])
+                await writer.drain()
+            got: dict[str, Any] = json.loads(await reader.readline())
+        return got
+
+    async def listen_datagrams(self, port: int) -> None:
+        transport, _ = await shmsock.create_datagram_endpoint(
+            lambda: Datagrams(echo=True), (None, port), node=self.node
+        )
+        self.datagrams.append(transport)
+
+    async def echo_datagrams(self, host: str | int, port: int, sizes: list[int]) -> list[int]:
+        """Random ones, there and back, one at a time; returns their sizes as they came back."""
+        rng, found = random.Random(), []
+        transport, protocol = await shmsock.create_datagram_endpoint(
+            lambda: Datagrams(echo=False), remote_addr=(host, port), node=self.node
+        )
+        for size in sizes:
+            data = rng.randbytes(size)
+            transport.sendto(data)
+            back = await protocol.queue.get()
+            if back != data:
+                raise ValueError(f"{data[:16]!r}... came back as {back[:16]!r}...")
+            found.append(len(back))
+        transport.close()
+        return found
+
+    async def keep(self, key: int, host: str | int, port: int) -> None:
+        """Open a connection that echoes, for ping()."""
+        reader, writer = await shmsock.open_connection(host, port, limit=LIMIT, node=self.node)
+        writer.write(b"echo\n")
+        self.held[key] = reader, writer
+
+    async def ping(self, key: int, count: int = 1) -> float:
+        """Bytes over that connection, there and back; returns the longest time that it took."""
+        reader, writer = self.held[key]
+        longest = 0.0
+        for number in range(count):
+            data = random.randbytes(64) + number.to_bytes(4, "big")
+            start = time.perf_counter()
+            writer.write(data)
+            back = await reader.readexactly(len(data))
+            longest = max(longest, time.perf_counter() - start)
+            if back != data:
+                raise ValueError(f"echo {number} came back as {back[:16]!r}...")
+        return longest
+
+    async def drop(self, key: int) -> None:
+        _, writer = self.held.pop(key)
+        writer.close()
+        await writer.wait_closed()
+
+    async def drink(self, host: str | int, port: int) -> dict[str, Any]:
+        """Read what the other end writes without end, until the connection ends."""
+        reader, writer = await shmsock.open_connection(host, port, limit=LIMIT, node=self.node)
+        writer.write(b"pour\n")
+        got = await self.compare(reader, 1 << 62)
+        writer.close()
+        return got
+
     async def hold(self, key: int, host: str | int, port: int, size: int) -> None:
         """Have the other end write `size` bytes and wait; nothing is read here."""
         reader, writer = await shmsock.open_connection(host, port, limit=LIMIT, node=self.node)
@@ -226,6 +348,7 @@ async def main() -> None:
 
 if __name__ == "__main__":
     faulthandler.register(signal.SIGUSR1)
+    logging.getLogger("shmsock").addHandler(Tell())
     assert Path(shmsock.__file__).exists()
     if sys.argv[1:] == ["uvloop"]:
         import uvloop
