@@ -1,0 +1,284 @@
+/* notify.pml - telling a reader that its slot has news (ring.c, node.c; LAYOUT.md, rules F1, R1 and BELL).
+ *
+ * A producer publishes N times, each time in one of two slots, whose bits share one word of toggles and one of
+ * acknowledgements. The other side is a loop: pump, then the tasks that read. A reader that finds nothing may spin, with
+ * its toggle left unacknowledged, and suspends by sh_arm; one that found something may read on, do something else and
+ * come back when it likes, or wait for the pump to call it, as a protocol does: then sh_rearm_touched arms for it.
+ *
+ * That a bell which differs ends the loop's sleep is wake.pml's matter; bytes and FIN come with P in one word.
+ *
+ * Right: when nothing can move any more, the readers have all that was published. There is no safety look.
+ *
+ * Flags, each takes one rule out:
+ *   NO_F1           publish, and no fence before the look at A
+ *   NO_R1           the pump acknowledges, and no fence before it looks at the slots
+ *   NO_R1_ARM       the same in sh_arm
+ *   NO_R1_REARM     the same in sh_rearm_touched
+ *   BELL_FIRST      bell before toggle
+ *   TOGGLES_FIRST   the pump takes the toggles before the bell
+ *   LOOK_FIRST      the pump looks at the slots before it acknowledges
+ *   ALWAYS_TOGGLE   toggle what is pending already
+ *   NO_ARM          suspend without acknowledging
+ *   ARM_BLIND       suspend without a look after acknowledging
+ *   NO_REARM        the pump forgets who was touched
+ *   REARM_BLIND     the pump acknowledges for who was touched, and does not look
+ *   SLEEP_TOUCHED   the loop sleeps while toggles are left unacknowledged for somebody */
+#ifndef N
+#define N 3
+#endif
+
+#define CPUS 2
+#define PRODUCER 0
+#define LOOP 1
+
+#define P 0 /* 0 and 1: by slot */
+#define T 2
+#define A 3
+#define BELL 4
+#define WORDS 5
+#include "memory.h"
+
+#define BIT(slot) (1 << (slot))
+
+byte published[2];
+byte head[2]; /* what the readers took */
+
+active proctype producer()
+{
+	byte sent, t, bell, acked, s;
+
+	do
+	:: sent < N ->
+		atomic {
+			sent++;
+			if
+			:: s = 0
+			:: s = 1
+			fi;
+			published[s]++;
+			STORE(PRODUCER, P + s, published[s])
+		};
+		/* sh_notify_slot */
+		atomic {
+#ifndef NO_F1
+			FENCE(PRODUCER); /* F1 */
+#endif
+			acked = LOAD(A);
+			if
+#ifndef ALWAYS_TOGGLE
+			:: (acked ^ t) & BIT(s) /* it was told and has not looked yet: it will see this too */
+			:: else ->
+#else
+			:: true ->
+#endif
+				t = t ^ BIT(s);
+				bell++;
+#ifdef BELL_FIRST
+				STORE(PRODUCER, BELL, bell);
+				STORE(PRODUCER, T, t)
+#else
+				STORE(PRODUCER, T, t);
+				STORE(PRODUCER, BELL, bell) /* BELL */
+#endif
+			fi;
+			acked = 0;
+			s = 0
+		}
+	:: else -> break
+	od
+}
+
+/* ---- the loop ---- */
+
+inline acknowledge(slot) {
+	atomic {
+		if
+		:: (LOAD(T) ^ a) & BIT(slot) ->
+			a = a ^ BIT(slot);
+			STORE(LOOP, A, a)
+		:: else
+		fi
+	}
+}
+
+/* sh_refresh */
+inline refresh(slot) {
+	tail[slot] = LOAD(P + slot)
+}
+
+/* sh_look, and the driver wakes who waits */
+inline look(slot) {
+	atomic {
+		refresh(slot);
+		if
+		:: tail[slot] != head[slot] -> waiting = waiting & ~BIT(slot)
+		:: else
+		fi
+	}
+}
+
+/* sh_collect, when the bell differs */
+inline collect() {
+#ifdef TOGGLES_FIRST
+	news = LOAD(T);
+#endif
+	last = LOAD(BELL); /* BELL */
+#ifdef LOOK_FIRST
+	news = (LOAD(T) ^ a) & ~touched;
+	if :: news & 1 -> look(0) :: else fi;
+	if :: news & 2 -> look(1) :: else fi;
+	atomic { a = a ^ news; STORE(LOOP, A, a) };
+#else
+	atomic {
+#ifndef TOGGLES_FIRST
+		news = LOAD(T);
+#endif
+		news = (news ^ a) & ~touched;
+		if
+		:: news ->
+			a = a ^ news;
+			STORE(LOOP, A, a);
+			ready = ready | news
+		:: else
+		fi
+	};
+#endif
+#ifndef NO_R1
+	if
+	:: news -> FENCE(LOOP) /* R1 */
+	:: else
+	fi
+#endif
+}
+
+inline rearm(slot) {
+	if
+	:: touched & BIT(slot) ->
+#ifdef REARM_BLIND
+		skip
+#else
+		atomic {
+			if
+			:: LOAD(P + slot) != tail[slot] || tail[slot] != head[slot] -> later = later | BIT(slot)
+			:: else
+			fi
+		}
+#endif
+	:: else
+	fi
+}
+
+inline touch(slot) {
+	touched = touched | BIT(slot)
+}
+
+active proctype loop()
+{
+	byte last, a, news, s;
+	byte tail[2];
+	byte ready, later, touched; /* sets of slots, as in struct sh_node */
+	byte waiting; /* suspended, or not to be called before the pump has something */
+	byte away; /* does something else */
+	byte due; /* has yet to run in this turn */
+
+turn: /* sh_pump */
+	atomic { ready = ready | (later & ~touched); later = 0 };
+#ifndef NO_REARM
+	if
+	:: touched ->
+		if :: touched & 1 -> acknowledge(0) :: else fi;
+		if :: touched & 2 -> acknowledge(1) :: else fi;
+#ifndef NO_R1_REARM
+		FENCE(LOOP); /* R1 */
+#endif
+		rearm(0);
+		rearm(1)
+	:: else
+	fi;
+#endif
+	touched = 0;
+	if
+	:: LOAD(BELL) != last -> collect(); news = 0
+	:: else
+	fi;
+	if :: ready & 1 -> look(0) :: else fi;
+	if :: ready & 2 -> look(1) :: else fi;
+	ready = 0;
+tasks:
+	due = 3 & ~waiting & ~away;
+next:
+	if
+	:: due & 1 -> s = 0
+	:: due & 2 -> s = 1
+	:: due == 0 -> s = 0; goto sleep
+	fi;
+	due = due & ~BIT(s);
+read:
+	atomic {
+		if
+		:: tail[s] != head[s]
+		:: else -> refresh(s)
+		fi
+	};
+	if
+	:: tail[s] != head[s] ->
+		atomic { head[s] = tail[s]; touch(s) }; /* sh_read_end */
+		if
+		:: goto read
+		:: away = away | BIT(s); goto next
+		:: waiting = waiting | BIT(s); goto next
+		fi
+	:: else
+	fi;
+	if
+	:: touch(s); goto spin /* spin_on */
+	:: goto arm
+	fi;
+spin:
+	if
+	:: LOAD(P + s) != tail[s] -> goto read
+	:: LOAD(BELL) != last -> /* spin_step */
+		collect();
+		if
+		:: news -> news = 0; goto arm
+		:: else -> goto spin
+		fi
+	:: goto arm /* its window is over */
+	:: away = away | BIT(s); goto next /* the turn's budget is */
+	fi;
+arm: /* sh_arm */
+	touched = touched & ~BIT(s);
+#ifndef NO_ARM
+	acknowledge(s);
+#endif
+#ifndef NO_R1_ARM
+	FENCE(LOOP); /* R1 */
+#endif
+#ifndef ARM_BLIND
+	refresh(s);
+	if
+	:: tail[s] != head[s] -> goto read
+	:: else
+	fi;
+#endif
+	waiting = waiting | BIT(s);
+	goto next;
+sleep: /* who is away is not waited for: it comes in a later turn */
+	if
+	:: ready || later -> goto turn
+#ifndef SLEEP_TOUCHED
+	:: touched -> goto turn
+#endif
+	:: else -> /* sh_quiet */
+end:		if
+		:: LOAD(BELL) != last -> goto turn
+		:: away & 1 -> away = away & ~1; goto tasks
+		:: away & 2 -> away = away & ~2; goto tasks
+		fi
+	fi
+}
+
+init {
+	timeout;
+	assert(head[0] == published[0] && head[1] == published[1])
+}

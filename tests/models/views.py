@@ -1,0 +1,191 @@
+"""The rules F1, R1, BELL, F2 and R2 on a memory weaker than x86's: release and acquire as C11 has them.
+
+Without load buffering, which is how arm64 behaves for these programs. Exhaustive, for one slot and two
+publishes. Each word has one writer, so it has a history that only grows, in its writer's order. A thread's
+view says how far into each history it has seen; a load may return anything from there on, also what is old. A
+release store passes its thread's view on, an acquire load takes it over, and full fences share one view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+P, T, BELL, A, SLEEPING = range(5)
+View = tuple[int, ...]
+ZERO: View = (0,) * 5
+History = tuple[tuple[int, View], ...]
+
+RELAXED, ACQUIRE, RELEASE, FULL, NOTHING = "relaxed", "acquire", "release", "full", "nothing"
+
+# As in the C: what each store, load and fence is.
+BUILT = {
+    "P store": RELEASE,
+    "F1": FULL,
+    "A load": ACQUIRE,
+    "T store": RELAXED,
+    "bell store": RELEASE,
+    "F2": FULL,
+    "sleeping load": ACQUIRE,
+    "bell load": ACQUIRE,
+    "T load": ACQUIRE,
+    "A store": RELAXED,
+    "R1": FULL,
+    "P load": ACQUIRE,
+    "sleeping store": RELEASE,
+    "R2": FULL,
+}
+
+# What is needed, and what is not: (change, is a wakeup lost?)
+CHANGES: list[tuple[dict[str, str], bool]] = [
+    ({}, False),
+    ({"F1": NOTHING}, True),
+    ({"F2": NOTHING}, True),
+    ({"R1": NOTHING}, True),
+    ({"R2": NOTHING}, True),
+    ({"F1": RELEASE}, True),
+    ({"R1": ACQUIRE}, True),
+    ({"bell store": RELAXED}, True),
+    ({"bell load": RELAXED}, True),
+    ({"P store": RELAXED, "A load": RELAXED, "T load": RELAXED, "P load": RELAXED}, False),
+    ({"sleeping store": RELAXED, "sleeping load": RELAXED}, False),
+]
+
+
+def join(a: View, b: View) -> View:
+    return tuple(map(max, a, b))
+
+
+class Thread(NamedTuple):
+    at: str
+    seen: int  # producer: publishes; loop: the bell that it saw last
+    toggle: int  # producer: T; loop: A
+    value: int  # producer: bell; loop: P as it was seen last
+    now: View = ZERO  # what its loads may not go behind
+    loaded: View = ZERO  # and may not after an acquire fence
+    stored: View = ZERO  # what its relaxed stores pass on
+
+
+class State(NamedTuple):
+    memory: tuple[History, ...]
+    full: View  # the view that full fences share
+    doorbell: View | None  # rung and not heard; its ringer's view
+    producer: Thread
+    loop: Thread
+
+
+def fence(kind: str, full: View, t: Thread) -> tuple[View, Thread]:
+    now = join(t.now, t.loaded)
+    if kind == FULL:
+        full = join(full, now)
+        return full, t._replace(now=full, loaded=full, stored=full)
+    if kind == ACQUIRE:
+        return full, t._replace(now=now, loaded=now)
+    if kind == RELEASE:
+        return full, t._replace(stored=t.now)
+    return full, t
+
+
+def store(
+    memory: tuple[History, ...], t: Thread, word: int, value: int, kind: str
+) -> tuple[tuple[History, ...], Thread]:
+    stamp = len(memory[word])
+    own = tuple(stamp if i == word else 0 for i in range(5))
+    now = join(t.now, own)
+    history = (*memory[word], (value, join(now if kind == RELEASE else t.stored, own)))
+    return (*memory[:word], history, *memory[word + 1 :]), t._replace(now=now, loaded=join(t.loaded, now))
+
+
+def load(memory: tuple[History, ...], t: Thread, word: int, kind: str) -> Iterator[tuple[int, Thread]]:
+    for stamp in range(t.now[word], len(memory[word])):
+        value, view = memory[word][stamp]
+        now = (*t.now[:word], stamp, *t.now[word + 1 :])
+        if kind == ACQUIRE:
+            now = join(now, view)
+        yield value, t._replace(now=now, loaded=join(join(t.loaded, view), now))
+
+
+def producer_steps(s: State, rules: dict[str, str], publishes: int) -> Iterator[State]:
+    t, memory = s.producer, s.memory
+    if t.at == "publish" and t.seen < publishes:
+        memory, t = store(memory, t, P, t.seen + 1, rules["P store"])
+        yield s._replace(memory=memory, producer=t._replace(at="F1", seen=t.seen + 1))
+    elif t.at in ("F1", "F2"):
+        full, t = fence(rules[t.at], s.full, t)
+        yield s._replace(full=full, producer=t._replace(at="A" if t.at == "F1" else "sleeping"))
+    elif t.at == "A":
+        for value, seen in load(memory, t, A, rules["A load"]):
+            yield s._replace(producer=seen._replace(at="toggle" if value == t.toggle else "publish"))
+    elif t.at == "toggle":
+        memory, t = store(memory, t, T, 1 - t.toggle, rules["T store"])
+        yield s._replace(memory=memory, producer=t._replace(at="bell", toggle=1 - t.toggle))
+    elif t.at == "bell":
+        memory, t = store(memory, t, BELL, t.value + 1, rules["bell store"])
+        yield s._replace(memory=memory, producer=t._replace(at="F2", value=t.value + 1))
+    elif t.at == "sleeping":
+        for value, seen in load(memory, t, SLEEPING, rules["sleeping load"]):
+            rung = join(s.doorbell or ZERO, seen.now) if value & 1 else s.doorbell
+            yield s._replace(doorbell=rung, producer=seen._replace(at="publish"))
+
+
+def loop_steps(s: State, rules: dict[str, str]) -> Iterator[State]:
+    t, memory = s.loop, s.memory
+    if t.at in ("pump", "again"):
+        same, differs = ("sleep", "T") if t.at == "pump" else ("wait", "wake")
+        for value, seen in load(memory, t, BELL, rules["bell load"]):
+            if value == t.seen:
+                yield s._replace(loop=seen._replace(at=same))
+            elif t.at == "pump":
+                yield s._replace(loop=seen._replace(at=differs, seen=value))
+            else:
+                yield s._replace(loop=seen._replace(at=differs))
+    elif t.at == "T":
+        for value, seen in load(memory, t, T, rules["T load"]):
+            yield s._replace(loop=seen._replace(at="acknowledge" if value != t.toggle else "pump"))
+    elif t.at == "acknowledge":
+        memory, t = store(memory, t, A, 1 - t.toggle, rules["A store"])
+        yield s._replace(memory=memory, loop=t._replace(at="R1", toggle=1 - t.toggle))
+    elif t.at in ("R1", "R2"):
+        full, t = fence(rules[t.at], s.full, t)
+        yield s._replace(full=full, loop=t._replace(at="look" if t.at == "R1" else "again"))
+    elif t.at == "look":
+        for value, seen in load(memory, t, P, rules["P load"]):
+            yield s._replace(loop=seen._replace(at="pump", value=value))
+    elif t.at in ("sleep", "wake"):
+        memory, t = store(memory, t, SLEEPING, int(t.at == "sleep"), rules["sleeping store"])
+        yield s._replace(memory=memory, loop=t._replace(at="R2" if t.at == "sleep" else "pump"))
+    elif t.at == "wait" and s.doorbell is not None:  # a system call at both ends: what the ringer saw is seen
+        now = join(t.now, s.doorbell)
+        yield s._replace(doorbell=None, loop=t._replace(at="wake", now=now, loaded=join(t.loaded, now)))
+
+
+def loses(change: dict[str, str], publishes: int = 2) -> tuple[bool, int]:
+    """Can the loop sleep for ever with something unread? And how many states there are."""
+    rules = {**BUILT, **change}
+    history: History = ((0, ZERO),)
+    first = State((history,) * 5, ZERO, None, Thread("publish", 0, 0, 0), Thread("pump", 0, 0, 0))
+    seen, todo = {first}, [first]
+    while todo:
+        s = todo.pop()
+        after = list(producer_steps(s, rules, publishes))
+        if s.loop.value < publishes:
+            after += loop_steps(s, rules)
+        if not after and s.loop.at == "wait" and s.loop.value < publishes:
+            return True, len(seen)
+        for state in after:
+            if state not in seen:
+                seen.add(state)
+                todo.append(state)
+    return False, len(seen)
+
+
+def main() -> None:
+    for change, lost in CHANGES:
+        found, states = loses(change)
+        what = ", ".join(f"{name} {kind}" for name, kind in change.items()) or "as built"
+        verdict = "a wakeup is lost" if found else "right"
+        print(f"{what}: {verdict}, {states} states{'' if found is lost else '  UNEXPECTED'}")
+
+
+if __name__ == "__main__":
+    main()
