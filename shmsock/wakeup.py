@@ -28,7 +28,7 @@ class Keeper:
     """The keeper thread of one node. Owns the eventfd `fd`."""
 
     def __init__(self, core: Core, nd: Any, *, lock_fd: int, look_cap_us: int, futex: bool = False) -> None:
-        """`futex`: bells can be waited for; else they are looked at, every `look_cap_us` at the least."""
+        """`futex`: rings can be waited for. `look_cap_us`: for who rings nothing."""
         self._lib, self._nd = core.lib, nd
         self.fd = eventfd()
         error = core.ffi.new("int *")

@@ -24,7 +24,7 @@ MAX_ID, MAX_VECTORS = 65535, 64
 
 
 class Wakes:
-    """The ways in and out of one node. `doorbell`: ours, if any; `futex`: bells of this mapping can be waited
+    """The ways in and out of one node. `doorbell`: ours, if any; `futex`: words of this mapping can be waited
     for."""
 
     def __init__(self, engine: Engine, doorbell: Doorbell | None, futex: bool) -> None:

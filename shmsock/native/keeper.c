@@ -1,7 +1,7 @@
 /* keeper.c - one native thread per node, without the GIL and with all signals blocked. It beats ten times a second as long as the
  * section is still ours, wakes the sleeping loop when a bell moved or its time has come, and tells of peers under the same kernel whose
- * lock fell. Peers under the same kernel wake it through a futex on their bells, those with doorbells wake the loop themselves; only
- * for the others does it look again and again. */
+ * lock fell. Peers under the same kernel wake it by a futex (rang), those with doorbells wake the loop themselves; only for the others does
+ * it look again and again. */
 #include "node.h"
 
 #include <errno.h>
@@ -25,7 +25,7 @@ struct sh_keeper {
     pthread_t thread;
     int event_fd, lock_fd;
     uint64_t beat_ns, cap_ns;
-    int futexes;       /* peers may wake us through their bells */
+    int futexes;       /* peers may wake us by futexes */
     uint32_t wake;     /* futex: bumped by the owner to end a sleep */
     int armed, stop;   /* atomic */
     uint64_t deadline; /* atomic: when the loop wants to be woken at the latest, be it by a beat */
@@ -99,7 +99,7 @@ static long wait_for_any(const struct waiter *w, uint32_t n, uint64_t until)
     return syscall(SYS_FUTEX_WAITV, w, n, 0, &t, CLOCK_MONOTONIC);
 }
 
-/* Can bells be waited for? 0 or an errno: ENOSYS before Linux 5.16, EPERM in a container that forbids it, EFAULT where memory is a device's. */
+/* Can words of the region be waited for? 0 or an errno: ENOSYS before Linux 5.16, EPERM in a container that forbids it, EFAULT where memory is a device's. */
 int sh_futex_works(void *base, uint64_t offset)
 {
     uint64_t word = (uint64_t)(uintptr_t)base + offset;

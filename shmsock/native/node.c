@@ -296,7 +296,7 @@ void sh_restart(sh_node *nd, uint32_t peer, uint32_t pair_inc)
     l->my_inc = pair_inc;
     l->peer_inc = l->msg_tail = l->msg_head = 0;
     l->news = l->suspected = l->unread = 0;
-    l->count = SH_LOW(sh_peek(&l->out->bell)); /* goes on from there: who waits for a futex sees the low half only */
+    l->count = SH_LOW(sh_peek(&l->out->bell)); /* goes on from there, so that no half of the word stays as it was */
     sh_ring_bell(nd, l); /* last: who sees the tag sees the cleared words */
     sh_fence(nd->wc);
     /* no bell has the tag 0 and the count all ones: the next pump takes this for a change */
