@@ -43,8 +43,7 @@ class Ear:
         for a while, longer each time."""
         node, bell = self.node, self.bell
         if bell is not None and not self._deaf_until:
-            times = bell.drain()
-            if times and node.lib.sh_rung(node.nd, times):
+            if node.lib.sh_hear(node.nd, bell.fd):
                 log.warning(
                     "%r: a thousand interrupts within a second for nothing: polling for %d s",
                     node,

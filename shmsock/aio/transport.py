@@ -23,7 +23,18 @@ from shmsock.aio import names
 from shmsock.aio.pseudosocket import PseudoSocket
 from shmsock.aio.reading import ReadSide
 from shmsock.errors import forked, wrong_thread
-from shmsock.fabric.connection import CLOSED, DATA, REL, SPACE, STALE, Connection, State
+from shmsock.fabric.connection import (
+    BAD,
+    CLOSED,
+    DATA,
+    FIN,
+    REL,
+    RESET_BIT,
+    SPACE,
+    STALE,
+    Connection,
+    State,
+)
 
 if TYPE_CHECKING:
     from shmsock.aio.driver import Node
@@ -31,6 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ShmTransport"]
 
+UNUSUAL = FIN | REL | RESET_BIT | BAD
 NO_LINGER = struct.pack("ii", 1, 0)
 _get_ident = threading.get_ident
 
@@ -121,6 +133,14 @@ class ShmTransport(ReadSide):
     def ready(self, bits: int) -> None:
         """The engine saw something: bytes, space, FIN, REL or an error of the connection."""
         if self._lost or not self._reading:
+            return
+        if (  # what happens most is short: the way of a byte from a cold start is mostly this code's own
+            self.reader is not None
+            and self.conn.state is State.OPEN
+            and not (bits & UNUSUAL or self._pending or self.space_waiters or self._poll is not None)
+            and (reader := self.reader()) is not None
+        ):
+            reader._on_ready()
             return
         self._heed(bits)
         if self._poll is not None:

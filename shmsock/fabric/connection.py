@@ -135,6 +135,8 @@ class Connection:
 
     def looked(self, bits: int) -> int:
         """The same, when the core has looked."""
+        if self.state is State.OPEN and not bits & (RESET_BIT | BAD | REL):
+            return bits
         if self.state is State.FREE:
             return 0
         if self.state is State.CLOSING:

@@ -235,7 +235,8 @@ class Engine:
             kind, what = word >> 24 & 0xFF, word & 0xFFFFFF
             if kind == EV_SLOT:
                 if (conn := self.connections.get(what)) and (bits := conn.looked(word >> 32)):
-                    self._events.append(Event("ready", conn, bits))
+                    # past the constructor: this is on the way of every byte that wakes somebody
+                    self._events.append(tuple.__new__(Event, ("ready", conn, bits)))
             elif kind == EV_ADOPT:
                 self.tag_changed(self.peers[what], now_ns)
             else:

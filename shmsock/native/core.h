@@ -90,6 +90,7 @@ int sh_polled(sh_node *nd, uint32_t peer);
 void sh_call(sh_node *nd, uint32_t peer);
 int sh_sleep(sh_node *nd);
 int sh_rung(sh_node *nd, uint64_t times);
+int sh_hear(sh_node *nd, int fd);
 uint64_t sh_lost(sh_node *nd);
 int sh_futex_works(void *base, uint64_t offset);
 
