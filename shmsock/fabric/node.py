@@ -150,8 +150,6 @@ class Engine:
         self.memory.fence()
         self.memory.store(at + lay.STATE, lay.LIVE)
         self.peers.refresh_all(now_ns)
-        for peer in self.peers.all:
-            lib.sh_call(self.nd, peer.section)  # the bells moved before it was known how each is woken
 
     def _changed(self, peer: Peer) -> None:
         self.wakes.update(peer)

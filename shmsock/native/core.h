@@ -87,7 +87,6 @@ int sh_safety(sh_node *nd);
 void sh_reach(sh_node *nd, uint32_t peer, int kind, int fd, uint64_t offset, uint32_t value);
 void sh_rings(sh_node *nd, uint32_t peer, int rings, int there);
 int sh_polled(sh_node *nd, uint32_t peer);
-void sh_call(sh_node *nd, uint32_t peer);
 int sh_sleep(sh_node *nd);
 int sh_rung(sh_node *nd, uint64_t times);
 int sh_hear(sh_node *nd, int fd);

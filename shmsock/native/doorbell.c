@@ -15,16 +15,6 @@
 
 /* ---- waking others ---- */
 
-void sh_reach(sh_node *nd, uint32_t peer, int kind, int fd, uint64_t offset, uint32_t value)
-{
-    struct sh_link *l = &nd->links[peer];
-
-    l->reach = kind;
-    l->reach_fd = fd;
-    l->reach_at = offset;
-    l->reach_value = value;
-}
-
 static void ring(const struct sh_link *l)
 {
     uint64_t one = 1;
@@ -63,10 +53,21 @@ static void call(sh_node *nd, struct sh_link *l)
     ring(l);
 }
 
-void sh_call(sh_node *nd, uint32_t peer)
+/* From here on the peer is woken like this. Bells that moved while it was not known how are made good. */
+void sh_reach(sh_node *nd, uint32_t peer, int kind, int fd, uint64_t offset, uint32_t value)
 {
+    struct sh_link *l = &nd->links[peer];
+    int newly = (l->reach == SH_REACH_NONE || l->reach == SH_REACH_LOST) && kind != l->reach;
+
+    l->reach = kind;
+    l->reach_fd = fd;
+    l->reach_at = offset;
+    l->reach_value = value;
+    if (!newly)
+        return;
+    l->rung = 0;
     if (sh_may_write(nd))
-        call(nd, &nd->links[peer]);
+        call(nd, l);
 }
 
 void sh_ring_bell(sh_node *nd, struct sh_link *l)

@@ -184,7 +184,7 @@ static void *run(void *arg)
          * sleep has seen it, so it is either seen here, or no longer as in w, and the kernel does not let us wait. */
         n = take_rings(k, seen, w);
         if (!GET(k->armed) || GET(k->nd->inert)) {
-            sleep_until(k, w, n, next_beat);
+            stranger |= sleep_until(k, w, n, next_beat);
             continue;
         }
         found = rung_for(k, w, n) | sh_bells_differ(k->nd, GET(k->nd->known)); /* level, not edge: what came before arming, too */
