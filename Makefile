@@ -38,7 +38,7 @@ bench: ## round trips and throughput, beside TCP
 .PHONY: test
 test: lint ## everything: checks, all Python versions there are, real guests
 	@$(BIN)/python -m pytest -q $(QUICK)
-	@.ci/both '.ci/matrix $(QUICK) $(ACROSS)' '$(BIN)/python -m pytest -m "vm or slow"'
+	@.ci/both '.ci/matrix $(QUICK) $(ACROSS)' '$(BIN)/python -m pytest -m "vm or slow" -n 2 --dist loadgroup'
 
 .PHONY: test-quick
 test-quick: setup ## the tests without guests, on one Python

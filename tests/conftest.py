@@ -4,6 +4,16 @@ from __future__ import annotations
 
 import signal
 
+import pytest
+
 # A test run that was started in the background may have been told to ignore SIGINT, and children inherit
 # that: those that a test sends one must get it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `--dist loadgroup` one process runs all tests that share guests, and others what merely takes
+    long."""
+    for item in items:
+        if item.get_closest_marker("vm"):
+            item.add_marker(pytest.mark.xdist_group("guests"))

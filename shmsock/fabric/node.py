@@ -421,10 +421,7 @@ class Engine:
 
     def _strangers(self) -> bool:
         """Is somebody about to attach, whose bell is adopted and who does not say yet that it is there?"""
-        load, section = self.layout.memory.load, self.layout.section
-        return any(
-            p.claim and not p.live and not load(section(p.section) + lay.STATE) for p in self.peers.all
-        )
+        return any(p.coming for p in self.peers.all)
 
     def _reap_silent(self, now_ns: int, after_ns: int) -> None:
         load, seen = self.memory.load, self._reap

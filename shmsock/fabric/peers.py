@@ -30,10 +30,11 @@ class Peer:
         self.claim = 0
         self.who: Identity | None = None
         self.live = False
+        self.coming = False  # about to say that it is there: its bells are heard before
         self.here = False  # was live, and sample() has not told yet that it is gone
         self.watched = False  # its lock: somebody was asked to
         self.doorbell = 0  # id << 32 | vectors, as it says
-        self.told = (0, False, 0)  # life, live and doorbell, as `changed` was last told of
+        self.told = (0, False, 0)  # life, live or coming, and doorbell, as `changed` was last told of
         self.forsaken = False  # the server says that its id is gone: dead, if its beat is still as well
         self.beat = -1
         self.beat_ns = 0
@@ -91,6 +92,7 @@ class Peers:
             peer.who = self.layout.identity(peer.section)
             peer.beat, peer.beat_ns, peer.samples = -1, now_ns, 0
             peer.live = peer.watched = peer.forsaken = False
+        peer.coming = peer.who is not None and bool(peer.claim) and state == 0
         if peer.who is None or not peer.claim or state not in (lay.LIVE, lay.LEAVING):
             peer.live = False
         elif peer.samples == 0:
@@ -98,7 +100,7 @@ class Peers:
         self._tell(peer)
 
     def _tell(self, peer: Peer) -> None:
-        now = (peer.incarnation, peer.live, peer.doorbell)
+        now = (peer.incarnation, peer.live or peer.coming, peer.doorbell)
         if now != peer.told:
             peer.told = now
             self.changed(peer)

@@ -75,7 +75,7 @@ class Wakes:
         if peer.section == self.engine.section:
             return  # who rings itself is awake
         reach = self.doorbell.reach(number) if self.doorbell and number is not None else None
-        there = peer.live
+        there = peer.live or peer.coming
         if not there:
             lib.sh_reach(nd, peer.section, NONE, -1, 0, 0)
         elif reach is not None:

@@ -15,20 +15,49 @@
 
 /* ---- waking others ---- */
 
-static void ring(const struct sh_link *l)
+/* All who share an eventfd share its flags: one of them may have made it blocking and filled it, and then this waits. The keeper sees that
+ * with its next beats, and makes room (sh_unstick). Looking first keeps honest accidents from getting there. */
+static void ring_eventfd(sh_node *nd, struct sh_link *l)
 {
     uint64_t one = 1;
-    ssize_t done;
+    ssize_t done = 0;
+
+    if (__atomic_load_n(&l->stuck, __ATOMIC_RELAXED))
+        return;
+    __atomic_store_n(&nd->ringing, ++nd->rings << 8 | (uint64_t)(l - nd->links), __ATOMIC_RELEASE);
+    if (poll(&(struct pollfd){.fd = l->reach_fd, .events = POLLOUT}, 1, 0) == 1)
+        done = write(l->reach_fd, &one, sizeof one);
+    __atomic_store_n(&nd->ringing, 0, __ATOMIC_RELEASE);
+    (void)done;
+}
+
+/* By the keeper, at each beat: has the loop been at the same ring since the last one? */
+void sh_unstick(sh_node *nd, uint64_t *seen)
+{
+    uint64_t ringing = __atomic_load_n(&nd->ringing, __ATOMIC_ACQUIRE), taken;
+
+    if (ringing && ringing == *seen) {
+        struct sh_link *l = &nd->links[ringing & 0xff];
+        struct iovec v = {.iov_base = &taken, .iov_len = sizeof taken};
+
+        __atomic_store_n(&l->stuck, 1, __ATOMIC_RELAXED);
+        if (preadv2(l->reach_fd, &v, 1, -1, RWF_NOWAIT) < 0)
+            return; /* somebody else has made room */
+    }
+    *seen = ringing;
+}
+
+static void ring(sh_node *nd, struct sh_link *l)
+{
+    ssize_t done = 0;
 
     if (l->reach == SH_REACH_FUTEX) { /* the low half, as we are little-endian */
         done = syscall(SYS_futex, &l->out->rang, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
         if (SH_HIGH(sh_peek(&l->in->outbox)) != l->my_inc) /* it does not know us yet, and does not wait for that */
             done = syscall(SYS_futex, l->sleeping, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
-    } else if (l->reach == SH_REACH_EVENTFD) /* all peers share its description: one may have made it blocking, and filled it */
-        done = poll(&(struct pollfd){.fd = l->reach_fd, .events = POLLOUT}, 1, 0) == 1 ? write(l->reach_fd, &one, sizeof one) : 0;
-    else if (l->reach == SH_REACH_LOST) /* it relies on a doorbell that we cannot ring: rang tells it so */
-        return;
-    else
+    } else if (l->reach == SH_REACH_EVENTFD)
+        ring_eventfd(nd, l);
+    else if (l->reach == SH_REACH_REGISTER) /* else LOST: it relies on a doorbell that we cannot ring, and rang tells it so */
         done = pwrite(l->reach_fd, &l->reach_value, sizeof l->reach_value, (off_t)l->reach_at);
     (void)done; /* full, gone, or not there any more: the peer looks by itself before long */
 }
@@ -50,7 +79,7 @@ static void call(sh_node *nd, struct sh_link *l)
     l->rung = sleep;
     sh_store(&l->out->rang, sleep, nd->wc);
     nd->n[SH_N_RUNG]++;
-    ring(l);
+    ring(nd, l);
 }
 
 /* From here on the peer is woken like this. Bells that moved while it was not known how are made good. */
@@ -59,6 +88,8 @@ void sh_reach(sh_node *nd, uint32_t peer, int kind, int fd, uint64_t offset, uin
     struct sh_link *l = &nd->links[peer];
     int newly = (l->reach == SH_REACH_NONE || l->reach == SH_REACH_LOST) && kind != l->reach;
 
+    if (fd != l->reach_fd)
+        __atomic_store_n(&l->stuck, 0, __ATOMIC_RELAXED);
     l->reach = kind;
     l->reach_fd = fd;
     l->reach_at = offset;
@@ -185,6 +216,12 @@ int sh_hear(sh_node *nd, int fd)
 
 /* ---- doorbells that do not come ---- */
 
+/* It rings for another sleep before long, so its word is looked at whenever we come by. */
+static void says_it_rang(const sh_node *nd, struct sh_link *l)
+{
+    l->doubt_rang |= sh_load(&l->in->rang, nd->wc) == l->doubt;
+}
+
 /* The pump found a bell that moved while we slept. If nothing has rung by now, something may have been lost: sh_lost() decides, later,
  * as the peer may be just about to ring, or have seen us awake. */
 void sh_doubt(sh_node *nd, struct sh_link *l, uint64_t now)
@@ -194,6 +231,8 @@ void sh_doubt(sh_node *nd, struct sh_link *l, uint64_t now)
         l->doubt = nd->sleep - 1;
         l->doubt_ns = now;
         l->doubt_received = nd->slept_received;
+        l->doubt_rang = 0;
+        says_it_rang(nd, l);
     }
 }
 
@@ -206,9 +245,12 @@ uint64_t sh_lost(sh_node *nd)
     for (uint32_t j = 0; nd->doubts && j < nd->g.peers; j++) {
         struct sh_link *l = &nd->links[j];
 
-        if (!l->doubt || now - l->doubt_ns < DECIDE_NS)
+        if (!l->doubt)
             continue;
-        if (sh_load(&l->in->rang, nd->wc) == l->doubt) {
+        says_it_rang(nd, l);
+        if (now - l->doubt_ns < DECIDE_NS)
+            continue;
+        if (l->doubt_rang) {
             int came = __atomic_load_n(&nd->n[SH_N_RECEIVED], __ATOMIC_RELAXED) != l->doubt_received;
 
             if (!came && !l->missed) {

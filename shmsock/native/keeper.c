@@ -33,8 +33,8 @@ struct sh_keeper {
     int fresh;         /* atomic: something has moved since: look often at first */
     uint64_t watched;  /* peers whose section lock lives under this kernel */
     uint64_t unlocked; /* of those: the lock is gone, hence the process */
-    uint64_t beat;
-    uint32_t beats, nothing[SH_MAX_PEERS]; /* rings for nothing in this second, by peer */
+    uint64_t beat, ringing;
+    uint32_t beats, vain, nothing[SH_MAX_PEERS]; /* in this second: wakes, and rings by peer, for nothing */
 };
 
 #define GET(x) __atomic_load_n(&(x), __ATOMIC_ACQUIRE)
@@ -73,6 +73,7 @@ static void beat(sh_keeper *k, uint64_t now)
             ring_owner(k); /* somebody took our section, or zeroed the region: store nothing more, fail the node */
         return;
     }
+    sh_unstick(nd, &k->ringing);
     sh_put(&mine->pumps, nd->n[SH_N_PUMPS]);
     sh_store(&mine->beat, ++k->beat, nd->wc);
     if (look_at_locks(k) || !GET(k->armed) || now >= GET(k->deadline))
@@ -152,8 +153,11 @@ static int sleep_until(sh_keeper *k, const struct waiter *w, uint32_t n, uint64_
 {
     struct timespec t = {.tv_sec = (time_t)(until / 1000000000u), .tv_nsec = (long)(until % 1000000000u)};
 
-    if (k->futexes)
-        return wait_for_any(w, n, until) == 1;
+    if (k->futexes) {
+        long woken = wait_for_any(w, n, until);
+        k->vain += woken != 0 && (woken > 0 || errno != ETIMEDOUT); /* not by the owner: it may be for nothing, until something is found */
+        return woken == 1;
+    }
     syscall(SYS_futex, &k->wake, FUTEX_WAIT_BITSET_PRIVATE, w[0].val, &t, NULL, FUTEX_BITSET_MATCH_ANY); /* its clock is absolute */
     return 0;
 }
@@ -178,11 +182,15 @@ static void *run(void *arg)
             next_beat = now + k->beat_ns;
             stranger = 1; /* who can ring nobody is found now */
             if (++k->beats % 10 == 0)
-                memset(k->nothing, 0, sizeof k->nothing);
+                memset(k->nothing, 0, sizeof k->nothing), k->vain = 0;
         }
         /* First what others rang for, then whether and how the loop sleeps, as it does not wake us when it falls asleep: who rings for a
          * sleep has seen it, so it is either seen here, or no longer as in w, and the kernel does not let us wait. */
         n = take_rings(k, seen, w);
+        if (k->vain >= STORM) { /* somebody wakes us for nothing, madly: look, and let nobody wake us, for the rest of this second */
+            n = 1;
+            stranger = 1;
+        }
         if (!GET(k->armed) || GET(k->nd->inert)) {
             stranger |= sleep_until(k, w, n, next_beat);
             continue;
@@ -195,11 +203,12 @@ static void *run(void *arg)
         stranger = 0;
         if (found) {
             since = now;
+            k->vain = 0;
             SET(k->armed, 0);
             ring_owner(k);
             continue;
         }
-        until = next_beat;
+        until = n == 1 && now + k->cap_ns < next_beat ? now + k->cap_ns : next_beat;
         if (GET(k->nd->polled)) {
             if (__atomic_exchange_n(&k->fresh, 0, __ATOMIC_ACQ_REL))
                 pause_ns = LOOK_MIN_NS;

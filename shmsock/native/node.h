@@ -35,11 +35,13 @@ struct sh_link { /* towards one peer */
     int reach, reach_fd;       /* SH_REACH_*, and by what */
     uint64_t reach_at;
     uint32_t reach_value;
+    int stuck;                 /* a ring to it did not end by itself: it is not rung any more; atomic */
     int rings;                 /* SH_RINGS_*; atomic */
     int there;                 /* somebody who says so */
     int missed;                /* but it did, and nothing came: its bell is polled until a doorbell of its comes through */
     uint64_t doubt;            /* our sleep in which its bell moved and nothing had rung; 0: none */
     uint64_t doubt_ns, doubt_received;
+    int doubt_rang;            /* the peer did ring for that sleep */
     uint64_t t[SH_MAX_WORDS];    /* my toggles */
     uint64_t a[SH_MAX_WORDS];    /* my acknowledgements */
     uint64_t open[SH_MAX_WORDS]; /* my slots open with this peer */
@@ -92,6 +94,8 @@ struct sh_node {
     int woke;                     /* slept since the last pump */
     uint64_t slept_received;      /* n[SH_N_RECEIVED] when it fell asleep */
     uint64_t polled;              /* peers that do not ring: the keeper looks at their bells; atomic */
+    uint64_t ringing;             /* count << 8 | peer of the ring being written to an eventfd, 0: none; atomic */
+    uint64_t rings;
     uint64_t storm_ns;            /* when counting of spurious doorbells began */
     uint32_t storm;
     uint64_t ready[SH_MAX_WORDS];   /* slots the pump owes a look */
@@ -111,6 +115,7 @@ uint8_t *sh_section_at(const void *base, const sh_geometry *g, uint32_t section)
 struct sh_pair *sh_pair_at(const void *base, const sh_geometry *g, uint32_t of, uint32_t towards);
 void sh_ring_bell(sh_node *nd, struct sh_link *l);
 void sh_wake_up(sh_node *nd);
+void sh_unstick(sh_node *nd, uint64_t *seen);
 void sh_doubt(sh_node *nd, struct sh_link *l, uint64_t now);
 int sh_bells_differ(const sh_node *nd, uint64_t of);
 void sh_know(sh_node *nd, uint32_t peer, int known);

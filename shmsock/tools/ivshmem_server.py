@@ -148,7 +148,7 @@ class IvshmemServer:
         self._clients.clear()
         self._processes.clear()
         if self._store is not None:
-            os.close(self._store.fd)
+            self._store.close()
             self._store = None
 
     async def __aenter__(self) -> IvshmemServer:

@@ -18,7 +18,7 @@ from shmsock.aio.attach import prepare_region
 from shmsock.errors import RegionExistsError, disk_full, format_error, region_error
 from shmsock.fabric import layout as lay
 from shmsock.fabric.memory import Memory, native_core
-from shmsock.region import storage
+from shmsock.region import locks, storage
 from shmsock.region.base import Region, map_bytes
 from shmsock.region.file import FileRegion, owner_name
 from shmsock.region.sizes import format_size, round_up
@@ -37,6 +37,7 @@ __all__ = [
 MEMFD = "memfd"
 """In place of a file: memory without a name, which goes with the last process that has it."""
 
+_SERVER_LOCK = 4096  # byte of the file; those of the sections are below
 _FIRST_FD = 3  # SD_LISTEN_FDS_START
 _PATH_BYTES = 107  # sockaddr_un.sun_path, but for the zero at its end
 _PROBE_S = 0.05
@@ -46,9 +47,16 @@ class Store(NamedTuple):
     """The memory that clients are given."""
 
     fd: int
+    lock_fd: int
+    """Holds the lock that says that a server is here; -1: none is needed."""
     size: int
     title: str
     """For people: "/dev/shm/x, 64 MiB, made"."""
+
+    def close(self) -> None:
+        os.close(self.fd)
+        if self.lock_fd >= 0:
+            os.close(self.lock_fd)
 
 
 def make_store(region: str, size: int | None, *, peers: int = 16, mode: int = 0o600) -> Store:
@@ -111,9 +119,32 @@ def _serve_file(opened: FileRegion, size: int | None, peers: int, state: str) ->
     if (status.st_dev, status.st_ino) != opened.identity:
         os.close(fd)
         raise region_error(errno.ESTALE, f"region {path} was replaced while it was opened: try again", path)
+    try:
+        lock_fd = _lock(path)
+    except BaseException:
+        os.close(fd)
+        raise
     if status.st_uid not in (0, os.geteuid()):
         state += f", owned by {owner_name(status.st_uid)}, who can do anything with it"
-    return Store(fd, opened.size, f"{path}, {format_size(opened.size)}, {state}")
+    return Store(fd, lock_fd, opened.size, f"{path}, {format_size(opened.size)}, {state}")
+
+
+def _lock(path: str) -> int:
+    """One server for each file: peers of two would take each other's ids for those of their own server. The
+    descriptor is nobody else's, so that the lock falls with this process."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        if locks.supported(fd) and not locks.try_lock(fd, _SERVER_LOCK):
+            raise region_error(
+                errno.EBUSY,
+                f"region {path} is served by another ivshmem server already: stop that one, or name another "
+                "file",
+                path,
+            )
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def _check_formatted(opened: Region) -> None:
@@ -166,6 +197,9 @@ def _all_zero(path: str) -> bool:
 
 def _make_memfd(size: int, peers: int) -> Store:
     """All of its storage taken, and its size fixed for good: nobody who has it can make others crash."""
+    if size > (free := _available()):  # taking it all the same would have the kernel kill somebody
+        room = format_size(free // 4096 * 4096)
+        raise disk_full(MEMFD, size, f"{room} of memory are free: use a smaller size")
     fd = os.memfd_create("shmsock-ivshmem", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         try:
@@ -189,7 +223,16 @@ def _make_memfd(size: int, peers: int) -> Store:
     except BaseException:
         os.close(fd)
         raise
-    return Store(fd, size, f"a sealed memfd, {format_size(size)}, made")
+    return Store(fd, -1, size, f"a sealed memfd, {format_size(size)}, made")
+
+
+def _available() -> int:
+    """Bytes of memory that can be had without swapping, as the kernel estimates."""
+    with contextlib.suppress(OSError), open("/proc/meminfo", encoding="ascii") as table:
+        for line in table:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 1 << 62
 
 
 class Listener(NamedTuple):
