@@ -313,7 +313,11 @@ def test_info_of_the_dead_and_the_silent(path: Path, attach: Attach) -> None:
         (b"\x7fELF" + bytes(1 << 20), "foreign", "begins with 7f 45 4c 46"),
         (bytes(16) + b"\x01" + bytes(1 << 20), "unformatted", "did not come to the end"),
         (lay.MAGIC.to_bytes(8, "little") + b"\x09" + bytes(1 << 20), "broken", "version 9"),
-        (lay.MAGIC.to_bytes(8, "little") + bytes([lay.VERSION]) + bytes(1 << 20), "broken", "do not go together"),
+        (
+            lay.MAGIC.to_bytes(8, "little") + bytes([lay.VERSION]) + bytes(1 << 20),
+            "broken",
+            "do not go together",
+        ),
     ],
 )
 def test_info_of_what_is_no_region(path: Path, data: bytes, state: str, message: str) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Wakes"]
 
 NONE, FUTEX, EVENTFD, REGISTER, LOST = range(5)
-BY_NOTHING, BY_FUTEX, BY_DOORBELL = range(3)
+BY_FUTEX, BY_DOORBELL = 1, 2
 MAX_ID, MAX_VECTORS = 65535, 64
 
 
@@ -85,7 +85,7 @@ class Wakes:
             lib.sh_reach(nd, peer.section, LOST, -1, 0, 0)
         else:
             lib.sh_reach(nd, peer.section, FUTEX if self._by_futex(peer) else NONE, -1, 0, 0)
-        rings = BY_DOORBELL if number is not None else BY_FUTEX if self._by_futex(peer) else BY_NOTHING
+        rings = (BY_DOORBELL if number is not None else 0) | (BY_FUTEX if self._by_futex(peer) else 0)
         lib.sh_rings(nd, peer.section, rings, int(there))
 
     def update_all(self) -> None:

@@ -31,7 +31,7 @@ enum sh_listen {
 enum sh_flag { SH_FLAG_LOCKED = 1, SH_FLAG_FUTEX = 2 };
 /* how a sleeping peer is woken */
 enum sh_reach { SH_REACH_NONE, SH_REACH_FUTEX, SH_REACH_EVENTFD, SH_REACH_REGISTER, SH_REACH_LOST };
-/* and how it wakes us */
+/* and how it wakes us; both may be, as it changes over when it hears of our doorbell, or of its end */
 enum sh_heard { SH_HEARD_LOCK = 1, SH_HEARD_DOUBT = 2 };
 enum sh_rings { SH_RINGS_NOT, SH_RINGS_FUTEX, SH_RINGS_DOORBELL };
 /* what read, look and spin answer when it is no count */

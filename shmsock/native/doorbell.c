@@ -135,7 +135,7 @@ void sh_rings(sh_node *nd, uint32_t peer, int rings, int there)
     l->doubt = 0;
     sh_know(nd, peer, there);
     set_bit(&nd->polled, peer, there && rings == SH_RINGS_NOT);
-    set_bit(&nd->by_futex, peer, there && rings == SH_RINGS_FUTEX);
+    set_bit(&nd->by_futex, peer, there && (rings & SH_RINGS_FUTEX));
     nd->kick = 1;
 }
 
@@ -190,6 +190,13 @@ int sh_rung(sh_node *nd, uint64_t times)
     uint64_t now;
 
     __atomic_fetch_add(&nd->n[SH_N_RECEIVED], times, __ATOMIC_RELAXED);
+    for (uint32_t j = 0; j < nd->g.peers; j++) { /* whose doorbells did not come, and who says to have rung for this sleep: they come again */
+        struct sh_link *l = &nd->links[j];
+        if (l->missed && sh_load(&l->in->rang, nd->wc) == nd->sleep) {
+            l->missed = 0;
+            set_bit(&nd->polled, j, 0);
+        }
+    }
     __atomic_store_n(&nd->strangers, 1, __ATOMIC_RELAXED); /* it does not say who it was */
     if (sh_bells_differ(nd, SH_ALL))
         return 0;
@@ -226,7 +233,7 @@ static void says_it_rang(const sh_node *nd, struct sh_link *l)
  * as the peer may be just about to ring, or have seen us awake. */
 void sh_doubt(sh_node *nd, struct sh_link *l, uint64_t now)
 {
-    if (l->rings == SH_RINGS_DOORBELL && !l->doubt && __atomic_load_n(&nd->n[SH_N_RECEIVED], __ATOMIC_RELAXED) == nd->slept_received) {
+    if ((l->rings & SH_RINGS_DOORBELL) && !l->doubt && __atomic_load_n(&nd->n[SH_N_RECEIVED], __ATOMIC_RELAXED) == nd->slept_received) {
         nd->doubts++;
         l->doubt = nd->sleep - 1;
         l->doubt_ns = now;

@@ -124,9 +124,10 @@ static uint32_t take_rings(const sh_keeper *k, uint32_t seen, struct waiter *w)
     return n;
 }
 
-/* Has anybody rung for this sleep, as w tells? Who rings for nothing a thousand times a second wakes nobody any more, until the next
+/* Has anybody rung for this sleep, as w tells? `woke` is the word that woke us: who has a doorbell says in rang that it rang that, and only
+ * if this was a futex all the same has it come through. Who rings for nothing a thousand times a second wakes nobody any more, until the next
  * safety look. */
-static int rung_for(sh_keeper *k, const struct waiter *w, uint32_t n)
+static int rung_for(sh_keeper *k, const struct waiter *w, uint32_t n, uint64_t woke)
 {
     uint32_t sleep = SH_LOW(GET(k->nd->sleep));
     int found = 0;
@@ -135,10 +136,12 @@ static int rung_for(sh_keeper *k, const struct waiter *w, uint32_t n)
         if (w[i].val != sleep)
             continue;
         found = 1;
-        count(k, SH_N_RECEIVED);
         for (uint32_t j = 0; j < k->nd->g.peers; j++) {
             struct sh_link *l = &k->nd->links[j];
-            if ((uintptr_t)&l->in->rang != w[i].uaddr || sh_peek(&l->in->bell) != GET(l->last))
+            if ((uintptr_t)&l->in->rang != w[i].uaddr || ((GET(l->rings) & SH_RINGS_DOORBELL) && woke != w[i].uaddr))
+                continue;
+            count(k, SH_N_RECEIVED);
+            if (sh_peek(&l->in->bell) != GET(l->last))
                 continue;
             count(k, SH_N_SPURIOUS);
             if (++k->nothing[j] >= STORM)
@@ -148,15 +151,15 @@ static int rung_for(sh_keeper *k, const struct waiter *w, uint32_t n)
     return found;
 }
 
-/* Sleep until that time, until the owner wakes us, or until somebody rings who wakes us by a futex. 1: it may be a stranger. */
-static int sleep_until(sh_keeper *k, const struct waiter *w, uint32_t n, uint64_t until)
+/* Sleep until that time, until the owner wakes us, or until somebody rings who wakes us by a futex. Returns the word that did. */
+static uint64_t sleep_until(sh_keeper *k, const struct waiter *w, uint32_t n, uint64_t until)
 {
     struct timespec t = {.tv_sec = (time_t)(until / 1000000000u), .tv_nsec = (long)(until % 1000000000u)};
 
     if (k->futexes) {
         long woken = wait_for_any(w, n, until);
         k->vain += woken != 0 && (woken > 0 || errno != ETIMEDOUT); /* not by the owner: it may be for nothing, until something is found */
-        return woken == 1;
+        return woken > 0 ? w[woken].uaddr : 0;
     }
     syscall(SYS_futex, &k->wake, FUTEX_WAIT_BITSET_PRIVATE, w[0].val, &t, NULL, FUTEX_BITSET_MATCH_ANY); /* its clock is absolute */
     return 0;
@@ -165,7 +168,7 @@ static int sleep_until(sh_keeper *k, const struct waiter *w, uint32_t n, uint64_
 static void *run(void *arg)
 {
     sh_keeper *k = arg;
-    uint64_t next_beat = sh_clock(), pause_ns = LOOK_MIN_NS, since = next_beat;
+    uint64_t next_beat = sh_clock(), pause_ns = LOOK_MIN_NS, since = next_beat, woke = 0;
     int stranger = 0, found;
 
     prctl(PR_SET_NAME, "shmsock-keeper");
@@ -192,10 +195,11 @@ static void *run(void *arg)
             stranger = 1;
         }
         if (!GET(k->armed) || GET(k->nd->inert)) {
-            stranger |= sleep_until(k, w, n, next_beat);
+            woke = sleep_until(k, w, n, next_beat);
+            stranger |= woke == (uintptr_t)k->nd->sleeping_at;
             continue;
         }
-        found = rung_for(k, w, n) | sh_bells_differ(k->nd, GET(k->nd->known)); /* level, not edge: what came before arming, too */
+        found = rung_for(k, w, n, woke) | sh_bells_differ(k->nd, GET(k->nd->known)); /* level, not edge: what came before arming, too */
         if (!found && stranger && sh_bells_differ(k->nd, SH_ALL)) {
             SET(k->nd->strangers, 1);
             found = 1;
@@ -218,7 +222,8 @@ static void *run(void *arg)
             if (pause_ns > cap)
                 pause_ns = cap;
         }
-        stranger = sleep_until(k, w, n, until);
+        woke = sleep_until(k, w, n, until);
+        stranger = woke == (uintptr_t)k->nd->sleeping_at;
     }
     return NULL;
 }

@@ -5,8 +5,7 @@ functions on the loop that knows `.shm` hosts) and trio (shmsock.anyio). All of 
 so that each talks with each. Who serves prints its CA's certificate as a line of JSON, and ends with its
 standard input; who asks prints what it did.
 
-`faces.py calm serve KIND`, or `calm ask ...`: with a node that never spins, which the module's own functions
-are given. Then what it counted is printed last.
+`faces.py calm ROLE trio ...`: without spinning, and without TLS; what the node counted is printed last.
 """
 
 from __future__ import annotations
@@ -27,9 +26,6 @@ import shmsock
 
 STREAM, TLS, PROTOCOL, DATAGRAM = 7000, 7001, 7002, 7003
 MESSAGES, BULK = 200, 1_000_000
-
-calm: dict[str, Any] = {}
-"""node=, when it is not the one that the functions make by themselves."""
 
 
 class Echo(asyncio.Protocol):
@@ -137,10 +133,10 @@ async def serve_asyncio(stock: bool) -> None:
         await loop.create_server(Echo, host, PROTOCOL)
         await loop.create_datagram_endpoint(EchoDatagrams, local_addr=(host, DATAGRAM))
     else:
-        await shmsock.start_server(handle, None, STREAM, **calm)
-        await shmsock.start_server(handle, None, TLS, ssl=context, **calm)
-        await shmsock.create_server(Echo, None, PROTOCOL, **calm)
-        await shmsock.create_datagram_endpoint(EchoDatagrams, local_addr=(None, DATAGRAM), **calm)
+        await shmsock.start_server(handle, None, STREAM)
+        await shmsock.start_server(handle, None, TLS, ssl=context)
+        await shmsock.create_server(Echo, None, PROTOCOL)
+        await shmsock.create_datagram_endpoint(EchoDatagrams, local_addr=(None, DATAGRAM))
     print(json.dumps({"ca": pem}), flush=True)
     await end_of_input()
 
@@ -154,7 +150,7 @@ async def ask_asyncio(stock: bool, host: str, pem: str) -> list[str]:
     done = []
 
     for port, tls in ((STREAM, None), (TLS, client_context(pem))):
-        reader, writer = await open_connection(host, port, ssl=tls, **calm)
+        reader, writer = await open_connection(host, port, ssl=tls)
 
         async def send(data: bytes, writer: asyncio.StreamWriter = writer) -> None:
             writer.write(data)
@@ -167,7 +163,7 @@ async def ask_asyncio(stock: bool, host: str, pem: str) -> list[str]:
         writer.close()
         await writer.wait_closed()
 
-    transport, collector = await create_connection(Collector, host, PROTOCOL, **calm)
+    transport, collector = await create_connection(Collector, host, PROTOCOL)
 
     async def write(data: bytes) -> None:
         transport.write(data)
@@ -177,7 +173,7 @@ async def ask_asyncio(stock: bool, host: str, pem: str) -> list[str]:
     assert await collector.queue.get() == b""
     done.append(f"protocol with {transport.get_extra_info('peername')}")
 
-    udp, collector = await create_datagram_endpoint(Collector, remote_addr=(host, DATAGRAM), **calm)
+    udp, collector = await create_datagram_endpoint(Collector, remote_addr=(host, DATAGRAM))
     for size in (1, 0, 64, 1000, 65507, *[32] * 500):
         data = os.urandom(size)
         udp.sendto(data)
@@ -205,14 +201,14 @@ def run_asyncio(main: Any, kind: str) -> Any:
 # -- anyio on trio
 
 
-async def serve_trio() -> None:
+async def serve_trio(node: Any = None) -> None:
     import anyio
     import trio
     from anyio.streams.tls import TLSListener
 
     import shmsock.anyio as shm
 
-    pem, context = server_context()
+    pem, context = ("", None) if node else server_context()
 
     async def echo(stream: Any) -> None:
         async with stream:
@@ -228,10 +224,12 @@ async def serve_trio() -> None:
 
     async with anyio.create_task_group() as tasks:
         for port in (STREAM, PROTOCOL):
-            tasks.start_soon((await shm.create_shm_listener(local_port=port, **calm)).serve, echo)
-        secure = TLSListener(await shm.create_shm_listener(local_port=TLS, **calm), context)
-        tasks.start_soon(secure.serve, echo)
-        tasks.start_soon(echo_datagrams, await shm.create_shm_datagram_socket(local_port=DATAGRAM, **calm))
+            tasks.start_soon((await shm.create_shm_listener(local_port=port, node=node)).serve, echo)
+        if context is not None:
+            secure = TLSListener(await shm.create_shm_listener(local_port=TLS), context)
+            tasks.start_soon(secure.serve, echo)
+        datagrams = await shm.create_shm_datagram_socket(local_port=DATAGRAM, node=node)
+        tasks.start_soon(echo_datagrams, datagrams)
         print(json.dumps({"ca": pem}), flush=True)
         over = trio.Event()
         token = trio.lowlevel.current_trio_token()
@@ -245,7 +243,7 @@ async def serve_trio() -> None:
         tasks.cancel_scope.cancel()
 
 
-async def ask_trio(host: str, pem: str) -> list[str]:
+async def ask_trio(host: str, pem: str, node: Any = None) -> list[str]:
     import anyio
     from anyio.streams.buffered import BufferedByteReceiveStream
 
@@ -263,12 +261,13 @@ async def ask_trio(host: str, pem: str) -> list[str]:
         return found[0]
 
     done = []
-    for port, tls in ((STREAM, None), (TLS, client_context(pem)), (PROTOCOL, None)):
-        stream: Any = await shm.connect_shm(host, port, ssl_context=tls, **calm)
+    for port in (STREAM,) if node else (STREAM, TLS, PROTOCOL):
+        tls = client_context(pem) if port == TLS else None
+        stream: Any = await shm.connect_shm(host, port, ssl_context=tls, node=node)
         await conversation(stream.send, BufferedByteReceiveStream(stream).receive_exactly, both)
         done.append(type(stream).__name__)
         await stream.aclose()
-    async with await shm.create_connected_shm_datagram_socket(host, DATAGRAM, **calm) as sock:
+    async with await shm.create_connected_shm_datagram_socket(host, DATAGRAM, node=node) as sock:
         for size in (1, 0, 64, 1000, 65507, *[32] * 500):
             data = os.urandom(size)
             await sock.send(data)
@@ -277,29 +276,29 @@ async def ask_trio(host: str, pem: str) -> list[str]:
     return done
 
 
-async def calmly(work: Callable[..., Awaitable[Any]], *arguments: Any) -> list[Any]:
+async def calmly(work: Callable[..., Awaitable[list[str] | None]], *arguments: str) -> None:
     async with shmsock.attach(settings=shmsock.Settings(busy_poll_us=0, hot_us=0)) as node:
-        calm["node"] = node
-        made = await work(*arguments)
-        return [*(made or ()), node.statistics()]
+        done = await work(*arguments, node=node)
+        print(json.dumps([done, node.statistics()]))
 
 
 def main() -> None:
-    words = sys.argv[1:]
-    calmed = words[0] == "calm"
-    role, kind, *arguments = words[calmed:]
-    work: Any
+    if sys.argv[1] == "calm":
+        import trio
+
+        calm: Any = {"serve": serve_trio, "ask": ask_trio}[sys.argv[2]]
+        trio.run(calmly, calm, *sys.argv[4:])
+        return
+    role, kind, *arguments = sys.argv[1:]
     if kind == "trio":
         import trio
 
-        work = serve_trio if role == "serve" else ask_trio
-        made = trio.run(calmly, work, *arguments) if calmed else trio.run(work, *arguments)
+        work: Any = serve_trio if role == "serve" else ask_trio
+        made = trio.run(work, *arguments)
     else:
         stock = kind.startswith("stock-")
-        work = serve_asyncio if role == "serve" else ask_asyncio
-        work = calmly(work, stock, *arguments) if calmed else work(stock, *arguments)
-        made = run_asyncio(work, kind)
-    if made:
+        made = run_asyncio(serve_asyncio(stock) if role == "serve" else ask_asyncio(stock, *arguments), kind)
+    if role == "ask":
         print(json.dumps(made))
 
 
