@@ -19,6 +19,7 @@ from shmsock.aio.attach import prepare_region
 from shmsock.errors import RegionError, region_error
 from shmsock.fabric.layout import MAX_PEERS
 from shmsock.region.base import Region
+from shmsock.region.locks import SERVER_LOCK
 from shmsock.region.pci import normalize_address
 from shmsock.region.sizes import parse_size
 from shmsock.tools import look, reap, show
@@ -137,6 +138,12 @@ def create(path: str, size: int, peers: int, mode: int, force: bool) -> None:
 
 
 def _unused(region: Region) -> None:
+    if region.section_locked(SERVER_LOCK):
+        raise region_error(
+            errno.EBUSY,
+            f"region {region.path} is served by an ivshmem server: stop that one, or make another region",
+            region.path,
+        )
     if busy := look.busy_sections(region):
         raise region_error(
             errno.EBUSY,
@@ -243,6 +250,8 @@ def _carry_out(plan: Plan, yes: bool, dry_run: bool) -> None:
     if plan.steps:
         if dry_run:
             return
+        if os.geteuid() != 0:
+            raise Failed("only root can do this; nothing was changed")
         if not yes and not click.confirm("Do it?", err=True):
             raise Failed("nothing was changed")
         plan.apply()

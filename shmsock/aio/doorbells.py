@@ -76,7 +76,9 @@ class Ear:
             return
         node.engine.left_server(bell.news(), time.monotonic_ns())
         if bell.lost:
-            log.warning("%r: doorbells are gone: polling from now on: %s", node, bell.lost)
+            log.warning(
+                "%r goes on without doorbells (see woken_by in its statistics()): %s", node, bell.lost
+            )
             self.close()
             node.engine.wakes.withdraw()
         node.woken()

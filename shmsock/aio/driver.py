@@ -183,6 +183,8 @@ class Node:
 
     def _wake(self) -> None:
         """A bell moved, or it is time for a look."""
+        if self.closed:
+            return
         news = self.keeper.heard()
         if news & LOCK:
             self._unlocked = self.keeper.unlocked()
@@ -433,7 +435,12 @@ class Node:
                 pass  # the loop was closed just now
 
     def statistics(self) -> dict[str, Any]:
-        """Counters of the engine, and who is there: {"peers": [...]}, for tools."""
+        """Counters since attach, and what is so now. Of waking: `rung` and `suppressed` (not rung, as the
+        peer was awake, or had been rung), `received` and `spurious`, doorbells and futexes alike; `healed`:
+        lost, or forgotten, and found by a slow look; `woken_by`: by name, how each peer wakes this node,
+        "doorbell", "futex" or "polling"; `doorbell`: the own id on the ivshmem server, or None;
+        `doorbell_lost`: why there is none any more. `names`: who is there; `peers`: how many, this one
+        included."""
         counts: dict[str, Any] = dict(self.engine.statistics())
         counts["name"], counts["section"], counts["region"] = self.name, self.section, self.region.url
         counts["names"] = sorted(self.engine.peers.names())

@@ -32,6 +32,7 @@ __all__ = ["Engine", "Event"]
 EV_SLOT, EV_ADOPT, EV_MESSAGE = 0, 1, 2
 SAMPLE_NS = 75_000_000  # a bit less than a beat, which is what wakes a sleeping loop for it
 SAFETY_NS = 1_000_000_000
+COMING_NS = 5_000_000_000
 EVENTS_PER_PASS = 64
 COUNTERS = (
     "pumps",
@@ -416,12 +417,12 @@ class Engine:
         if self.settings.reap_after_s is not None:
             self._reap_silent(now_ns, int(self.settings.reap_after_s * 1e9))
         # A loop that sleeps is woken for this: seldom, as long as all is well.
-        watchful = self._orphans or self._tags or self._strangers() or self.peers.doubtful
+        watchful = self._orphans or self._tags or self._strangers(now_ns) or self.peers.doubtful
         self._next_sample = now_ns + (SAMPLE_NS if watchful else self._sample_ns)
 
-    def _strangers(self) -> bool:
-        """Is somebody about to attach, whose bell is adopted and who does not say yet that it is there?"""
-        return any(p.coming for p in self.peers.all)
+    def _strangers(self, now_ns: int) -> bool:
+        """Is somebody about to attach, who does not say yet that it is there? (Or was killed meanwhile.)"""
+        return any(p.coming and now_ns - p.beat_ns < COMING_NS for p in self.peers.all)
 
     def _reap_silent(self, now_ns: int, after_ns: int) -> None:
         load, seen = self.memory.load, self._reap

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 __all__ = ["Peer", "Peers"]
 
 SAMPLES = 10
-FORSAKEN_SAMPLES = 3
+BEAT_NS = 100_000_000
+FORSAKEN_SAMPLES, FORSAKEN_NS = 3, 225_000_000  # more than two beats
 ADOPTIONS_PER_S = 10
 VIOLATIONS = 3
 
@@ -39,6 +40,7 @@ class Peer:
         self.beat = -1
         self.beat_ns = 0
         self.samples = 0
+        self.lagging = False
         # the link
         self.connections: dict[int, Connection] = {}  # by the peer's slot
         self.credits = credits
@@ -90,7 +92,7 @@ class Peers:
         if life != peer.incarnation:
             peer.incarnation = life
             peer.who = self.layout.identity(peer.section)
-            peer.beat, peer.beat_ns, peer.samples = -1, now_ns, 0
+            peer.beat, peer.beat_ns, peer.samples = load(at + lay.BEAT), now_ns, 0
             peer.live = peer.watched = peer.forsaken = False
         peer.coming = peer.who is not None and bool(peer.claim) and state == 0
         if peer.who is None or not peer.claim or state not in (lay.LIVE, lay.LEAVING):
@@ -118,11 +120,12 @@ class Peers:
             if peer.section != self.own and peer.live:
                 beat = self.layout.memory.load(self.layout.section(peer.section) + lay.BEAT)
                 if beat != peer.beat:
-                    peer.beat, peer.beat_ns, peer.samples, peer.forsaken = beat, now_ns, 0, False
+                    self._moved(peer, beat, now_ns)
                 else:
                     peer.samples += 1
                     silent = peer.samples >= SAMPLES and now_ns - peer.beat_ns >= self.dead_after_ns
-                    if silent or (peer.forsaken and peer.samples >= FORSAKEN_SAMPLES):
+                    still = peer.samples >= FORSAKEN_SAMPLES and now_ns - peer.beat_ns >= FORSAKEN_NS
+                    if silent or (peer.forsaken and still):
                         peer.live = False
                         self._tell(peer)
             elif peer.who is not None and peer.section != self.own and peer.claim:
@@ -134,6 +137,14 @@ class Peers:
                 peer.here = False
                 gone.append(peer)
         return gone
+
+    def _moved(self, peer: Peer, beat: int, now_ns: int) -> None:
+        """Looks may be further apart than beats. If there were fewer beats than there was time for, it fell
+        silent between two looks: counted from when it did, and looked at more closely."""
+        beats, time = (beat - peer.beat) & 0xFFFFFFFFFFFFFFFF, now_ns - peer.beat_ns
+        peer.lagging = peer.beat >= 0 and not peer.lagging and (beats + 2) * BEAT_NS < time
+        peer.beat_ns = peer.beat_ns + beats * BEAT_NS if peer.lagging else now_ns
+        peer.beat, peer.samples, peer.forsaken = beat, 0, False
 
     def declare_dead(self, peer: Peer) -> None:
         """The kernel said so: its lock fell."""
@@ -149,7 +160,7 @@ class Peers:
     @property
     def doubtful(self) -> bool:
         """Is there one whose beat stood still at the last look?"""
-        return any(p.live and (p.samples or p.forsaken) for p in self.all)
+        return any(p.live and (p.samples or p.lagging or p.forsaken) for p in self.all)
 
     def same_kernel(self, peer: Peer) -> bool:
         known = peer.who is not None and peer.who.boot_id == self.me.boot_id != bytes(16)

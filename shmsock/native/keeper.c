@@ -276,7 +276,7 @@ int sh_keeper_arm(sh_keeper *k, uint64_t deadline_ns)
         SET(k->armed, 0);
         return 0;
     }
-    if (!k->futexes || GET(k->nd->polled) || k->nd->kick)
+    if (GET(k->nd->polled) || k->nd->kick)
         wake(k); /* it sleeps until the next beat, and is to look more often, or at somebody else */
     k->nd->kick = 0;
     return 1;

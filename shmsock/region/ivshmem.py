@@ -108,9 +108,8 @@ class IvshmemDoorbell(Doorbell):
             gone = isinstance(error, ConnectionResetError) and not isinstance(error, ProtocolViolation)
             what = "has gone" if gone else f"cannot be understood any more ({self._explain(error)})"
             self.lost = (
-                f"the ivshmem server at {self.path} {what}: nobody says who comes and goes, and no other "
-                "server can take its peers over; it goes on by polling; for doorbells, start the server and "
-                "all of its peers anew"
+                f"the ivshmem server at {self.path} {what}, and another cannot take its peers over; to have "
+                "doorbells again, start the server and all of its peers anew, guests included"
             )
         return left
 
@@ -391,7 +390,9 @@ def _connect(path: str, deadline: float) -> socket.socket:
 
 def _explain_connect(error: OSError, path: str) -> RegionError:
     code = error.errno or errno.EIO
-    start = f"start one: `shmsock ivshmem-server --socket {path} --region memfd --size 64M`"
+    start = (
+        f"start one, on the region that its peers had: `shmsock ivshmem-server --socket {path} --region FILE`"
+    )
     if code in (errno.ENOENT, errno.ENOTDIR):
         text = f"there is no ivshmem server at {path}, not even a socket: {start}"
     elif code == errno.ECONNREFUSED:

@@ -12,7 +12,10 @@ import fcntl
 import os
 import struct
 
-__all__ = ["is_locked", "supported", "try_lock", "unlock"]
+__all__ = ["SERVER_LOCK", "is_locked", "supported", "try_lock", "unlock"]
+
+SERVER_LOCK = 4096
+"""The byte of the ivshmem server that serves this file; those of the sections are below."""
 
 # struct flock: short l_type, short l_whence, off_t l_start, off_t l_len, pid_t l_pid (must be 0 for these
 # locks).

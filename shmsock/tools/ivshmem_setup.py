@@ -37,7 +37,6 @@ __all__ = [
 MEMFD = "memfd"
 """In place of a file: memory without a name, which goes with the last process that has it."""
 
-_SERVER_LOCK = 4096  # byte of the file; those of the sections are below
 _FIRST_FD = 3  # SD_LISTEN_FDS_START
 _PATH_BYTES = 107  # sockaddr_un.sun_path, but for the zero at its end
 _PROBE_S = 0.05
@@ -134,7 +133,7 @@ def _lock(path: str) -> int:
     descriptor is nobody else's, so that the lock falls with this process."""
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-        if locks.supported(fd) and not locks.try_lock(fd, _SERVER_LOCK):
+        if locks.supported(fd) and not locks.try_lock(fd, locks.SERVER_LOCK):
             raise region_error(
                 errno.EBUSY,
                 f"region {path} is served by another ivshmem server already: stop that one, or name another "

@@ -416,7 +416,7 @@ def test_server_killed(run: Run, server: Server, caplog: pytest.LogCaptureFixtur
                     for why in map(str, ends.counts("doorbell_lost"))
                 )
                 told = [
-                    r.getMessage() for r in caplog.records if "doorbells are gone: polling" in r.getMessage()
+                    r.getMessage() for r in caplog.records if "goes on without doorbells" in r.getMessage()
                 ]
                 assert len(told) == 2
             assert ends.counts("healed") == (0, 0)

@@ -450,7 +450,7 @@ def test_server_dies(server: FakeServer) -> None:
         server.die()
         assert told(bell) == [peer + 2]
         assert f"the ivshmem server at {server.path} has gone" in bell.lost
-        assert "polling" in bell.lost
+        assert "start the server and all of its peers anew" in bell.lost
         assert bell.server_fd == number
         assert number in open_files()  # whoever watches it can still stop
         assert bell.news() == []
