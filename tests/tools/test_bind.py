@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from shmsock import cli
 from shmsock.errors import RegionError
 from shmsock.region.iommu import NOIOMMU_SWITCH
-from shmsock.tools.bind import Plan, plan_bind, plan_unbind
+from shmsock.tools.bind import Plan, Step, plan_bind, plan_unbind
 from tests.region.conftest import FakeSysfs
 from tests.region.fake_vfio import put_in_group
 from tests.region.test_pci import failing
@@ -110,6 +110,7 @@ def shmsock(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Re
     options: dict[str, Any] = {"sysfs": kernel.root, "dev": "/dev/vfio", "proc": str(kernel.proc)}
     monkeypatch.setattr(cli, "plan_bind", partial(plan_bind, **options))
     monkeypatch.setattr(cli, "plan_unbind", partial(plan_unbind, **options))
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
     return lambda *arguments, text="": CliRunner().invoke(
         cli.cli, list(arguments), input=text, prog_name="shmsock"
     )
@@ -340,3 +341,14 @@ def test_still_bound(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "happen", lambda path, text: None)
     with pytest.raises(RegionError, match="is bound to vfio-pci still"):
         kernel.unbind().apply()
+
+
+def test_only_root_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    written = tmp_path / "x"
+    plan = Plan("a plan", [Step("why", str(written), "1")])
+    monkeypatch.setattr(cli, "plan_bind", lambda *_, **__: plan)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    for options in ([], ["--yes"]):
+        result = CliRunner().invoke(cli.cli, ["bind", *options, ADDRESS], prog_name="shmsock")
+        assert (result.exit_code, "only root" in result.stderr, "Do it?" in result.stderr) == (1, True, False)
+    assert not written.exists()

@@ -700,6 +700,21 @@ def test_bad_sockets(place: Path) -> None:
     assert (place / "s").exists()
 
 
+def test_one_server_for_a_file(start: Start, place: Path) -> None:
+    server, file = start(region=place / "region"), place / "region"
+    status, said = run(place, socket=place / "other", region=file, size=None)
+    assert (status, "is served by another ivshmem server already" in said) == (1, True)
+    created = CliRunner().invoke(cli, ["create", str(file), "--size", "2M", "--force"], prog_name="shmsock")
+    assert (created.exit_code, "is served by an ivshmem server" in created.stderr) == (1, True)
+    server.kill()  # the lock falls with it, though clients may have the file still
+    start(region=file, size=None).stop()
+
+
+def test_more_memory_than_there_is(place: Path) -> None:
+    status, said = run(place, size="1024T")
+    assert (status, "of memory are free: use a smaller size" in said) == (1, True)
+
+
 def test_no_permission_for_the_socket(place: Path) -> None:
     if os.geteuid() == 0:
         place.chmod(0o755)
