@@ -403,7 +403,8 @@ class Engine:
         for peer in self.peers.sample(now_ns):
             self._lost(peer, now_ns)
         for peer in self.peers.all:
-            self._watch_lock(peer)
+            if peer.live and not peer.watched:
+                self._watch_lock(peer)
         for section in list(self._tags):
             if now_ns >= self.peers[section].ignore_until_ns:
                 self.tag_changed(self.peers[section], now_ns)
@@ -428,7 +429,8 @@ class Engine:
         load, seen = self.memory.load, self._reap
         for peer in self.peers.all:
             if peer.live or not peer.claim or peer.section == self.section:
-                seen.pop(peer.section, None)
+                if seen:
+                    seen.pop(peer.section, None)
                 continue
             at = self.layout.section(peer.section)
             now = (peer.claim, load(at + lay.BEAT))
