@@ -29,7 +29,7 @@ class Keeper:
 
     def __init__(self, core: Core, nd: Any, *, lock_fd: int, look_cap_us: int, futex: bool = False) -> None:
         """`futex`: rings can be waited for. `look_cap_us`: for who rings nothing."""
-        self._lib, self._nd = core.lib, nd
+        self._core, self._lib, self._nd = core, core.lib, nd
         self.fd = eventfd()
         error = core.ffi.new("int *")
         self._keeper = core.lib.sh_keeper_start(
@@ -39,16 +39,21 @@ class Keeper:
             os.close(self.fd)
             raise OSError(error[0], f"cannot start the keeper thread: {os.strerror(error[0])}")
 
-    def arm(self, deadline_ns: int) -> bool:
-        """Fall asleep: `fd` becomes readable once, when a bell moved, or at the first beat after the
-        deadline. False: a bell has moved, pump again."""
-        return bool(self._lib.sh_keeper_arm(self._keeper, deadline_ns))
+    def arm(self, hurry: bool) -> bool:
+        """Fall asleep: `fd` becomes readable once, when a bell moved, or at the first beat after the engine
+        wants a pass (`hurry`: at the next beat). False: a bell has moved, pump again."""
+        return bool(self._lib.sh_keeper_arm(self._keeper, hurry))
 
     def heard(self) -> int:
         """Empty the eventfd. Before the pump looks, never after: what comes in between must make it readable
         again. Returns what is to be asked besides: LOCK (see unlocked()), DOUBT (a doorbell may be lost)."""
         bits: int = self._lib.sh_keeper_heard(self._keeper)
         return bits
+
+    @property
+    def address(self) -> int:
+        """Of what C calls sh_keeper."""
+        return int(self._core.ffi.cast("uintptr_t", self._keeper))
 
     def watch(self, section: int, locked: bool) -> None:
         """Watch the lock of that section, or stop watching it."""

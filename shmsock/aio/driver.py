@@ -1,9 +1,5 @@
-"""The node of one event loop: runs the engine's pump as a callback, hot while bytes move, cold on one
-eventfd.
-
-The pump is the same for every loop: look, hand out events, decide whether to come again by `call_soon` or to
-let the keeper watch. It is a callback, never a task, in a context of its own.
-"""
+"""The node of one event loop: runs the engine's pump (turn.py), hands out its events, and is what connects,
+listens and closes."""
 
 from __future__ import annotations
 
@@ -19,6 +15,7 @@ from typing import Any, Protocol
 
 from shmsock.address import is_any, is_local, normalize_name
 from shmsock.aio.doorbells import Ear
+from shmsock.aio.turn import Turn
 from shmsock.errors import address_unavailable, forked, wrong_thread
 from shmsock.fabric import layout as lay
 from shmsock.fabric.connection import Connection
@@ -31,9 +28,6 @@ from shmsock.region.base import Region
 from shmsock.wakeup import DOUBT, LOCK, Keeper
 
 __all__ = ["Handler", "Loop", "Node", "slowness", "yield_once"]
-
-CREDIT_CAP_NS = 5_000_000
-SKIP_NS = 50_000
 
 
 class Loop(Protocol):
@@ -100,48 +94,34 @@ class _Opening:
             self.waiter.set_exception(error)
 
 
-class Node:
+class Node(Turn):  # type: ignore[misc]
     """This process's side of a region, for one event loop. Made by attach(); not thread-safe, as asyncio's
     objects are not."""
+
+    closed: bool
+    scheduled: bool
 
     def __init__(self, region: Region, engine: Engine, keeper: Keeper, loop: Loop, slow: int = 1) -> None:
         self.region, self.engine, self.keeper = region, engine, keeper
         self.loop: Any = loop  # a Loop to the node; asyncio's transports know it as theirs
         self.lib, self.nd = engine.lib, engine.nd
         self.name, self.section = engine.name, engine.section
-        self.ident = threading.get_ident()
+        super().__init__(engine, keeper, loop, contextvars.Context(), threading.get_ident())
         self.pid = os.getpid()
-        self.context = contextvars.Context()
-        self.scheduled = False  # the pump will run in the next turn of the loop
         self.transports: set[Any] = set()
         self.servers: set[Any] = set()
         self._flushed: asyncio.Future[None] | None = None
         self.guard: Any = None  # what detaches an implicit node when its loop ends
-        #: What the loop runs next; whenever a read asks, the pump is in it, so more than one means: do not
-        #: spin. uvloop and trio keep theirs to themselves: there it stands for the pump and for the tasks
-        #: that the pump woke and that have not run yet.
-        self.queue: Any = getattr(loop, "_ready", None)
-        self._known = self.queue is not None
-        if not self._known:
-            self.queue = [None]
-        self._moved = 0
-        self._unlocked = 0  # mask of sections whose lock fell
-        self._last_pump = self._last_hit = time.monotonic_ns()
-        self._gap = 1 << 62
-        self._credit = CREDIT_CAP_NS
-        #: A reader is about to look at its ring itself, after this turn of the loop: so many passes of the
-        #: pump may be left out, soon after the last one. What a pass acknowledges, the peer must tell anew.
-        self.polled = 0
-        self._idle_turns, self._hot_turns = 0, getattr(loop, "hot_turns", 1 << 62)
-        self._one_cpu = len(os.sched_getaffinity(0)) == 1
         us = engine.settings
-        self._hot_ns = us.hot_us * 1000 * slow
+        one_cpu = len(os.sched_getaffinity(0)) == 1
+        hot_turns = getattr(loop, "hot_turns", 1 << 62)
+        self.lib.sh_hot(self.nd, us.hot_us * 1000 * slow, hot_turns, one_cpu)
         # On one CPU a spin that does not yield only keeps the peer from answering.
-        yield_ns = 0 if self._one_cpu else 1000
+        yield_ns = 0 if one_cpu else 1000
         self.lib.sh_node_settings(self.nd, us.hold_us * 1000, us.busy_poll_us * 1000 * slow, yield_ns)
         self.context.run(loop.add_reader, keeper.fd, self._wake)
         self.ear = Ear(self, region.doorbell if engine.settings.doorbells else None)
-        self.closed = False
+        self.listens = self.ear.bell is not None
         self.begin_turn()
 
     def __repr__(self) -> str:
@@ -159,60 +139,18 @@ class Node:
             raise forked(repr(self))
         self.engine.check()
 
-    def begin_turn(self) -> None:
-        """What happens now happens in a turn of the loop that has its own budget, and a pump follows it."""
-        if threading.get_ident() != self.ident:
-            raise wrong_thread(repr(self))
-        self.scheduled = True
-        self.lib.sh_turn(self.nd)
-        self.loop.call_soon(self._pump, context=self.context)
-
-    def may_spin(self) -> bool:
-        """Nothing else is to be run by this loop, as far as can be known. (The pump must be scheduled.)"""
-        return len(self.queue) < 2
-
-    def will_run(self) -> None:
-        """The pump woke a task."""
-        if not self._known:
-            self.queue.append(None)
-
-    def runs(self) -> None:
-        """And it runs."""
-        if not self._known:
-            self.queue.pop()
-
-    def _wake(self) -> None:
-        """A bell moved, or it is time for a look."""
-        if self.closed:
-            return
-        news = self.keeper.heard()
+    def _heard(self, news: int) -> None:
         if news & LOCK:
-            self._unlocked = self.keeper.unlocked()
-        if news & DOUBT or self.ear.bell is not None:
+            self.unlocked = self.keeper.unlocked()
+        self.listens = self.ear.bell is not None
+        if news & DOUBT or self.listens:
             self.ear.look()
-        if self._flushed is not None:
-            self.flushed()
-        if not self.scheduled:
-            self._pump()
+        self.flushed()
 
-    def woken(self) -> None:
-        """Something rang: look."""
-        if not self.scheduled:
-            self._pump()
-
-    def _pump(self) -> None:
-        self.scheduled = False
-        if self.closed:
-            return
-        now = time.monotonic_ns()
-        if self.polled:
-            self.polled -= 1
-            if now - self._last_pump < SKIP_NS:
-                self.begin_turn()
-                return
+    def _attend(self, words: list[int] | None, now: int) -> bool:
         engine = self.engine
-        unlocked, self._unlocked = self._unlocked, 0
-        events = engine.pump(now, unlocked)
+        unlocked, self.unlocked = self.unlocked, 0
+        events = engine.take_in(words, now, unlocked)
         for i, (kind, target, arg) in enumerate(events):
             try:
                 if kind != "ready":
@@ -230,43 +168,7 @@ class Node:
                         "node": self,
                     }
                 )
-        if self.scheduled or self.closed:
-            return
-        # Those who were told of something run first: going to sleep can wait.
-        if events or self._stay_hot(now) or not self._fall_asleep(now):
-            self.begin_turn()
-
-    def _fall_asleep(self, now: int) -> bool:
-        """False: somebody was quicker. A node that is over sleeps for good."""
-        engine = self.engine
-        return not engine.alive or self.keeper.arm(now if self._flushed else engine.next_deadline())
-
-    def _stay_hot(self, now: int) -> bool:
-        """Come again at once? When something is owed; or when bytes moved, they moved shortly before as well,
-        and looking in vain has not used more than a quarter of the time."""
-        moved = self.lib.sh_moved(self.nd)
-        since, self._last_pump = now - self._last_pump, now
-        if moved != self._moved:
-            self._moved = moved
-            self._gap, self._last_hit, self._idle_turns = now - self._last_hit, now, 0
-            self._credit = min(self._credit + since, CREDIT_CAP_NS)
-        else:
-            self._idle_turns += 1
-            hot = now - self._last_hit < self._hot_ns
-            self._credit = (
-                max(self._credit - since, 0) if hot else min(self._credit + since // 4, CREDIT_CAP_NS)
-            )
-        if not self.engine.quiet:
-            return True
-        hot = (
-            self._gap < self._hot_ns
-            and now - self._last_hit < self._hot_ns
-            and self._credit > 0
-            and self._idle_turns < self._hot_turns
-        )
-        if hot and (self._idle_turns or self._one_cpu):
-            os.sched_yield()  # whoever is to answer may need this CPU
-        return hot
+        return bool(events)
 
     def _dispatch(self, kind: str, target: Any, arg: Any) -> None:
         if kind == "accepted":
@@ -377,7 +279,7 @@ class Node:
         end = time.monotonic() + self.engine.settings.flush_s
         try:
             while self.engine.alive and time.monotonic() < end and any(t.flushing for t in self.transports):
-                self._flushed = self.loop.create_future()
+                self._flushed, self.hurry = self.loop.create_future(), True
                 await self._flushed  # each beat of the keeper ends it
         finally:
             self.close()

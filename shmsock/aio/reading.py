@@ -29,6 +29,7 @@ class ReadSide(FlowControl, asyncio.Transport):
 
     node: Node
     conn: Connection
+    port: Any
     context: contextvars.Context
     _closing: bool
     _lost: bool
@@ -83,9 +84,7 @@ class ReadSide(FlowControl, asyncio.Transport):
             return -1
         if self._poll is None:
             self._poll = PollFd()
-            reader = self.reader() if self.reader is not None else None
-            if reader is not None:
-                reader._fast = False  # the short cuts tell nobody that they have emptied the ring
+            self.port.fast = False  # the short cuts tell nobody that they have emptied the ring
         self.update_poll()
         return self._poll.fd
 

@@ -12,11 +12,13 @@ import ssl
 import threading
 import warnings
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 from shmsock.aio.driver import Node, yield_once
 from shmsock.aio.tls import start_tls
 from shmsock.aio.transport import ShmTransport
+from shmsock.aio.turn import accelerator
 from shmsock.fabric.connection import CLOSED, EMPTY, EOF, RESET, STALE, YIELD, State
 
 __all__ = ["ShmStreamReader", "ShmStreamReaderProtocol", "ShmStreamWriter", "adopt"]
@@ -48,20 +50,22 @@ class ShmStreamReader(asyncio.StreamReader):
     _loop: asyncio.AbstractEventLoop
 
     _direct = False  # bytes are taken from the ring, by this reader alone
-    _fast = False  # direct, and no exception is set and nobody waits: what the short cuts ask
+    _port: Any = SimpleNamespace(fast=False, woken=False)  # what the short cuts ask
     _spun = False  # a short cut has spun in vain just now
-    _was_woken = False
     _late: BaseException | None = None  # raised when what is in the buffer was read
 
     def _attach(self, transport: ShmTransport) -> None:
         """Direct mode from here on. (A method and not __init__: stock readers are adopted by changing their
         class.)"""
-        self._direct = self._fast = transport.conn.state is not State.FREE
+        self._port = transport.port
+        self._direct = self._port.fast = transport.conn.state is not State.FREE
         self._node, self._conn, self._ep = transport.node, transport.conn, transport.conn.ep
         lib = transport.node.lib
         self._begin, self._exactly, self._end = lib.sh_read_begin, lib.sh_read_exactly, lib.sh_read_end
         self._rx, self._rx_bytes = transport.conn.rx, transport.conn.rx_bytes
         transport.adopt(self, weakref.ref(self))
+        if self._direct:
+            self._port.attach(self)
 
     def _maybe_resume_transport(self) -> None:
         """Called by asyncio whenever bytes were taken out of the buffer."""
@@ -71,11 +75,12 @@ class ShmStreamReader(asyncio.StreamReader):
 
     def _detach(self) -> None:
         """The transport is over. What is in the buffer can still be read."""
-        self._direct = self._fast = False
+        self._direct = False
+        self._port.detach()
 
     def set_exception(self, exc: Any) -> None:
         """As asyncio's, but what had arrived before a connection was lost can still be read."""
-        self._fast = False
+        self._port.fast = False
         if isinstance(exc, ConnectionError) and isinstance(self._transport, ShmTransport):
             if self._eof:
                 return
@@ -102,7 +107,7 @@ class ShmStreamReader(asyncio.StreamReader):
 
     async def read(self, n: int = -1) -> bytes:
         """As asyncio's: up to n bytes, b"" at EOF. Raises ConnectionResetError."""
-        if n > 0 and self._fast and not self._buffer:
+        if n > 0 and self._port.fast and not self._buffer:
             node = self._node
             if not node.scheduled:
                 node.begin_turn()
@@ -124,7 +129,7 @@ class ShmStreamReader(asyncio.StreamReader):
 
     async def readexactly(self, n: int) -> bytes:
         """As asyncio's: n bytes, or asyncio.IncompleteReadError."""
-        if 0 < n <= COPY_MAX and self._fast and not self._buffer:
+        if 0 < n <= COPY_MAX and self._port.fast and not self._buffer:
             node = self._node
             if not node.scheduled:
                 node.begin_turn()
@@ -190,20 +195,21 @@ class ShmStreamReader(asyncio.StreamReader):
                 f"{func_name}() called while another coroutine is already waiting for incoming data"
             )
         self._waiter = self._loop.create_future()
-        self._fast = False
+        port = self._port
+        port.fast = False
         if self._direct and self._transport._poll is not None:
             self._transport.update_poll()
         try:
             await self._waiter
         except asyncio.CancelledError:
-            if self._was_woken:  # what it was woken for is to be told to those who look at the buffer
+            if port.woken:  # what it was woken for is to be told to those who look at the buffer
                 self._loop.call_soon(self._on_ready, context=self._node.context)
             raise
         finally:
             self._waiter = None
-            self._fast = self._direct and self._exception is None and self._transport._poll is None
-            if self._was_woken:
-                self._was_woken = False
+            port.fast = self._direct and self._exception is None and self._transport._poll is None
+            if port.woken:
+                port.woken = False
                 self._node.runs()
 
     def _pull(self, room: int, spin: bool) -> int:
@@ -241,8 +247,8 @@ class ShmStreamReader(asyncio.StreamReader):
         if waiter is not None:
             if not waiter.done():
                 waiter.set_result(None)
-                if not self._was_woken:
-                    self._was_woken = True
+                if not self._port.woken:
+                    self._port.woken = True
                     self._node.will_run()
             return
         if len(self._buffer) < IDLE_MAX and not self._eof and self._exception is None:
@@ -257,7 +263,7 @@ async def drain(transport: ShmTransport) -> None:
             node.begin_turn()
         if node.lib.sh_over(node.nd):
             await yield_once()
-    if not transport.calm:
+    if not transport.port.calm:
         await _wait_for_space(transport, node)
 
 
@@ -291,20 +297,22 @@ class ShmStreamWriter(asyncio.StreamWriter):
 
     _transport: ShmTransport
     _reader: Any
+    _port: Any = SimpleNamespace(calm=False)
 
     def _attach(self) -> ShmStreamWriter:
         self.write = self._transport.write  # type: ignore[method-assign]  # one call less on the way
+        self._port = self._transport.port
         return self
 
     async def drain(self) -> None:
         """Wait until the peer has taken enough. Raises ConnectionResetError, BrokenPipeError. Cancelling
         loses nothing."""
-        transport = self._transport
-        if transport.calm:
+        port = self._port
+        if port.calm:
             # Reads look at the clock each time; of drains every eighth is enough to keep a turn within its
             # budget.
-            transport.drains += 1
-            if transport.drains & 7:
+            port.drains += 1
+            if port.drains & 7:
                 return
         await super().drain()
 
@@ -319,7 +327,7 @@ class ShmStreamWriter(asyncio.StreamWriter):
         """As asyncio's (which has it from 3.11 on), on every loop and version: from here on all is
         encrypted, and this writer is a plain asyncio.StreamWriter."""
         protocol: Any = self._protocol  # type: ignore[attr-defined]
-        if not self._transport.calm:
+        if not self._port.calm:
             await self.drain()  # not otherwise: it may let the loop turn, and the peer's handshake come early
         transport = await start_tls(
             self._loop,  # type: ignore[attr-defined]
@@ -347,6 +355,13 @@ class ShmStreamWriter(asyncio.StreamWriter):
             return
         transport.node.call(transport.close)
         warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2)
+
+
+if accelerator is not None:
+    method, reader, writer = accelerator.method, asyncio.StreamReader, asyncio.StreamWriter
+    for _name in ("read", "readexactly", "readline"):
+        setattr(ShmStreamReader, _name, method(_name, reader, getattr(reader, _name)))
+    ShmStreamWriter.drain = method("drain", writer, writer.drain)  # type: ignore[method-assign]
 
 
 class ShmStreamReaderProtocol(asyncio.StreamReaderProtocol):

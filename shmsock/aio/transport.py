@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from shmsock.aio import names
 from shmsock.aio.pseudosocket import PseudoSocket
 from shmsock.aio.reading import ReadSide
+from shmsock.aio.turn import Port, accelerator
 from shmsock.errors import forked, wrong_thread
 from shmsock.fabric.connection import (
     BAD,
@@ -81,10 +82,11 @@ class ShmTransport(ReadSide):
         super().__init__(protocol, {"peername": remote, "sockname": local, "shmsock_node": node}, node.loop)
         self.node, self.conn, self.context = node, conn, context
         self._ep, self._write_ring, self._ident = conn.ep, conn.engine.lib.sh_write, node.ident
+        self.port = Port(node, conn, self)
+        if accelerator is not None:
+            self.write = self.port.write  # type: ignore[method-assign]
         self._server = server
         self._pending = bytearray()  # what the ring had no room for
-        self.calm = True  # writes go straight to the ring and drain() has nothing to wait for: see _settle()
-        self.drains = 0
         self._eof_wanted = False  # write_eof() was called: FIN follows _pending
         self._closing = False
         self._lost = False  # connection_lost() is on its way, or was called
@@ -172,7 +174,8 @@ class ShmTransport(ReadSide):
 
     def freed(self) -> None:
         """Slot and ring are the engine's again, and soon another connection's: hands off."""
-        self.calm = False
+        self.port.calm = False
+        self.port.detach()
         reader = self.reader() if self.reader is not None else None
         if reader is not None:
             reader._detach()
@@ -200,16 +203,19 @@ class ShmTransport(ReadSide):
 
         Raises TypeError, RuntimeError after write_eof() or from another thread.
         """
-        if self.calm and type(data) is bytes:
+        if self.port.calm and type(data) is bytes:
             n = len(data)
             taken = self._write_ring(self._ep, data, n)
             if taken == n:
                 if not self.node.scheduled:
                     self.node.begin_turn()
                 return
-            if taken > 0:
-                data = memoryview(data)[taken:]
-        self._write_slowly(data)
+            self._write_rest(data, taken)
+        else:
+            self._write_slowly(data)
+
+    def _write_rest(self, data: Any, taken: int) -> None:
+        self._write_slowly(memoryview(data)[taken:] if taken > 0 else data)
 
     def _write_slowly(self, data: Any) -> None:
         self._check_thread()
@@ -236,7 +242,7 @@ class ShmTransport(ReadSide):
                 return
             data = memoryview(data)[taken:]
         self._pending += data
-        self.calm = False
+        self.port.calm = False
         self._maybe_pause_protocol()
 
     def writelines(self, list_of_data: Any) -> None:
@@ -271,7 +277,7 @@ class ShmTransport(ReadSide):
         if self._closing or self._read_eof or unread or self.conn.error is not None or status == STALE:
             self.force_close(error)
         else:
-            self._broken, self.calm = error, False
+            self._broken, self.port.calm = error, False
             self._resume_protocol()
             self._wake_writer()
 
@@ -307,7 +313,7 @@ class ShmTransport(ReadSide):
 
     def _settle(self) -> None:
         is_open = self.conn.state is State.OPEN
-        self.calm = is_open and not (self._pending or self._closing or self._eof_wanted or self._broken)
+        self.port.calm = is_open and not (self._pending or self._closing or self._eof_wanted or self._broken)
 
     def _wake_writer(self) -> None:
         for waiter in self.space_waiters:
@@ -319,7 +325,7 @@ class ShmTransport(ReadSide):
         self._check_thread()
         if self._closing or self._eof_wanted:
             return
-        self._eof_wanted, self.calm = True, False
+        self._eof_wanted, self.port.calm = True, False
         if not self._pending:
             self.conn.finish()
 
@@ -345,7 +351,7 @@ class ShmTransport(ReadSide):
         self._check_thread()
         if self._closing:
             return
-        self._closing, self.calm = True, False
+        self._closing, self.port.calm = True, False
         if not self._pending:
             self._finish_close()
 
@@ -378,7 +384,7 @@ class ShmTransport(ReadSide):
         """As abort(), and connection_lost(error) follows."""
         if self._lost:
             return
-        self._closing, self.calm = True, False
+        self._closing, self.port.calm = True, False
         self._pending.clear()
         if self.node.engine.alive:
             if self._linger() == NO_LINGER:
@@ -429,7 +435,7 @@ class ShmTransport(ReadSide):
     def node_closed(self) -> None:
         """The node detaches: like a process's end, what is open is closed."""
         if not self._lost:
-            self._closing, self.calm = True, False
+            self._closing, self.port.calm = True, False
             if self._pending:
                 self._pending.clear()
                 self.conn.cut()

@@ -1,6 +1,6 @@
 """The engine: one process's side of a region. It knows no event loop and no clock: `now_ns` (monotonic
-nanoseconds) is an argument, what happened comes back as events, and when it wants to be called again says
-`next_deadline()`.
+nanoseconds) is an argument, what happened comes back as events, and when it wants to be called again it tells
+the core (sh_due).
 
 A byte's way does not lead through here: Connection.write and .read go straight to C. Here is what happens
 seldom: links that appear and vanish, connections that are opened, answered and released, and the slow looks
@@ -17,6 +17,7 @@ from shmsock.errors import NodeClosedError, node_closed
 from shmsock.fabric import layout as lay
 from shmsock.fabric.attach import Claim, Locks
 from shmsock.fabric.connection import STALE, Connection, State
+from shmsock.fabric.counters import OF_CORE, OF_ENGINE
 from shmsock.fabric.datagrams import Datagrams
 from shmsock.fabric.handshake import Handshake
 from shmsock.fabric.layout import Identity, Layout
@@ -34,26 +35,6 @@ SAMPLE_NS = 75_000_000  # a bit less than a beat, which is what wakes a sleeping
 SAFETY_NS = 1_000_000_000
 COMING_NS = 5_000_000_000
 EVENTS_PER_PASS = 64
-COUNTERS = (
-    "pumps",
-    "reads",
-    "writes",
-    "bytes_in",
-    "bytes_out",
-    "notifies",
-    "notifies_pending",
-    "spin_hits",
-    "spin_misses",
-    "wakeups",
-    "healed",
-    "bells",
-    "datagrams_in",
-    "datagrams_out",
-    "rung",
-    "suppressed",
-    "received",
-    "spurious",
-)
 
 
 class Event(NamedTuple):
@@ -111,18 +92,7 @@ class Engine:
         self.listeners = Listeners(self)
         self.handshake = Handshake(self)
         self.datagrams = Datagrams(self)
-        self.counts = {
-            "accepted": 0,
-            "connected": 0,
-            "refused": 0,
-            "violations": 0,
-            "adoptions": 0,
-            "peers_lost": 0,
-            "datagrams_unreachable": 0,
-            "datagrams_dropped_full": 0,
-            "datagrams_dropped_unsent": 0,
-            "datagrams_lost_unread": 0,
-        }
+        self.counts = dict.fromkeys(OF_ENGINE, 0)
         self._out = self.ffi.new("uint64_t[]", EVENTS_PER_PASS)
         self._events: list[Event] = []
         self._failure: OSError | None = None
@@ -130,9 +100,11 @@ class Engine:
         self.mail: set[int] = set()
         self._tags: set[int] = set()  # links whose tag changed while they were ignored
         self._condemned: set[int] = set()  # peers that broke the rules too often: the pump drops them
+        #: while one of these is not empty, a pass is owed
+        self.owed: tuple[Any, ...] = (self._events, self.mail, self._condemned)
         self._reap: dict[int, tuple[int, int, int]] = {}
-        self._next_sample = now_ns
         self._next_safety = now_ns + SAFETY_NS
+        self._sample_at(now_ns)
         self._attach(identity, doorbell, futex, now_ns)
 
     # -- life
@@ -159,7 +131,7 @@ class Engine:
         """The ivshmem server says that these peers of it are gone."""
         for peer in self.wakes.left(ids):
             self.peers.forsake(peer, now_ns)
-            self._next_sample = now_ns
+            self._sample_at(now_ns)
 
     def _pair_inc(self, of: int, towards: int) -> int:
         """Random, not 0, and not what the word holds now."""
@@ -207,6 +179,11 @@ class Engine:
         )
 
     @property
+    def address(self) -> int:
+        """Of what C calls sh_node."""
+        return int(self.ffi.cast("uintptr_t", self.nd))
+
+    @property
     def alive(self) -> bool:
         return self._failure is None
 
@@ -223,14 +200,20 @@ class Engine:
     def pump(self, now_ns: int, unlocked: int = 0) -> list[Event]:
         """One pass. `unlocked`: a mask of sections whose lock fell (Keeper.unlocked). Returns events, oldest
         first."""
-        if self._failure is not None:
+        return self.take_in(self.look(), now_ns, unlocked)
+
+    def look(self) -> list[int] | None:
+        """The core's part of a pass: what it found, for take_in(). None: this node is over."""
+        n = self.lib.sh_pump(self.nd, self._out, EVENTS_PER_PASS) if self._failure is None else STALE
+        return None if n == STALE else self._out[0:n]
+
+    def take_in(self, words: list[int] | None, now_ns: int, unlocked: int = 0) -> list[Event]:
+        """The engine's part: see pump()."""
+        if words is None:
+            if self._failure is None:
+                self._down(self.failure())
             return self._take_events()
-        n = self.lib.sh_pump(self.nd, self._out, EVENTS_PER_PASS)
-        if n == STALE:
-            self._down(self.failure())
-            return self._take_events()
-        for i in range(n):
-            word = self._out[i]
+        for word in words:
             kind, what = word >> 24 & 0xFF, word & 0xFFFFFF
             if kind == EV_SLOT:
                 if (conn := self.connections.get(what)) and (bits := conn.looked(word >> 32)):
@@ -250,14 +233,14 @@ class Engine:
         if self._condemned:
             for section in list(self._condemned):
                 self._punish(self.peers[section], now_ns)
-        events, self._events = self._events, []
-        return events
+        return self._take_events()
 
     def _look_around(self, now_ns: int) -> None:
         if now_ns >= self._next_sample:
             self._sample(now_ns)
         if now_ns >= self._next_safety - SAMPLE_NS:  # as we are awake: one of the two is enough for both
             self._next_safety = now_ns + SAFETY_NS
+            self._sample_at(self._next_sample)
             if self.lib.sh_safety(self.nd):
                 self.mail.update(range(self.layout.peers))
 
@@ -265,7 +248,8 @@ class Engine:
         self._events.append(Event(kind, target, arg))
 
     def _take_events(self) -> list[Event]:
-        events, self._events = self._events, []
+        events = self._events[:]
+        self._events.clear()
         return events
 
     def put_back(self, events: list[Event]) -> None:
@@ -275,11 +259,11 @@ class Engine:
     @property
     def quiet(self) -> bool:
         """Nothing is owed a pass."""
-        return not (self._events or self.mail or self._condemned) and bool(self.lib.sh_quiet(self.nd))
+        return not any(self.owed) and bool(self.lib.sh_quiet(self.nd))
 
-    def next_deadline(self) -> int:
-        """When to pump again at the latest, monotonic nanoseconds."""
-        return min(self._next_sample, self._next_safety)
+    def _sample_at(self, now_ns: int) -> None:
+        self._next_sample = now_ns
+        self.lib.sh_due(self.nd, min(now_ns, self._next_safety))
 
     def ready(self, slot: int) -> None:
         conn = self.connections.get(slot)
@@ -323,7 +307,7 @@ class Engine:
         self.peers.refresh(peer, now_ns)
         self._watch_lock(peer)
         if not peer.live:  # its bells may be heard before it says that it is there
-            self._next_sample = min(self._next_sample, now_ns + SAMPLE_NS)
+            self._sample_at(min(self._next_sample, now_ns + SAMPLE_NS))
 
     def _watch_lock(self, peer: Peer) -> None:
         """Once per life."""
@@ -419,7 +403,7 @@ class Engine:
             self._reap_silent(now_ns, int(self.settings.reap_after_s * 1e9))
         # A loop that sleeps is woken for this: seldom, as long as all is well.
         watchful = self._orphans or self._tags or self._strangers(now_ns) or self.peers.doubtful
-        self._next_sample = now_ns + (SAMPLE_NS if watchful else self._sample_ns)
+        self._sample_at(now_ns + (SAMPLE_NS if watchful else self._sample_ns))
 
     def _strangers(self, now_ns: int) -> bool:
         """Is somebody about to attach, who does not say yet that it is there? (Or was killed meanwhile.)"""
@@ -487,7 +471,7 @@ class Engine:
         if isinstance(self._failure, NodeClosedError) and not self.connections:
             base = {}
         else:
-            base = {name: int(self.lib.sh_node_counter(self.nd, i)) for i, name in enumerate(COUNTERS)}
+            base = {name: int(self.lib.sh_node_counter(self.nd, i)) for i, name in enumerate(OF_CORE)}
         return {
             **base,
             **self.counts,

@@ -78,6 +78,10 @@ void sh_node_settings(sh_node *nd, uint64_t hold_ns, uint64_t spin_max_ns, uint6
 uint64_t sh_node_counter(sh_node *nd, int which);
 uint64_t sh_turn(sh_node *nd);
 int sh_over(sh_node *nd);
+void sh_due(sh_node *nd, uint64_t at_ns);
+void sh_hot(sh_node *nd, uint64_t hot_ns, uint64_t hot_turns, int one_cpu);
+int sh_pumped_just_now(sh_node *nd, uint64_t now);
+int sh_stay_hot(sh_node *nd, uint64_t now, int owed);
 uint64_t sh_moved(sh_node *nd);
 int sh_pump(sh_node *nd, uint64_t *out, int max);
 int sh_quiet(sh_node *nd);
@@ -128,7 +132,7 @@ uint32_t sh_unread(sh_ep *ep);
 
 /* keeper */
 sh_keeper *sh_keeper_start(sh_node *nd, int event_fd, int lock_fd, uint64_t beat_ns, uint64_t cap_ns, int futexes, int *error);
-int sh_keeper_arm(sh_keeper *k, uint64_t deadline_ns);
+int sh_keeper_arm(sh_keeper *k, int hurry);
 int sh_keeper_heard(sh_keeper *k);
 void sh_keeper_watch(sh_keeper *k, uint32_t peer, int locked);
 uint64_t sh_keeper_unlocked(sh_keeper *k);

@@ -263,8 +263,9 @@ static void wake(sh_keeper *k)
 }
 
 /* The loop is about to wait, and nothing is owed a pass. 1: wait; the eventfd is filled when the first bell differs, and at the first beat
- * behind the deadline. 0: somebody was quicker, pump again. Armed first: the bells that R2 looks at are the keeper's from here on. */
-int sh_keeper_arm(sh_keeper *k, uint64_t deadline_ns)
+ * behind what is due (`hurry`: at the next). 0: somebody was quicker, pump again. Armed first: the bells that R2 looks at are the keeper's
+ * from here on. */
+int sh_keeper_arm(sh_keeper *k, int hurry)
 {
     uint64_t moved = sh_moved(k->nd);
 
@@ -272,7 +273,7 @@ int sh_keeper_arm(sh_keeper *k, uint64_t deadline_ns)
         k->moved = moved;
         SET(k->fresh, 1);
     }
-    SET(k->deadline, deadline_ns);
+    SET(k->deadline, hurry ? 0 : k->nd->due_ns);
     SET(k->armed, 1);
     if (!sh_sleep(k->nd)) {
         SET(k->armed, 0);

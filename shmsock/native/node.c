@@ -96,18 +96,6 @@ uint64_t sh_node_counter(sh_node *nd, int which)
 
 /* ---- the pump ---- */
 
-/* A new loop turn begins: its budget. Returns the clock. */
-uint64_t sh_turn(sh_node *nd)
-{
-    uint64_t now = sh_clock();
-
-    nd->turn_end_ns = now + nd->hold_ns;
-    sh_wake_up(nd); /* a pump follows in this turn: nobody need ring */
-    return now;
-}
-
-int sh_over(sh_node *nd) { return sh_clock() >= nd->turn_end_ns; }
-
 /* Take in one peer's bell: acknowledge its toggles and keep what is open as ready. 1 when the pump has something to do. */
 int sh_collect(sh_node *nd, struct sh_link *l)
 {
@@ -140,10 +128,6 @@ int sh_collect(sh_node *nd, struct sh_link *l)
     }
     return any || l->news;
 }
-
-/* What peers moved so far: bytes, messages, and space where it was waited for. Hotness is earned by it. Own writes earn none: the question
- * and its answer are no two things in a row. */
-uint64_t sh_moved(sh_node *nd) { return nd->n[SH_N_READS] + nd->moved_messages + nd->moved_space; }
 
 /* A bell that spoke of nothing. Bells cost their listener more than their ringer: a thousand of these in a second, and the peer is heard
  * by the safety look only. */

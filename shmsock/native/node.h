@@ -82,6 +82,12 @@ struct sh_node {
     uint64_t turn_end_ns, hold_ns, spin_max_ns, spin_yield_ns;
     uint64_t n[SH_N_COUNTERS];
     uint64_t moved_messages, moved_space; /* writes that went on where there had been no space */
+    uint64_t due_ns;              /* when the engine wants a pass at the latest */
+    uint64_t hot_ns, hot_turns;   /* turn.c: how long the pump stays hot, in time and in turns */
+    uint64_t pumped_ns, hit_ns;   /* the last pass, and the last that found that something had moved: */
+    uint64_t hit_moved, gap_ns;   /* so much, so long after the one before */
+    uint64_t credit_ns, idle_turns;
+    int one_cpu;
     int attention;                /* a bell spoke of a message or a new life: the pump must run */
     uint32_t start;               /* peer the next pump begins with: nobody is always last */
     uint64_t *sleeping_at;

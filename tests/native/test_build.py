@@ -24,7 +24,8 @@ Done = subprocess.CompletedProcess[str]
 
 def compile_object(compiler: str, source: Path, scratch: Path, *flags: str) -> Done:
     """To an object, not only -fsyntax-only: some warnings need the optimiser."""
-    command = [compiler, *build.CFLAGS, *flags, f"-I{build.HERE}", "-fPIC", "-c", str(source)]
+    python = f"-I{sysconfig.get_paths()['include']}"
+    command = [compiler, *build.CFLAGS, *flags, f"-I{build.HERE}", python, "-fPIC", "-c", str(source)]
     return subprocess.run([*command, "-o", str(scratch / "out.o")], text=True, capture_output=True)
 
 
@@ -33,9 +34,8 @@ def compile_object(compiler: str, source: Path, scratch: Path, *flags: str) -> D
 def test_core_compiles_without_a_warning(compiler: str, defines: list[str], tmp_path: Path) -> None:
     wrapper = tmp_path / "_core.c"
     build.emit("_core", wrapper, fake=bool(defines))
-    python = f"-I{sysconfig.get_paths()['include']}"
-    for source in [*build.sources(), wrapper]:
-        done = compile_object(compiler, source, tmp_path, python, *(f"-D{name}" for name in defines))
+    for source in [*build.sources(), *build.accelerator(), wrapper]:
+        done = compile_object(compiler, source, tmp_path, *(f"-D{name}" for name in defines))
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
 
@@ -60,7 +60,8 @@ def test_a_warning_is_an_error(compiler: str, tmp_path: Path) -> None:
 def test_headers_stand_alone(tmp_path: Path) -> None:
     for header in build.headers():
         source = tmp_path / f"{header.stem}.c"
-        source.write_text(f'#include "{header.name}"\n#include "{header.name}"\nint sh_some_name;\n')
+        line = f'#include "{header.relative_to(build.HERE)}"\n'
+        source.write_text(2 * line + "int sh_some_name;\n")
         done = compile_object("gcc", source, tmp_path, "-Wno-unused-function")
         assert done.returncode == 0, done.stderr
 
@@ -91,7 +92,14 @@ def test_sdist_and_wheel_are_whole(tmp_path: Path) -> None:
         (made,) = tmp_path.glob("*.tar.gz" if hook == "build_sdist" else "*.whl")
         return made
 
-    needed = [*build.sources(), *build.headers(), build.HERE / "LAYOUT.md", ROOT / "shmsock" / "py.typed"]
+    needed = [
+        *build.sources(),
+        *build.accelerator(),
+        *build.headers(),
+        build.HERE / "LAYOUT.md",
+        ROOT / "shmsock" / "py.typed",
+    ]
+    needed.append(ROOT / "shmsock" / "tools" / "floor.c")
     archive = backend(tree, "build_sdist")
     with tarfile.open(archive) as sdist:
         packed = {name.partition("/")[2] for name in sdist.getnames()}

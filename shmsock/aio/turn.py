@@ -1,0 +1,161 @@
+"""When the pump runs. It is a callback of the loop, never a task: after a look it comes again by `call_soon`,
+as long as bytes move, or lets the keeper watch and the loop sleep.
+
+What runs at every message is here twice: as Python over cffi, and in C (native/accelerator), which is used
+unless SHMSOCK_ACCELERATOR is 0. Both do the same.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import importlib.machinery
+import importlib.util
+import os
+import threading
+import time
+from typing import Any
+
+from shmsock.errors import wrong_thread
+from shmsock.fabric.node import Engine
+from shmsock.wakeup import Keeper
+
+__all__ = ["Port", "Turn", "accelerator"]
+
+
+def _load() -> Any:
+    """The accelerator's module, which is in the same shared object as the core; None: there is none, or it is
+    not wanted."""
+    if os.environ.get("SHMSOCK_ACCELERATOR", "1") == "0":
+        return None
+    from shmsock.native import _core
+
+    name = "shmsock.native._accelerator"
+    loader = importlib.machinery.ExtensionFileLoader(name, _core.__file__)
+    try:
+        module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))  # type: ignore[arg-type]
+        loader.exec_module(module)
+    except ImportError:
+        return None  # built without it
+    return module
+
+
+accelerator = _load()
+
+
+class _Turn:
+    """The pump's side of a node. What it does seldom is the node's: check(), _heard() and _attend()."""
+
+    def __init__(
+        self, engine: Engine, keeper: Keeper, loop: Any, context: contextvars.Context, ident: int
+    ) -> None:
+        self._engine, self._keeper, self._loop, self.context = engine, keeper, loop, context
+        self._lib, self._nd = engine.lib, engine.nd
+        self.ident = ident
+        self.scheduled = False  # the pump will run in the next turn of the loop
+        self.closed = False
+        self.hurry = False  # the keeper's next beat is waited for
+        self.listens = False  # there is more than the keeper to hear
+        self.unlocked = 0  # mask of sections whose lock fell
+        #: A reader is about to look at its ring itself, after this turn of the loop: so many passes of the
+        #: pump may be left out, soon after the last one. What a pass acknowledges, the peer must tell anew.
+        self.polled = 0
+        #: What the loop runs next; whenever a read asks, the pump is in it, so more than one means: do not
+        #: spin. uvloop and trio keep theirs to themselves: there it stands for the pump and for the tasks
+        #: that the pump woke and that have not run yet.
+        self.queue: Any = getattr(loop, "_ready", None)
+        self._known = self.queue is not None
+        if not self._known:
+            self.queue = [None]
+
+    def begin_turn(self) -> None:
+        """What happens now happens in a turn of the loop that has its own budget, and a pump follows it."""
+        if threading.get_ident() != self.ident:
+            raise wrong_thread(repr(self))
+        self.scheduled = True
+        self._lib.sh_turn(self._nd)
+        self._loop.call_soon(self._pump, context=self.context)
+
+    def may_spin(self) -> bool:
+        """Nothing else is to be run by this loop, as far as can be known. (The pump must be scheduled.)"""
+        return len(self.queue) < 2
+
+    def will_run(self) -> None:
+        """The pump woke a task."""
+        if not self._known:
+            self.queue.append(None)
+
+    def runs(self) -> None:
+        """And it runs."""
+        if not self._known:
+            self.queue.pop()
+
+    def _wake(self) -> None:
+        """A bell moved, or it is time for a look."""
+        if self.closed:
+            return
+        news = self._keeper.heard()
+        if news or self.listens or self.hurry:
+            self._heard(news)
+        self.woken()
+
+    def woken(self) -> None:
+        """Something rang: look."""
+        if not self.scheduled:
+            self._pump()
+
+    def _pump(self) -> None:
+        self.scheduled = False
+        if self.closed:
+            return
+        now = time.monotonic_ns()
+        if self.polled:
+            self.polled -= 1
+            if self._lib.sh_pumped_just_now(self._nd, now):
+                self.begin_turn()
+                return
+        told = self._attend(self._engine.look(), now)
+        if self.scheduled or self.closed:
+            return
+        # Those who were told of something run first: going to sleep can wait.
+        if told or self._stay_hot(now) or not self._fall_asleep():
+            self.begin_turn()
+
+    def _stay_hot(self, now: int) -> bool:
+        hot: int = self._lib.sh_stay_hot(self._nd, now, any(self._engine.owed))
+        if hot > 1:
+            os.sched_yield()
+        return hot > 0
+
+    def _fall_asleep(self) -> bool:
+        """False: somebody was quicker. A node that is over sleeps for good."""
+        return not self._engine.alive or self._keeper.arm(self.hurry)
+
+    def _heard(self, news: int) -> None:
+        """The keeper has more to tell than that a bell moved; or something else has."""
+        raise NotImplementedError
+
+    def _attend(self, words: list[int] | None, now: int) -> bool:
+        """Hand out what a look found. True: there was something."""
+        raise NotImplementedError
+
+
+class _Port:
+    """What the short cuts of one connection ask. `calm`: writes go straight to the ring and drain() has
+    nothing to wait for. `fast`: a reader takes its bytes from the ring, no exception is set, and nobody
+    waits. `woken`: the pump has woken who waits."""
+
+    __slots__ = ("calm", "drains", "fast", "woken")
+
+    def __init__(self, turn: Any, conn: Any, transport: Any) -> None:
+        self.calm, self.drains, self.fast, self.woken = True, 0, False, False
+
+    def attach(self, reader: Any) -> None:
+        """A reader in direct mode."""
+
+    def detach(self) -> None:
+        """No reader takes bytes any more."""
+        self.fast = False
+
+
+Turn: Any = _Turn if accelerator is None else accelerator.Turn
+Port: Any = _Port if accelerator is None else accelerator.Port

@@ -1,0 +1,67 @@
+/* accelerator.h - the hot half dozen calls as types of CPython, over the same core. Each does what its twin in Python does (shmsock/aio:
+ * turn.py, streams.py, transport.py), and hands everything unusual back to Python. */
+#ifndef SHMSOCK_ACCELERATOR_H
+#define SHMSOCK_ACCELERATOR_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <structmember.h>
+
+#include "../node.h"
+
+#define COPY_MAX (1u << 20)    /* bytes in one piece */
+#define KEEP_GIL_MAX (1u << 15) /* bytes that are copied without letting other threads run */
+
+typedef struct port Port;
+
+typedef struct {
+    PyObject_HEAD
+    sh_node *nd;
+    sh_keeper *keeper;
+    PyObject *owed;   /* tuple of containers: while one of them is not empty, the engine is owed a pass */
+    PyObject *queue;  /* what the loop runs next, or a list that stands for it */
+    PyObject *call_soon, *create_future, *context, *pump;
+    Port **ports;     /* by slot: connections with a reader in direct mode; borrowed */
+    uint32_t slots;
+    unsigned long ident;
+    unsigned long long unlocked;
+    int polled;
+    char scheduled, closed, hurry, listens, known;
+} Turn;
+
+struct port {
+    PyObject_HEAD
+    Turn *turn;
+    PyObject *transport; /* weakly: who has only the port has nothing to say any more */
+    PyObject *buffer, *waiter;
+    sh_ep *ep;
+    uint32_t slot;
+    Py_ssize_t limit; /* of a line */
+    unsigned int drains;
+    char calm, fast, woken;
+};
+
+enum sh_op_kind { SH_OP_READ, SH_OP_EXACTLY, SH_OP_LINE, SH_OP_DRAIN, SH_OP_KINDS };
+
+extern const char *const sh_op_names[SH_OP_KINDS];
+extern PyObject *sh_slow[SH_OP_KINDS]; /* the coroutine functions */
+extern PyTypeObject *sh_turn_type, *sh_port_type, *sh_op_type;
+
+int sh_turn_ready(PyObject *module);
+int sh_port_ready(PyObject *module);
+int sh_op_ready(PyObject *module);
+int sh_streams_ready(PyObject *module);
+
+PyObject *sh_op_new(PyObject *stream, enum sh_op_kind kind, Py_ssize_t n, PyObject *arg);
+
+int sh_call_soon(Turn *t, PyObject *callback);
+int sh_begin_turn(Turn *t);
+int sh_may_spin(Turn *t);
+int sh_will_run(Turn *t);
+int sh_runs(Turn *t);
+int sh_port_wake(Port *p);
+
+/* To be called at the start of everything that uses the core. */
+static inline int sh_pump_follows(Turn *t) { return t->scheduled ? 0 : sh_begin_turn(t); }
+
+#endif

@@ -1,0 +1,15 @@
+/* module.c - the module of the accelerator, in the shared object of the core: both are the same code over the same nodes. */
+#include "accelerator.h"
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, .m_name = "shmsock.native._accelerator", .m_doc = "The hot calls, in C.", .m_size = -1,
+};
+
+PyMODINIT_FUNC PyInit__accelerator(void)
+{
+    PyObject *module = PyModule_Create(&definition);
+
+    if (module && (sh_turn_ready(module) < 0 || sh_port_ready(module) < 0 || sh_op_ready(module) < 0 || sh_streams_ready(module) < 0))
+        Py_CLEAR(module);
+    return module;
+}

@@ -1,0 +1,467 @@
+/* op.c - read(), readexactly(), readline() and drain() of the streams: awaitables with the interface of coroutines. Nothing happens before
+ * they are awaited, as with coroutines. What they cannot do in C they leave to the coroutines that they stand for. */
+#include "accelerator.h"
+
+#define SPARE 8
+
+enum state { START, YIELDED, WAITING, DELEGATED, DONE };
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *stream, *arg; /* the StreamReader or StreamWriter, and what it was called with */
+    Port *port;
+    PyObject *inner;        /* what is waited for, or the coroutine that does it */
+    Py_ssize_t n;
+    enum sh_op_kind kind;
+    enum state state;
+} Op;
+
+PyTypeObject *sh_op_type;
+static PyObject *s_port, *s_waiter, *s_eof, *s_on_ready, *s_throw, *s_close, *s_check;
+static Op *spare[SPARE];
+static int spares;
+
+/* ---- bytes ---- */
+
+/* Copy n bytes out of the ring, from where the reading is. NULL without an exception: the slot changed hands meanwhile. */
+static PyObject *copy_out(sh_ep *ep, uint32_t at, uint32_t n)
+{
+    PyObject *data = PyBytes_FromStringAndSize(NULL, n);
+    uint32_t first = ep->rx_bytes - at < n ? ep->rx_bytes - at : n;
+
+    if (!data)
+        return NULL;
+    sh_copy_in(PyBytes_AS_STRING(data), ep->rx + at, first);
+    if (first < n)
+        sh_copy_in(PyBytes_AS_STRING(data) + first, ep->rx, n - first);
+    if (sh_read_end(ep, n) == 0)
+        return data;
+    Py_DECREF(data);
+    return NULL;
+}
+
+/* How long the line is that begins there; 0: no whole one is there, or it is longer than allowed. */
+static uint32_t line_at(const Port *p, uint32_t at, uint32_t n)
+{
+    uint32_t first = p->ep->rx_bytes - at < n ? p->ep->rx_bytes - at : n;
+    const uint8_t *from = p->ep->rx, *end = memchr(from + at, '\n', first);
+    uint32_t length = end ? (uint32_t)(end - from) - at + 1 : 0;
+
+    if (!end && first < n && (end = memchr(from, '\n', n - first)))
+        length = first + (uint32_t)(end - from) + 1;
+    return (Py_ssize_t)length <= p->limit + 1 ? length : 0;
+}
+
+/* Look, spin if nothing else is to be run, and take. NULL without an exception: *status says why. */
+static PyObject *take(Op *op, int64_t *status)
+{
+    Port *p = op->port;
+    sh_ep *ep = p->ep;
+    uint32_t most = op->kind == SH_OP_LINE || op->n > (Py_ssize_t)COPY_MAX ? COPY_MAX : (uint32_t)op->n;
+    uint32_t least = op->kind == SH_OP_EXACTLY ? most : 1, n;
+    int64_t span;
+
+    if (op->state == YIELDED) /* others may use up every turn: one without bytes was enough */
+        span = sh_read_now(ep, most);
+    else {
+        if (sh_pump_follows(p->turn) < 0)
+            return NULL;
+        span = sh_read_begin(ep, most, least, 0);
+        if (span == SH_EMPTY && sh_may_spin(p->turn)) {
+            Py_BEGIN_ALLOW_THREADS
+            span = sh_read_begin(ep, most, least, 1);
+            Py_END_ALLOW_THREADS
+        }
+    }
+    *status = span;
+    if (span <= 0)
+        return NULL;
+    n = (uint32_t)span;
+    if (op->kind == SH_OP_EXACTLY && n < most)
+        n = 0;
+    else if (op->kind == SH_OP_LINE)
+        n = line_at(p, (uint32_t)(span >> 32), n);
+    if (!n) {
+        *status = SH_CLOSED; /* not for us */
+        return NULL;
+    }
+    return copy_out(ep, (uint32_t)(span >> 32), n);
+}
+
+/* ---- waiting ---- */
+
+static void stop_waiting(Op *op)
+{
+    Port *p = op->port;
+    PyObject *type, *value, *trace;
+
+    PyErr_Fetch(&type, &value, &trace);
+    if (type && p->woken) { /* cancelled, most likely: what it was woken for is to be told to those who look at the buffer */
+        PyObject *tell = PyObject_GetAttr(op->stream, s_on_ready);
+        if (!tell || sh_call_soon(p->turn, tell) < 0)
+            PyErr_Clear();
+        Py_XDECREF(tell);
+    }
+    Py_CLEAR(op->inner);
+    Py_CLEAR(p->waiter);
+    if (PyObject_SetAttr(op->stream, s_waiter, Py_None) < 0)
+        PyErr_Clear();
+    if (p->woken) {
+        p->woken = 0;
+        if (p->turn->queue && sh_runs(p->turn) < 0)
+            PyErr_Clear();
+    }
+    PyErr_Restore(type, value, trace);
+}
+
+static int start_waiting(Op *op)
+{
+    Port *p = op->port;
+    PyObject *waiter = PyObject_CallNoArgs(p->turn->create_future);
+    unaryfunc await_ = waiter && Py_TYPE(waiter)->tp_as_async ? Py_TYPE(waiter)->tp_as_async->am_await : NULL;
+
+    if (!waiter)
+        return -1;
+    op->inner = await_ ? await_(waiter) : PyObject_CallMethod(waiter, "__await__", NULL);
+    if (!op->inner || PyObject_SetAttr(op->stream, s_waiter, waiter) < 0) {
+        Py_CLEAR(op->inner);
+        Py_DECREF(waiter);
+        return -1;
+    }
+    Py_XSETREF(p->waiter, waiter);
+    op->state = WAITING;
+    return 0;
+}
+
+/* ---- the awaitable ---- */
+
+static PySendResult finish(Op *op, PyObject *result, PyObject **out)
+{
+    op->state = DONE;
+    Py_CLEAR(op->inner);
+    *out = result;
+    return result ? PYGEN_RETURN : PYGEN_ERROR;
+}
+
+static PySendResult delegate(Op *op, PyObject **out)
+{
+    PyObject *args[] = {op->stream, op->arg};
+    PySendResult r;
+
+    op->inner = PyObject_Vectorcall(sh_slow[op->kind], args, op->arg ? 2 : 1, NULL);
+    if (!op->inner)
+        return finish(op, NULL, out);
+    op->state = DELEGATED;
+    r = PyIter_Send(op->inner, Py_None, out);
+    return r == PYGEN_NEXT ? r : finish(op, *out, out);
+}
+
+static int is_eof(Op *op)
+{
+    PyObject *eof = PyObject_GetAttr(op->stream, s_eof);
+    int r = eof ? PyObject_IsTrue(eof) : -1;
+
+    Py_XDECREF(eof);
+    return r;
+}
+
+/* Take, wait, or leave it to the coroutine. */
+static PySendResult go_on(Op *op, PyObject **out)
+{
+    Port *p = op->port;
+
+    while (p->fast && p->buffer && !p->waiter && !PyByteArray_GET_SIZE(p->buffer) && (op->kind != SH_OP_EXACTLY || op->n <= (Py_ssize_t)p->ep->rx_bytes)) {
+        int64_t status = 0;
+        PyObject *data = take(op, &status);
+
+        if (data)
+            return finish(op, data, out);
+        if (PyErr_Occurred())
+            return finish(op, NULL, out);
+        if (op->state == YIELDED && status == SH_EMPTY) {
+            op->state = START;
+            continue;
+        }
+        if (status == SH_YIELD) {
+            op->state = YIELDED;
+            *out = Py_NewRef(Py_None);
+            return PYGEN_NEXT;
+        }
+        if (status == SH_STALE) {
+            PyObject *r = PyObject_CallMethodNoArgs((PyObject *)p->turn, s_check);
+            if (!r)
+                return finish(op, NULL, out);
+            Py_DECREF(r);
+        }
+        if (status != SH_EMPTY || sh_arm(p->ep))
+            break;
+        if (start_waiting(op) < 0)
+            return finish(op, NULL, out);
+        if (PyIter_Send(op->inner, Py_None, out) == PYGEN_NEXT)
+            return PYGEN_NEXT;
+        stop_waiting(op); /* not with a future that nobody had in hand */
+        if (PyErr_Occurred())
+            return finish(op, NULL, out);
+        Py_CLEAR(*out);
+        op->state = START;
+    }
+    return delegate(op, out);
+}
+
+static PySendResult op_send(Op *op, PyObject *value, PyObject **out)
+{
+    PySendResult r;
+    int eof;
+
+    *out = NULL;
+    switch (op->state) {
+    case START:
+        if (op->kind == SH_OP_DRAIN) {
+            /* Reads look at the clock each time; of drains every eighth is enough to keep a turn within its budget. */
+            if (op->port && op->port->calm && ++op->port->drains & 7)
+                return finish(op, Py_NewRef(Py_None), out);
+            return delegate(op, out);
+        }
+        return op->port && op->n > 0 ? go_on(op, out) : delegate(op, out);
+    case YIELDED:
+        return go_on(op, out);
+    case WAITING:
+        r = PyIter_Send(op->inner, value, out);
+        if (r == PYGEN_NEXT)
+            return r;
+        Py_CLEAR(*out);
+        stop_waiting(op);
+        if (r == PYGEN_ERROR)
+            return finish(op, NULL, out);
+        op->state = START;
+        if ((eof = is_eof(op)) != 0)
+            return eof < 0 ? finish(op, NULL, out) : delegate(op, out);
+        return go_on(op, out);
+    case DELEGATED:
+        r = PyIter_Send(op->inner, value, out);
+        return r == PYGEN_NEXT ? r : finish(op, *out, out);
+    case DONE:
+        break;
+    }
+    PyErr_Format(PyExc_RuntimeError, "cannot reuse already awaited %s()", sh_op_names[op->kind]);
+    return PYGEN_ERROR;
+}
+
+/* As generators answer: a value that was returned becomes StopIteration. */
+static PyObject *answer(PySendResult r, PyObject *out)
+{
+    if (r == PYGEN_RETURN) {
+        if (out == Py_None)
+            PyErr_SetNone(PyExc_StopIteration);
+        else
+            PyErr_SetObject(PyExc_StopIteration, out);
+        Py_DECREF(out);
+        return NULL;
+    }
+    return out;
+}
+
+static PyObject *op_next(Op *op)
+{
+    PyObject *out;
+    PySendResult r = op_send(op, Py_None, &out);
+
+    return answer(r, out);
+}
+
+static PyObject *op_send_method(Op *op, PyObject *value)
+{
+    PyObject *out;
+    PySendResult r = op_send(op, value, &out);
+
+    return answer(r, out);
+}
+
+static PyObject *op_throw(Op *op, PyObject *args)
+{
+    PyObject *type, *value = NULL, *trace = NULL, *out = NULL, *method;
+
+    if (!PyArg_ParseTuple(args, "O|OO", &type, &value, &trace))
+        return NULL;
+    if (op->state == WAITING || op->state == DELEGATED) {
+        int waited = op->state == WAITING;
+        PyObject *inner = Py_NewRef(op->inner);
+
+        method = PyObject_GetAttr(inner, s_throw);
+        out = method ? PyObject_Call(method, args, NULL) : NULL;
+        Py_XDECREF(method);
+        Py_DECREF(inner);
+        if (out)
+            return out; /* it goes on */
+        if (waited)
+            stop_waiting(op);
+        op->state = DONE;
+        Py_CLEAR(op->inner);
+        return NULL;
+    }
+    op->state = DONE;
+    if (PyExceptionInstance_Check(type))
+        PyErr_SetObject(PyExceptionInstance_Class(type), type);
+    else if (PyExceptionClass_Check(type)) {
+        if (value && value != Py_None)
+            PyErr_SetObject(type, value);
+        else
+            PyErr_SetNone(type);
+    } else
+        PyErr_Format(PyExc_TypeError, "exceptions must be classes or instances deriving from BaseException, not %s", Py_TYPE(type)->tp_name);
+    return NULL;
+}
+
+static PyObject *op_close(Op *op, PyObject *unused)
+{
+    PyObject *inner = op->inner ? Py_NewRef(op->inner) : NULL, *r = NULL;
+    int waited = op->state == WAITING;
+
+    (void)unused;
+    op->state = DONE;
+    if (inner) {
+        r = PyObject_CallMethodNoArgs(inner, s_close);
+        if (waited)
+            stop_waiting(op);
+        Py_CLEAR(op->inner);
+        Py_DECREF(inner);
+        if (!r)
+            return NULL;
+        Py_DECREF(r);
+    }
+    Py_RETURN_NONE;
+}
+
+static int op_traverse(Op *op, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(op));
+    Py_VISIT(op->stream);
+    Py_VISIT(op->arg);
+    Py_VISIT(op->port);
+    Py_VISIT(op->inner);
+    return 0;
+}
+
+static int op_clear(Op *op)
+{
+    Py_CLEAR(op->stream);
+    Py_CLEAR(op->arg);
+    Py_CLEAR(op->port);
+    Py_CLEAR(op->inner);
+    return 0;
+}
+
+static void op_finalize(Op *op)
+{
+    PyObject *type, *value, *trace;
+
+    PyErr_Fetch(&type, &value, &trace);
+    if (op->state == START && op->stream
+        && PyErr_WarnFormat(PyExc_RuntimeWarning, 1, "%s() of %R was never awaited", sh_op_names[op->kind], op->stream) < 0)
+        PyErr_WriteUnraisable((PyObject *)op);
+    if (op->state == WAITING || op->state == DELEGATED) {
+        PyObject *r = op_close(op, NULL);
+        if (!r)
+            PyErr_WriteUnraisable((PyObject *)op);
+        Py_XDECREF(r);
+    }
+    PyErr_Restore(type, value, trace);
+}
+
+static void op_dealloc(Op *op)
+{
+    PyTypeObject *type = Py_TYPE(op);
+
+    if (op->state != DONE && PyObject_CallFinalizerFromDealloc((PyObject *)op) < 0)
+        return;
+    PyObject_GC_UnTrack(op);
+    op_clear(op);
+    if (spares < SPARE && !PyObject_GC_IsFinalized((PyObject *)op)) {
+        spare[spares++] = op;
+        return; /* with its reference to the type */
+    }
+    type->tp_free(op);
+    Py_DECREF(type);
+}
+
+static PyObject *op_name(Op *op, void *unused) { (void)unused; return PyUnicode_FromString(sh_op_names[op->kind]); }
+static PyObject *op_await(Op *op) { return Py_NewRef(op); }
+
+static PyMethodDef methods[] = {
+    {"send", (PyCFunction)(void (*)(void))op_send_method, METH_O, "As of coroutines."},
+    {"throw", (PyCFunction)(void (*)(void))op_throw, METH_VARARGS, "As of coroutines."},
+    {"close", (PyCFunction)(void (*)(void))op_close, METH_NOARGS, "As of coroutines."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyGetSetDef getters[] = {
+    {"__name__", (getter)op_name, NULL, "Of what was called.", NULL},
+    {"__qualname__", (getter)op_name, NULL, "Of what was called.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot slots[] = {
+    {Py_tp_doc, "Something that a stream was asked for."},
+    {Py_am_await, op_await},
+    {Py_am_send, op_send},
+    {Py_tp_iter, op_await},
+    {Py_tp_iternext, op_next},
+    {Py_tp_traverse, op_traverse},
+    {Py_tp_clear, op_clear},
+    {Py_tp_finalize, op_finalize},
+    {Py_tp_dealloc, op_dealloc},
+    {Py_tp_methods, methods},
+    {Py_tp_getset, getters},
+    {0, NULL},
+};
+
+static PyType_Spec spec = {
+    .name = "shmsock.native._accelerator.Op",
+    .basicsize = sizeof(Op),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
+    .slots = slots,
+};
+
+/* A new one. n: of bytes, negative: not for us. */
+PyObject *sh_op_new(PyObject *stream, enum sh_op_kind kind, Py_ssize_t n, PyObject *arg)
+{
+    PyObject *port = PyObject_GetAttr(stream, s_port);
+    Op *op;
+
+    if (!port)
+        return NULL;
+    if (spares) {
+        op = spare[--spares];
+        (void)PyObject_INIT((PyObject *)op, sh_op_type);
+        Py_DECREF(sh_op_type); /* it had one */
+    } else if (!(op = PyObject_GC_New(Op, sh_op_type))) {
+        Py_DECREF(port);
+        return NULL;
+    }
+    op->stream = Py_NewRef(stream);
+    op->arg = Py_XNewRef(arg);
+    op->port = Py_IS_TYPE(port, sh_port_type) ? (Port *)port : NULL;
+    if (!op->port)
+        Py_DECREF(port);
+    op->inner = NULL;
+    op->n = n;
+    op->kind = kind;
+    op->state = START;
+    PyObject_GC_Track(op);
+    return (PyObject *)op;
+}
+
+int sh_op_ready(PyObject *module)
+{
+    s_port = PyUnicode_InternFromString("_port");
+    s_waiter = PyUnicode_InternFromString("_waiter");
+    s_eof = PyUnicode_InternFromString("_eof");
+    s_on_ready = PyUnicode_InternFromString("_on_ready");
+    s_throw = PyUnicode_InternFromString("throw");
+    s_close = PyUnicode_InternFromString("close");
+    s_check = PyUnicode_InternFromString("check");
+    sh_op_type = (PyTypeObject *)PyType_FromSpec(&spec);
+    if (!s_port || !s_waiter || !s_eof || !s_on_ready || !s_throw || !s_close || !s_check || !sh_op_type)
+        return -1;
+    return PyModule_AddObjectRef(module, "Op", (PyObject *)sh_op_type);
+}

@@ -1,0 +1,185 @@
+/* port.c - what the hot calls know of one connection: the twin of _Port in shmsock/aio/turn.py, and the short cut of ShmTransport.write. */
+#include "accelerator.h"
+
+PyTypeObject *sh_port_type;
+static PyObject *s_done, *s_set_result, *s_write_rest;
+
+/* The one who waits may go on. */
+int sh_port_wake(Port *p)
+{
+    PyObject *waiter = Py_NewRef(p->waiter), *done = PyObject_CallMethodNoArgs(waiter, s_done), *r = NULL;
+    int is_done = done ? PyObject_IsTrue(done) : -1;
+
+    if (!is_done) {
+        r = PyObject_CallMethodOneArg(waiter, s_set_result, Py_None);
+        if (r && !p->woken) {
+            p->woken = 1;
+            is_done = sh_will_run(p->turn);
+        }
+    }
+    Py_DECREF(waiter);
+    Py_XDECREF(done);
+    Py_XDECREF(r);
+    return is_done < 0 || PyErr_Occurred() ? -1 : 0;
+}
+
+/* The slow way. A transport that is no more is one whose connection is lost: it would at most warn. */
+static PyObject *write_rest(Port *p, PyObject *data, int64_t taken)
+{
+    PyObject *transport = p->transport ? PyObject_CallNoArgs(p->transport) : Py_NewRef(Py_None);
+    PyObject *number = transport ? PyLong_FromLongLong(taken) : NULL, *r = NULL;
+
+    if (number)
+        r = transport == Py_None ? Py_NewRef(Py_None) : PyObject_CallMethodObjArgs(transport, s_write_rest, data, number, NULL);
+    Py_XDECREF(transport);
+    Py_XDECREF(number);
+    return r;
+}
+
+static PyObject *port_write(Port *p, PyObject *data)
+{
+    int64_t taken = 0;
+
+    if (p->calm && PyBytes_CheckExact(data)) {
+        Py_ssize_t n = PyBytes_GET_SIZE(data);
+
+        /* Whoever shares an eventfd with us can make writing to it wait. */
+        if (n > (Py_ssize_t)KEEP_GIL_MAX || p->turn->nd->links[p->ep->peer].reach == SH_REACH_EVENTFD) {
+            Py_BEGIN_ALLOW_THREADS
+            taken = sh_write(p->ep, PyBytes_AS_STRING(data), (uint64_t)n);
+            Py_END_ALLOW_THREADS
+        } else
+            taken = sh_write(p->ep, PyBytes_AS_STRING(data), (uint64_t)n);
+        if (SH_LIKELY(taken == n))
+            return sh_pump_follows(p->turn) < 0 ? NULL : Py_NewRef(Py_None);
+    }
+    return write_rest(p, data, taken);
+}
+
+/* A reader in direct mode: from now on the pump may wake it from C. */
+static PyObject *port_attach(Port *p, PyObject *reader)
+{
+    PyObject *limit = PyObject_GetAttrString(reader, "_limit"), *buffer = PyObject_GetAttrString(reader, "_buffer");
+
+    if (limit && buffer && PyByteArray_CheckExact(buffer)) {
+        p->limit = PyLong_AsSsize_t(limit);
+        Py_XSETREF(p->buffer, Py_NewRef(buffer));
+        p->turn->ports[p->slot] = p;
+    }
+    Py_XDECREF(limit);
+    Py_XDECREF(buffer);
+    return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
+}
+
+/* Of a node whose memory is gone, maybe: the collector ends things in any order. */
+static void let_go(Port *p)
+{
+    p->fast = 0;
+    if (p->turn && p->turn->ports && p->turn->ports[p->slot] == p)
+        p->turn->ports[p->slot] = NULL;
+}
+
+/* No reader takes bytes any more. */
+static PyObject *port_detach(Port *p, PyObject *unused)
+{
+    (void)unused;
+    let_go(p);
+    Py_RETURN_NONE;
+}
+
+static int port_init(Port *p, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"turn", "conn", "transport", NULL};
+    PyObject *turn, *conn, *transport, *number;
+    unsigned long slot = 0;
+
+    if (p->turn || !PyArg_ParseTupleAndKeywords(args, kwargs, "O!OO", names, sh_turn_type, &turn, &conn, &transport))
+        return -1;
+    if (!(number = PyObject_GetAttrString(conn, "slot")))
+        return -1;
+    slot = PyLong_AsUnsignedLong(number);
+    Py_DECREF(number);
+    if (PyErr_Occurred() || slot >= ((Turn *)turn)->slots)
+        return -1;
+    p->turn = (Turn *)Py_NewRef(turn);
+    if (!(p->transport = PyWeakref_NewRef(transport, NULL)))
+        return -1;
+    p->slot = (uint32_t)slot;
+    p->ep = &p->turn->nd->eps[slot];
+    p->calm = 1;
+    return 0;
+}
+
+static int port_traverse(Port *p, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(p));
+    Py_VISIT(p->turn);
+    Py_VISIT(p->transport);
+    Py_VISIT(p->buffer);
+    Py_VISIT(p->waiter);
+    return 0;
+}
+
+static int port_clear(Port *p)
+{
+    let_go(p);
+    p->calm = 0;
+    Py_CLEAR(p->transport);
+    Py_CLEAR(p->buffer);
+    Py_CLEAR(p->waiter);
+    return 0; /* the turn stays: what is called all the same finds its node */
+}
+
+static void port_dealloc(Port *p)
+{
+    PyTypeObject *type = Py_TYPE(p);
+
+    PyObject_GC_UnTrack(p);
+    port_clear(p);
+    Py_CLEAR(p->turn);
+    type->tp_free(p);
+    Py_DECREF(type);
+}
+
+static PyMethodDef methods[] = {
+    {"write", (PyCFunction)(void (*)(void))port_write, METH_O, "write($self, data, /)\n--\n\nAs ShmTransport.write."},
+    {"attach", (PyCFunction)(void (*)(void))port_attach, METH_O, "A reader in direct mode."},
+    {"detach", (PyCFunction)(void (*)(void))port_detach, METH_NOARGS, "No reader takes bytes any more."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyMemberDef members[] = {
+    {"calm", T_BOOL, offsetof(Port, calm), 0, "writes go straight to the ring and drain() has nothing to wait for"},
+    {"fast", T_BOOL, offsetof(Port, fast), 0, "a reader takes its bytes from the ring, no exception is set, and nobody waits in Python"},
+    {"woken", T_BOOL, offsetof(Port, woken), 0, "the pump has woken who waits"},
+    {"drains", T_UINT, offsetof(Port, drains), 0, "of those that had nothing to wait for"},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyType_Slot slots[] = {
+    {Py_tp_doc, "What the short cuts of one connection ask."},
+    {Py_tp_new, PyType_GenericNew},
+    {Py_tp_init, port_init},
+    {Py_tp_traverse, port_traverse},
+    {Py_tp_clear, port_clear},
+    {Py_tp_dealloc, port_dealloc},
+    {Py_tp_methods, methods},
+    {Py_tp_members, members},
+    {0, NULL},
+};
+
+static PyType_Spec spec = {
+    .name = "shmsock.native._accelerator.Port",
+    .basicsize = sizeof(Port),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
+    .slots = slots,
+};
+
+int sh_port_ready(PyObject *module)
+{
+    s_done = PyUnicode_InternFromString("done");
+    s_set_result = PyUnicode_InternFromString("set_result");
+    s_write_rest = PyUnicode_InternFromString("_write_rest");
+    sh_port_type = (PyTypeObject *)PyType_FromSpec(&spec);
+    return s_done && s_set_result && s_write_rest && sh_port_type ? PyModule_AddObjectRef(module, "Port", (PyObject *)sh_port_type) : -1;
+}
