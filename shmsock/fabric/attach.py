@@ -1,6 +1,6 @@
 """Claiming a section, giving it back, and taking back what the dead left.
 
-Claiming waits (20 ms to see that the claim stands, 300 ms to see that a former owner's beat does not move),
+Claiming waits (20 ms to see that the claim stands, 500 ms to see that a former owner's beat does not move),
 and the engine knows no clock: so it is a generator that yields seconds to wait and returns the Claim. Nothing
 else is used by two at once.
 """
@@ -19,7 +19,7 @@ from shmsock.fabric.layout import Identity, Layout
 __all__ = ["Claim", "Locks", "Seen", "claim_section", "name_taken", "reap", "release_claim", "survey"]
 
 SETTLE_S = 0.02
-STILL_S = 0.3
+STILL_S = 0.5
 
 
 class Locks(Protocol):

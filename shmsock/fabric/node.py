@@ -386,7 +386,7 @@ class Engine:
     def _sample(self, now_ns: int) -> None:
         for peer in self.peers.sample(now_ns):
             self._lost(peer, now_ns)
-        for peer in self.peers.all:
+        for peer in self.peers.some:
             if peer.live and not peer.watched:
                 self._watch_lock(peer)
         for section in list(self._tags):
@@ -407,11 +407,11 @@ class Engine:
 
     def _strangers(self, now_ns: int) -> bool:
         """Is somebody about to attach, who does not say yet that it is there? (Or was killed meanwhile.)"""
-        return any(p.coming and now_ns - p.beat_ns < COMING_NS for p in self.peers.all)
+        return any(p.coming and now_ns - p.beat_ns < COMING_NS for p in self.peers.some)
 
     def _reap_silent(self, now_ns: int, after_ns: int) -> None:
         load, seen = self.memory.load, self._reap
-        for peer in self.peers.all:
+        for peer in self.peers.some:
             if peer.live or not peer.claim or peer.section == self.section:
                 if seen:
                     seen.pop(peer.section, None)
@@ -430,6 +430,7 @@ class Engine:
         peer.connections[conn.peer_slot] = conn
         # even if its identity makes no sense: there is something to end when it falls silent
         peer.here = True
+        self.peers.note(peer)
         self._publish_users(peer)
 
     def released(self, conn: Connection) -> None:

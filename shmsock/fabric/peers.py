@@ -17,7 +17,7 @@ __all__ = ["Peer", "Peers"]
 
 SAMPLES = 10
 BEAT_NS = 100_000_000
-FORSAKEN_SAMPLES, FORSAKEN_NS = 3, 225_000_000  # more than two beats
+FORSAKEN_SAMPLES, FORSAKEN_NS = 3, 425_000_000  # more than two beats of who is silent
 ADOPTIONS_PER_S = 10
 VIOLATIONS = 3
 
@@ -77,6 +77,8 @@ class Peers:
         self.me = own_identity
         self.dead_after_ns = int(dead_after_s * 1e9)
         self.all = [Peer(i, credits) for i in range(layout.peers)]
+        self._glance, self._beat = layout.glancer()
+        self.some: list[Peer] = []  # those of whom there is, or was, something to be told
 
     def __getitem__(self, section: int) -> Peer:
         return self.all[section]
@@ -99,7 +101,13 @@ class Peers:
             peer.live = False
         elif peer.samples == 0:
             peer.live = peer.here = True
+        self.note(peer)
         self._tell(peer)
+
+    def note(self, peer: Peer) -> None:
+        """There is something to be told about that one, from now on."""
+        if peer not in self.some:
+            self.some.append(peer)
 
     def _tell(self, peer: Peer) -> None:
         now = (peer.incarnation, peer.live or peer.coming, peer.doorbell)
@@ -115,10 +123,13 @@ class Peers:
         """One look at every beat. Returns the peers that are gone since the last: left, or silent too
         long."""
         gone = []
-        for peer in self.all:
-            self.refresh(peer, now_ns)
+        if changed := self._glance():
+            for peer in self.all:
+                if changed >> peer.section & 1:
+                    self.refresh(peer, now_ns)
+        for peer in self.some[:]:
+            beat = self._beat(peer.section)
             if peer.section != self.own and peer.live:
-                beat = self.layout.memory.load(self.layout.section(peer.section) + lay.BEAT)
                 if beat != peer.beat:
                     self._moved(peer, beat, now_ns)
                 else:
@@ -128,11 +139,10 @@ class Peers:
                     if silent or (peer.forsaken and still):
                         peer.live = False
                         self._tell(peer)
-            elif peer.who is not None and peer.section != self.own and peer.claim:
-                beat = self.layout.memory.load(self.layout.section(peer.section) + lay.BEAT)
-                if beat != peer.beat:  # thought dead, and beats again: a stopped process or VM was continued
-                    peer.beat, peer.beat_ns, peer.samples = beat, now_ns, 0
-                    self.refresh(peer, now_ns)
+            elif peer.who and peer.section != self.own and peer.claim and beat != peer.beat:
+                # thought dead, and beats again: a stopped process or VM was continued
+                peer.beat, peer.beat_ns, peer.samples = beat, now_ns, 0
+                self.refresh(peer, now_ns)
             if peer.here and not peer.live:  # whoever noticed first
                 peer.here = False
                 gone.append(peer)
@@ -142,7 +152,7 @@ class Peers:
         """Looks may be further apart than beats. If there were fewer beats than there was time for, it fell
         silent between two looks: counted from when it did, and looked at more closely."""
         beats, time = (beat - peer.beat) & 0xFFFFFFFFFFFFFFFF, now_ns - peer.beat_ns
-        peer.lagging = peer.beat >= 0 and not peer.lagging and (beats + 2) * BEAT_NS < time
+        peer.lagging = peer.beat >= 0 and not peer.lagging and (beats + 3) * BEAT_NS < time
         peer.beat_ns = peer.beat_ns + beats * BEAT_NS if peer.lagging else now_ns
         peer.beat, peer.samples, peer.forsaken = beat, 0, False
 
@@ -160,7 +170,7 @@ class Peers:
     @property
     def doubtful(self) -> bool:
         """Is there one whose beat stood still at the last look?"""
-        return any(p.live and (p.samples or p.lagging or p.forsaken) for p in self.all)
+        return any(p.live and (p.samples or p.lagging or p.forsaken) for p in self.some)
 
     def same_kernel(self, peer: Peer) -> bool:
         known = peer.who is not None and peer.who.boot_id == self.me.boot_id != bytes(16)

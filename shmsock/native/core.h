@@ -50,6 +50,7 @@ enum sh_bits {
     SH_LOOK_DATA = 1, SH_LOOK_FIN = 2, SH_LOOK_REL = 4, SH_LOOK_RESET = 8, SH_LOOK_BAD = 16, SH_LOOK_SPACE = 32, SH_LOOK_MOVED = 64
 };
 enum sh_event { SH_EV_SLOT = 0, SH_EV_ADOPT = 1, SH_EV_MESSAGE = 2 };
+enum sh_glance { SH_GLANCE_BEAT = 4, SH_GLANCE }; /* words per section */
 enum sh_counter {
     SH_N_PUMPS, SH_N_READS, SH_N_WRITES, SH_N_BYTES_IN, SH_N_BYTES_OUT, SH_N_NOTIFY, SH_N_PENDING, SH_N_SPIN_HIT, SH_N_SPIN_MISS,
     SH_N_WAKEUPS, SH_N_HEALED, SH_N_BELLS, SH_N_DATAGRAMS_IN, SH_N_DATAGRAMS_OUT, SH_N_RUNG, SH_N_SUPPRESSED,
@@ -64,6 +65,7 @@ void sh_full_fence(int wc);
 void sh_read_bytes(const void *base, uint64_t offset, void *to, uint32_t n);
 void sh_write_bytes(void *base, uint64_t offset, const void *from, uint32_t n);
 uint64_t sh_clock(void);
+uint64_t sh_glance(const void *base, const sh_geometry *g, uint64_t *words, int wc);
 int sh_geometry_of(uint64_t region_id, uint64_t region_bytes, sh_geometry *out);
 int sh_listen_find(const void *base, const sh_geometry *g, uint32_t section, uint32_t port, int datagram, int wc);
 

@@ -39,7 +39,7 @@ struct sh_header {
 struct sh_section { /* first page of a section */
     uint64_t claim; /* nonce of the owner, 0 = nobody; the only word that is compare-and-swapped */
     uint8_t pad0[56];
-    uint64_t beat;  /* keeper: +1 ten times a second */
+    uint64_t beat;  /* keeper: +1 for each tenth of a second */
     uint64_t pumps; /* keeper: copy of the owner's pump counter */
     uint8_t pad1[48];
     uint64_t sleeping; /* +1 at each change; odd: the owner's loop sleeps, ring it */

@@ -16,12 +16,14 @@ from shmsock.fabric.layout import Layout, read_layout
 from shmsock.fabric.memory import Memory, native_core
 from shmsock.region.base import Region
 from shmsock.region.file import FileRegion
+from shmsock.region.ivshmem_protocol import MAX_ID, MAX_VECTORS
 from shmsock.region.pci import PciDevice
 
 __all__ = ["Content", "Section", "busy_sections", "describe_device", "describe_region", "look", "sections"]
 
-BEAT_S = 0.35
-"""A beat moves ten times a second: one that stands still that long is silent (or its machine very busy)."""
+BEAT_S = 0.5
+"""A beat moves five times a second at least: one that stands still so long is silent (or its machine very
+busy)."""
 SLOT_BYTES, SLOT_P = 192, 0x40
 FIN, REL = 1 << 32, 1 << 34
 
@@ -38,6 +40,10 @@ class Section:
     boot: str | None
     here: bool
     """Does its owner run under this kernel?"""
+    doorbell: dict[str, int] | None = None
+    """It is woken by a doorbell: "id" and "vectors" on the ivshmem server of the region."""
+    futex: bool = False
+    """It is woken by a futex, by who runs under its kernel. With neither, it polls."""
     ports: list[int] = field(default_factory=list)
     connections: list[dict[str, Any]] = field(default_factory=list)
 
@@ -139,9 +145,19 @@ def _section(layout: Layout, first: Seen, now: Seen, boot: bytes) -> Section:
         pid=who.pid if who else None,
         boot=who.boot_id.hex() if who else None,
         here=who is not None and who.boot_id == boot != bytes(16),
+        doorbell=_doorbell(layout, now.section) if shown else None,
+        futex=shown and who is not None and bool(who.flags & lay.FLAG_FUTEX),
         ports=_ports(layout, now.section) if shown else [],
         connections=_connections(layout, now.section) if shown else [],
     )
+
+
+def _doorbell(layout: Layout, section: int) -> dict[str, int] | None:
+    word = layout.memory.load(layout.section(section) + lay.DOORBELL)
+    number, vectors = word >> 32, word & 0xFFFFFFFF
+    if number > MAX_ID or not 0 < vectors <= MAX_VECTORS:
+        return None
+    return {"id": number, "vectors": vectors}
 
 
 def _ports(layout: Layout, section: int) -> list[int]:
