@@ -17,7 +17,7 @@ async def echo(stream: ByteStream) -> None:
 
 
 async def main() -> None:
-    async with anyio.create_task_group() as tasks, await create_shm_listener(local_port=PORT) as listener:
+    async with await create_shm_listener(local_port=PORT) as listener, anyio.create_task_group() as tasks:
         tasks.start_soon(listener.serve, echo)
         async with await connect_shm("localhost", PORT) as stream:
             for word in (b"hello", b"world"):
@@ -29,4 +29,7 @@ async def main() -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    anyio.run(main, backend=sys.argv[1])
+    try:
+        anyio.run(main, backend=sys.argv[1])
+    except (OSError, ValueError) as problem:
+        sys.exit(f"anyio_echo: {problem}")

@@ -53,5 +53,5 @@ if __name__ == "__main__":
         asyncio.run(serve() if sys.argv[1] == "serve" else send(*sys.argv[1:]))
     except KeyboardInterrupt:
         pass
-    except OSError as error:
-        sys.exit(f"datagrams: {error}")
+    except (OSError, ValueError) as problem:
+        sys.exit(f"datagrams: {problem}")

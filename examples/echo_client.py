@@ -4,7 +4,6 @@ HOST is the name of the VM, or of the host; "localhost" is this machine.
 """
 
 import asyncio
-import socket
 import sys
 import time
 
@@ -24,7 +23,9 @@ async def main(host: str, port: int) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) not in (2, 3):
+        sys.exit(__doc__)
     try:
         asyncio.run(main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 7000))
-    except (socket.gaierror, ConnectionError) as problem:
+    except (OSError, ValueError) as problem:
         sys.exit(f"echo_client: {problem}")

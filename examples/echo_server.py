@@ -35,3 +35,5 @@ if __name__ == "__main__":
         asyncio.run(main())
     except KeyboardInterrupt:
         pass
+    except (OSError, ValueError) as problem:
+        sys.exit(f"echo_server: {problem}")

@@ -27,4 +27,9 @@ async def main(path: str, port: int) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 7001))
+    if len(sys.argv) not in (2, 3):
+        sys.exit(__doc__)
+    try:
+        asyncio.run(main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 7001))
+    except (OSError, ValueError) as problem:
+        sys.exit(f"file_receive: {problem}")

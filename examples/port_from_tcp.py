@@ -4,6 +4,7 @@ What was there before stands behind the two lines that are marked.
 """
 
 import asyncio
+import sys
 
 import shmsock
 
@@ -31,4 +32,7 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    try:
+        asyncio.run(main())
+    except (OSError, ValueError) as problem:
+        sys.exit(f"port_from_tcp: {problem}")

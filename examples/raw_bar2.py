@@ -18,7 +18,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) not in (3, 4):
+        sys.exit(__doc__)
     try:
         main()
-    except shmsock.RegionError as problem:
+    except (OSError, ValueError) as problem:
         sys.exit(f"raw_bar2: {problem}")

@@ -20,6 +20,7 @@ from click.testing import CliRunner, Result
 from shmsock.aio.attach import prepare_region
 from shmsock.cli import cli
 from shmsock.fabric import layout as lay
+from shmsock.fabric.memory import Memory, native_core
 from shmsock.region import open_file
 from shmsock.testing import make_region
 from tests.region.conftest import NOBODY, in_child
@@ -278,11 +279,13 @@ def test_info_while_in_use(path: Path, attach: Attach) -> None:
     assert row[:4] == ["0", "live", "vm-a", str(process.pid)]
     assert "(here)" in row
     assert "7000" in row
+    assert "futex" in row
     assert "4 with vm-a" in said
     section = content(path)["sections"][0]
     assert (section["state"], section["name"], section["pid"]) == ("live", "vm-a", process.pid)
     assert section["ports"] == [7000]
     assert section["here"] is True
+    assert (section["doorbell"], section["futex"]) == (None, True)
     assert {c["state"] for c in section["connections"]} == {"open"}
     slots = {c["slot"] for c in section["connections"]}
     assert len(slots) == 4
@@ -367,6 +370,29 @@ def test_info_of_the_default(shm_region: Path, attach: Attach, monkeypatch: pyte
     assert f"region file:{shm_region}" in good("info")
     monkeypatch.setenv("SHMSOCK_REGION", "nonsense")
     assert "'nonsense' is no region URL" in bad("info")
+
+
+@pytest.mark.parametrize(
+    ("flags", "word", "said"),
+    [
+        (lay.FLAG_FUTEX, 3 << 32 | 1, "doorbell 3 (1 vector), futex"),
+        (0, 65535 << 32 | 64, "doorbell 65535 (64 vectors)"),
+        (0, 65536 << 32 | 1, "polling"),
+        (0, 3 << 32 | 65, "polling"),
+    ],
+)
+def test_info_tells_what_wakes_it(path: Path, attach: Attach, flags: int, word: int, said: str) -> None:
+    """What cannot be a doorbell is none."""
+    good("create", path, "--size", "8M")
+    attach(path)
+    with open_file(str(path)) as region:
+        memory = Memory(native_core(), region.mmap)
+        at = lay.read_layout(memory).section(0)
+        memory.store(at + lay.FLAGS, flags)
+        memory.store(at + lay.DOORBELL, word)
+        memory.release()
+    row = next(line for line in good("info", path).splitlines() if "vm-a" in line)
+    assert f"  {said}  " in row
 
 
 # -- reap

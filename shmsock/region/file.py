@@ -13,7 +13,7 @@ from shmsock.region import storage
 from shmsock.region.base import MINIMUM, Region, check_size, identity_of, map_bytes
 from shmsock.region.sizes import format_size
 
-__all__ = ["FileRegion", "check_regular", "explain_open", "open_file", "owner_name"]
+__all__ = ["FileRegion", "check_regular", "explain_open", "open_file", "owner_name", "whose"]
 
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -23,6 +23,8 @@ _KINDS = {
     stat.S_IFBLK: "a block device",
     stat.S_IFLNK: "a symbolic link",
 }
+
+_OPEN_IT = "open it to a group: chgrp, chmod 0660 (`shmsock create --mode 0660`)"
 
 
 class FileRegion(Region):
@@ -191,7 +193,7 @@ def explain_open(error: OSError, path: str, writable: bool = True) -> RegionErro
         text = f"region {path} does not exist: make it with `shmsock create {path} --size 64M`"
     elif code in (errno.EACCES, errno.EPERM):
         wish = "reading and writing" if writable else "reading"
-        text = f"no permission to open region {path} for {wish}: {_who(path)}"
+        text = f"no permission to open region {path} for {wish}: {whose(path, _OPEN_IT)}"
     elif code == errno.EROFS:
         text = f"region {path} lies on a read-only file system, expected a writable one: mount it so"
     elif code == errno.ELOOP:
@@ -203,16 +205,16 @@ def explain_open(error: OSError, path: str, writable: bool = True) -> RegionErro
     return region_error(code, text, path)
 
 
-def _who(path: str) -> str:
-    """Who may open `path`, who we are, and what would help."""
+def whose(path: str, advice: str) -> str:
+    """Who may open `path`, who we are, and what would help besides being its owner."""
     me = f"this process runs as {owner_name(os.geteuid())}"
     try:
-        status = os.lstat(path)
+        status = os.stat(path)
     except OSError:
         return f"a directory on the way to it is closed to us, {me}"
     return (
         f"it belongs to {owner_name(status.st_uid)}, mode {stat.S_IMODE(status.st_mode):04o}, and {me}; run "
-        "as its owner, or open it to a group: chgrp, chmod 0660 (`shmsock create --mode 0660`)"
+        f"as its owner, or {advice}"
     )
 
 
@@ -244,7 +246,7 @@ def _explain_map(error: OSError, path: str, size: int, fs: storage.FileSystem) -
         made.filename = path
         return made
     elif code in (errno.EACCES, errno.EPERM):
-        text = f"no permission to map region {path}: {_who(path)}"
+        text = f"no permission to map region {path}: {whose(path, _OPEN_IT)}"
     else:
         text = f"cannot map the {amount} of region {path}: {os.strerror(code)}"
     return region_error(code, text, path)

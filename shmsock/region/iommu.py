@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
 import os
 from collections.abc import Iterator
@@ -10,11 +12,15 @@ from dataclasses import dataclass
 from shmsock.errors import RegionError, region_error
 from shmsock.region.pci import SYSFS, PciDevice, read_device
 
-__all__ = ["DEV", "NOIOMMU_SWITCH", "Group", "no_iommu", "not_viable", "read_group", "users"]
+__all__ = ["DEV", "NOIOMMU_SWITCH", "Group", "borrow", "no_iommu", "not_viable", "read_group", "users"]
 
 DEV = "/dev/vfio"
 NOIOMMU_SWITCH = "module/vfio/parameters/enable_unsafe_noiommu_mode"
 """Below sysfs, once the module is loaded, and only where the kernel has it."""
+
+VFIO_DEVICE = "anon_inode:[vfio-device]"
+"""What a descriptor of a device looks like in /proc."""
+_PIDFD_GETFD = 438  # the number is the same on every machine
 
 _HARMLESS = ("vfio", "pci-stub", "pcieport", "shpchp")
 """Drivers that vfio bears beside itself in a group."""
@@ -93,7 +99,7 @@ def users(*paths: str, proc: str = "/proc") -> list[str]:
     """Which processes have one of these files open or mapped: 'process 17 (python3)'. Those that one may
     look into."""
     found = []
-    for pid in sorted((name for name in _names(proc) if name.isdigit()), key=int):
+    for pid in _processes(proc):
         if any(file in paths for file in _files(f"{proc}/{pid}")):
             try:
                 with open(f"{proc}/{pid}/comm", encoding="utf-8", errors="replace") as file:
@@ -104,18 +110,59 @@ def users(*paths: str, proc: str = "/proc") -> list[str]:
     return found
 
 
+def borrow(group: Group, proc: str = "/proc") -> int:
+    """A descriptor of the device in `group`, from the process that has it: vfio makes no second one. Root may
+    (ptrace(2), Linux 5.6). -1: nobody can be asked.
+
+    A process with devices of several groups is left alone, as nothing tells which is which.
+    """
+    if any(other.vfio for other in group.others):
+        return -1
+    directory = os.path.dirname(group.path)
+    for pid in _processes(proc):
+        links = dict(_links(f"{proc}/{pid}/fd"))
+        groups = {link for link in links.values() if os.path.dirname(link) == directory}
+        devices = [number for number, link in links.items() if link == VFIO_DEVICE]
+        if devices and groups - {f"{directory}/vfio"} == {group.path}:
+            with contextlib.suppress(OSError):
+                return _copy(int(pid), int(devices[0]))
+    return -1
+
+
+def _copy(pid: int, fd: int) -> int:
+    """Another process's descriptor. Raises OSError."""
+    process = os.pidfd_open(pid)
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        taken: int = libc.syscall(_PIDFD_GETFD, process, fd, 0)
+        if taken < 0:
+            raise OSError(ctypes.get_errno(), "pidfd_getfd")
+        return taken
+    finally:
+        os.close(process)
+
+
+def _processes(proc: str) -> list[str]:
+    return sorted((name for name in _names(proc) if name.isdigit()), key=int)
+
+
 def _files(directory: str) -> Iterator[str]:
-    for number in _names(f"{directory}/fd"):
-        try:
-            yield os.readlink(f"{directory}/fd/{number}")
-        except OSError:
-            continue
+    for _, link in _links(f"{directory}/fd"):
+        yield link
     try:
         with open(f"{directory}/maps", encoding="utf-8", errors="surrogateescape") as file:
             for line in file:
                 yield line[line.find("/") :].rstrip("\n") if "/" in line else ""
     except OSError:
         pass
+
+
+def _links(directory: str) -> Iterator[tuple[str, str]]:
+    for number in _names(directory):
+        try:
+            yield number, os.readlink(f"{directory}/{number}")
+        except OSError:
+            continue
 
 
 def _names(directory: str) -> list[str]:

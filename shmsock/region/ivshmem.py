@@ -20,7 +20,7 @@ from shmsock.errors import ProtocolViolation, RegionError, format_error, region_
 from shmsock.region import storage
 from shmsock.region.base import MINIMUM, identity_of, map_bytes
 from shmsock.region.doorbell import Doorbell, Reach
-from shmsock.region.file import FileRegion, owner_name
+from shmsock.region.file import FileRegion, whose
 from shmsock.region.ivshmem_protocol import MAX_ID, MAX_VECTORS, MEMORY, PROTOCOL_VERSION, Receiver
 from shmsock.region.sizes import format_size
 
@@ -398,25 +398,13 @@ def _explain_connect(error: OSError, path: str) -> RegionError:
     elif code == errno.ECONNREFUSED:
         text = f"nobody listens at {path}, the ivshmem server that made the socket has gone: {start}"
     elif code in (errno.EACCES, errno.EPERM):
-        text = f"no permission to connect to the ivshmem server at {path}: {_who(path)}"
+        advice = "start the server with --mode 0660 and a group that we are in"
+        text = f"no permission to connect to the ivshmem server at {path}: {whose(path, advice)}"
     elif code == errno.EPROTOTYPE:
         text = f"{path} is a socket of another kind, expected a stream socket, of an ivshmem server"
     else:
         text = f"cannot connect to the ivshmem server at {path}: {os.strerror(code)}"
     return region_error(code, text, path)
-
-
-def _who(path: str) -> str:
-    """Who may connect to `path`, who we are, and what would help."""
-    me = f"this process runs as {owner_name(os.geteuid())}"
-    try:
-        status = os.stat(path)
-    except OSError:
-        return f"a directory on the way to it is closed to us, {me}"
-    return (
-        f"it belongs to {owner_name(status.st_uid)}, mode {stat.S_IMODE(status.st_mode):04o}, and {me}; run "
-        "as its owner, or start the server with --mode 0660 and a group that we are in"
-    )
 
 
 def _wait_readable(sock: socket.socket, timeout: float) -> None:

@@ -20,7 +20,7 @@ from shmsock.region.bar2 import the_device
 from shmsock.region.base import Region, map_bytes
 from shmsock.region.doorbell import Doorbell, Reach
 from shmsock.region.file import owner_name
-from shmsock.region.iommu import DEV, Group, no_iommu, not_viable, read_group, users
+from shmsock.region.iommu import DEV, VFIO_DEVICE, Group, borrow, no_iommu, not_viable, read_group, users
 from shmsock.region.pci import SYSFS, PciDevice
 from shmsock.region.sizes import format_size
 
@@ -148,8 +148,10 @@ class VfioRegion(Region):
 def open_vfio(address: str, *, writable: bool = True, sysfs: str = SYSFS, dev: str = DEV) -> VfioRegion:
     """Take the ivshmem-doorbell device at `address` (normalized), map its BAR2, switch its interrupts on.
 
-    Read-only, no interrupts are set up, and a device without any will do. Raises RegionError with the errno
-    that fits: RegionNotFoundError, RegionPermissionError, EBUSY (another process has it), ...
+    Read-only, no interrupts are set up, a device without any will do, and so does one that another process
+    has, if that lets us have its descriptor (it does for root). It is in use then until both have closed it.
+    Raises RegionError with the errno that fits: RegionNotFoundError, RegionPermissionError, EBUSY (another
+    process has it), ...
     """
     device = the_device(address, sysfs)
     group = _ready(device, read_group(device, sysfs, dev))
@@ -168,9 +170,18 @@ def open_vfio(address: str, *, writable: bool = True, sysfs: str = SYSFS, dev: s
             return fd
 
         container = kept(_open_container(device, dev))
-        group_fd = kept(_open_group(device, group))
-        _join(device, group, group_fd, container)
-        fd = kept(_call(device, "take", lambda: vfio_ioctl.get_device(group_fd, address), group.path))
+        group_fd, fd = -1, -1
+        try:
+            group_fd = kept(_open_group(device, group))
+        except RegionError as error:
+            if not writable and error.errno == errno.EBUSY:
+                fd = borrow(group)
+            if fd < 0:
+                raise
+            kept(fd)
+        else:
+            _join(device, group, group_fd, container)
+            fd = kept(_call(device, "take", lambda: vfio_ioctl.get_device(group_fd, address), group.path))
         memory = _call(device, "ask", lambda: vfio_ioctl.region_info(fd, vfio_ioctl.BAR2), group.path)
         if memory.size != device.memory.size or not memory.mappable:
             raise region_error(
@@ -187,7 +198,8 @@ def open_vfio(address: str, *, writable: bool = True, sysfs: str = SYSFS, dev: s
         mapping = _call(device, "map", lambda: _map(fd, memory, writable), group.path)
         undo.callback(mapping.close)
         lock_fd = _open_lock(device, writable)
-        own = kept(os.dup(group_fd) if lock_fd is None else lock_fd)  # of the group: an inode to know it by
+        # Of the group, if there is nothing else: an inode to know it by.
+        own = kept(os.dup(fd if group_fd < 0 else group_fd) if lock_fd is None else lock_fd)
         now = the_device(address, sysfs)  # once more, as it is enabled now
         region = VfioRegion(
             now, group, (container, group_fd, fd), mapping, own, lock_fd is not None, writable, doorbell
@@ -240,11 +252,12 @@ def _open_group(device: PciDevice, group: Group) -> int:
     except OSError as error:
         code = error.errno or errno.EIO
     if code == errno.EBUSY:
-        who = users(path) or users("anon_inode:[vfio-device]")  # a mapping alone keeps it too
+        who = users(path) or users(VFIO_DEVICE)  # a mapping alone keeps it too
         raise region_error(
             code,
             f"ivshmem device {device.address} is in use by {', '.join(who[:8]) or 'another process'}, and "
-            "vfio gives it to one at a time: stop that one, or give each process a device of its own"
+            "vfio gives it to one at a time: stop that one, or give each process a device of its own (root "
+            "may look all the same, with `shmsock info`)"
             f"{'' if who else ' (root sees who has ' + path + ' open)'}",
             path,
         )

@@ -1,8 +1,7 @@
 """The clients of an ivshmem server: their ids, and what each of them has yet to be told.
 
-A client numbers the vectors of a peer by counting messages, and keeps the eventfds of a peer that left where
-the next peer of that id would look for them. So no message is lost, none is said twice, and no id comes again
-while anybody remembers it.
+A client numbers the vectors of a peer by counting messages, and QEMU frees the place for a peer's eventfds
+when that peer leaves. So no message is lost, none is said twice, and nobody hears of an id a second time.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import NamedTuple
 
 from shmsock.region.ivshmem_protocol import MAX_ID, MEMORY, PROTOCOL_VERSION, send_message
 
-__all__ = ["Client", "Credentials", "Flow", "Ids", "Limiter", "credentials"]
+__all__ = ["Client", "Credentials", "Flow", "Id", "Ids", "Limiter", "credentials"]
 
 _LONG = 1024
 """So many comings and goings are queued before those that cancel out are left out."""
@@ -30,38 +29,52 @@ _EVENTFD = os.EFD_NONBLOCK | os.EFD_CLOEXEC
 _LATER = frozenset((errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM, errno.EMFILE, errno.ENFILE))
 
 
+class Id(NamedTuple):
+    """What a newcomer gets. A `join` here: the how-manieth client it was since the server started."""
+
+    number: int
+    known: int = 0
+    """Clients up to this join may have heard of it, and must not hear of it again. 0: nobody here has."""
+    last: int = 0
+    """The join of the client that had it before."""
+
+
 class Ids:
-    """Peer ids. A `join`, in all of this: the how-manieth client it was since the server started."""
+    """Peer ids: new ones first, then those of clients that left, the oldest first."""
 
     def __init__(self, maximum: int = MAX_ID) -> None:
         self._maximum = maximum
         self._next = 0
-        self._unknown: list[int] = []
-        self._retired: deque[tuple[int, int]] = deque()
+        self._unused: list[Id] = []
+        self._retired: deque[Id] = deque()
 
-    def take(self, oldest: int | None) -> int | None:
-        """A free id, new ones first; None: there is none. `oldest`: the join of the client that is here
-        longest; None: nobody is here, so nobody remembers any id."""
+    def take(self, oldest: int | None, new: bool = True) -> Id | None:
+        """A free id; None: all are in use. `oldest`: the join of the client that is here longest; None:
+        nobody is here, so nobody remembers any. `new`: one that nobody had yet, while there is one."""
         if oldest is None:
             self._next = 0
-            self._unknown.clear()
+            self._unused.clear()
             self._retired.clear()
-        if self._unknown:
-            return self._unknown.pop()
+        if self._retired and (not new or (not self._unused and self._next > self._maximum)):
+            taken = self._retired.popleft()
+            return taken if oldest is not None and oldest <= taken.known else Id(taken.number)
+        if self._unused:
+            return self._unused.pop()
         if self._next <= self._maximum:
             self._next += 1
-            return self._next - 1
-        if self._retired and oldest is not None and self._retired[0][0] < oldest:
-            return self._retired.popleft()[1]
+            return Id(self._next - 1)
         return None
 
-    def give_back(self, number: int) -> None:
+    def give_back(self, taken: Id) -> None:
         """Nobody was told about it."""
-        self._unknown.append(number)
+        if taken.known:
+            self._retired.appendleft(taken)
+        else:
+            self._unused.append(taken)
 
-    def retire(self, number: int, newest: int) -> None:
+    def retire(self, number: int, join: int, newest: int) -> None:
         """Its owner left. All who came up to the join `newest` may know it."""
-        self._retired.append((newest, number))
+        self._retired.append(Id(number, newest, join))
 
 
 class Credentials(NamedTuple):
@@ -102,10 +115,18 @@ class Client:
     """One of them: its connection, its eventfds, its queue. Knows no event loop. Joins count from 1."""
 
     def __init__(
-        self, sock: socket.socket, number: int, join: int, vectors: int, who: Credentials, memory: int
+        self,
+        sock: socket.socket,
+        number: int,
+        join: int,
+        vectors: int,
+        who: Credentials,
+        memory: int,
+        known: int = 0,
     ) -> None:
-        """Takes `sock` over, unless it raises (OSError: no descriptors for the eventfds)."""
+        """Takes `sock` over, unless it raises (OSError: no descriptors for the eventfds). `known`: see Id."""
         self.sock, self.number, self.join, self.vectors, self.who = sock, number, join, vectors, who
+        self.known = known
         self.eventfds: list[int] = []
         self.gone = False
         self.room = 0
@@ -136,16 +157,25 @@ class Client:
         self.tell(self)
 
     def tell(self, peer: Client) -> None:
-        """Have it told that `peer` came."""
-        self._queue[peer.join] = peer
+        """Have it told that `peer` came, unless it may have heard of that id before."""
+        if self.join > peer.known:
+            self._queue[peer.join] = peer
 
     def forget(self, peer: Client) -> None:
         """Have it told that `peer` left. When much is queued, and nothing of that peer was told yet, it is
         not mentioned at all: the queue of one that reads slowly does not grow with those who come and go."""
+        if self.join <= peer.known:
+            return
         if len(self._queue) < _LONG or peer.join not in self._queue or self._telling() == peer.join:
             self._queue[-peer.join] = peer
         else:
             del self._queue[peer.join]
+
+    def overlook(self, join: int) -> None:
+        """That one left, and another has its id, of whom what is not told yet would seem to be the news."""
+        self._queue.pop(-join, None)
+        if self._telling() != join:
+            self._queue.pop(join, None)
 
     def _telling(self) -> int:
         """The join of a peer of which it was told some vectors, and not yet all; 0: none."""

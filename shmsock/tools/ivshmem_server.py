@@ -20,7 +20,7 @@ from types import TracebackType
 
 from shmsock.errors import region_error
 from shmsock.region.ivshmem_protocol import MAX_VECTORS
-from shmsock.tools.ivshmem_clients import Client, Credentials, Flow, Ids, Limiter, credentials
+from shmsock.tools.ivshmem_clients import Client, Credentials, Flow, Id, Ids, Limiter, credentials
 from shmsock.tools.ivshmem_setup import Listener, Store, Unread, listen, make_store, notify, raise_limit
 
 __all__ = ["IvshmemServer", "run_server"]
@@ -31,6 +31,9 @@ _BURST = 256
 """Messages for one client, or newcomers, before it is the turn of others."""
 _RESERVE = 16
 """Descriptors that we may need for other things than clients."""
+_SHARE = 4096
+"""A process that took so many new ids gets used ones from then on: who joins and leaves without end does not
+use up those of others."""
 _PAUSE_S = 0.5
 """After the process, or the kernel, ran out of descriptors; and between looks at what is left unread."""
 _RETRY_S = 0.05
@@ -79,6 +82,7 @@ class IvshmemServer:
         self._clients: dict[int, Client] = {}  # by join, so the oldest is the first
         self._joins = 0
         self._ids = Ids()
+        self._taken: Counter[tuple[int, int]] = Counter()  # new ids, by process
         self._processes: Counter[tuple[int, int]] = Counter()
         self._writing: set[Client] = set()
         self._timers: dict[Client, asyncio.TimerHandle] = {}
@@ -202,14 +206,16 @@ class IvshmemServer:
         # A byte out of band is a byte too many like any other, and not one that is ready and cannot be read.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         who = credentials(sock)
-        if (refusal := self._refuse(who)) or (number := self._take_id()) is None:
-            self._trouble("%s was refused: %s", who, refusal or "no id is free that nobody here remembers")
+        if (refusal := self._refuse(who)) or (taken := self._take_id(who)) is None:
+            self._trouble("%s was refused: %s", who, refusal or "all ids are in use")
             sock.close()
             return
         try:
-            client = Client(sock, number, self._joins + 1, self.vectors, who, self._store.fd)
+            client = Client(
+                sock, taken.number, self._joins + 1, self.vectors, who, self._store.fd, taken.known
+            )
         except OSError:
-            self._ids.give_back(number)
+            self._ids.give_back(taken)
             raise
         self._joins += 1
         client.room = self._unread.take(sock)
@@ -226,16 +232,23 @@ class IvshmemServer:
         if why:
             client.close()
             self._unread.give_back(client.room)
-            self._ids.give_back(number)
+            self._ids.give_back(taken)
             self._move("%s came and %s; %d connected", client, why, self.connected)
             return
         others = list(self._clients.values())
         for other in others:  # all of them, before any is flushed and found to be gone
+            if taken.known:
+                other.overlook(taken.last)
             other.tell(client)
         self._clients[client.join] = client
         self._processes[who.pid, who.uid] += 1
+        self._taken[who.pid, who.uid] += not taken.known
         self._loop.add_reader(sock, self._readable, client)
         self._move("%s came; %d connected", client, self.connected)
+        if taken.known:
+            self._trouble(
+                "%s has an id that was in use before: peers that were here then cannot ring it", client
+            )
         self._after(client, moved, flow)
         for other in others:
             self._flush(other)
@@ -247,8 +260,11 @@ class IvshmemServer:
             return f"that process has {self._per_process} connections, the most that one may have"
         return ""
 
-    def _take_id(self) -> int | None:
-        return self._ids.take(next(iter(self._clients), None))
+    def _take_id(self, who: Credentials) -> Id | None:
+        oldest = next(iter(self._clients), None)
+        if oldest is None:
+            self._taken.clear()
+        return self._ids.take(oldest, new=self._taken[who.pid, who.uid] < _SHARE)
 
     # -- telling
 
@@ -334,7 +350,7 @@ class IvshmemServer:
             self._lingering.append(client)
             if self._sweep is None:
                 self._sweep = self._loop.call_later(_RETRY_S, self._look_at_lingering)
-        self._ids.retire(client.number, self._joins)
+        self._ids.retire(client.number, client.join, self._joins)
         self._move("%s %s; %d connected", client, why, self.connected)
         # Telling the others may show that one more is gone: one after the other, not one inside the other.
         self._departed.append(client)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -13,6 +15,7 @@ from shmsock.region.sizes import format_size
 from shmsock.tools.look import Content, Section
 
 __all__ = [
+    "console",
     "content_lines",
     "device_lines",
     "human",
@@ -24,6 +27,13 @@ __all__ = [
 
 COLOURS = {"live": "green", "silent": "yellow", "dead": "red", "attaching": "cyan", "leaving": "cyan"}
 PORTS = 8
+
+
+def console(record: bool = False) -> Console:
+    """Tables are not folded for the width of a pipe."""
+    if sys.stdout.isatty():
+        return Console(record=record)
+    return Console(width=160, soft_wrap=True, record=record)
 
 
 def human(size: int) -> str:
@@ -64,9 +74,8 @@ def region_lines(region: dict[str, Any]) -> Iterator[str]:
             else "; this file system knows no locks: the dead are found by their beat alone"
         )
     if bell := region["doorbell"]:
-        vectors = "1 vector" if bell["vectors"] == 1 else f"{bell['vectors']} vectors"
         lost = f"; {bell['lost']}" if bell["lost"] else ""
-        yield f"    doorbell: we are peer {bell['id']}, with {vectors}{lost}"
+        yield f"    doorbell: we are peer {bell['id']}, with {_vectors(bell['vectors'])}{lost}"
 
 
 def content_lines(content: Content) -> Iterator[str]:
@@ -91,7 +100,7 @@ def section_table(content: Content) -> Table | None:
     names = {section.number: section.name for section in content.sections}
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("    section", justify="right")
-    for column in ("state", "name", "pid", "boot", "listens on", "connections"):
+    for column in ("state", "name", "pid", "boot", "woken by", "listens on", "connections"):
         table.add_column(column, overflow="fold")
     for section in rows:
         state = Text(section.state, style=COLOURS.get(section.state, "dim"))
@@ -102,10 +111,23 @@ def section_table(content: Content) -> Table | None:
             section.name or "-",
             "-" if section.pid is None else str(section.pid),
             boot,
+            _woken_by(section),
             _ports(section),
             _connections(section, names),
         )
     return table
+
+
+def _woken_by(section: Section) -> str:
+    """All that it offers: which it is, depends on who wakes it. "doorbell 3 (2 vectors), futex"."""
+    ways = ["futex"] if section.futex else []
+    if bell := section.doorbell:
+        ways.insert(0, f"doorbell {bell['id']} ({_vectors(bell['vectors'])})")
+    return ", ".join(ways) or ("polling" if section.state in COLOURS else "")
+
+
+def _vectors(count: int) -> str:
+    return "1 vector" if count == 1 else f"{count} vectors"
 
 
 def _ports(section: Section) -> str:

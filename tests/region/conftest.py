@@ -14,6 +14,18 @@ from typing import Any
 import pytest
 
 NOBODY = 65534
+AsUser = Callable[[Callable[[], Any]], Any]
+
+
+def failing(code: int, call: Any = None, when: str = "") -> Callable[..., Any]:
+    """A stand-in for `call` that fails, if `when` is given only where that ends the first argument."""
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        if when and not str(args[0]).endswith(when):
+            return call(*args, **kwargs)
+        raise OSError(code, os.strerror(code), *args[:1])
+
+    return fail
 
 
 def open_files() -> dict[int, str]:
@@ -83,12 +95,12 @@ def in_child(function: Callable[[], Any], uid: int | None = None) -> Any:
 
 
 @pytest.fixture
-def forked() -> Callable[[Callable[[], Any]], Any]:
+def forked() -> AsUser:
     return in_child
 
 
 @pytest.fixture
-def as_nobody() -> Callable[[Callable[[], Any]], Any]:
+def as_nobody() -> AsUser:
     """Run something as another user; takes root."""
     if os.geteuid() != 0:
         pytest.skip("takes root to become another user")

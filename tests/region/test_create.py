@@ -6,9 +6,7 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,16 +20,9 @@ from shmsock.region import create
 from shmsock.region.base import Region
 from shmsock.region.create import create_file, open_default
 from shmsock.region.file import open_file
+from tests.region.conftest import AsUser, failing
 
 MIB = 1 << 20
-AsUser = Callable[[Callable[[], Any]], Any]
-
-
-def failing(code: int) -> Callable[..., Any]:
-    def fail(*args: Any, **kwargs: Any) -> Any:
-        raise OSError(code, os.strerror(code))
-
-    return fail
 
 
 def write(name: Path, content: bytes) -> None:

@@ -7,7 +7,6 @@ import fcntl
 import mmap
 import os
 import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,9 @@ from shmsock.errors import (
 )
 from shmsock.region import base, file, storage
 from shmsock.region.file import open_file
+from tests.region.conftest import AsUser, failing
 
 MIB = 1 << 20
-AsUser = Callable[[Callable[[], Any]], Any]
-
-
-def failing(code: int) -> Callable[..., Any]:
-    def fail(*args: Any, **kwargs: Any) -> Any:
-        raise OSError(code, os.strerror(code))
-
-    return fail
 
 
 # -- what works

@@ -7,7 +7,6 @@ import fcntl
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,16 +16,9 @@ from shmsock.errors import (
 )
 from shmsock.region import base
 from shmsock.region.file import open_file
+from tests.region.conftest import AsUser, failing
 
 MIB = 1 << 20
-AsUser = Callable[[Callable[[], Any]], Any]
-
-
-def failing(code: int) -> Callable[..., Any]:
-    def fail(*args: Any, **kwargs: Any) -> Any:
-        raise OSError(code, os.strerror(code))
-
-    return fail
 
 
 def test_locks_exclude_each_other(path: str) -> None:

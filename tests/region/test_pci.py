@@ -6,7 +6,6 @@ import errno
 import mmap
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,24 +15,13 @@ from shmsock.errors import RegionError, RegionNotFoundError, RegionPermissionErr
 from shmsock.region import bar2, pci
 from shmsock.region.bar2 import open_pci
 from shmsock.region.pci import choose_device, find_devices, normalize_address, read_device
+from tests.region.conftest import AsUser, failing
 
 if TYPE_CHECKING:
     from .conftest import FakeSysfs
 
 MIB = 1 << 20
 ADDRESS = "0000:00:04.0"
-AsUser = Callable[[Callable[[], Any]], Any]
-
-
-def failing(code: int, call: Any = None, when: str = "") -> Callable[..., Any]:
-    """A stand-in for `call` that fails, if `when` is given only where that ends the first argument."""
-
-    def fail(*args: Any, **kwargs: Any) -> Any:
-        if when and not str(args[0]).endswith(when):
-            return call(*args, **kwargs)
-        raise OSError(code, os.strerror(code), args[0])
-
-    return fail
 
 
 # -- addresses

@@ -7,9 +7,7 @@ import mmap
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,15 +17,9 @@ from shmsock.errors import (
 )
 from shmsock.region import storage
 from shmsock.region.file import open_file
+from tests.region.conftest import failing
 
 MIB = 1 << 20
-
-
-def failing(code: int) -> Callable[..., Any]:
-    def fail(*args: Any, **kwargs: Any) -> Any:
-        raise OSError(code, os.strerror(code))
-
-    return fail
 
 
 # -- storage

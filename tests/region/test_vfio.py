@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from shmsock import region
 from shmsock.errors import RegionError, RegionNotFoundError, RegionPermissionError
 from shmsock.region import iommu, pci, vfio, vfio_ioctl
 from shmsock.region.doorbell import Reach
-from tests.region.conftest import FakeSysfs
+from tests.region.conftest import AsUser, FakeSysfs, failing
 from tests.region.fake_vfio import (
     ADDRESS,
     BAR0,
@@ -29,10 +28,6 @@ from tests.region.fake_vfio import (
     FakeVfio,
     put_in_group,
 )
-from tests.region.test_pci import failing
-
-AsUser = Callable[[Callable[[], Any]], Any]
-InChild = Callable[[Callable[[], Any]], Any]
 
 
 @pytest.fixture
@@ -163,7 +158,7 @@ def test_raw_bytes_outlive_the_region(fake: FakeVfio) -> None:
     mapping.close()
 
 
-def test_forked_child_leaves_the_device_alone(fake: FakeVfio, forked: InChild) -> None:
+def test_forked_child_leaves_the_device_alone(fake: FakeVfio, forked: AsUser) -> None:
     opened = take(fake)
 
     def child() -> tuple[list[Any], list[str]]:
@@ -323,6 +318,33 @@ def test_busy(fake: FakeVfio, monkeypatch: pytest.MonkeyPatch) -> None:
         assert caught.value.filename == str(fake.group)
         assert opened.mmap[0] == 0
     refused(fake, r"in use by another process.*\(root sees who has .*/dev-vfio/3 open\)", errno.EBUSY)
+
+
+def test_looking_at_what_is_in_use(fake: FakeVfio, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the descriptor of who has it, for whom nothing changes."""
+    monkeypatch.setattr(iommu, "VFIO_DEVICE", str(fake.device))
+    with take(fake) as owner:
+        owner.mmap[3] = 7
+        monkeypatch.setattr(os, "open", failing(errno.EBUSY, os.open, "dev-vfio/3"))
+        before = list(fake.calls), fake.command
+
+        def look() -> Any:
+            with take(fake, writable=False) as looked:
+                return bytes(looked.mmap[3:4]), looked.identity == owner.identity, looked.doorbell
+
+        assert look() == (b"\7", True, None)
+        monkeypatch.setattr(os, "open", failing(errno.EACCES, os.open, "resource2"))
+        assert look() == (b"\7", False, None)
+        assert (fake.calls, fake.command) == before
+
+
+def test_who_has_several_devices_is_left_alone(fake: FakeVfio, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(iommu, "VFIO_DEVICE", str(fake.device))
+    (fake.dev / "4").touch()
+    with take(fake), (fake.dev / "4").open():
+        monkeypatch.setattr(os, "open", failing(errno.EBUSY, os.open, "dev-vfio/3"))
+        with pytest.raises(RegionError, match="in use by process"):
+            take(fake, writable=False)
 
 
 def test_busy_by_a_mapping_alone(fake: FakeVfio, monkeypatch: pytest.MonkeyPatch) -> None:

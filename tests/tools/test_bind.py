@@ -17,9 +17,8 @@ from shmsock import cli
 from shmsock.errors import RegionError
 from shmsock.region.iommu import NOIOMMU_SWITCH
 from shmsock.tools.bind import Plan, Step, plan_bind, plan_unbind
-from tests.region.conftest import FakeSysfs
+from tests.region.conftest import FakeSysfs, failing
 from tests.region.fake_vfio import put_in_group
-from tests.region.test_pci import failing
 
 ADDRESS = "0000:00:04.0"
 

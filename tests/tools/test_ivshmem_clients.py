@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from shmsock.region.ivshmem_protocol import Receiver, send_message
-from shmsock.tools.ivshmem_clients import Client, Credentials, Flow, Ids, Limiter, credentials
+from shmsock.tools.ivshmem_clients import Client, Credentials, Flow, Id, Ids, Limiter, credentials
 from tests.region.conftest import open_files
 
 ALL = 1 << 20
@@ -20,45 +20,65 @@ ALL = 1 << 20
 # -- ids
 
 
+def numbers(*taken: Id | None) -> list[int | None]:
+    return [one and one.number for one in taken]
+
+
 def test_ids_begin_at_0_and_are_new() -> None:
     ids = Ids()
     taken = [ids.take(None)]
     for join in range(2, 100):
         taken.append(ids.take(1))
-        ids.retire(taken[-1] or 0, join)
-    assert taken == list(range(99))
+        ids.retire(join - 1, join, join)
+    assert taken == [Id(number) for number in range(99)]
 
 
-def test_an_id_comes_again_when_all_who_knew_it_are_gone() -> None:
+def test_used_ids_come_again_the_oldest_first() -> None:
+    """With word of who may have heard of them; as new, when all of those are gone."""
     ids = Ids(2)
-    assert [ids.take(None), ids.take(1), ids.take(1)] == [0, 1, 2]  # joins 1, 2, 3
-    ids.retire(1, 3)
-    assert ids.take(1) is None  # joins 1 and 3 know it
-    ids.retire(0, 3)
-    assert ids.take(3) is None  # 3 still does
-    ids.retire(2, 4)
-    assert [ids.take(4), ids.take(4), ids.take(4)] == [1, 0, None]  # 4 came after these, and knew id 2
+    assert numbers(ids.take(None), ids.take(1), ids.take(1)) == [0, 1, 2]  # joins 1, 2, 3
+    assert ids.take(1) is None
+    ids.retire(1, 2, 3)
+    ids.retire(0, 1, 3)
+    assert [ids.take(3), ids.take(4)] == [Id(1, 3, 2), Id(0)]  # 3 knows of both, 4 came after them
+    assert ids.take(4) is None
+
+
+def test_a_used_id_is_given_back_with_what_is_known_of_it() -> None:
+    ids = Ids(1)
+    assert numbers(ids.take(None), ids.take(1)) == [0, 1]
+    ids.retire(1, 2, 2)
+    for _ in range(2):
+        taken = ids.take(1)
+        assert taken == Id(1, 2, 2)
+        ids.give_back(taken)
+
+
+def test_who_took_its_share_gets_used_ids() -> None:
+    ids = Ids()
+    assert numbers(ids.take(None), ids.take(1, new=False)) == [0, 1]  # there is no other
+    ids.retire(1, 2, 2)
+    assert numbers(ids.take(1), ids.take(1, new=False), ids.take(1, new=False)) == [2, 1, 3]
 
 
 def test_ids_begin_anew_when_nobody_is_here() -> None:
     ids = Ids(1)
-    assert [ids.take(None), ids.take(1)] == [0, 1]
-    ids.retire(0, 2)
-    ids.retire(1, 2)
-    assert [ids.take(None), ids.take(3), ids.take(3)] == [0, 1, None]
+    assert numbers(ids.take(None), ids.take(1)) == [0, 1]
+    ids.retire(0, 1, 2)
+    ids.retire(1, 2, 2)
+    assert [ids.take(None), ids.take(3), ids.take(3)] == [Id(0), Id(1), None]
 
 
 def test_an_id_that_nobody_heard_of_is_not_spent() -> None:
     ids = Ids()
-    assert [ids.take(None), ids.take(1)] == [0, 1]
-    ids.give_back(1)
-    assert [ids.take(1), ids.take(1)] == [1, 2]
+    assert numbers(ids.take(None), ids.take(1)) == [0, 1]
+    ids.give_back(Id(1))
+    assert numbers(ids.take(1), ids.take(1)) == [1, 2]
 
 
 def test_all_of_65536_ids() -> None:
     ids = Ids()
-    taken = [ids.take(None)] + [ids.take(1) for _ in range(65536)]
-    assert taken == [*range(65536), None]
+    assert numbers(ids.take(None), *(ids.take(1) for _ in range(65536))) == [*range(65536), None]
 
 
 # -- queues
@@ -137,6 +157,31 @@ def test_when_the_queue_is_long_it_is_not_mentioned(pairs: list[Pair], long: Non
     a.client.forget(b.client)
     a.client.flush(ALL)
     assert a.read()[6:] == came(2)
+
+
+def test_nobody_hears_of_an_id_again(pairs: list[Pair]) -> None:
+    """QEMU would use memory that it freed when the first of that id left."""
+    a, b, c, _ = pairs
+    c.client.known = a.client.join  # a may have heard of its id, b came later
+    for one in (a, b):
+        one.client.tell(c.client)
+        one.client.forget(c.client)
+        one.client.flush(ALL)
+    assert a.read() == [(0, False), (0, False), (-1, True)]
+    assert b.read()[3:] == [*came(2), (2, False)]
+
+
+@pytest.mark.parametrize(("told", "rest"), [(3, 0), (4, 2), (6, 0)])
+def test_what_is_not_told_yet_of_an_id_is_overlooked_when_it_comes_again(
+    pairs: list[Pair], told: int, rest: int
+) -> None:
+    """But vectors that began come whole."""
+    a, b, _, _ = pairs
+    a.client.tell(b.client)
+    a.client.flush(told)
+    a.client.forget(b.client)
+    a.client.overlook(b.client.join)
+    assert a.client.flush(ALL) == (rest, Flow.DONE)
 
 
 @pytest.mark.parametrize("told", [1, 2])

@@ -17,6 +17,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,7 +31,7 @@ from shmsock.errors import RegionError
 from shmsock.fabric import layout as lay
 from shmsock.region.ivshmem_protocol import Receiver, send_message
 from shmsock.testing import make_region
-from shmsock.tools import ivshmem_setup
+from shmsock.tools import ivshmem_server, ivshmem_setup
 from shmsock.tools.ivshmem_clients import Client
 from shmsock.tools.ivshmem_server import IvshmemServer
 from tests.region.conftest import NOBODY, in_child, open_files
@@ -777,6 +778,42 @@ async def test_as_a_class(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert server.connected == 0
     await server.aclose()
     assert not (place / "s").exists()
+
+
+@pytest.mark.asyncio
+async def test_joining_and_leaving_without_end(
+    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It takes a share of the new ids, then used ones, of which those who were here are not told again."""
+    monkeypatch.setattr(ivshmem_server, "_SHARE", 3)
+    async with IvshmemServer(place / "s", "memfd", size=2 << 20) as server:
+
+        def churn(turns: int) -> Iterator[int]:
+            """The ids that come up. Each is known to be gone when the next comes."""
+            for _ in range(turns):
+                with Peer(path) as peer:
+                    yield peer.join().id
+                assert left.acquire(timeout=SECONDS)
+
+        path, lose, left = f"{place}/s", server._lose, threading.Semaphore(0)
+
+        def losing(client: Client, why: str) -> None:
+            lose(client, why)
+            left.release()
+
+        monkeypatch.setattr(server, "_lose", losing)
+        with Peer(path) as watcher:
+            await asyncio.to_thread(watcher.join)
+            assert await asyncio.to_thread(list, churn(6)) == [1, 2, 1, 2, 1, 2]
+            assert "has an id that was in use before" in caplog.text
+            with Peer(path) as late:
+                assert (await asyncio.to_thread(late.join)).id == 1
+                monkeypatch.setattr(ivshmem_server, "_SHARE", 100)
+                assert await asyncio.to_thread(list, churn(1)) == [3]
+                news = [(1, True), (1, False), (2, True), (2, False), (3, True), (3, False)]
+                assert [watcher.news() for _ in news] == news
+                assert late.found == [0]
+                assert [late.news(), late.news()] == [(3, True), (3, False)]
 
 
 @pytest.mark.parametrize("bad", [{"vectors": 0}, {"vectors": 65}, {"clients": 1}, {"patience": 0}])

@@ -184,6 +184,12 @@ def test_one_at_a_time(processes: Processes) -> None:
     with pytest.raises(Failed, match=r"in use by process \d+ \(python\), and vfio gives it to one") as caught:
         also_a.open()
     assert caught.value.errno == errno.EBUSY
+    a.ask("put", 0, 77)
+    assert also_a.open(writable=False) == [f"vfio:{DOORBELL}", SIZE, True, None, None]  # to look at, as root
+    assert also_a.ask("get", 0) == 77
+    also_a.ask("close")
+    b.ask("ring", a_id, 1)
+    assert a.ask("rung", SECONDS) == 1
     with pytest.raises(Failed, match=r"in use by process \d+ \(python\): stop that first"):
         also_a.ask("unbind", DOORBELL)
     with pytest.raises(Failed, match=f"claimed by vfio-pci: use it as vfio:{DOORBELL}"):
