@@ -31,9 +31,16 @@ demo-vm: ## the same between two QEMU guests
 	@$(BIN)/shmsock demo-vm
 
 .PHONY: bench
-bench: ## round trips and throughput, beside TCP
+bench: ## every measure beside TCP and others, into benchmarks/: a quarter of an hour
 	@.ci/setup demo
-	@$(BIN)/shmsock bench
+	@.ci/setup venv .venv $(BIN)/python bench
+	@mkdir -p benchmarks
+	@$(BIN)/shmsock bench --all --json benchmarks/results.json --text benchmarks/results.txt --plot benchmarks/plot.svg
+
+.PHONY: instructions
+instructions: ## instructions per operation of the core; fails where they have become more
+	@.ci/setup bench
+	@$(BIN)/python -m shmsock.tools.instructions
 
 .PHONY: test
 test: lint ## everything: checks, all Python versions there are, real guests

@@ -8,11 +8,9 @@ import os
 import sys
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 from shmsock import region as regions
 from shmsock.aio.attach import prepare_region
@@ -23,6 +21,7 @@ from shmsock.region.locks import SERVER_LOCK
 from shmsock.region.pci import normalize_address
 from shmsock.region.sizes import parse_size
 from shmsock.tools import look, reap, show
+from shmsock.tools.bench_cli import bench_command
 from shmsock.tools.bind import Plan, plan_bind, plan_unbind
 
 __all__ = ["cli", "main"]
@@ -97,11 +96,6 @@ class Address(click.ParamType[str]):
             return normalize_address(value.removeprefix("vfio:").removeprefix("pci:"))
         except ValueError as error:
             self.fail(f"{error}; `shmsock info` lists the devices", param, context)
-
-
-def _console() -> Console:
-    """Tables are not folded for the width of a pipe."""
-    return Console() if sys.stdout.isatty() else Console(width=160, soft_wrap=True)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -198,7 +192,7 @@ def info(region: str | None, as_json: bool) -> None:
 
 
 def _print_info(devices: list[dict[str, Any]], found: list[dict[str, Any]]) -> None:
-    console = _console()
+    console = show.console()
     for device in devices:
         for line in show.device_lines(device):
             click.echo(line)
@@ -296,7 +290,7 @@ def demo(scale: float) -> None:
     """A server and a client process of this host: echo, a file, and a table beside TCP. About 20 s."""
     from shmsock.tools.demo import run_demo
 
-    run_demo(_console(), scale)
+    run_demo(show.console(), scale)
 
 
 @cli.command("demo-vm")
@@ -308,67 +302,11 @@ def demo_vm(megabytes: int, echoes: int) -> None:
     """Two QEMU guests without a network: a file both ways at once, echoes, and this host as a third peer."""
     from shmsock.tools.demo_vm import run_demo_vm
 
-    if not run_demo_vm(_console(), megabytes * 1_000_000, echoes):
+    if not run_demo_vm(show.console(), megabytes * 1_000_000, echoes):
         sys.exit(1)
 
 
-@cli.command()
-@click.option(
-    "--json",
-    "file",
-    type=click.Path(dir_okay=False, writable=True, allow_dash=True),
-    help="Write all figures there too.",
-)
-@click.option("--sporadic", is_flag=True, help="Round trips with pauses of 0 to 100 ms, and the CPU time.")
-@click.option("--idle", is_flag=True, help="Ten connections on which nothing is said: the CPU time.")
-@click.option(
-    "--rounds",
-    type=click.IntRange(1, 1000),
-    show_default="5; 3 with --sporadic, 1 with --idle",
-    help="Measures are taken in turn so often.",
-)
-@click.option(
-    "--seconds",
-    type=click.FloatRange(0.05, 600),
-    show_default="1; 0.5 with --sporadic, 10 with --idle",
-    help="For each measure in a round.",
-)
-@click.option("--one-core", is_flag=True, help="Only with both processes on one core.")
-@click.option("--vm", is_flag=True, help="Between two guests, beside virtio-net. Needs root.")
-@click.option("--doorbells", is_flag=True, help="With --vm: an ivshmem-doorbell device too, through vfio.")
-def bench(
-    file: str | None,
-    sporadic: bool,
-    idle: bool,
-    rounds: int | None,
-    seconds: float | None,
-    one_core: bool,
-    vm: bool,
-    doorbells: bool,
-) -> None:
-    """Round trips and throughput beside TCP, medians over several rounds."""
-    from shmsock.tools import bench as run
-    from shmsock.tools.bench_sporadic import IDLE, SPORADIC
-
-    if vm and one_core:
-        raise click.UsageError("--one-core is about processes of this host: not with --vm")
-    if doorbells and not vm:
-        raise click.UsageError("--doorbells is about guests: only with --vm")
-    if sporadic and idle:
-        raise click.UsageError("--sporadic and --idle are two measures: one at a time")
-    kind = SPORADIC if sporadic else IDLE if idle else run.THROUGHPUT
-    rounds, seconds = rounds or kind.rounds, seconds or kind.seconds
-    if vm:
-        from shmsock.tools.bench_vm import bench_guests
-
-        report = bench_guests(_console(), rounds, seconds, kind, doorbells)
-    else:
-        places = ["one"] if one_core else list(kind.placements)
-        report = run.bench_host(_console(), rounds, seconds, places, kind)
-    if file == "-":
-        click.echo(json.dumps(report, indent=2))
-    elif file:
-        Path(file).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+cli.add_command(bench_command)
 
 
 @cli.command("ivshmem-server")

@@ -6,19 +6,21 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from shmsock.errors import region_error
-from shmsock.tools.bench import THROUGHPUT, Kind, Variant, describe, in_turn, machine, note_load
-from shmsock.tools.bench_sporadic import DOORBELLS
+from shmsock.tools.bench import Take, bench
+from shmsock.tools.bench_measures import Measure
+from shmsock.tools.bench_pairs import DOORBELLS, Variant, checked
 from shmsock.tools.child import have_uvloop, python
 from shmsock.tools.demo_vm import DemoFailed, boot_pair
-from shmsock.tools.qemu import Bridge, Fleet, Guest, GuestError, GuestUnavailable, IvshmemDoorbell, Tap
+from shmsock.tools.qemu import Bridge, Fleet, GuestError, GuestUnavailable, IvshmemDoorbell, Tap
 
 __all__ = ["bench_guests"]
 
@@ -28,7 +30,7 @@ SLOT = 0x10
 
 
 def bench_guests(
-    console: Console, rounds: int, seconds: float, kind: Kind = THROUGHPUT, doorbells: bool = False
+    console: Console, rounds: int, seconds: float, measures: Sequence[Measure], doorbells: bool = False
 ) -> dict[str, Any]:
     """`doorbells`: measure an ivshmem-doorbell device as well. Raises OSError: no root, packages that are
     missing, a guest that died."""
@@ -41,7 +43,9 @@ def bench_guests(
         with ExitStack() as stack:
             socket = stack.enter_context(_doorbell_server()) if doorbells else None
             bridge, fleet = stack.enter_context(Bridge()), stack.enter_context(Fleet())
-            return _Bench(console, fleet, [bridge.tap(), bridge.tap()], socket).run(rounds, seconds, kind)
+            guests = Guests(console, fleet, [bridge.tap(), bridge.tap()], socket)
+            more = {"virtualization": guests.client.accel, "guest_kernel": fleet.kernel.version}
+            return bench(console, guests, rounds, seconds, measures, more=more)
     except GuestUnavailable as error:
         raise DemoFailed(f"{error}; or run `make demo-vm`, which installs them") from error
     except GuestError as error:
@@ -71,67 +75,58 @@ def _doorbell_server() -> Iterator[Path]:
                 process.terminate()
 
 
-class _Bench:
+class Guests:
+    """Two guests, one process in each."""
+
+    name = "vm"
+
     def __init__(self, console: Console, fleet: Fleet, taps: list[Tap], socket: Path | None) -> None:
-        self.console, self.fleet, self.taps, self.socket = console, fleet, taps, socket
-
-    def run(self, rounds: int, seconds: float, kind: Kind) -> dict[str, Any]:
-        known = machine()
-        self.console.print(describe(known))
+        self.taps = taps
         loop = "uvloop" if have_uvloop() else "asyncio"
-        what = [Variant("asyncio", loop), Variant("shmsock", loop)]
-        if self.socket is None:
-            (client, server), _ = boot_pair(self.console, self.fleet, net=self.taps)
-        else:
-            device = IvshmemDoorbell(self.socket, addr=f"{SLOT:#x}").arguments(1)
-            more = {"net": self.taps, "iommu": [True] * 2, "extra": [device] * 2}
-            (client, server), _ = boot_pair(self.console, self.fleet, **more)
-            plain, bells = self._regions([client, server])
-            what[1:] = [Variant("shmsock", loop, region=plain)]
-            what += [Variant("shmsock", loop, region=bells, note=DOORBELLS)]
-        taken = in_turn(
-            self.console,
-            what,
-            rounds,
-            "two guests",
-            lambda v: self._measure(v, client, server, seconds, *kind.arguments),
-        )
-        results = kind.show(self.console, "vm-a to vm-b, TCP over virtio-net", taken, rounds, seconds)
-        marks = kind.judge(self.console, results, "vm")
-        note_load(self.console, known)
-        return {
-            "machine": known,
-            "accelerator": client.accel,
-            "guest_kernel": self.fleet.kernel.version,
-            "rounds": rounds,
-            "seconds": seconds,
-            "results": {"vm": results},
-            "marks": marks,
-        }
+        self.what = [Variant("asyncio", loop), Variant("shmsock", loop)]
+        if socket is None:
+            (self.client, self.server), _ = boot_pair(console, fleet, net=taps)
+            return
+        device = IvshmemDoorbell(socket, addr=f"{SLOT:#x}").arguments(1)
+        more = {"net": taps, "iommu": [True] * 2, "extra": [device] * 2}
+        (self.client, self.server), _ = boot_pair(console, fleet, **more)
+        plain, bells = self._regions(console)
+        self.what[1:] = [Variant("shmsock", loop, region=plain)]
+        self.what += [Variant("shmsock", loop, region=bells, note=DOORBELLS)]
 
-    def _regions(self, guests: list[Guest]) -> tuple[str, str]:
+    def variants(self, measure: Measure) -> list[Variant]:
+        return self.what
+
+    def where(self, measure: Measure) -> str:
+        return "vm-a to vm-b, TCP over virtio-net"
+
+    def cache_line_ns(self) -> None:
+        """The guests' CPUs are emulated, or wherever the host puts them."""
+
+    @contextmanager
+    def open(self, measure: Measure) -> Iterator[Take]:
+        yield partial(self._take, measure)
+
+    def _regions(self, console: Console) -> tuple[str, str]:
         """Of the plain device and of the one with doorbells, which is bound to vfio-pci."""
         bells = f"0000:00:{SLOT:02x}.0"
-        for guest in guests:
+        for guest in (self.client, self.server):
             devices = json.loads(guest.run(["shmsock", "info", "--json"]).text)["devices"]
             guest.run(["shmsock", "bind", "--yes", bells])
         plain = next(device["address"] for device in devices if device["address"] != bells)
-        self.console.print(f"  beside it ivshmem-doorbell, one vector, at {bells}, bound to vfio-pci")
+        console.print(f"  beside it ivshmem-doorbell, one vector, at {bells}, bound to vfio-pci")
         return f"pci:{plain}", f"vfio:{bells}"
 
-    def _measure(
-        self, variant: Variant, client: Guest, server: Guest, seconds: float, *more: object
-    ) -> dict[str, Any]:
-        address = self.taps[1].ip if variant.is_tcp else server.name
-        env = {"SHMSOCK_REGION": variant.region} if variant.region else {}
-        with server.start(role(variant, "server", "--host", address), env=env) as serving:
+    def _take(self, measure: Measure, variant: Variant, seconds: float) -> dict[str, Any]:
+        address = self.taps[1].ip if variant.is_tcp else self.server.name
+        env = variant.environment
+        with self.server.start(role(variant, "server", "--host", address), env=env) as serving:
             port = json.loads(serving.readline(LINE_S))["port"]
-            to = ("--host", address, "--port", port, "--seconds", seconds, *more)
-            said = client.run(role(variant, "client", *to), timeout=LINE_S + 10 * seconds, env=env).text
+            to = ("--host", address, "--port", port, "--seconds", seconds, *measure.ends)
+            said = self.client.run(role(variant, "client", *to), timeout=LINE_S + 10 * seconds, env=env).text
             serving.close_stdin()
             serving.wait(LINE_S, check=True)
-        found: dict[str, Any] = json.loads(said)
-        return found
+        return measure.figures(checked(variant, json.loads(said)))
 
 
 def role(variant: Variant, name: str, *more: object) -> list[str]:

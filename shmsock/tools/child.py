@@ -62,6 +62,15 @@ class Child:
         said: dict[str, Any] = json.loads(text)
         return said
 
+    def tell(self, line: str) -> None:
+        """Raises ChildError when it ended meanwhile."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(f"{line}\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            raise ChildError(self.argv, self.process.wait()) from None
+
     def lines(self) -> Iterator[dict[str, Any]]:
         """What it says, up to the line with "done"."""
         while True:

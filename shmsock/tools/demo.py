@@ -8,13 +8,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from shmsock.errors import region_error
-from shmsock.tools.bench import Variant, bench_table, in_turn, measure, medians, private_region, variants
+from shmsock.tools.bench import Bench, Host
+from shmsock.tools.bench_measures import BOTH
+from shmsock.tools.bench_pairs import private_region
 from shmsock.tools.child import Child, cpus, have_uvloop
 
 __all__ = ["progress_bar", "run_demo"]
@@ -63,7 +64,7 @@ def run_demo(console: Console, scale: float = 1.0) -> None:
                 make_file(source, size)
                 console.print(f"[bold]A file[/]  {size / 1e6:.0f} MB of random bytes, hashed at both ends")
                 _send_file(console, worker("send", "demo", *common, "--cpu", client_cpu), source, copy, size)
-        _table(console, region, scale, server_cpu, client_cpu)
+    _table(console, scale)
 
 
 def _send_file(console: Console, send: list[str], source: Path, copy: Path, size: int) -> None:
@@ -81,16 +82,10 @@ def _send_file(console: Console, send: list[str], source: Path, copy: Path, size
     )
 
 
-def _table(console: Console, region: str, scale: float, server_cpu: int, client_cpu: int) -> None:
+def _table(console: Console, scale: float) -> None:
     start = time.monotonic()
     console.print("[bold]Beside TCP[/] on 127.0.0.1, the same handlers, measured in turn")
-
-    def take(variant: Variant) -> dict[str, Any]:
-        return measure(variant, region, SECONDS * scale, server_cpu, client_cpu)
-
-    taken = in_turn(console, variants(), ROUNDS, "measuring", take)
-    results = {label: medians(values) for label, values in taken.items()}
-    console.print(bench_table("", results))
+    Bench(console, Host(console, "demo"), ROUNDS, SECONDS * scale).run([BOTH])
     console.print(
         f"  {ROUNDS} rounds in {time.monotonic() - start:.0f} s; `shmsock bench` measures more carefully."
     )

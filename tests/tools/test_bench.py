@@ -1,20 +1,29 @@
-"""Benchmarks: that they run, are fair, and say what they measured. Not how fast."""
+"""`shmsock bench`: that it measures in turn, tells what it measured, and refuses what makes no sense."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from shmsock.tools import bench, bench_handlers
-from shmsock.tools.bench import marks_of, measure, medians, private_region, times, variants
-from shmsock.tools.child import Child, ChildError, cpus, python
+from shmsock.errors import RegionError
+from shmsock.tools import bench, bench_machine, bench_measures, floor
+from shmsock.tools.bench import Bench, Host, Take
+from shmsock.tools.bench_ends.timing import encoded
+from shmsock.tools.bench_measures import ECHO, MEASURES, PLAIN, SWEEPS, Measure
+from shmsock.tools.bench_pairs import FLOOR, OURS, TCP, Variant, datagrams, variants
+from shmsock.tools.child import Child, ChildError, python
 from tests.test_cli import SECONDS, bad, good, usage
 
 
@@ -29,49 +38,150 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "shmsock", *arguments]
 
 
-def test_tcp_imports_nothing_of_shmsock() -> None:
-    with private_region("bench") as region:
-        server, client, _ = cpus()
-        for variant in variants():
-            found = measure(variant, region, 0.05, server, client)
-            assert (found["shmsock_modules"] == 0) == variant.is_tcp
-            assert found["echo"]["count"] > 0
-            assert 0 < found["echo"]["p50_us"] <= found["echo"]["p99_us"]
-            assert found["write"]["bytes"] % bench_handlers.BLOCK == 0
+class Made:
+    """A place where nothing is measured: what takes the longest is known."""
+
+    name = "host"
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str]] = []
+
+    def variants(self, measure: Measure) -> list[Variant]:
+        return [Variant("asyncio", "uvloop"), Variant("shmsock", "uvloop")]
+
+    def where(self, measure: Measure) -> str | None:
+        return None if measure.placement == "one" else "nowhere"
+
+    def cache_line_ns(self) -> float | None:
+        return 80.0 + len(self.asked)
+
+    @contextmanager
+    def open(self, measure: Measure) -> Iterator[Take]:
+        def take(variant: Variant, seconds: float) -> dict[str, Any]:
+            self.asked.append((measure.name, variant.label))
+            p50 = 50.0 if variant.is_tcp else 1.0
+            rates = {"mb_s": 1000 / p50, "per_s": 1e6 / p50, "hdr": encoded([int(p50 * 1000)])}
+            return {"count": 1, "p50_us": p50, "p99_us": p50, "p999_us": p50, "max_us": p50, **rates}
+
+        yield take
+
+
+def test_a_run_takes_turns() -> None:
+    place, out = Made(), io.StringIO()
+    run = Bench(Console(width=200, file=out), place, 2, 0.1)
+    sweep = replace(SWEEPS[0], values=(1, 64))
+    one = replace(ECHO, name="one-core", placement="one")
+    run.run([ECHO, one], [sweep])
+    turns = ("echo", TCP), ("echo", OURS)
+    assert place.asked[:4] == [*turns, *turns]
+    assert [name for name, _ in place.asked[4:]] == ["sizes-1"] * 4 + ["sizes-64"] * 4
+    assert list(run.report["measures"]) == ["echo"]
+    kept = run.report["measures"]["echo"]
+    assert (kept["title"], kept["where"]) == (ECHO.title, "nowhere")
+    assert kept["results"][TCP]["cache_line_ns"] == 81  # the median of 80 and 82
+    assert len(kept["results"][OURS]["rounds"]) == 2
+    assert run.report["sweeps"]["sizes"]["results"][OURS]["64"]["mb_s"] == 1000
+    assert [mark["met"] for mark in run.judge()] == [False, True]
+    said = out.getvalue()
+    assert "64 B round trip, nowhere; medians of 2 rounds of 0.1 s" in said
+    assert "50x faster" in said
+    assert "One way, by the size of a write" in said
+    assert "Marks" in said
+    json.dumps(run.report)
+
+
+def test_the_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parts, but as if measured elsewhere."""
+    place = Made()
+    monkeypatch.setattr(bench, "Host", lambda console: place)
+    file, text, plot = tmp_path / "all.json", tmp_path / "all.txt", tmp_path / "all.svg"
+    said = good("bench", "--all", "--rounds", "1", "--json", file, "--text", text, "--plot", plot)
+    report = json.loads(file.read_text())
+    assert list(report["measures"]) == [m.name for m in bench_measures.SUITE if m.placement != "one"]
+    assert set(report["sweeps"]) == {"sizes", "connections"}
+    assert list(report["sweeps"]["connections"]["results"][TCP]) == ["1", "4", "16", "64", "250", "1000"]
+    assert {mark["measure"] for mark in report["marks"]} >= {"echo", "bulk", "connect", "many", "think-1ms"}
+    assert report["machine"]["kernel"] == os.uname().release
+    assert (report["rounds"], report["seconds"]) == (1, 0.5)
+    assert text.read_text().splitlines()[-1] == said.splitlines()[-1]
+    assert "<svg" in plot.read_text()
 
 
 def test_bench_command(tmp_path: Path) -> None:
     before = regions()
     file = tmp_path / "figures.json"
-    said = good("bench", "--one-core", "--rounds", "1", "--seconds", "0.05", "--json", file)
-    assert "both on CPU" in said
-    assert "uvloop TCP" in said
-    assert "mark: 64 B p50 at least 1x" in said
+    said = good("bench", "--only", "datagram", "--rounds", "1", "--seconds", "0.03", "--json", file)
+    assert "one round of 0.03 s" in said
     report = json.loads(file.read_text())
-    assert set(report["results"]) == {"one"}
-    assert set(report["results"]["one"]) == {variant.label for variant in variants()}
-    assert report["machine"]["kernel"] == os.uname().release
-    assert {mark["what"] for mark in report["marks"]} == {"echo", "write"}
+    assert set(report["measures"]) == {"datagram"}
+    results = report["measures"]["datagram"]["results"]
+    assert list(results) == [variant.label for variant in datagrams()]
+    assert all(r["cache_line_ns"] is None or r["cache_line_ns"] > 0 for r in results.values())
+    assert {mark["measure"] for mark in report["marks"]} == {"datagram"}
     assert regions() <= before
 
 
-def test_marks() -> None:
-    """They can be missed."""
-    figures = {"echo_p50_us": 60.0, "write_mb_s": 500.0}
-    fast = {"echo_p50_us": 2.0, "write_mb_s": 3000.0}
-    results = {"uvloop TCP": figures, "shmsock, uvloop": fast, bench.STOCK: fast}
-    assert [mark["met"] for mark in bench.marks_of(results, "two")] == [True] * 4
-    results[bench.STOCK] = {"echo_p50_us": 2.6, "write_mb_s": 2300.0}
-    assert [mark["met"] for mark in bench.marks_of(results, "two")] == [True, True, False, False]
-    assert [mark["met"] for mark in bench.marks_of(results, "one")] == [True, True]
-    results["shmsock, uvloop"] = figures
-    assert [mark["met"] for mark in bench.marks_of(results, "two")][:2] == [False, False]
+def test_what_the_old_options_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[Any] = []
+
+    def taken(console: Console, place: Any, *what: Any) -> dict[str, Any]:
+        chosen[:] = what
+        return {}
+
+    monkeypatch.setattr(bench, "bench", taken)
+
+    def names(*options: str) -> tuple[int, float, list[str], set[str], list[str]]:
+        good("bench", *options)
+        rounds, seconds, measures, sweeps = chosen
+        return (
+            rounds,
+            seconds,
+            [m.name for m in measures],
+            {m.placement for m in measures},
+            [s.name for s in sweeps],
+        )
+
+    one = ["one-core", "one-core-bulk"]
+    assert names() == (5, 1.0, ["echo", "bulk", *one], {"two", "one"}, [])
+    assert names("--one-core", "--rounds", "2") == (2, 1.0, one, {"one"}, [])
+    thinks = [f"think-{think}" for think in ("none", "100us", "1ms", "10ms", "100ms")]
+    free = [f"{think}-free" for think in thinks]
+    assert names("--sporadic") == (3, 0.5, [*thinks, *free], {"two", "free"}, [])
+    assert names("--sporadic", "--one-core")[2:4] == (thinks, {"one"})
+    assert names("--idle", "--seconds", "2") == (1, 2.0, ["idle"], {"two"}, [])
+    assert names("--sizes") == (3, 0.5, [], set(), ["sizes"])
+    assert names("--only", "echo,connections", "--sizes")[4] == ["sizes", "connections"]
 
 
 def test_bench_bad_usage() -> None:
     assert "not with --vm" in usage("bench", "--vm", "--one-core")
     assert "0 is not in the range" in usage("bench", "--rounds", "0")
     assert "directory" in usage("bench", "--json", "/")
+    assert "one at a time" in usage("bench", "--sporadic", "--idle")
+    assert "one at a time" in usage("bench", "--all", "--only", "echo")
+    assert "only with --vm" in usage("bench", "--idle", "--doorbells")
+    assert "no measure 'fast'; there are echo" in usage("bench", "--only", "fast")
+    assert "--vm goes with --only" in usage("bench", "--vm", "--all")
+    assert "between guests there are only echo" in usage("bench", "--vm", "--only", "anyio")
+    assert "come after its name" in usage("bench", "--all", "serve")
+
+
+def test_bench_list() -> None:
+    said = good("bench", "--list")
+    for name in (*MEASURES, *(sweep.name for sweep in SWEEPS)):
+        assert f"{name} " in said
+
+
+@pytest.mark.parametrize(
+    ("package", "options"), [("hdrh", ("--only", "echo")), ("matplotlib", ("--plot", "x"))]
+)
+def test_missing_packages_are_named(
+    package: str, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is measured."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else name)
+    monkeypatch.setattr(bench, "bench", lambda *_: pytest.fail("it was measured"))
+    assert "pip install 'shmsock[bench]'" in bad("bench", *options)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="takes root to become another user")
@@ -80,25 +190,62 @@ def test_bench_vm_takes_root(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "as root" in bad("bench", "--vm")
 
 
-def test_medians_and_marks() -> None:
-    def result(p50: float, p99: float, rate: float) -> dict[str, dict[str, float]]:
-        return {"echo": {"p50_us": p50, "p99_us": p99}, "write": {"mb_s": rate}}
+def test_the_c_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stands in the tables of echo and bulk, where it can be built."""
+    ran: list[Any] = []
 
-    fast = medians([result(2, 9, 8000), result(3, 7, 9000), result(100, 8, 1)])
-    assert fast == {"echo_p50_us": 3, "echo_p99_us": 8, "write_mb_s": 8000}
-    slow = medians([result(74, 90, 1000)])
-    echo, write = marks_of({"uvloop TCP": slow, "shmsock, uvloop": fast}, "two")
-    assert (echo["met"], write["met"]) == (False, True)
-    assert [mark["what"] for mark in marks_of({"uvloop TCP": slow, "shmsock, uvloop": fast}, "vm")] == [
-        "echo"
-    ]
-    assert marks_of({"asyncio TCP": slow, "shmsock, asyncio": fast}, "two") == []
-    assert (times(25, "faster", "slower"), times(0.5, "faster", "slower")) == ("25x faster", "2x slower")
-    table = bench.bench_table("title", {"asyncio TCP": slow, "shmsock, asyncio": fast})
-    console = Console(width=160, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(table)
-    assert "24.7x faster" in console.export_text()
-    console.file.close()
+    def run(*arguments: Any) -> dict[str, Any]:
+        ran.append(arguments[0])
+        return {"p50_us": 0.3}
+
+    monkeypatch.setattr(floor, "run", run)
+    monkeypatch.setattr(floor, "program", lambda: Path("built"))
+    host = Host(Console(file=io.StringIO()))
+    host.server, host.client = 0, 1
+    assert [v.label for v in host.variants(ECHO)][-1] == FLOOR
+    assert FLOOR not in [v.label for m in (*PLAIN, MEASURES["anyio"]) for v in host.variants(m)]
+    with host.open(ECHO) as take:
+        assert take(Variant("floor"), 0.1) == {"p50_us": 0.3}
+    assert ran == ["echo"]
+
+    def unavailable(*_: Any) -> Any:
+        raise floor.FloorUnavailable("no compiler")
+
+    monkeypatch.setattr(floor, "program", unavailable)
+    monkeypatch.setattr(floor, "run", unavailable)
+    host = Host(Console(file=io.StringIO()))
+    assert FLOOR not in [v.label for v in host.variants(ECHO)]
+    with host.open(ECHO) as take, pytest.raises(RegionError, match="no compiler"):
+        take(Variant("floor"), 0.1)
+
+
+def test_one_cpu_measures_no_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "cpus", lambda: (3, 3, "both on CPU 3, the only one there is"))
+    out = io.StringIO()
+    host = Host(Console(width=200, file=out))
+    assert host.where(ECHO) is None
+    assert "no figures of 'echo' for two" in out.getvalue()
+    assert host.where(MEASURES["one-core"]) == "both on CPU 3"
+    assert not host.floor
+
+
+def test_a_busy_machine_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    known, out = {"cpus": 2}, io.StringIO()
+    for load in (4.0, 4.1):
+        assert out.getvalue() == ""
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        bench_machine.note_load(Console(width=300, file=out), known)
+    assert "load 4.1 on 2 CPUs" in out.getvalue()
+    assert known == {"cpus": 2, "load_after": 4.1}
+
+
+def test_machine_without_accelerator_and_uvloop(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "no accelerator" not in bench_machine.describe({**bench_machine.machine(), "accelerator": True})
+    monkeypatch.setattr(bench_machine, "accelerator", None)
+    assert "no accelerator" in bench_machine.describe(bench_machine.machine())
+    monkeypatch.setattr(bench_machine, "have_uvloop", lambda: False)
+    assert "uvloop" not in bench_machine.machine()
+    assert "no uvloop" in bench_machine.describe(bench_machine.machine())
 
 
 def test_a_child_that_fails(capfd: pytest.CaptureFixture[str]) -> None:
@@ -110,18 +257,17 @@ def test_a_child_that_fails(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr().err == "why\n"
 
 
+def test_a_child_that_ended_cannot_be_told() -> None:
+    with Child(python("-c", "pass")) as child:
+        child.process.wait()
+        with pytest.raises(ChildError, match="status 0"):
+            child.tell("go")
+
+
 def test_a_child_does_not_outlive_its_parents_patience() -> None:
     with pytest.raises(KeyboardInterrupt), Child(python("-c", "import time; time.sleep(1000)")) as child:
         raise KeyboardInterrupt
     assert child.process.returncode == -signal.SIGTERM
-
-
-def test_where_uvloop_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "have_uvloop", lambda: False)
-    assert {variant.loop for variant in variants()} == {"asyncio"}
-    assert len(variants()) == 3
-    assert "uvloop" not in bench.machine()
-    assert "no uvloop" in bench.describe(bench.machine())
 
 
 def test_demo() -> None:
@@ -129,6 +275,7 @@ def test_demo() -> None:
     done = subprocess.run(command("demo", "--scale", "0.05"), capture_output=True, text=True, timeout=SECONDS)
     assert (done.returncode, done.stderr) == (0, "")
     assert "1000 round trips of 64 B" in done.stdout
+    assert "64 KiB writes beside" in done.stdout
     assert "SHA-256 " in done.stdout
     for variant in variants():
         assert variant.label in done.stdout

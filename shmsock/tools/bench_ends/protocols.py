@@ -1,0 +1,178 @@
+"""Over asyncio's protocols: echoes and writes one way, and echoes of datagrams."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from .networks import Network
+from .streams import rates
+from .timing import batches, percentiles, same, trips
+
+__all__ = ["CLIENTS", "SERVERS"]
+
+LOST_S = 30.0
+"""A datagram on its way for so long is not coming any more."""
+
+
+class Server(asyncio.Protocol):
+    """Echoes what comes, or counts it: the first byte says which."""
+
+    transport: Any
+    kind = b""
+    count = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        if not self.kind:
+            self.kind, data = data[:1], data[1:]
+        if self.kind == b"e":
+            self.transport.write(data)
+        else:
+            self.count += len(data)
+
+    def eof_received(self) -> bool:
+        if self.kind == b"s":
+            self.transport.write(self.count.to_bytes(8, "big"))
+        return False
+
+
+class DatagramServer(asyncio.DatagramProtocol):
+    transport: Any
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+
+    def datagram_received(self, data: bytes, addr: Any) -> None:
+        self.transport.sendto(data, addr)
+
+
+class Client(asyncio.Protocol):
+    """Plays ball: what comes back goes out again, for as long as `steps` has steps."""
+
+    send: Callable[[bytes], None]
+
+    def __init__(self, size: int, steps: Iterator[bool]) -> None:
+        self.data, self.steps = os.urandom(size), steps
+        self.back = b""
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: Any) -> None:
+        self.send = transport.write
+
+    def data_received(self, data: bytes) -> None:
+        self.back = self.back + data if self.back else data
+        if len(self.back) < len(self.data):
+            return
+        if next(self.steps, False):
+            self.back = b""
+            self.send(self.data)
+        elif not self.over.done():
+            self.over.set_result(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.over.done():
+            self.over.set_exception(exc or ConnectionResetError("the server closed the connection"))
+
+    async def play(self, kind: bytes, patience: float) -> None:
+        next(self.steps)
+        self.send(kind + self.data)
+        await asyncio.wait_for(self.over, patience)
+        same(self.data, self.back)
+
+
+class DatagramClient(Client, asyncio.DatagramProtocol):
+    def connection_made(self, transport: Any) -> None:
+        self.send = transport.sendto
+
+    def datagram_received(self, data: bytes, addr: Any) -> None:
+        self.data_received(data)
+
+    def error_received(self, exc: Exception) -> None:
+        if not self.over.done():
+            self.over.set_exception(exc)
+
+
+class Writer(asyncio.Protocol):
+    """Writes until it is told to pause."""
+
+    transport: Any
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.resumed: asyncio.Future[None] | None = None
+        self.back = b""
+        self.over: asyncio.Future[None] = self.loop.create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+
+    def pause_writing(self) -> None:
+        self.resumed = self.loop.create_future()
+
+    def resume_writing(self) -> None:
+        if self.resumed is not None:
+            resumed, self.resumed = self.resumed, None
+            resumed.set_result(None)
+
+    def data_received(self, data: bytes) -> None:
+        self.back += data
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.over.set_result(None)
+
+
+async def echo(network: Network, options: argparse.Namespace, times: list[int]) -> dict[str, Any]:
+    client = Client(options.echo, trips(times, options.seconds))
+    transport, _ = await network.create_connection(lambda: client)
+    await client.play(b"e", LOST_S + 2 * options.seconds)
+    transport.close()
+    return percentiles(times)
+
+
+async def datagrams(network: Network, options: argparse.Namespace, times: list[int]) -> dict[str, Any]:
+    client = DatagramClient(options.echo, trips(times, options.seconds))
+    remote = (options.host, options.port)
+    transport, _ = await network.create_datagram_endpoint(lambda: client, remote_addr=remote)
+    await client.play(b"", LOST_S + 2 * options.seconds)
+    transport.close()
+    return percentiles(times)
+
+
+async def write(network: Network, options: argparse.Namespace, times: list[int]) -> dict[str, Any]:
+    """Blocks one way, until all of them have come through data_received() at the other end."""
+    writer = Writer()
+    transport, _ = await network.create_connection(lambda: writer)
+    transport.write(b"s")
+    size, count = options.block, 0
+    data = os.urandom(size)
+    start = time.perf_counter()
+    for count in batches(options.seconds):  # noqa: B007 (the last one counts)
+        transport.write(data)
+        if writer.resumed is not None:
+            await writer.resumed
+    transport.write_eof()
+    await writer.over
+    took = time.perf_counter() - start
+    return rates(count, size, int.from_bytes(writer.back, "big"), took)
+
+
+async def serve_streams(network: Network) -> Any:
+    return await network.create_server(Server)
+
+
+async def serve_datagrams(network: Network) -> Any:
+    """A transport, which is closed like a server."""
+    local = (network.host, network.port)
+    transport, _ = await network.create_datagram_endpoint(DatagramServer, local_addr=local)
+    return transport
+
+
+CLIENTS = {"protocol-echo": echo, "protocol-write": write, "datagram": datagrams}
+SERVERS = {"protocol-echo": serve_streams, "protocol-write": serve_streams, "datagram": serve_datagrams}

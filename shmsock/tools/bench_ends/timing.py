@@ -1,0 +1,68 @@
+"""Round trips and how long they took; one-way writes until the time is over."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+__all__ = ["HIGHEST_NS", "LEAST", "WARM_UP", "batches", "encoded", "percentiles", "same", "trips"]
+
+WARM_UP = 0.2  # of the seconds of a measure
+LEAST = 30  # echoes for a median, however long the pauses between them
+HIGHEST_NS = 60 * 10**9
+DIGITS = 3
+BATCH = 8
+
+
+def trips(times: list[int], seconds: float) -> Iterator[bool]:
+    """Steps once per round trip, which is what happens between two steps; at least one is counted, however
+    busy the machine is. The first ones are for the caches, and for windows that adapt."""
+    clock = time.perf_counter_ns
+    warm = clock() + int(seconds * WARM_UP * 1e9)
+    end = warm + int(seconds * 1e9)
+    now = clock()
+    while now < end or not times:
+        start = now
+        yield True
+        now = clock()
+        if start >= warm:
+            times.append(now - start)
+
+
+def batches(seconds: float) -> Iterator[int]:
+    """How many messages there will have been after this one, until the time is over; one clock call for
+    eight."""
+    clock = time.perf_counter
+    end, count = clock() + seconds, 0
+    while clock() < end:
+        for _ in range(BATCH):
+            count += 1
+            yield count
+
+
+def percentiles(times: list[int]) -> dict[str, Any]:
+    """Of nanoseconds, in microseconds; and how many fit in a second, one after another."""
+    times.sort()
+    count = len(times)
+    found: dict[str, Any] = {"count": count, "per_s": count / (sum(times) / 1e9)}
+    for name, of_1000 in (("p50_us", 500), ("p99_us", 990), ("p999_us", 999)):
+        found[name] = times[min(count * of_1000 // 1000, count - 1)] / 1000
+    return {**found, "max_us": times[-1] / 1000}
+
+
+def encoded(times: list[int]) -> str:
+    """An HDR histogram of nanoseconds, as its library writes it: base64 of a compressed one."""
+    from hdrh.histogram import HdrHistogram
+
+    histogram = HdrHistogram(1, HIGHEST_NS, DIGITS)
+    for value, count in Counter(times).items():
+        histogram.record_value(min(max(value, 1), HIGHEST_NS), count)
+    text: bytes = histogram.encode()
+    return text.decode()
+
+
+def same(sent: bytes, back: bytes) -> None:
+    if sent != back:
+        raise ValueError("the echo differs from what was sent")

@@ -1,0 +1,83 @@
+"""Figures in words."""
+
+from __future__ import annotations
+
+__all__ = [
+    "amount",
+    "count",
+    "duration",
+    "microseconds",
+    "nanoseconds",
+    "nbytes",
+    "percent",
+    "ratio",
+    "share",
+    "speed",
+    "times",
+    "verdict",
+]
+
+
+def microseconds(value: float) -> str:
+    return (
+        f"{value:.2f} us" if value < 10 else f"{value:.1f} us" if value < 1000 else f"{value / 1000:.1f} ms"
+    )
+
+
+def nanoseconds(value: float | None) -> str:
+    """Of a cache line; "-": not known."""
+    if value is None:
+        return "-"
+    return f"{value:.0f} ns" if value < 10_000 else microseconds(value / 1000)
+
+
+def speed(value: float) -> str:
+    """Of megabytes a second."""
+    return f"{value / 1000:.2f} GB/s" if value >= 1000 else f"{value:.3g} MB/s"
+
+
+def count(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:.1f}"
+
+
+def nbytes(value: float) -> str:
+    return f"{value:,.0f} B"
+
+
+def amount(value: float) -> str:
+    """ "64 B", "4 KiB", "1 MiB"."""
+    for unit, size in (("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if value >= size:
+            return f"{value / size:g} {unit}"
+    return f"{value:g} B"
+
+
+def duration(us: int) -> str:
+    """ "none", "100 us", "10 ms"."""
+    return "none" if not us else f"{us} us" if us < 1000 else f"{us / 1000:g} ms"
+
+
+def percent(value: float) -> str:
+    """Of one CPU."""
+    return f"{value:.2f} %" if value < 10 else f"{value:.0f} %"
+
+
+def share(value: float) -> str:
+    return f"{value:.0%}"
+
+
+def times(value: float, more: str, less: str) -> str:
+    """ "12x faster", "1.3x slower"."""
+    factor, word = (value, more) if value >= 1 else (1 / value, less)
+    return f"{factor:.3g}x {word}"
+
+
+def ratio(value: float) -> str:
+    """ "1/60", "1.1", "15", "8,192"; what is small is told as a part."""
+    if 0 < value < 0.5:
+        return f"1/{1 / value:.3g}"
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+def verdict(met: bool) -> str:
+    return "[green]met[/]" if met else "[red]missed[/]"
