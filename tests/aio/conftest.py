@@ -53,10 +53,8 @@ def shmsock_files() -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left() -> Iterator[None]:
-    files, threads = (
-        set(shmsock_files()),
-        keepers(),
-    )  # some, that a test of another kind left to the collector
+    # There may be some that a test of another kind left to the collector.
+    files, threads = set(shmsock_files()), keepers()
     yield
     gc.collect()
     assert set(shmsock_files()) <= files, "descriptors are left"
