@@ -71,9 +71,9 @@ class _Turn:
         """What happens now happens in a turn of the loop that has its own budget, and a pump follows it."""
         if threading.get_ident() != self.ident:
             raise wrong_thread(repr(self))
-        self.scheduled = True
         self._lib.sh_turn(self._nd)
         self._loop.call_soon(self._pump, context=self.context)
+        self.scheduled = True
 
     def may_spin(self) -> bool:
         """Nothing else is to be run by this loop, as far as can be known. (The pump must be scheduled.)"""

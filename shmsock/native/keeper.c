@@ -185,7 +185,7 @@ static void *run(void *arg)
         if (now >= next_beat) {
             beat(k, now, tenths);
             /* Nobody has said anything for so long, and who would can ring: in an emulated guest each wake costs 0.04 % of a CPU. */
-            tenths = GET(k->armed) && GET(k->deadline) && now - since > LONG_NS && !GET(k->nd->polled) ? 2 : 1;
+            tenths = GET(k->armed) && GET(k->deadline) > now + 2 * k->beat_ns && now - since > LONG_NS && !GET(k->nd->polled) ? 2 : 1;
             next_beat = now + tenths * k->beat_ns;
             stranger = 1; /* who can ring nobody is found now */
             if (++k->beats % 10 == 0)

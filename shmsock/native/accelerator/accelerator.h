@@ -60,6 +60,7 @@ int sh_may_spin(Turn *t);
 int sh_will_run(Turn *t);
 int sh_runs(Turn *t);
 int sh_port_wake(Port *p);
+uint32_t sh_line_at(const Port *p, uint32_t at, uint32_t n);
 
 /* To be called at the start of everything that uses the core. */
 static inline int sh_pump_follows(Turn *t) { return t->scheduled ? 0 : sh_begin_turn(t); }

@@ -14,6 +14,7 @@ typedef struct {
     Py_ssize_t n;
     enum sh_op_kind kind;
     enum state state;
+    char running;           /* inside of what it waits for, or of its coroutine */
 } Op;
 
 PyTypeObject *sh_op_type;
@@ -38,18 +39,6 @@ static PyObject *copy_out(sh_ep *ep, uint32_t at, uint32_t n)
         return data;
     Py_DECREF(data);
     return NULL;
-}
-
-/* How long the line is that begins there; 0: no whole one is there, or it is longer than allowed. */
-static uint32_t line_at(const Port *p, uint32_t at, uint32_t n)
-{
-    uint32_t first = p->ep->rx_bytes - at < n ? p->ep->rx_bytes - at : n;
-    const uint8_t *from = p->ep->rx, *end = memchr(from + at, '\n', first);
-    uint32_t length = end ? (uint32_t)(end - from) - at + 1 : 0;
-
-    if (!end && first < n && (end = memchr(from, '\n', n - first)))
-        length = first + (uint32_t)(end - from) + 1;
-    return (Py_ssize_t)length <= p->limit + 1 ? length : 0;
 }
 
 /* Look, spin if nothing else is to be run, and take. NULL without an exception: *status says why. */
@@ -80,7 +69,7 @@ static PyObject *take(Op *op, int64_t *status)
     if (op->kind == SH_OP_EXACTLY && n < most)
         n = 0;
     else if (op->kind == SH_OP_LINE)
-        n = line_at(p, (uint32_t)(span >> 32), n);
+        n = sh_line_at(p, (uint32_t)(span >> 32), n);
     if (!n) {
         *status = SH_CLOSED; /* not for us */
         return NULL;
@@ -135,6 +124,29 @@ static int start_waiting(Op *op)
 
 /* ---- the awaitable ---- */
 
+/* One thing at a time, as with coroutines: whoever comes back here from inside is told so, and takes nothing from under the first. */
+static int is_running(const Op *op)
+{
+    if (op->running)
+        PyErr_Format(PyExc_ValueError, "%s() already executing", sh_op_names[op->kind]);
+    return op->running;
+}
+
+static PySendResult send_on(Op *op, PyObject *value, PyObject **out)
+{
+    PySendResult r;
+
+    op->running = 1;
+    r = PyIter_Send(op->inner, value, out);
+    op->running = 0;
+    return r;
+}
+
+static void *already_awaited(const Op *op)
+{
+    return PyErr_Format(PyExc_RuntimeError, "cannot reuse already awaited %s()", sh_op_names[op->kind]);
+}
+
 static PySendResult finish(Op *op, PyObject *result, PyObject **out)
 {
     op->state = DONE;
@@ -152,7 +164,7 @@ static PySendResult delegate(Op *op, PyObject **out)
     if (!op->inner)
         return finish(op, NULL, out);
     op->state = DELEGATED;
-    r = PyIter_Send(op->inner, Py_None, out);
+    r = send_on(op, Py_None, out);
     return r == PYGEN_NEXT ? r : finish(op, *out, out);
 }
 
@@ -172,6 +184,7 @@ static PySendResult go_on(Op *op, PyObject **out)
 
     while (p->fast && p->buffer && !p->waiter && !PyByteArray_GET_SIZE(p->buffer) && (op->kind != SH_OP_EXACTLY || op->n <= (Py_ssize_t)p->ep->rx_bytes)) {
         int64_t status = 0;
+        int eof;
         PyObject *data = take(op, &status);
 
         if (data)
@@ -193,11 +206,15 @@ static PySendResult go_on(Op *op, PyObject **out)
                 return finish(op, NULL, out);
             Py_DECREF(r);
         }
-        if (status != SH_EMPTY || sh_arm(p->ep))
+        if (status != SH_EMPTY)
+            break;
+        if ((eof = is_eof(op)) < 0)
+            return finish(op, NULL, out);
+        if (eof || sh_arm(p->ep)) /* somebody fed it by hand: nothing is waited for */
             break;
         if (start_waiting(op) < 0)
             return finish(op, NULL, out);
-        if (PyIter_Send(op->inner, Py_None, out) == PYGEN_NEXT)
+        if (send_on(op, Py_None, out) == PYGEN_NEXT)
             return PYGEN_NEXT;
         stop_waiting(op); /* not with a future that nobody had in hand */
         if (PyErr_Occurred())
@@ -214,8 +231,14 @@ static PySendResult op_send(Op *op, PyObject *value, PyObject **out)
     int eof;
 
     *out = NULL;
+    if (is_running(op))
+        return PYGEN_ERROR;
     switch (op->state) {
     case START:
+        if (value != Py_None) {
+            PyErr_Format(PyExc_TypeError, "can't send non-None value to a just-started %s()", sh_op_names[op->kind]);
+            return PYGEN_ERROR;
+        }
         if (op->kind == SH_OP_DRAIN) {
             /* Reads look at the clock each time; of drains every eighth is enough to keep a turn within its budget. */
             if (op->port && op->port->calm && ++op->port->drains & 7)
@@ -226,7 +249,7 @@ static PySendResult op_send(Op *op, PyObject *value, PyObject **out)
     case YIELDED:
         return go_on(op, out);
     case WAITING:
-        r = PyIter_Send(op->inner, value, out);
+        r = send_on(op, value, out);
         if (r == PYGEN_NEXT)
             return r;
         Py_CLEAR(*out);
@@ -238,12 +261,12 @@ static PySendResult op_send(Op *op, PyObject *value, PyObject **out)
             return eof < 0 ? finish(op, NULL, out) : delegate(op, out);
         return go_on(op, out);
     case DELEGATED:
-        r = PyIter_Send(op->inner, value, out);
+        r = send_on(op, value, out);
         return r == PYGEN_NEXT ? r : finish(op, *out, out);
     case DONE:
         break;
     }
-    PyErr_Format(PyExc_RuntimeError, "cannot reuse already awaited %s()", sh_op_names[op->kind]);
+    already_awaited(op);
     return PYGEN_ERROR;
 }
 
@@ -261,14 +284,6 @@ static PyObject *answer(PySendResult r, PyObject *out)
     return out;
 }
 
-static PyObject *op_next(Op *op)
-{
-    PyObject *out;
-    PySendResult r = op_send(op, Py_None, &out);
-
-    return answer(r, out);
-}
-
 static PyObject *op_send_method(Op *op, PyObject *value)
 {
     PyObject *out;
@@ -277,18 +292,24 @@ static PyObject *op_send_method(Op *op, PyObject *value)
     return answer(r, out);
 }
 
+static PyObject *op_next(Op *op) { return op_send_method(op, Py_None); }
+
 static PyObject *op_throw(Op *op, PyObject *args)
 {
     PyObject *type, *value = NULL, *trace = NULL, *out = NULL, *method;
 
-    if (!PyArg_ParseTuple(args, "O|OO", &type, &value, &trace))
+    if (!PyArg_ParseTuple(args, "O|OO", &type, &value, &trace) || is_running(op))
         return NULL;
+    if (op->state == DONE)
+        return already_awaited(op);
     if (op->state == WAITING || op->state == DELEGATED) {
         int waited = op->state == WAITING;
         PyObject *inner = Py_NewRef(op->inner);
 
         method = PyObject_GetAttr(inner, s_throw);
+        op->running = 1;
         out = method ? PyObject_Call(method, args, NULL) : NULL;
+        op->running = 0;
         Py_XDECREF(method);
         Py_DECREF(inner);
         if (out)
@@ -299,6 +320,8 @@ static PyObject *op_throw(Op *op, PyObject *args)
         Py_CLEAR(op->inner);
         return NULL;
     }
+    if (PyExceptionInstance_Check(type) && value && value != Py_None)
+        return PyErr_Format(PyExc_TypeError, "instance exception may not have a separate value");
     op->state = DONE;
     if (PyExceptionInstance_Check(type))
         PyErr_SetObject(PyExceptionInstance_Class(type), type);
@@ -309,18 +332,26 @@ static PyObject *op_throw(Op *op, PyObject *args)
             PyErr_SetNone(type);
     } else
         PyErr_Format(PyExc_TypeError, "exceptions must be classes or instances deriving from BaseException, not %s", Py_TYPE(type)->tp_name);
+    if (PyErr_ExceptionMatches(PyExc_StopIteration)) { /* whoever awaits would take it for an answer (PEP 479) */
+        PyErr_Format(PyExc_RuntimeError, "%s() raised StopIteration", sh_op_names[op->kind]);
+    }
     return NULL;
 }
 
 static PyObject *op_close(Op *op, PyObject *unused)
 {
-    PyObject *inner = op->inner ? Py_NewRef(op->inner) : NULL, *r = NULL;
+    PyObject *inner, *r;
     int waited = op->state == WAITING;
 
     (void)unused;
+    if (is_running(op))
+        return NULL;
+    inner = Py_XNewRef(op->inner);
     op->state = DONE;
     if (inner) {
+        op->running = 1;
         r = PyObject_CallMethodNoArgs(inner, s_close);
+        op->running = 0;
         if (waited)
             stop_waiting(op);
         Py_CLEAR(op->inner);
@@ -418,7 +449,7 @@ static PyType_Slot slots[] = {
 static PyType_Spec spec = {
     .name = "shmsock.native._accelerator.Op",
     .basicsize = sizeof(Op),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION,
     .slots = slots,
 };
 
@@ -447,6 +478,7 @@ PyObject *sh_op_new(PyObject *stream, enum sh_op_kind kind, Py_ssize_t n, PyObje
     op->n = n;
     op->kind = kind;
     op->state = START;
+    op->running = 0;
     PyObject_GC_Track(op);
     return (PyObject *)op;
 }

@@ -23,6 +23,18 @@ int sh_port_wake(Port *p)
     return is_done < 0 || PyErr_Occurred() ? -1 : 0;
 }
 
+/* How long the line is that begins there; 0: no whole one is there, or it is longer than allowed. */
+uint32_t sh_line_at(const Port *p, uint32_t at, uint32_t n)
+{
+    uint32_t first = p->ep->rx_bytes - at < n ? p->ep->rx_bytes - at : n;
+    const uint8_t *from = p->ep->rx, *end = memchr(from + at, '\n', first);
+    uint32_t length = end ? (uint32_t)(end - from) - at + 1 : 0;
+
+    if (!end && first < n && (end = memchr(from, '\n', n - first)))
+        length = first + (uint32_t)(end - from) + 1;
+    return (Py_ssize_t)length <= p->limit + 1 ? length : 0;
+}
+
 /* The slow way. A transport that is no more is one whose connection is lost: it would at most warn. */
 static PyObject *write_rest(Port *p, PyObject *data, int64_t taken)
 {
@@ -87,20 +99,24 @@ static PyObject *port_detach(Port *p, PyObject *unused)
     Py_RETURN_NONE;
 }
 
-static int port_init(Port *p, PyObject *args, PyObject *kwargs)
+static int fill(Port *p, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"turn", "conn", "transport", NULL};
     PyObject *turn, *conn, *transport, *number;
     unsigned long slot = 0;
 
-    if (p->turn || !PyArg_ParseTupleAndKeywords(args, kwargs, "O!OO", names, sh_turn_type, &turn, &conn, &transport))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!OO", names, sh_turn_type, &turn, &conn, &transport))
         return -1;
     if (!(number = PyObject_GetAttrString(conn, "slot")))
         return -1;
     slot = PyLong_AsUnsignedLong(number);
     Py_DECREF(number);
-    if (PyErr_Occurred() || slot >= ((Turn *)turn)->slots)
+    if (PyErr_Occurred())
         return -1;
+    if (slot >= ((Turn *)turn)->slots) {
+        PyErr_Format(PyExc_ValueError, "slot %lu: this node has %u", slot, (unsigned)((Turn *)turn)->slots);
+        return -1;
+    }
     p->turn = (Turn *)Py_NewRef(turn);
     if (!(p->transport = PyWeakref_NewRef(transport, NULL)))
         return -1;
@@ -108,6 +124,16 @@ static int port_init(Port *p, PyObject *args, PyObject *kwargs)
     p->ep = &p->turn->nd->eps[slot];
     p->calm = 1;
     return 0;
+}
+
+/* There is none without its node: nothing below asks. */
+static PyObject *port_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    Port *p = (Port *)type->tp_alloc(type, 0);
+
+    if (p && fill(p, args, kwargs) < 0)
+        Py_CLEAR(p);
+    return (PyObject *)p;
 }
 
 static int port_traverse(Port *p, visitproc visit, void *arg)
@@ -158,8 +184,7 @@ static PyMemberDef members[] = {
 
 static PyType_Slot slots[] = {
     {Py_tp_doc, "What the short cuts of one connection ask."},
-    {Py_tp_new, PyType_GenericNew},
-    {Py_tp_init, port_init},
+    {Py_tp_new, port_new},
     {Py_tp_traverse, port_traverse},
     {Py_tp_clear, port_clear},
     {Py_tp_dealloc, port_dealloc},

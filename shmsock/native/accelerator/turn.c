@@ -16,8 +16,13 @@ static PyObject *s_check, *s_heard, *s_attend;
 /* In the context of the pump. */
 int sh_call_soon(Turn *t, PyObject *callback)
 {
-    PyObject *args[] = {callback, t->context}, *handle = t->call_soon ? PyObject_Vectorcall(t->call_soon, args, 1, with_context) : NULL;
+    PyObject *args[] = {callback, t->context}, *handle;
 
+    if (!t->call_soon) {
+        PyErr_SetString(PyExc_RuntimeError, "this node was never attached, or has been collected");
+        return -1;
+    }
+    handle = PyObject_Vectorcall(t->call_soon, args, 1, with_context);
     Py_XDECREF(handle);
     return handle ? 0 : -1;
 }
@@ -29,9 +34,12 @@ int sh_begin_turn(Turn *t)
         Py_XDECREF(r);
         return r ? 0 : -1;
     }
+    if (t->call_soon) /* else its memory may be gone */
+        sh_turn(t->nd);
+    if (sh_call_soon(t, t->pump) < 0) /* no memory; Ctrl-C in there: not marked, so that the next call tries again */
+        return -1;
     t->scheduled = 1;
-    sh_turn(t->nd);
-    return sh_call_soon(t, t->pump);
+    return 0;
 }
 
 int sh_may_spin(Turn *t) { return PyObject_Size(t->queue) < 2; }
@@ -40,7 +48,7 @@ int sh_will_run(Turn *t) { return t->known ? 0 : PyList_Append(t->queue, Py_None
 
 int sh_runs(Turn *t)
 {
-    Py_ssize_t n = t->known ? 0 : PyList_GET_SIZE(t->queue);
+    Py_ssize_t n = t->known || !t->queue ? 0 : PyList_GET_SIZE(t->queue);
 
     return n ? PyList_SetSlice(t->queue, n - 1, n, NULL) : 0;
 }
@@ -84,6 +92,7 @@ static int fall_asleep(Turn *t)
 /* One pass. Readers that wait for bytes, which is what happens most, are woken from here. */
 static int pump(Turn *t)
 {
+    PyObject *type = NULL, *value = NULL, *trace = NULL;
     uint64_t words[EVENTS], now;
     int n, left = 0, told = 0, hot;
 
@@ -102,17 +111,38 @@ static int pump(Turn *t)
         Port *p = kind == SH_EV_SLOT && slot < t->slots ? t->ports[slot] : NULL;
 
         if (p && p->waiter && p->calm && p->fast && bits && !(bits & UNUSUAL)) {
-            if (sh_port_wake(p) < 0)
-                return -1;
+            int r;
+
+            Py_INCREF(p);
+            r = sh_port_wake(p);
+            Py_DECREF(p);
             told = 1;
-        } else
-            words[left++] = words[i];
+            if (r == 0)
+                continue;
+            if (!type) /* Ctrl-C, say. Raised when the others have been told of theirs: a loop may be run again to clean up */
+                PyErr_Fetch(&type, &value, &trace);
+            else
+                PyErr_Clear();
+        }
+        words[left++] = words[i];
     }
     if (n < 0 || left || t->unlocked || now >= t->nd->due_ns || owed(t)) {
         int r = attend(t, words, n < 0 ? n : left, now);
-        if (r < 0)
+        if (r < 0) {
+            if (type) {
+                Py_DECREF(type);
+                Py_XDECREF(value);
+                Py_XDECREF(trace);
+            }
             return -1;
+        }
         told |= r;
+    }
+    if (type) {
+        if (!t->scheduled && !t->closed && sh_begin_turn(t) < 0)
+            PyErr_Clear();
+        PyErr_Restore(type, value, trace);
+        return -1;
     }
     if (t->scheduled || t->closed)
         return 0;
@@ -169,6 +199,18 @@ static int address_of(PyObject *owner, const char *name, void *to)
     return *(void **)to || !PyErr_Occurred() ? 0 : -1;
 }
 
+/* Detached until it is attached. */
+static PyObject *turn_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    Turn *t = (Turn *)type->tp_alloc(type, 0);
+
+    (void)args;
+    (void)kwargs;
+    if (t)
+        t->closed = 1;
+    return (PyObject *)t;
+}
+
 static int turn_init(Turn *t, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"engine", "keeper", "loop", "context", "ident", NULL};
@@ -198,6 +240,7 @@ static int turn_init(Turn *t, PyObject *args, PyObject *kwargs)
         PyErr_NoMemory();
         return -1;
     }
+    t->closed = 0;
     return 0;
 }
 
@@ -264,7 +307,7 @@ static PyMemberDef members[] = {
 
 static PyType_Slot slots[] = {
     {Py_tp_doc, "The pump's side of a node."},
-    {Py_tp_new, PyType_GenericNew},
+    {Py_tp_new, turn_new},
     {Py_tp_init, turn_init},
     {Py_tp_traverse, turn_traverse},
     {Py_tp_clear, turn_clear},
