@@ -63,6 +63,7 @@ class Engine:
         locks: Locks | None = None,
         doorbell: Doorbell | None = None,
         futex: bool = False,
+        copy_eventfd: Callable[[int, int, int], int] | None = None,
         now_ns: int = 0,
     ) -> None:
         self.layout, self.memory, self.claim = layout, layout.memory, claim
@@ -105,11 +106,11 @@ class Engine:
         self._reap: dict[int, tuple[int, int, int]] = {}
         self._next_safety = now_ns + SAFETY_NS
         self._sample_at(now_ns)
-        self._attach(identity, doorbell, futex, now_ns)
+        self._attach(identity, Wakes(self, doorbell, futex, copy_eventfd), now_ns)
 
     # -- life
 
-    def _attach(self, identity: Identity, doorbell: Doorbell | None, futex: bool, now_ns: int) -> None:
+    def _attach(self, identity: Identity, wakes: Wakes, now_ns: int) -> None:
         lib, me = self.lib, self.section
         lib.sh_node_claim(self.nd, self.claim.word)
         us = self.settings
@@ -117,7 +118,8 @@ class Engine:
         at = self.layout.section(me)
         self.memory.store(at + lay.STATE, 0)  # a former life's must not vouch for what is half written
         self.layout.write_identity(me, identity, self.rng.getrandbits(63) | 1)
-        self.wakes = Wakes(self, doorbell, futex)
+        self.wakes = wakes
+        wakes.announce()
         for j in range(self.layout.peers):
             lib.sh_restart(self.nd, j, self._pair_inc(me, j))
         self.memory.fence()
@@ -148,6 +150,7 @@ class Engine:
                 self._give_back()
             self._failure = node_closed(self.name)
         self.lib.sh_node_inert(self.nd)
+        self.wakes.close()
 
     def _give_back(self) -> None:
         memory, at = self.memory, self.layout.section(self.section)

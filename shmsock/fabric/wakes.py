@@ -1,12 +1,17 @@
 """Who wakes whom, pair by pair: by a doorbell where both have one, by a futex where both run under one
 kernel, else by nobody, and the keeper looks.
 
+A futex wakes the keeper, which wakes the loop. Who may take a copy of the eventfd that the loop waits for
+rings that instead.
+
 A doorbell that was rung and never came is found out by the core (doorbell.c, sh_lost): such a peer is looked
 at as one that cannot ring, until a doorbell of its comes through.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from shmsock.fabric import layout as lay
@@ -18,21 +23,29 @@ if TYPE_CHECKING:
 
 __all__ = ["Wakes"]
 
-NONE, FUTEX, EVENTFD, REGISTER, LOST = range(5)
+NONE, FUTEX, EVENTFD, REGISTER, LOST, LOOP = range(6)
 BY_FUTEX, BY_DOORBELL = 1, 2
 MAX_ID, MAX_VECTORS = 65535, 64
+MASK = 0xFFFFFFFF
 
 
 class Wakes:
     """The ways in and out of one node. `doorbell`: ours, if any; `futex`: words of this mapping can be waited
-    for."""
+    for. `copy`: what gives a copy of another process's eventfd, by its pid, number and id; -1: none."""
 
-    def __init__(self, engine: Engine, doorbell: Doorbell | None, futex: bool) -> None:
-        self.engine, self.futex = engine, futex
+    def __init__(
+        self,
+        engine: Engine,
+        doorbell: Doorbell | None,
+        futex: bool,
+        copy: Callable[[int, int, int], int] | None = None,
+    ) -> None:
+        self.engine, self.futex, self._copy = engine, futex, copy
+        self._loops: dict[int, tuple[tuple[int, int], int]] = {}  # by section: whose, and our copy
         self.doorbell = doorbell
-        self._announce()
 
-    def _announce(self) -> None:
+    def announce(self) -> None:
+        """Say in our section how we are rung."""
         bell, engine = self.doorbell, self.engine
         at = engine.layout.section(engine.section) + lay.DOORBELL
         engine.memory.store(at, bell.id << 32 | bell.vectors if bell else 0)
@@ -54,6 +67,31 @@ class Wakes:
             and who.boot_id == me.boot_id != bytes(16)
             and who.file == me.file
         )
+
+    def offer(self, fd: int, ident: int) -> None:
+        """Those under the same kernel may ring this eventfd, on which our loop waits."""
+        if self.futex and ident:
+            engine = self.engine
+            engine.memory.store(engine.layout.section(engine.section) + lay.LOOP, fd << 32 | ident)
+
+    def _loop(self, peer: Peer) -> int:
+        """Our copy of the eventfd that the peer's loop waits for. -1: not to be had."""
+        wanted = (peer.who.pid if peer.who else 0, peer.loop)
+        known, fd = self._loops.get(peer.section, ((0, 0), -1))
+        if known != wanted:
+            self._forget_loop(peer.section)
+            fd = self._copy(wanted[0], peer.loop >> 32, peer.loop & MASK) if self._copy and peer.loop else -1
+            self._loops[peer.section] = (wanted, fd)
+        return fd
+
+    def _forget_loop(self, section: int) -> None:
+        if (fd := self._loops.pop(section, ((0, 0), -1))[1]) >= 0:
+            os.close(fd)
+
+    def close(self) -> None:
+        """Nobody is rung any more."""
+        for section in list(self._loops):
+            self._forget_loop(section)
 
     def way(self, peer: Peer) -> str:
         """How the peer wakes us: "doorbell", "futex" or "polling"."""
@@ -78,13 +116,17 @@ class Wakes:
         there = peer.live or peer.coming
         if not there:
             lib.sh_reach(nd, peer.section, NONE, -1, 0, 0)
+            self._forget_loop(peer.section)
         elif reach is not None:
             kind = EVENTFD if reach.kind == "eventfd" else REGISTER
             lib.sh_reach(nd, peer.section, kind, reach.fd, reach.offset, reach.value)
         elif number is not None:  # of another server, or not announced to us yet
             lib.sh_reach(nd, peer.section, LOST, -1, 0, 0)
+        elif not self._by_futex(peer):
+            lib.sh_reach(nd, peer.section, NONE, -1, 0, 0)
         else:
-            lib.sh_reach(nd, peer.section, FUTEX if self._by_futex(peer) else NONE, -1, 0, 0)
+            fd = self._loop(peer)
+            lib.sh_reach(nd, peer.section, FUTEX if fd < 0 else LOOP, fd, 0, 0)
         rings = (BY_DOORBELL if number is not None else 0) | (BY_FUTEX if self._by_futex(peer) else 0)
         lib.sh_rings(nd, peer.section, rings, int(there))
 
@@ -96,13 +138,13 @@ class Wakes:
         """Our doorbell is gone, or is not listened to for now: tell the others, who will be looked at. Some
         go on ringing for a moment: nothing hears it."""
         self.doorbell = None
-        self._announce()
+        self.announce()
         self.update_all()
 
     def restore(self, doorbell: Doorbell) -> None:
         """It is listened to again."""
         self.doorbell = doorbell
-        self._announce()
+        self.announce()
         self.update_all()
 
     def left(self, ids: list[int]) -> list[Peer]:

@@ -30,7 +30,7 @@ enum sh_listen {
 };
 enum sh_flag { SH_FLAG_LOCKED = 1, SH_FLAG_FUTEX = 2 };
 /* how a sleeping peer is woken */
-enum sh_reach { SH_REACH_NONE, SH_REACH_FUTEX, SH_REACH_EVENTFD, SH_REACH_REGISTER, SH_REACH_LOST };
+enum sh_reach { SH_REACH_NONE, SH_REACH_FUTEX, SH_REACH_EVENTFD, SH_REACH_REGISTER, SH_REACH_LOST, SH_REACH_LOOP };
 /* and how it wakes us; both may be, as it changes over when it hears of our doorbell, or of its end */
 enum sh_heard { SH_HEARD_LOCK = 1, SH_HEARD_DOUBT = 2 };
 enum sh_rings { SH_RINGS_NOT, SH_RINGS_FUTEX, SH_RINGS_DOORBELL };
@@ -50,7 +50,7 @@ enum sh_bits {
     SH_LOOK_DATA = 1, SH_LOOK_FIN = 2, SH_LOOK_REL = 4, SH_LOOK_RESET = 8, SH_LOOK_BAD = 16, SH_LOOK_SPACE = 32, SH_LOOK_MOVED = 64
 };
 enum sh_event { SH_EV_SLOT = 0, SH_EV_ADOPT = 1, SH_EV_MESSAGE = 2 };
-enum sh_glance { SH_GLANCE_BEAT = 4, SH_GLANCE }; /* words per section */
+enum sh_glance { SH_GLANCE_BEAT = 5, SH_GLANCE }; /* words per section */
 enum sh_counter {
     SH_N_PUMPS, SH_N_READS, SH_N_WRITES, SH_N_BYTES_IN, SH_N_BYTES_OUT, SH_N_NOTIFY, SH_N_PENDING, SH_N_SPIN_HIT, SH_N_SPIN_MISS,
     SH_N_WAKEUPS, SH_N_HEALED, SH_N_BELLS, SH_N_DATAGRAMS_IN, SH_N_DATAGRAMS_OUT, SH_N_RUNG, SH_N_SUPPRESSED,

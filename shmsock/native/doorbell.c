@@ -19,14 +19,14 @@
  * with its next beats, and makes room (sh_unstick). Looking first keeps honest accidents from getting there. */
 static void ring_eventfd(sh_node *nd, struct sh_link *l)
 {
-    uint64_t one = 1;
+    uint64_t value = l->reach == SH_REACH_LOOP ? SH_RING : 1;
     ssize_t done = 0;
 
     if (__atomic_load_n(&l->stuck, __ATOMIC_RELAXED))
         return;
     __atomic_store_n(&nd->ringing, ++nd->rings << 8 | (uint64_t)(l - nd->links), __ATOMIC_RELEASE);
     if (poll(&(struct pollfd){.fd = l->reach_fd, .events = POLLOUT}, 1, 0) == 1)
-        done = write(l->reach_fd, &one, sizeof one);
+        done = write(l->reach_fd, &value, sizeof value);
     __atomic_store_n(&nd->ringing, 0, __ATOMIC_RELEASE);
     (void)done;
 }
@@ -55,7 +55,7 @@ static void ring(sh_node *nd, struct sh_link *l)
         done = syscall(SYS_futex, &l->out->rang, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
         if (SH_HIGH(sh_peek(&l->in->outbox)) != l->my_inc) /* it does not know us yet, and does not wait for that */
             done = syscall(SYS_futex, l->sleeping, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
-    } else if (l->reach == SH_REACH_EVENTFD)
+    } else if (l->reach == SH_REACH_EVENTFD || l->reach == SH_REACH_LOOP)
         ring_eventfd(nd, l);
     else if (l->reach == SH_REACH_REGISTER) /* else LOST: it relies on a doorbell that we cannot ring, and rang tells it so */
         done = pwrite(l->reach_fd, &l->reach_value, sizeof l->reach_value, (off_t)l->reach_at);
@@ -209,8 +209,8 @@ int sh_rung(sh_node *nd, uint64_t times)
     return ++nd->storm >= STORM;
 }
 
-/* Empty our doorbell's eventfd, without waiting, even if others that share it made it blocking; as sh_rung(). */
-int sh_hear(sh_node *nd, int fd)
+/* Empty an eventfd, without waiting, even if others that share it made it blocking. Returns what was in it. */
+uint64_t sh_drain(int fd)
 {
     uint64_t times = 0;
     struct iovec v = {.iov_base = &times, .iov_len = sizeof times};
@@ -218,7 +218,15 @@ int sh_hear(sh_node *nd, int fd)
 
     if (got < 0 && errno == EOPNOTSUPP && poll(&(struct pollfd){.fd = fd, .events = POLLIN}, 1, 0) == 1) /* before Linux 5.8 */
         got = read(fd, &times, sizeof times);
-    return got == (ssize_t)sizeof times && times ? sh_rung(nd, times) : 0;
+    return got == (ssize_t)sizeof times ? times : 0;
+}
+
+/* Our doorbell's eventfd: as sh_rung(). */
+int sh_hear(sh_node *nd, int fd)
+{
+    uint64_t times = sh_drain(fd);
+
+    return times ? sh_rung(nd, times) : 0;
 }
 
 /* ---- doorbells that do not come ---- */

@@ -291,10 +291,17 @@ int sh_keeper_arm(sh_keeper *k, int hurry)
 /* Empty the eventfd; before the pump looks, never after: what comes in between must fill it again. Returns SH_HEARD_*: what else is due. */
 int sh_keeper_heard(sh_keeper *k)
 {
-    uint64_t times;
+    uint64_t rings = sh_drain(k->event_fd) / SH_RING;
 
-    while (read(k->event_fd, &times, sizeof times) < 0 && errno == EINTR)
-        ;
+    if (rings) { /* by who is under the same kernel, past the keeper */
+        SET(k->armed, 0);
+        __atomic_fetch_add(&k->nd->n[SH_N_RECEIVED], rings, __ATOMIC_RELAXED);
+        if (!sh_bells_differ(k->nd, k->nd->known)) {
+            __atomic_store_n(&k->nd->strangers, 1, __ATOMIC_RELAXED);
+            if (!sh_bells_differ(k->nd, SH_ALL))
+                __atomic_fetch_add(&k->nd->n[SH_N_SPURIOUS], rings, __ATOMIC_RELAXED);
+        }
+    }
     return (sh_keeper_unlocked(k) ? SH_HEARD_LOCK : 0) | (k->nd->doubts ? SH_HEARD_DOUBT : 0);
 }
 

@@ -57,7 +57,8 @@ struct sh_section { /* first page of a section */
     uint64_t ino;
     uint64_t left; /* reserved */
     uint64_t doorbell; /* id:32 | vectors:32 of the owner's ivshmem doorbell; 0: it has none */
-    uint8_t pad4[120];
+    uint64_t loop;     /* descriptor:32 | id:32 of the eventfd that the owner's loop waits for; 0: it is not to be had */
+    uint8_t pad4[112];
     uint64_t listener[SH_LISTENERS]; /* port:16 | SH_LISTEN_* << 16 */
 };
 

@@ -124,7 +124,9 @@ void sh_wake_up(sh_node *nd);
 void sh_unstick(sh_node *nd, uint64_t *seen);
 void sh_doubt(sh_node *nd, struct sh_link *l, uint64_t now);
 int sh_bells_differ(const sh_node *nd, uint64_t of);
+uint64_t sh_drain(int fd);
 void sh_know(sh_node *nd, uint32_t peer, int known);
+#define SH_RING (1u << 16) /* what a peer adds to the eventfd that our loop waits for, and the keeper 1 */
 #define SH_ALL (~0ull)
 int sh_collect(sh_node *nd, struct sh_link *l);
 int sh_refresh(sh_ep *ep);
