@@ -340,7 +340,8 @@ class Node(Turn):  # type: ignore[misc]
         """Counters since attach, and what is so now. Of waking: `rung` and `suppressed` (not rung, as the
         peer was awake, or had been rung), `received` and `spurious`, doorbells and futexes alike; `healed`:
         lost, or forgotten, and found by a slow look; `woken_by`: by name, how each peer wakes this node,
-        "doorbell", "futex" or "polling"; `doorbell`: the own id on the ivshmem server, or None;
+        "doorbell", "futex" or "polling"; `wakes`: how this node wakes each peer, "doorbell", "eventfd" (its
+        loop's), "futex" or "nothing"; `doorbell`: the own id on the ivshmem server, or None;
         `doorbell_lost`: why there is none any more. `names`: who is there; `peers`: how many, this one
         included."""
         counts: dict[str, Any] = dict(self.engine.statistics())
@@ -351,5 +352,6 @@ class Node(Turn):  # type: ignore[misc]
         bell = self.region.doorbell
         counts["doorbell"] = self.ear.bell.id if self.ear.bell is not None else None
         counts["doorbell_lost"] = bell.lost if bell is not None else ""
-        counts["woken_by"] = self.engine.wakes.ways()
+        wakes = self.engine.wakes
+        counts["woken_by"], counts["wakes"] = wakes.of_all(wakes.way), wakes.of_all(wakes.way_out)
         return counts

@@ -99,12 +99,20 @@ class Wakes:
             return "polling"
         return "doorbell" if self._id(peer) is not None else "futex"
 
-    def ways(self) -> dict[str, str]:
-        """way() of all others that are there, by name."""
+    def way_out(self, peer: Peer) -> str:
+        """How we wake the peer: "doorbell", "eventfd", "futex" or "nothing"."""
+        if self._id(peer) is not None:
+            return "doorbell"
+        if not self._by_futex(peer):
+            return "nothing"
+        return "futex" if self._loops.get(peer.section, ((0, 0), -1))[1] < 0 else "eventfd"
+
+    def of_all(self, way: Callable[[Peer], str]) -> dict[str, str]:
+        """way() or way_out() of all others that are there, by name."""
         engine = self.engine
         if not engine.alive:
             return {}
-        return {p.name: self.way(p) for p in engine.peers.all if p.live and p.section != engine.section}
+        return {p.name: way(p) for p in engine.peers.all if p.live and p.section != engine.section}
 
     def update(self, peer: Peer) -> None:
         """Something that it depends on has changed: a life of the peer, its doorbell, ours, or the server's
