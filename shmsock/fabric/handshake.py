@@ -136,7 +136,7 @@ class Handshake:
             engine.counts["refused"] += 1
             self._answer(peer, REFUSE, reason, 0, slot, 0, gen, 0, 0)
             return
-        engine.peers.refresh(peer, now_ns)
+        engine.peers.heard(peer, now_ns)
         conn.local, conn.remote = (engine.name, port), (peer.name, src_port)
         engine.counts["accepted"] += 1
         self._answer(peer, ACCEPT, 0, conn.slot, slot, conn.gen, gen, 0, 0)

@@ -162,6 +162,13 @@ class Peers:
         peer.beat_ns = peer.beat_ns + beats * BEAT_NS if peer.lagging else now_ns
         peer.beat, peer.samples, peer.forsaken = beat, 0, False
 
+    def heard(self, peer: Peer, now_ns: int) -> None:
+        """It has sent something since it was thought dead: it was stopped, and continued, and its loop was
+        quicker than its beat. Not if its lock tells that it was killed."""
+        if not peer.live and peer.samples and not self.killed(peer):
+            peer.samples, peer.beat_ns = 0, now_ns
+        self.refresh(peer, now_ns)
+
     def declare_dead(self, peer: Peer) -> None:
         """The kernel said so: its lock fell."""
         peer.beat = self.layout.memory.load(self.layout.section(peer.section) + lay.BEAT)

@@ -73,14 +73,16 @@ def sweep_table(sweep: Sweep, title: str, results: dict[str, dict[str, Any]]) ->
 def mark_table(marks: list[dict[str, Any]]) -> Table:
     made = table("Marks", "", "who", "beside", "wanted", "seen", "", left=3)
     for mark in marks:
-        wanted = (
-            f"at most {ratio(mark['at_most'])}"
-            if "at_most" in mark
-            else f"at least {ratio(mark['at_least'])}"
-        )
         beside = " or ".join(mark["than"])
+        parts = bool(beside)  # else it is a figure, and no ratio
+        wanted = (
+            f"at most {ratio(mark['at_most'], parts)}"
+            if "at_most" in mark
+            else f"at least {ratio(mark['at_least'], parts)}"
+        )
         if "than_figure" in mark:
             beside = f"its {mark['than_figure']}"
         what = f"{mark['measure']}, {mark['figure']}"
-        made.add_row(what, mark["who"], beside, wanted, ratio(mark["seen"]), verdict(mark["met"]))
+        seen = ratio(mark["seen"], parts)
+        made.add_row(what, mark["who"], beside, wanted, seen, verdict(mark["met"]))
     return made

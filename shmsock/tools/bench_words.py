@@ -72,9 +72,9 @@ def times(value: float, more: str, less: str) -> str:
     return f"{factor:.3g}x {word}"
 
 
-def ratio(value: float) -> str:
+def ratio(value: float, parts: bool = True) -> str:
     """ "1/60", "1.1", "15", "8,192"; what is small is told as a part."""
-    if 0 < value < 0.5:
+    if parts and 0 < value < 0.5:
         return f"1/{1 / value:.3g}"
     return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 

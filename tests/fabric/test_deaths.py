@@ -189,6 +189,28 @@ def test_stopped_for_long_and_continued(world: World) -> None:
     assert send(world, a, c, b"again", b, s) == b"again"
 
 
+def test_who_was_stopped_for_long_connects_before_it_beats(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its loop may be quicker than its keeper: what it says counts as a beat."""
+    a, b = world.pair()
+    world.open(a, b)
+    world.stop(a)
+    world.advance(6.0)
+    gone(world, b, a)
+    beat = world._beat
+    with monkeypatch.context() as silent:
+        silent.setattr(world, "_beat", lambda node: None if node is a else beat(node))
+        world.resume(a)
+        world.quiet()
+        c, s = world.open(a, b)
+        assert b.peer(a).live
+        world.advance(2.0)
+        assert send(world, a, c, b"again", b, s) == b"again"
+    world.advance(6.0)
+    assert send(world, b, s, b"and again", a, c) == b"and again"
+
+
 def test_an_observer_that_was_stopped_kills_nobody(world: World) -> None:
     a, b = world.pair()
     c, s = world.open(a, b)
