@@ -239,9 +239,10 @@ class Engine:
         return self._take_events()
 
     def _look_around(self, now_ns: int) -> None:
-        if now_ns >= self._next_sample:
+        safety = now_ns >= self._next_safety - SAMPLE_NS
+        if safety or now_ns >= self._next_sample:  # one wakeup for both
             self._sample(now_ns)
-        if now_ns >= self._next_safety - SAMPLE_NS:  # as we are awake: one of the two is enough for both
+        if safety:
             self._next_safety = now_ns + SAFETY_NS
             self._sample_at(self._next_sample)
             if self.lib.sh_safety(self.nd):
