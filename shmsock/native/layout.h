@@ -129,6 +129,7 @@ SH_AT(sh_section, dev, 0x168);
 SH_AT(sh_section, ino, 0x170);
 SH_AT(sh_section, left, 0x178);
 SH_AT(sh_section, doorbell, 0x180);
+SH_AT(sh_section, loop, 0x188);
 SH_AT(sh_section, listener, 0x200);
 SH_ASSERT(sizeof(struct sh_section) == SH_PAGE);
 SH_AT(sh_pair, bell, 0x00);
