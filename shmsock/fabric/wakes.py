@@ -80,9 +80,21 @@ class Wakes:
         known, fd = self._loops.get(peer.section, ((0, 0), -1))
         if known != wanted:
             self._forget_loop(peer.section)
-            fd = self._copy(wanted[0], peer.loop >> 32, peer.loop & MASK) if self._copy and peer.loop else -1
+            fd = -1
+            if self._copy and peer.loop and self._runs_here(peer):
+                fd = self._copy(wanted[0], peer.loop >> 32, peer.loop & MASK)
             self._loops[peer.section] = (wanted, fd)
         return fd
+
+    def _runs_here(self, peer: Peer) -> bool:
+        """Under this kernel, by the lock of its section: who says so may be a VM that has read it."""
+        locks, me = self.engine.peers.locks, self.engine.peers.me
+        return (
+            locks is not None
+            and peer.who is not None
+            and peer.who.lock_tells(me.boot_id, locks.identity)
+            and locks.section_locked(peer.section)
+        )
 
     def _forget_loop(self, section: int) -> None:
         if (fd := self._loops.pop(section, ((0, 0), -1))[1]) >= 0:

@@ -8,6 +8,8 @@ import os
 
 __all__ = ["copy_descriptor", "copy_eventfd", "eventfd_id"]
 
+KEEPER = "shmsock-keeper"
+"""The name of a node's own thread (keeper.c)."""
 _PIDFD_GETFD = 438  # the number is the same on every machine
 
 
@@ -38,9 +40,29 @@ def eventfd_id(fd: int) -> int:
     return 0
 
 
+def _has_keeper(pid: int) -> bool:
+    """Is that a process of this user with a node?"""
+    try:
+        if os.stat(f"/proc/{pid}").st_uid != os.geteuid():
+            return False
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{task}/comm", encoding="utf-8", errors="replace") as file:
+                if file.read(80).strip() == KEEPER:
+                    return True
+    except OSError:
+        pass
+    return False
+
+
 def copy_eventfd(pid: int, fd: int, ident: int) -> int:
     """A descriptor of that process's eventfd, if it is the one that is meant: `ident` is its eventfd_id().
-    -1: not to be had."""
+    -1: not to be had.
+
+    All three are what a section says, and may be a hostile VM's bytes. So no program but those of this user
+    that have a node is asked: else root would ring the eventfds of others for that VM.
+    """
+    if not _has_keeper(pid):
+        return -1
     try:
         taken = copy_descriptor(pid, fd)
     except OSError:

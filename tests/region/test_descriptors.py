@@ -15,8 +15,9 @@ from shmsock.region.descriptors import copy_descriptor, copy_eventfd, eventfd_id
 class Other:
     """A process with an eventfd, and a pipe."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "shmsock-keeper") -> None:
         code = (
+            f"open('/proc/self/comm', 'w').write({name!r})\n"
             "import os, sys; from shmsock.region.descriptors import eventfd_id\n"
             "fd = os.eventfd(0); pipe = os.pipe()[0]; print(fd, eventfd_id(fd), pipe, flush=True)\n"
             "if sys.stdin.read(1): print(os.eventfd_read(fd), flush=True)\n"
@@ -73,6 +74,18 @@ def test_nothing_to_be_had(other: Other) -> None:
     pid = other.pid
     other.end()
     assert copy_eventfd(pid, other.fd, other.ident) == -1
+
+
+def test_of_programs_without_a_node_nothing_is_taken() -> None:
+    """The words may be a VM's, which would have root ring others' eventfds."""
+    other = Other("some-server")
+    assert copy_eventfd(other.pid, other.fd, other.ident) == -1
+    other.end()
+
+
+def test_of_other_users_nothing_is_taken(other: Other, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    assert copy_eventfd(other.pid, other.fd, other.ident) == -1
 
 
 def test_only_eventfds_have_an_id(other: Other) -> None:
