@@ -173,7 +173,6 @@ static void *run(void *arg)
     uint64_t next_beat = sh_clock(), pause_ns = LOOK_MIN_NS, since = next_beat, woke = 0, tenths = 1;
     int stranger = 0, found;
 
-    prctl(PR_SET_NAME, "shmsock-keeper");
     prctl(PR_SET_TIMERSLACK, 1);
     for (;;) {
         struct waiter w[2 + SH_MAX_PEERS];
@@ -252,6 +251,8 @@ sh_keeper *sh_keeper_start(sh_node *nd, int event_fd, int lock_fd, uint64_t beat
     pthread_sigmask(SIG_SETMASK, &all, &old); /* a thread inherits the mask: Python's signals stay Python's */
     *error = pthread_create(&k->thread, NULL, run, k);
     pthread_sigmask(SIG_SETMASK, &old, NULL);
+    if (!*error)
+        pthread_setname_np(k->thread, "shmsock-keeper"); /* from here, as others look for it as soon as they are told of our eventfd */
     if (*error) {
         free(k);
         return NULL;
