@@ -246,8 +246,8 @@ static PySendResult op_send(Op *op, PyObject *value, PyObject **out)
             return delegate(op, out);
         }
         return op->port && op->n > 0 ? go_on(op, out) : delegate(op, out);
-    case YIELDED:
-        return go_on(op, out);
+    case YIELDED: /* the coroutine takes more at once: else who shares the turn with a busier one starves */
+        return delegate(op, out);
     case WAITING:
         r = send_on(op, value, out);
         if (r == PYGEN_NEXT)
