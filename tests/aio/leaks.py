@@ -184,8 +184,7 @@ async def main(region: str, count: int) -> None:
         grown = sys.getallocatedblocks() - start
         after = census()
         assert after == before, f"left: {before} became {after}"
-        # Pools of the interpreter fill up to some 400, and no further: a leak would be one at each of them.
-        assert grown < 800, f"{grown} blocks of memory more after {count * OF_ROUND} endpoints"
+        assert grown < 300, f"{grown} blocks of memory more after {count * OF_ROUND} endpoints"
         assert node.statistics()["healed"] == 0
     assert reports == [], reports
     print("clean", flush=True)

@@ -2,7 +2,8 @@
 #include "accelerator.h"
 
 PyTypeObject *sh_port_type;
-static PyObject *s_done, *s_set_result, *s_write_rest;
+/* Interned: CPython's cache of lookups goes by the address of a name, and keeps each name that it was asked for. */
+static PyObject *s_done, *s_set_result, *s_write_rest, *s_slot, *s_limit, *s_buffer;
 
 /* The one who waits may go on. */
 int sh_port_wake(Port *p)
@@ -71,7 +72,7 @@ static PyObject *port_write(Port *p, PyObject *data)
 /* A reader in direct mode: from now on the pump may wake it from C. */
 static PyObject *port_attach(Port *p, PyObject *reader)
 {
-    PyObject *limit = PyObject_GetAttrString(reader, "_limit"), *buffer = PyObject_GetAttrString(reader, "_buffer");
+    PyObject *limit = PyObject_GetAttr(reader, s_limit), *buffer = PyObject_GetAttr(reader, s_buffer);
 
     if (limit && buffer && PyByteArray_CheckExact(buffer)) {
         p->limit = PyLong_AsSsize_t(limit);
@@ -107,7 +108,7 @@ static int fill(Port *p, PyObject *args, PyObject *kwargs)
 
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!OO", names, sh_turn_type, &turn, &conn, &transport))
         return -1;
-    if (!(number = PyObject_GetAttrString(conn, "slot")))
+    if (!(number = PyObject_GetAttr(conn, s_slot)))
         return -1;
     slot = PyLong_AsUnsignedLong(number);
     Py_DECREF(number);
@@ -205,6 +206,9 @@ int sh_port_ready(PyObject *module)
     s_done = PyUnicode_InternFromString("done");
     s_set_result = PyUnicode_InternFromString("set_result");
     s_write_rest = PyUnicode_InternFromString("_write_rest");
+    s_slot = PyUnicode_InternFromString("slot");
+    s_limit = PyUnicode_InternFromString("_limit");
+    s_buffer = PyUnicode_InternFromString("_buffer");
     sh_port_type = (PyTypeObject *)PyType_FromSpec(&spec);
-    return s_done && s_set_result && s_write_rest && sh_port_type ? PyModule_AddObjectRef(module, "Port", (PyObject *)sh_port_type) : -1;
+    return s_done && s_set_result && s_write_rest && s_slot && s_limit && s_buffer && sh_port_type ? PyModule_AddObjectRef(module, "Port", (PyObject *)sh_port_type) : -1;
 }
