@@ -23,6 +23,8 @@ typedef struct {
     PyObject *call_soon, *create_future, *context, *pump;
     Port **ports;     /* by slot: connections with a reader in direct mode; borrowed */
     uint32_t slots;
+    uint64_t turn_end_ns; /* the turn that is counted: how many read in it, and in the one before */
+    uint32_t readers, sharers;
     unsigned long ident;
     unsigned long long unlocked;
     int polled;
@@ -37,6 +39,7 @@ struct port {
     sh_ep *ep;
     uint32_t slot;
     Py_ssize_t limit; /* of a line */
+    uint64_t turn_end_ns, since_ns; /* the turn in which it read last, and since when; 0: it need not share that */
     unsigned int drains;
     char calm, fast, woken;
 };
@@ -60,6 +63,7 @@ int sh_may_spin(Turn *t);
 int sh_will_run(Turn *t);
 int sh_runs(Turn *t);
 int sh_port_wake(Port *p);
+int sh_share_is_used(Port *p);
 uint32_t sh_line_at(const Port *p, uint32_t at, uint32_t n);
 
 /* To be called at the start of everything that uses the core. */

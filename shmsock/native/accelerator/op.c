@@ -55,7 +55,7 @@ static PyObject *take(Op *op, int64_t *status)
     else {
         if (sh_pump_follows(p->turn) < 0)
             return NULL;
-        span = sh_read_begin(ep, most, least, 0);
+        span = sh_share_is_used(p) ? SH_YIELD : sh_read_begin(ep, most, least, 0);
         if (span == SH_EMPTY && sh_may_spin(p->turn)) {
             Py_BEGIN_ALLOW_THREADS
             span = sh_read_begin(ep, most, least, 1);
@@ -246,8 +246,8 @@ static PySendResult op_send(Op *op, PyObject *value, PyObject **out)
             return delegate(op, out);
         }
         return op->port && op->n > 0 ? go_on(op, out) : delegate(op, out);
-    case YIELDED: /* the coroutine takes more at once: else who shares the turn with a busier one starves */
-        return delegate(op, out);
+    case YIELDED:
+        return go_on(op, out);
     case WAITING:
         r = send_on(op, value, out);
         if (r == PYGEN_NEXT)

@@ -36,6 +36,24 @@ uint32_t sh_line_at(const Port *p, uint32_t at, uint32_t n)
     return (Py_ssize_t)length <= p->limit + 1 ? length : 0;
 }
 
+/* A turn's budget is shared by as many as took part in the last one: reads in C are so quick that the first would leave the others nothing. */
+int sh_share_is_used(Port *p)
+{
+    Turn *t = p->turn;
+
+    if (t->turn_end_ns != t->nd->turn_end_ns) {
+        t->turn_end_ns = t->nd->turn_end_ns;
+        t->sharers = t->readers;
+        t->readers = 0;
+    }
+    if (p->turn_end_ns != t->turn_end_ns) {
+        p->turn_end_ns = t->turn_end_ns;
+        t->readers++;
+        p->since_ns = t->sharers > 1 ? sh_clock() : 0;
+    }
+    return p->since_ns && sh_clock() - p->since_ns > t->nd->hold_ns / t->sharers;
+}
+
 /* The slow way. A transport that is no more is one whose connection is lost: it would at most warn. */
 static PyObject *write_rest(Port *p, PyObject *data, int64_t taken)
 {
