@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from shmsock.address import is_any, is_local, normalize_name
 from shmsock.aio.doorbells import Ear
-from shmsock.aio.turn import Turn
+from shmsock.aio.turn import Turn, ready_queue
 from shmsock.errors import address_unavailable, forked, wrong_thread
 from shmsock.fabric import layout as lay
 from shmsock.fabric.connection import Connection
@@ -106,7 +106,9 @@ class Node(Turn):  # type: ignore[misc]
         self.loop: Any = loop  # a Loop to the node; asyncio's transports know it as theirs
         self.lib, self.nd = engine.lib, engine.nd
         self.name, self.section = engine.name, engine.section
-        super().__init__(engine, keeper, loop, contextvars.Context(), threading.get_ident())
+        super().__init__(
+            engine, keeper, loop, contextvars.Context(), threading.get_ident(), ready_queue(loop)
+        )
         self.pid = os.getpid()
         self.transports: set[Any] = set()
         self.servers: set[Any] = set()

@@ -58,6 +58,7 @@ class ReadSide(FlowControl, asyncio.Transport):
         """Ends direct mode for good: bytes that the reader took already stay in its buffer, the rest goes to
         `protocol`."""
         self._protocol = protocol
+        self.port.receive(None, self.context)
         reader = self.reader() if self.reader is not None else None
         if reader is not None:
             reader._detach()
@@ -85,6 +86,7 @@ class ReadSide(FlowControl, asyncio.Transport):
         if self._poll is None:
             self._poll = PollFd()
             self.port.fast = False  # the short cuts tell nobody that they have emptied the ring
+            self.port.receive(None, self.context)
         self.update_poll()
         return self._poll.fd
 
@@ -97,6 +99,7 @@ class ReadSide(FlowControl, asyncio.Transport):
 
     def pause_reading(self) -> None:
         self._reading_paused = True
+        self.port.receive(None, self.context)
         if self._broken is not None and self.reader is None:
             self.force_close(self._broken)
 
@@ -127,7 +130,9 @@ class ReadSide(FlowControl, asyncio.Transport):
             )
             n = deliver(protocol)
             if n <= 0:
-                if n == EOF:
+                if n == EMPTY and deliver == self._deliver_bytes and self._poll is None:
+                    self.port.receive(protocol, self.context)
+                elif n == EOF:
                     self.got_eof()
                 elif n not in (0, EMPTY, YIELD) and self.conn.error is not None:
                     self._read_in_vain()
@@ -184,8 +189,11 @@ class ReadSide(FlowControl, asyncio.Transport):
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:
-            self._fatal_error(error, f"Fatal error: protocol.{what}() call failed.")
+            self._raised(error, what)
             return None
+
+    def _raised(self, error: BaseException, what: str) -> None:
+        self._fatal_error(error, f"Fatal error: protocol.{what}() call failed.")
 
     def _read_in_vain(self) -> None:
         """The connection broke, and all that had come was read. Of a peer that died that is the end, as when

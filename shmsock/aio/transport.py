@@ -405,6 +405,7 @@ class ShmTransport(ReadSide):
         self._lost = True
         if self._poll is not None:
             self._poll.close()
+        self.port.receive(None, self.context)
         self.node.transports.discard(self)
         self.node.flushed()
         self._wake_writer()

@@ -7,7 +7,10 @@ unless SHMSOCK_ACCELERATOR is 0. Both do the same.
 
 from __future__ import annotations
 
+import asyncio
+import collections
 import contextvars
+import gc
 import importlib.machinery
 import importlib.util
 import os
@@ -42,11 +45,29 @@ def _load() -> Any:
 accelerator = _load()
 
 
+def ready_queue(loop: Any) -> Any:
+    """What the loop runs next, as a container that can be asked for its length; None where it is not to be
+    had. asyncio's loops have it as _ready; uvloop keeps it to itself, but it is the one deque that has just
+    grown by a handle."""
+    if hasattr(loop, "_ready") or not isinstance(loop, asyncio.AbstractEventLoop):
+        return getattr(loop, "_ready", None)
+    handle = loop.call_soon(int)
+    handle.cancel()
+    deques = (d for d in gc.get_referents(loop) if type(d) is collections.deque and d and d[-1] is handle)
+    return next(deques, None)
+
+
 class _Turn:
     """The pump's side of a node. What it does seldom is the node's: check(), _heard() and _attend()."""
 
     def __init__(
-        self, engine: Engine, keeper: Keeper, loop: Any, context: contextvars.Context, ident: int
+        self,
+        engine: Engine,
+        keeper: Keeper,
+        loop: Any,
+        context: contextvars.Context,
+        ident: int,
+        queue: Any = None,
     ) -> None:
         self._engine, self._keeper, self._loop, self.context = engine, keeper, loop, context
         self._lib, self._nd = engine.lib, engine.nd
@@ -60,10 +81,10 @@ class _Turn:
         #: pump may be left out, soon after the last one. What a pass acknowledges, the peer must tell anew.
         self.polled = 0
         #: What the loop runs next; whenever a read asks, the pump is in it, so more than one means: do not
-        #: spin. uvloop and trio keep theirs to themselves: there it stands for the pump and for the tasks
-        #: that the pump woke and that have not run yet.
-        self.queue: Any = getattr(loop, "_ready", None)
-        self._known = self.queue is not None
+        #: spin. Where it is not known (trio) it stands for the pump and for the tasks that the pump woke and
+        #: that have not run yet.
+        self.queue: Any = queue
+        self._known = queue is not None
         if not self._known:
             self.queue = [None]
 
@@ -113,18 +134,27 @@ class _Turn:
             if self._lib.sh_pumped_just_now(self._nd, now):
                 self.begin_turn()
                 return
-        told = self._attend(self._engine.look(), now)
-        if self.scheduled or self.closed:
-            return
-        # Those who were told of something run first: going to sleep can wait.
-        if told or self._stay_hot(now) or not self._fall_asleep():
-            self.begin_turn()
-
-    def _stay_hot(self, now: int) -> bool:
-        hot: int = self._lib.sh_stay_hot(self._nd, now, any(self._engine.owed))
-        if hot > 1:
-            os.sched_yield()
-        return hot > 0
+        self.scheduled = True  # for all that is called from here a pump follows: this one
+        words, again = self._engine.look(), True
+        try:
+            while True:
+                told = self._attend(words, now)
+                # Nothing else is to be run: this turn may go on with the pump.
+                alone = self._known and not self.queue and not any(self._engine.owed)
+                if self.closed or (told and not alone):
+                    return  # those who were told of something run first: going to sleep can wait
+                hot = self._lib.sh_stay_hot(self._nd, now, any(self._engine.owed))
+                if not hot:
+                    again = told or not self._fall_asleep()
+                if hot > 2 and not alone:
+                    os.sched_yield()
+                if hot < 2 or not alone or (words := self._engine.look_on()) == []:
+                    return
+                now = time.monotonic_ns()
+        finally:
+            self.scheduled = False
+            if again and not self.closed:
+                self.begin_turn()
 
     def _fall_asleep(self) -> bool:
         """False: somebody was quicker. A node that is over sleeps for good."""
@@ -151,6 +181,10 @@ class _Port:
 
     def attach(self, reader: Any) -> None:
         """A reader in direct mode."""
+
+    def receive(self, protocol: Any, context: contextvars.Context) -> None:
+        """From now on the pump gives bytes to `protocol`, in that context; None: to nobody. (Here it leaves
+        that to the transport.)"""
 
     def detach(self) -> None:
         """No reader takes bytes any more."""

@@ -210,6 +210,11 @@ class Engine:
         n = self.lib.sh_pump(self.nd, self._out, EVENTS_PER_PASS) if self._failure is None else STALE
         return None if n == STALE else self._out[0:n]
 
+    def look_on(self) -> list[int] | None:
+        """The same once more in the same turn of the loop: waits a little, busily. Empty: nothing came."""
+        n = self.lib.sh_pump_on(self.nd, self._out, EVENTS_PER_PASS) if self._failure is None else STALE
+        return None if n == STALE else self._out[0:n]
+
     def take_in(self, words: list[int] | None, now_ns: int, unlocked: int = 0) -> list[Event]:
         """The engine's part: see pump()."""
         if words is None:

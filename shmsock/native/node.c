@@ -141,25 +141,12 @@ static void fruitless(struct sh_link *l, uint64_t now)
         __atomic_store_n(&l->muted, 1, __ATOMIC_RELEASE);
 }
 
-/* One pass. Fills out[] with what a look at the slot found << 32 | kind << 24 | (slot or peer), at most max of them; what does not fit is
- * kept for the next pass. */
-int sh_pump(sh_node *nd, uint64_t *out, int max)
+/* What the bells of `look` and the ready slots have to say. Fills out[] with what a look at the slot found << 32 | kind << 24 | (slot or
+ * peer), at most max of them; what does not fit is kept for the next pass. */
+int sh_pass(sh_node *nd, uint64_t *out, int max, uint64_t look, uint64_t now)
 {
-    uint64_t now, look = SH_ALL;
     int n = 0;
 
-    if (!sh_may_write(nd))
-        return SH_STALE;
-    now = sh_turn(nd);
-    if (++nd->n[SH_N_PUMPS] % 16 && !nd->attention && !__atomic_load_n(&nd->strangers, __ATOMIC_RELAXED))
-        look = nd->known; /* each bell is on a page of its own, and cold ones cost more than all the rest */
-    else
-        __atomic_store_n(&nd->strangers, 0, __ATOMIC_RELAXED);
-    for (uint32_t w = 0; w < nd->words; w++) {
-        nd->ready[w] |= nd->later[w] & ~nd->touched[w];
-        nd->later[w] = 0;
-    }
-    sh_rearm_touched(nd);
     nd->attention = 0;
     for (uint32_t k = 0; k < nd->g.peers; k++) {
         uint32_t j = (nd->start + k) % nd->g.peers;
@@ -195,6 +182,26 @@ int sh_pump(sh_node *nd, uint64_t *out, int max)
         }
     }
     return n;
+}
+
+/* One pass, which begins a turn. Returns what sh_pass() does, or SH_STALE. */
+int sh_pump(sh_node *nd, uint64_t *out, int max)
+{
+    uint64_t now, look = SH_ALL;
+
+    if (!sh_may_write(nd))
+        return SH_STALE;
+    now = sh_turn(nd);
+    if (++nd->n[SH_N_PUMPS] % 16 && !nd->attention && !__atomic_load_n(&nd->strangers, __ATOMIC_RELAXED))
+        look = nd->known; /* each bell is on a page of its own, and cold ones cost more than all the rest */
+    else
+        __atomic_store_n(&nd->strangers, 0, __ATOMIC_RELAXED);
+    for (uint32_t w = 0; w < nd->words; w++) {
+        nd->ready[w] |= nd->later[w] & ~nd->touched[w];
+        nd->later[w] = 0;
+    }
+    sh_rearm_touched(nd);
+    return sh_pass(nd, out, max, look, now);
 }
 
 /* Nothing is owed a pass: the loop may sleep, once the keeper (or a doorbell) watches the bells. */

@@ -136,7 +136,9 @@ int sh_room(sh_ep *ep, uint32_t need, uint64_t wish);
 void sh_stage(sh_ep *ep, uint32_t ahead, const void *data, uint32_t n);
 void sh_commit(sh_ep *ep, uint32_t n);
 int sh_acknowledge(sh_node *nd, sh_ep *ep);
+int sh_space_came(const sh_ep *ep);
 void sh_rearm_touched(sh_node *nd);
+int sh_pass(sh_node *nd, uint64_t *out, int max, uint64_t look, uint64_t now);
 
 static inline uint64_t sh_p_word(const sh_ep *ep)
 {

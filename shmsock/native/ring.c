@@ -436,7 +436,7 @@ int sh_acknowledge(sh_node *nd, sh_ep *ep)
 
 /* Has a writer that waits for space been given some? Whoever acknowledges a toggle owes this look as much as the one at P.
  * Space that is known already counts: somebody may have taken the head over and told nobody. */
-static int space_came(const sh_ep *ep)
+int sh_space_came(const sh_ep *ep)
 {
     return (ep->flags & SH_WANT) && (space_of(ep) || SH_LOW(sh_load(&ep->theirs->c, ep->nd->wc)) != ep->head_seen);
 }
@@ -452,7 +452,7 @@ int sh_arm(sh_ep *ep)
     nd->touched[SH_WORD(ep->slot)] &= ~SH_BIT(ep->slot);
     sh_acknowledge(nd, ep);
     sh_fence(nd->wc); /* SYNC R1, SYNC W */
-    if (space_came(ep))
+    if (sh_space_came(ep))
         nd->ready[SH_WORD(ep->slot)] |= SH_BIT(ep->slot); /* not the reader's business, but the toggle spoke of it */
     r = sh_refresh(ep);
     if (r < 0 || ep->tail_seen != ep->head || (ep->p_last & SH_FIN) || ep->orphan)
@@ -484,7 +484,7 @@ void sh_rearm_touched(sh_node *nd)
             uint64_t p = sh_load(&ep->theirs->p, nd->wc);
 
             /* FIN and REL that a read took over are news to whoever waits for the end, or to write */
-            if (p != ep->p_last || ep->tail_seen != ep->head || (p & (SH_FIN | SH_REL)) || space_came(ep))
+            if (p != ep->p_last || ep->tail_seen != ep->head || (p & (SH_FIN | SH_REL)) || sh_space_came(ep))
                 nd->later[w] |= SH_BIT(ep->slot);
             if (!ep->orphan && SH_GEN(p) == ep->peer_gen && (p & SH_WANT))
                 sh_notify_slot(nd, ep->peer, ep->peer_slot);

@@ -1,7 +1,10 @@
 /* turn.c - turns of the loop: their budget, and whether the pump comes again at once or the loop may sleep. */
 #include "node.h"
 
+#include <sched.h>
+
 #define CREDIT_CAP_NS 5000000u
+#define SLICE_NS 50000u
 #define SKIP_NS 50000u
 
 /* A new loop turn begins: its budget. Returns the clock. */
@@ -37,9 +40,9 @@ uint64_t sh_moved(sh_node *nd) { return nd->n[SH_N_READS] + nd->moved_messages +
 /* A pass so soon after the last may be left out by who looks at its ring itself: what it acknowledged, the peer would have to tell anew. */
 int sh_pumped_just_now(sh_node *nd, uint64_t now) { return now - nd->pumped_ns < SKIP_NS; }
 
-/* After a pass: come again at once? When something is owed, here or (`owed`) by the caller; or when bytes moved, they moved shortly before
- * as well, and looking in vain has not used more than a quarter of the time. 2: yes, but give this CPU away first, as whoever is to answer
- * may need it. */
+/* After a pass: come again at once? 1: something is owed, here or (`owed`) by the caller. 2: yes, as bytes moved, they moved shortly before
+ * as well, and looking in vain has not used more than a quarter of the time. 3: the same, but give this CPU away first, as whoever is to
+ * answer may need it. */
 int sh_stay_hot(sh_node *nd, uint64_t now, int owed)
 {
     uint64_t moved = sh_moved(nd), since = now - nd->pumped_ns, credit = nd->credit_ns;
@@ -58,9 +61,61 @@ int sh_stay_hot(sh_node *nd, uint64_t now, int owed)
         credit = !hot ? credit + since / 4 : credit > since ? credit - since : 0;
     }
     nd->credit_ns = credit < CREDIT_CAP_NS ? credit : CREDIT_CAP_NS;
-    if (owed || !sh_quiet(nd))
-        return 1;
     if (!hot || nd->gap_ns >= nd->hot_ns || !nd->credit_ns || nd->idle_turns >= nd->hot_turns)
-        return 0;
-    return nd->idle_turns || nd->one_cpu ? 2 : 1;
+        return owed || !sh_quiet(nd);
+    return nd->idle_turns || nd->one_cpu ? 3 : 2;
+}
+
+/* Did a bell move, or one of the slots that were read since the last pump? The toggles of those are still unacknowledged, so that the peer
+ * need not tell of more: they are looked at themselves. */
+static int news(sh_node *nd)
+{
+    int found = nd->attention;
+
+    for (uint64_t m = nd->known; m; m &= m - 1) {
+        struct sh_link *l = &nd->links[__builtin_ctzll(m)];
+        found |= !l->muted && sh_peek(&l->in->bell) != l->last;
+    }
+    for (uint32_t w = 0; w < nd->words; w++) {
+        for (uint64_t m = nd->touched[w]; m; m &= m - 1) {
+            sh_ep *ep = &nd->eps[w * 64 + (uint32_t)__builtin_ctzll(m)];
+            uint64_t p = sh_peek(&ep->theirs->p);
+
+            if (p == ep->p_last && !sh_space_came(ep))
+                continue;
+            if (p & SH_WANT) { /* it waits for what was taken: it has to be told of that as well */
+                sh_rearm_touched(nd);
+                return 1;
+            }
+            nd->ready[w] |= SH_BIT(ep->slot);
+        }
+        found |= nd->ready[w] != 0;
+    }
+    return found;
+}
+
+/* Another pass in the same turn, when there is nothing else to be run: busy-polls for up to 50 us, then the loop has to look after others.
+ * Returns what sh_pump() does; 0: nothing came, or the budget of the turn is used up. */
+int sh_pump_on(sh_node *nd, uint64_t *out, int max)
+{
+    uint64_t now = sh_clock(), end = now + SLICE_NS < nd->turn_end_ns ? now + SLICE_NS : nd->turn_end_ns, yield_at = now + nd->spin_yield_ns;
+
+    if (!sh_may_write(nd))
+        return SH_STALE;
+    for (uint32_t w = 0; w < nd->words; w++) { /* nobody is about to read them, else that would be run first */
+        nd->ready[w] |= nd->later[w] & ~nd->touched[w];
+        nd->later[w] = 0;
+    }
+    for (uint32_t k = 1; now < end; k++) {
+        if (news(nd))
+            return sh_pass(nd, out, max, nd->known, now);
+        if (nd->spin_yield_ns && k % 8) {
+            sh_pause();
+            continue;
+        }
+        now = sh_clock();
+        if (now >= yield_at)
+            sched_yield();
+    }
+    return 0;
 }

@@ -21,14 +21,14 @@ typedef struct {
     PyObject *owed;   /* tuple of containers: while one of them is not empty, the engine is owed a pass */
     PyObject *queue;  /* what the loop runs next, or a list that stands for it */
     PyObject *call_soon, *create_future, *context, *pump;
-    Port **ports;     /* by slot: connections with a reader in direct mode; borrowed */
+    Port **ports;     /* by slot: connections with a reader in direct mode, or with a protocol that takes bytes; borrowed */
     uint32_t slots;
     uint64_t turn_end_ns; /* the turn that is counted: how many read in it, and in the one before */
     uint32_t readers, sharers;
     unsigned long ident;
     unsigned long long unlocked;
     int polled;
-    char scheduled, closed, hurry, listens, known;
+    char scheduled, closed, hurry, listens, known, pumping;
 } Turn;
 
 struct port {
@@ -36,6 +36,7 @@ struct port {
     Turn *turn;
     PyObject *transport; /* weakly: who has only the port has nothing to say any more */
     PyObject *buffer, *waiter;
+    PyObject *protocol, *context; /* while bytes go straight to its data_received() */
     sh_ep *ep;
     uint32_t slot;
     Py_ssize_t limit; /* of a line */
@@ -62,7 +63,9 @@ int sh_begin_turn(Turn *t);
 int sh_may_spin(Turn *t);
 int sh_will_run(Turn *t);
 int sh_runs(Turn *t);
+PyObject *sh_bytes_out(sh_ep *ep, uint32_t at, uint32_t n);
 int sh_port_wake(Port *p);
+int sh_port_deliver(Port *p);
 int sh_share_is_used(Port *p);
 uint32_t sh_line_at(const Port *p, uint32_t at, uint32_t n);
 

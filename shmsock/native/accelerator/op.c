@@ -24,23 +24,6 @@ static int spares;
 
 /* ---- bytes ---- */
 
-/* Copy n bytes out of the ring, from where the reading is. NULL without an exception: the slot changed hands meanwhile. */
-static PyObject *copy_out(sh_ep *ep, uint32_t at, uint32_t n)
-{
-    PyObject *data = PyBytes_FromStringAndSize(NULL, n);
-    uint32_t first = ep->rx_bytes - at < n ? ep->rx_bytes - at : n;
-
-    if (!data)
-        return NULL;
-    sh_copy_in(PyBytes_AS_STRING(data), ep->rx + at, first);
-    if (first < n)
-        sh_copy_in(PyBytes_AS_STRING(data) + first, ep->rx, n - first);
-    if (sh_read_end(ep, n) == 0)
-        return data;
-    Py_DECREF(data);
-    return NULL;
-}
-
 /* Look, spin if nothing else is to be run, and take. NULL without an exception: *status says why. */
 static PyObject *take(Op *op, int64_t *status)
 {
@@ -74,7 +57,7 @@ static PyObject *take(Op *op, int64_t *status)
         *status = SH_CLOSED; /* not for us */
         return NULL;
     }
-    return copy_out(ep, (uint32_t)(span >> 32), n);
+    return sh_bytes_out(ep, (uint32_t)(span >> 32), n);
 }
 
 /* ---- waiting ---- */

@@ -3,7 +3,10 @@
 
 PyTypeObject *sh_port_type;
 /* Interned: CPython's cache of lookups goes by the address of a name, and keeps each name that it was asked for. */
-static PyObject *s_done, *s_set_result, *s_write_rest, *s_slot, *s_limit, *s_buffer;
+static PyObject *s_done, *s_set_result, *s_write_rest, *s_slot, *s_limit, *s_buffer, *s_raised, *s_data_received;
+
+#define PIECE (1u << 16)       /* bytes given to a protocol at once */
+#define DELIVER_MAX (1u << 18) /* and in one pass */
 
 /* The one who waits may go on. */
 int sh_port_wake(Port *p)
@@ -22,6 +25,82 @@ int sh_port_wake(Port *p)
     Py_XDECREF(done);
     Py_XDECREF(r);
     return is_done < 0 || PyErr_Occurred() ? -1 : 0;
+}
+
+/* Copy n bytes out of the ring, from where the reading is. NULL without an exception: the slot changed hands meanwhile. */
+PyObject *sh_bytes_out(sh_ep *ep, uint32_t at, uint32_t n)
+{
+    PyObject *data = PyBytes_FromStringAndSize(NULL, n);
+    uint32_t first = ep->rx_bytes - at < n ? ep->rx_bytes - at : n;
+
+    if (!data)
+        return NULL;
+    sh_copy_in(PyBytes_AS_STRING(data), ep->rx + at, first);
+    if (first < n)
+        sh_copy_in(PyBytes_AS_STRING(data) + first, ep->rx, n - first);
+    if (sh_read_end(ep, n) == 0)
+        return data;
+    Py_DECREF(data);
+    return NULL;
+}
+
+/* What the protocol raised ends its connection, unless it ends the program. */
+static int raised(Port *p)
+{
+    PyObject *type, *value, *trace, *transport, *r = NULL;
+
+    if (PyErr_ExceptionMatches(PyExc_SystemExit) || PyErr_ExceptionMatches(PyExc_KeyboardInterrupt))
+        return -1;
+    PyErr_Fetch(&type, &value, &trace);
+    PyErr_NormalizeException(&type, &value, &trace);
+    if (trace)
+        PyException_SetTraceback(value, trace);
+    transport = PyObject_CallNoArgs(p->transport);
+    if (transport)
+        r = transport == Py_None ? Py_NewRef(Py_None) : PyObject_CallMethodObjArgs(transport, s_raised, value, s_data_received, NULL);
+    Py_XDECREF(transport);
+    Py_XDECREF(r);
+    Py_XDECREF(type);
+    Py_XDECREF(value);
+    Py_XDECREF(trace);
+    return r ? 0 : -1;
+}
+
+/* The twin of ReadSide._deliver: what is there goes to data_received(), in the connection's context. 1: that was all. 0: the rest is
+ * Python's, which finds out the same. */
+int sh_port_deliver(Port *p)
+{
+    uint32_t given = 0;
+    int64_t span = 0;
+
+    while (p->protocol && p->calm && given < DELIVER_MAX && (span = sh_read_now(p->ep, PIECE)) > 0) {
+        PyObject *data = sh_bytes_out(p->ep, (uint32_t)(span >> 32), (uint32_t)span), *protocol, *context, *r = NULL;
+
+        if (!data)
+            return PyErr_Occurred() ? -1 : 0;
+        protocol = Py_NewRef(p->protocol); /* it may pause, close, or change its protocol */
+        context = Py_NewRef(p->context);
+        given += (uint32_t)span;
+        if (PyContext_Enter(context) == 0) {
+            PyObject *type, *value, *trace;
+
+            r = PyObject_CallMethodOneArg(protocol, s_data_received, data);
+            PyErr_Fetch(&type, &value, &trace);
+            if (PyContext_Exit(context) < 0)
+                Py_CLEAR(r);
+            else
+                PyErr_Restore(type, value, trace);
+        }
+        Py_DECREF(context);
+        Py_DECREF(protocol);
+        Py_DECREF(data);
+        if (!r && raised(p) < 0)
+            return -1;
+        Py_XDECREF(r);
+        if (sh_over(p->turn->nd))
+            break;
+    }
+    return !p->protocol || span == SH_EMPTY;
 }
 
 /* How long the line is that begins there; 0: no whole one is there, or it is longer than allowed. */
@@ -102,6 +181,20 @@ static PyObject *port_attach(Port *p, PyObject *reader)
     return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
 }
 
+/* receive(protocol, context): from now on the pump gives bytes to it; None: it is Python's. */
+static PyObject *port_receive(Port *p, PyObject *args)
+{
+    PyObject *protocol, *context;
+
+    if (!PyArg_ParseTuple(args, "OO!", &protocol, &PyContext_Type, &context))
+        return NULL;
+    Py_XSETREF(p->context, Py_NewRef(context));
+    Py_XSETREF(p->protocol, protocol == Py_None ? NULL : Py_NewRef(protocol));
+    if (p->protocol)
+        p->turn->ports[p->slot] = p;
+    Py_RETURN_NONE;
+}
+
 /* Of a node whose memory is gone, maybe: the collector ends things in any order. */
 static void let_go(Port *p)
 {
@@ -115,6 +208,7 @@ static PyObject *port_detach(Port *p, PyObject *unused)
 {
     (void)unused;
     let_go(p);
+    Py_CLEAR(p->protocol);
     Py_RETURN_NONE;
 }
 
@@ -162,6 +256,8 @@ static int port_traverse(Port *p, visitproc visit, void *arg)
     Py_VISIT(p->transport);
     Py_VISIT(p->buffer);
     Py_VISIT(p->waiter);
+    Py_VISIT(p->protocol);
+    Py_VISIT(p->context);
     return 0;
 }
 
@@ -172,6 +268,8 @@ static int port_clear(Port *p)
     Py_CLEAR(p->transport);
     Py_CLEAR(p->buffer);
     Py_CLEAR(p->waiter);
+    Py_CLEAR(p->protocol);
+    Py_CLEAR(p->context);
     return 0; /* the turn stays: what is called all the same finds its node */
 }
 
@@ -189,6 +287,7 @@ static void port_dealloc(Port *p)
 static PyMethodDef methods[] = {
     {"write", (PyCFunction)(void (*)(void))port_write, METH_O, "write($self, data, /)\n--\n\nAs ShmTransport.write."},
     {"attach", (PyCFunction)(void (*)(void))port_attach, METH_O, "A reader in direct mode."},
+    {"receive", (PyCFunction)(void (*)(void))port_receive, METH_VARARGS, "The protocol that bytes are given to, and in which context."},
     {"detach", (PyCFunction)(void (*)(void))port_detach, METH_NOARGS, "No reader takes bytes any more."},
     {NULL, NULL, 0, NULL},
 };
@@ -227,6 +326,9 @@ int sh_port_ready(PyObject *module)
     s_slot = PyUnicode_InternFromString("slot");
     s_limit = PyUnicode_InternFromString("_limit");
     s_buffer = PyUnicode_InternFromString("_buffer");
+    s_raised = PyUnicode_InternFromString("_raised");
+    s_data_received = PyUnicode_InternFromString("data_received");
     sh_port_type = (PyTypeObject *)PyType_FromSpec(&spec);
-    return s_done && s_set_result && s_write_rest && s_slot && s_limit && s_buffer && sh_port_type ? PyModule_AddObjectRef(module, "Port", (PyObject *)sh_port_type) : -1;
+    return s_done && s_set_result && s_write_rest && s_slot && s_limit && s_buffer && s_raised && s_data_received && sh_port_type
+        ? PyModule_AddObjectRef(module, "Port", (PyObject *)sh_port_type) : -1;
 }

@@ -42,7 +42,7 @@ int sh_begin_turn(Turn *t)
     return 0;
 }
 
-int sh_may_spin(Turn *t) { return PyObject_Size(t->queue) < 2; }
+int sh_may_spin(Turn *t) { return PyObject_Size(t->queue) + t->pumping < 2; }
 
 int sh_will_run(Turn *t) { return t->known ? 0 : PyList_Append(t->queue, Py_None); }
 
@@ -89,12 +89,82 @@ static int fall_asleep(Turn *t)
     return __atomic_load_n(&t->nd->inert, __ATOMIC_ACQUIRE) || sh_keeper_arm(t->keeper, t->hurry);
 }
 
-/* One pass. Readers that wait for bytes, which is what happens most, are woken from here. */
-static int pump(Turn *t)
+/* Readers that wait for bytes and protocols that take them, which is what happens most, get theirs from here; Python attends to the rest.
+ * 1: somebody was told of something. */
+static int tell(Turn *t, uint64_t *words, int n, uint64_t now)
 {
     PyObject *type = NULL, *value = NULL, *trace = NULL;
+    int left = 0, told = 0;
+
+    for (int i = 0; i < n; i++) {
+        uint32_t kind = words[i] >> 24 & 0xff, slot = words[i] & 0xffffff, bits = (uint32_t)(words[i] >> 32);
+        Port *p = kind == SH_EV_SLOT && slot < t->slots ? t->ports[slot] : NULL;
+        int r = 0;
+
+        if (p && p->calm && bits && !(bits & UNUSUAL)) {
+            Py_INCREF(p);
+            if (p->protocol)
+                r = sh_port_deliver(p);
+            else if (p->waiter && p->fast)
+                r = sh_port_wake(p) < 0 ? -1 : 1;
+            Py_DECREF(p);
+            told |= r > 0;
+            if (r > 0)
+                continue;
+            if (r < 0 && !type) /* Ctrl-C, say. Raised when the others have been told of theirs: a loop may be run again to clean up */
+                PyErr_Fetch(&type, &value, &trace);
+            else
+                PyErr_Clear();
+        }
+        words[left++] = words[i];
+    }
+    if (!t->closed && (n < 0 || left || t->unlocked || now >= t->nd->due_ns || owed(t))) {
+        int r = attend(t, words, n < 0 ? n : left, now);
+        if (r < 0 && type) {
+            Py_DECREF(type);
+            Py_XDECREF(value);
+            Py_XDECREF(trace);
+        }
+        if (r < 0)
+            return -1;
+        told |= r;
+    }
+    if (type)
+        PyErr_Restore(type, value, trace);
+    return type ? -1 : told != 0;
+}
+
+/* May this turn of the loop go on with the pump? Nothing else is to be run. */
+static int is_alone(Turn *t) { return t->known && PyObject_Size(t->queue) == 0 && !owed(t); }
+
+/* The next pass: 1, and what it found; or 0, and whether the loop is to come again (or may sleep). */
+static int next_pass(Turn *t, uint64_t *words, int *n, uint64_t now, int told, int *again)
+{
+    int alone = is_alone(t), hot;
+
+    *again = 1;
+    *n = 0;
+    if (told && !alone) /* who was told of something runs first: going to sleep can wait */
+        return 0;
+    hot = sh_stay_hot(t->nd, now, owed(t));
+    if (!hot)
+        *again = told || !fall_asleep(t);
+    if (hot < 2 || (!alone && hot == 2))
+        return 0;
+    Py_BEGIN_ALLOW_THREADS
+    if (alone)
+        *n = sh_pump_on(t->nd, words, EVENTS);
+    else
+        sched_yield();
+    Py_END_ALLOW_THREADS
+    return *n;
+}
+
+/* One turn of the loop: a pass, and more of them as long as there are news and nobody else has anything to do. */
+static int pump(Turn *t)
+{
     uint64_t words[EVENTS], now;
-    int n, left = 0, told = 0, hot;
+    int n, told, again;
 
     t->scheduled = 0;
     if (t->closed)
@@ -105,58 +175,26 @@ static int pump(Turn *t)
         if (sh_pumped_just_now(t->nd, now))
             return sh_begin_turn(t);
     }
+    t->scheduled = t->pumping = 1; /* for all that is called from here a pump follows: this one */
     n = sh_pump(t->nd, words, EVENTS);
-    for (int i = 0; i < n; i++) {
-        uint32_t kind = words[i] >> 24 & 0xff, slot = words[i] & 0xffffff, bits = (uint32_t)(words[i] >> 32);
-        Port *p = kind == SH_EV_SLOT && slot < t->slots ? t->ports[slot] : NULL;
-
-        if (p && p->waiter && p->calm && p->fast && bits && !(bits & UNUSUAL)) {
-            int r;
-
-            Py_INCREF(p);
-            r = sh_port_wake(p);
-            Py_DECREF(p);
-            told = 1;
-            if (r == 0)
-                continue;
-            if (!type) /* Ctrl-C, say. Raised when the others have been told of theirs: a loop may be run again to clean up */
-                PyErr_Fetch(&type, &value, &trace);
-            else
-                PyErr_Clear();
-        }
-        words[left++] = words[i];
+    for (;;) {
+        told = tell(t, words, n, now);
+        if (told < 0 || t->closed || !next_pass(t, words, &n, now, told, &again))
+            break;
+        now = sh_clock();
     }
-    if (n < 0 || left || t->unlocked || now >= t->nd->due_ns || owed(t)) {
-        int r = attend(t, words, n < 0 ? n : left, now);
-        if (r < 0) {
-            if (type) {
-                Py_DECREF(type);
-                Py_XDECREF(value);
-                Py_XDECREF(trace);
-            }
-            return -1;
-        }
-        told |= r;
-    }
-    if (type) {
-        if (!t->scheduled && !t->closed && sh_begin_turn(t) < 0)
+    t->scheduled = t->pumping = 0;
+    if (told < 0 && !t->closed) {
+        PyObject *type, *value, *trace;
+
+        PyErr_Fetch(&type, &value, &trace);
+        if (sh_begin_turn(t) < 0)
             PyErr_Clear();
         PyErr_Restore(type, value, trace);
-        return -1;
     }
-    if (t->scheduled || t->closed)
-        return 0;
-    if (!told) { /* else those who were told of something run first: going to sleep can wait */
-        hot = sh_stay_hot(t->nd, now, owed(t));
-        if (hot == 2) {
-            Py_BEGIN_ALLOW_THREADS
-            sched_yield();
-            Py_END_ALLOW_THREADS
-        }
-        if (!hot && fall_asleep(t))
-            return 0;
-    }
-    return sh_begin_turn(t);
+    if (told < 0 || t->closed)
+        return told < 0 ? -1 : 0;
+    return again ? sh_begin_turn(t) : 0;
 }
 
 /* ---- the type ---- */
@@ -213,27 +251,22 @@ static PyObject *turn_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 
 static int turn_init(Turn *t, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"engine", "keeper", "loop", "context", "ident", NULL};
-    PyObject *engine, *keeper, *loop, *context;
+    static char *names[] = {"engine", "keeper", "loop", "context", "ident", "queue", NULL};
+    PyObject *engine, *keeper, *loop, *context, *queue;
 
     if (t->nd) {
         PyErr_SetString(PyExc_RuntimeError, "a node is made once");
         return -1;
     }
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOk", names, &engine, &keeper, &loop, &context, &t->ident)
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOkO", names, &engine, &keeper, &loop, &context, &t->ident, &queue)
         || address_of(keeper, "address", &t->keeper) < 0 || !(t->owed = PyObject_GetAttrString(engine, "owed"))
         || !(t->call_soon = PyObject_GetAttrString(loop, "call_soon"))
         || !(t->create_future = PyObject_GetAttrString(loop, "create_future"))
         || !(t->pump = PyObject_GetAttrString((PyObject *)t, "_pump")) || address_of(engine, "address", &t->nd) < 0)
         return -1;
     t->context = Py_NewRef(context);
-    t->known = 1;
-    t->queue = PyObject_GetAttrString(loop, "_ready");
-    if (!t->queue) {
-        PyErr_Clear();
-        t->known = 0;
-        t->queue = Py_BuildValue("[O]", Py_None);
-    }
+    t->known = queue != Py_None;
+    t->queue = t->known ? Py_NewRef(queue) : Py_BuildValue("[O]", Py_None);
     t->slots = t->nd->g.slots;
     t->ports = PyMem_Calloc(t->slots, sizeof *t->ports);
     if (!t->queue || !t->ports || !PyTuple_Check(t->owed)) {
