@@ -17,6 +17,7 @@ from shmsock.aio.attach import current_node
 from shmsock.aio.driver import Node
 from shmsock.aio.flow import FlowControl
 from shmsock.aio.pseudosocket import PseudoSocket
+from shmsock.aio.turn import Outbox, accelerator
 from shmsock.errors import NodeClosedError, forked, name_unknown, wrong_thread
 from shmsock.fabric.datagrams import BROADCAST, DATAGRAM_MAX, Endpoint
 
@@ -48,6 +49,10 @@ class ShmDatagramTransport(FlowControl, asyncio.DatagramTransport):
         super().__init__(extra, node.loop)
         self.node, self.endpoint, self.context, self._protocol = node, endpoint, context, protocol
         self._send_now = endpoint.send_now
+        endpoint.straight = (protocol, context)
+        self._outbox = Outbox(node, endpoint.local[1], endpoint.routes, self)
+        if accelerator is not None:
+            self.sendto = self._outbox.sendto  # type: ignore[method-assign]
         self._closing = self._lost = self._reading_paused = False
         self._sends_after_close = 0
         endpoint.handler = self
@@ -71,6 +76,7 @@ class ShmDatagramTransport(FlowControl, asyncio.DatagramTransport):
 
     def set_protocol(self, protocol: Any) -> None:
         self._protocol = protocol
+        self.endpoint.straight = (protocol, self.context)
 
     def get_protocol(self) -> Any:
         return self._protocol
@@ -120,14 +126,21 @@ class ShmDatagramTransport(FlowControl, asyncio.DatagramTransport):
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:
-            self._loop.call_exception_handler(
-                {
-                    "message": f"Exception in callback {callback!r}",
-                    "exception": error,
-                    "transport": self,
-                    "protocol": self._protocol,
-                }
-            )
+            self._report(error, callback)
+
+    def raised(self, error: BaseException, protocol: Any) -> None:
+        """datagram_received() did, called by the accelerator."""
+        self._report(error, protocol.datagram_received)
+
+    def _report(self, error: BaseException, callback: Callable[..., object]) -> None:
+        self._loop.call_exception_handler(
+            {
+                "message": f"Exception in callback {callback!r}",
+                "exception": error,
+                "transport": self,
+                "protocol": self._protocol,
+            }
+        )
 
     # -- sending
 
@@ -202,7 +215,7 @@ class ShmDatagramTransport(FlowControl, asyncio.DatagramTransport):
         self._check_thread()
         if self._closing:
             return
-        self._closing = True
+        self._closing, self._outbox.calm = True, False
         self.endpoint.pause()
         if not self.endpoint.unsent:
             self._end(None)
@@ -213,13 +226,14 @@ class ShmDatagramTransport(FlowControl, asyncio.DatagramTransport):
         self._force_close(None)
 
     def _force_close(self, error: BaseException | None) -> None:
-        self._closing = True
+        self._closing, self._outbox.calm = True, False
         self._end(error)
 
     def _end(self, error: BaseException | None) -> None:
         if self._lost:
             return
         self._lost = True
+        self.endpoint.straight = None
         self.endpoint.close()
         self.node.transports.discard(self)
         self.node.flushed()

@@ -10,12 +10,13 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Generator
+from functools import partial
 from types import coroutine
 from typing import Any, Protocol
 
 from shmsock.address import is_any, is_local, normalize_name
 from shmsock.aio.doorbells import Ear
-from shmsock.aio.turn import Turn, ready_queue
+from shmsock.aio.turn import Port, Turn, accelerator, ready_queue
 from shmsock.errors import address_unavailable, forked, wrong_thread
 from shmsock.fabric import layout as lay
 from shmsock.fabric.connection import Connection
@@ -109,6 +110,9 @@ class Node(Turn):  # type: ignore[misc]
         super().__init__(
             engine, keeper, loop, contextvars.Context(), threading.get_ident(), ready_queue(loop)
         )
+        if accelerator is not None:
+            engine.datagrams.gate = partial(Port, self)
+            engine.datagrams.inbox = partial(accelerator.Inbox, self)
         self.pid = os.getpid()
         self.transports: set[Any] = set()
         self.servers: set[Any] = set()

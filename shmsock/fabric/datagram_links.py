@@ -29,12 +29,23 @@ REMEMBERED = 1024  # addresses of one endpoint, and flows of one link
 Address = tuple[str, int]
 
 
+class Gate:
+    """`calm`: the link is open, and nothing waits: datagrams go straight to the ring."""
+
+    __slots__ = ("calm",)
+
+    def __init__(self, conn: Connection, link: Outgoing) -> None:
+        self.calm = False
+
+
 class Route(NamedTuple):
-    """Where an address leads: a link, and index << 8 | flags of the port's entry in the peer's table."""
+    """Where an address leads: a link, index << 8 | flags of the port's entry in the peer's table, and the
+    link's gate."""
 
     link: Outgoing
     port: int
     entry: int
+    gate: Any
 
 
 class Waiting(NamedTuple):
@@ -58,7 +69,8 @@ class Outgoing:
 
     def __init__(self, owner: Datagrams, conn: Connection) -> None:
         self.owner, self.conn, self.ep = owner, conn, conn.ep
-        self.direct = False  # open, and nothing waits: datagrams go straight to the ring
+        self.gate = owner.gate(conn, self)
+        self.gate.calm = False
         self.queue: deque[Waiting] = deque()
         self._over = False
         self._unread = 0  # by who has gone
@@ -78,7 +90,7 @@ class Outgoing:
             raise no_buffers(f"{what}, whose link has {ring} bytes,", larger)
         if not self.queue and self.conn.state is State.OPEN:
             status = self._put(item)
-            self.direct = status == 1 and not self._over
+            self.gate.calm = status == 1 and not self._over
             if status:
                 return status == 1
         endpoint, size = item.endpoint, len(item.data) + OVERHEAD
@@ -91,7 +103,7 @@ class Outgoing:
 
     def _put(self, item: Waiting) -> int:
         """1: it is in the ring. 0: no room, we shall be told. UNBOUND, or the link is lost and its status."""
-        (endpoint, _, (_, port, entry), data), conn = item, self.conn
+        (endpoint, _, (_, port, entry, _), data), conn = item, self.conn
         if conn.state is not State.OPEN:
             status = EOF
         else:
@@ -118,7 +130,7 @@ class Outgoing:
                 self.owner.engine.counts["datagrams_unreachable"] += 1
         else:
             self.owner.engine.emit("ready", self.conn, SPACE)
-        self.direct = self.conn.state is State.OPEN and not (queue or self._over)
+        self.gate.calm = self.conn.state is State.OPEN and not (queue or self._over)
         for item in stray:
             item.endpoint.retry(item)
         for endpoint in told:
@@ -129,7 +141,7 @@ class Outgoing:
         """The peer is gone, or will read no more: so is what it has not read, and what waits."""
         if self._over:
             return
-        self._over, self.direct = True, False
+        self._over, self.gate.calm = True, False
         owner, conn, counts = self.owner, self.conn, self.owner.engine.counts
         owner.forget(self)
         if conn.state is State.OPEN:
@@ -163,11 +175,11 @@ class Outgoing:
         elif bits & DATA:
             self.conn.violated("bytes in a ring that nothing is to be sent through")
             self.lost()
-        elif not self.direct:
+        elif not self.gate.calm:
             self.flush()
 
     def freed(self) -> None:
-        self.direct = False
+        self.gate.calm = False
         if not self._over:
             self._unread = self.owner.engine.lib.sh_unread(self.ep)
 
@@ -180,6 +192,7 @@ class Incoming:
         self.owner, self.conn, self.ep = owner, conn, conn.ep
         self._ports = owner.engine.ffi.new("uint32_t *")
         self._flows: dict[int, tuple[Endpoint, Address]] = {}  # by source << 16 | destination port
+        self._inbox = owner.inbox and owner.inbox(conn, self._flows)
         conn.handler = self
 
     def ready(self, bits: Any) -> None:
@@ -244,6 +257,8 @@ class Incoming:
 
     def freed(self) -> None:
         self.owner.incoming.discard(self)
+        if self._inbox is not None:
+            self._inbox.close()
 
     def forget(self, endpoint: Endpoint) -> None:
         """It was closed."""

@@ -23,6 +23,7 @@ from shmsock.fabric.datagram_links import (
     OVERHEAD,
     RECORDS_PER_PASS,
     Address,
+    Gate,
     Incoming,
     Outgoing,
     Route,
@@ -54,13 +55,14 @@ class Endpoint:
         self.host: Callable[[Any], Any] = lambda host: host
         self.aliases: list[Any] = [None, remote, given]  # what send() may be given when connected
         self.handler: Any = None
+        self.straight: Any = None  # (protocol, context): a driver may give datagrams to it, past `handler`
         self.closed = False
         self.unsent = 0  # bytes that wait for room in a ring, and OVERHEAD for each datagram
         self.holds = False  # paused, or not yet through with what came meanwhile
         self._to: Any = given if remote and isinstance(given[0], int) else remote
         self._send, self._port = owner.engine.lib.sh_send, listener.port
         self._bound = owner.engine.settings.datagram_queue_bytes
-        self._routes: dict[Any, Route] = {}
+        self.routes: dict[Any, Route] = {}
         self._paused = False
         self._kept: deque[tuple[bytes, Address]] = deque()
         self._kept_bytes = 0
@@ -82,8 +84,8 @@ class Endpoint:
 
     def send_now(self, data: Any, to: Any = None) -> bool:
         """The fast way, for an address that was used before. False: nothing was done."""
-        route = self._routes.get(to) if type(to) is tuple or to is None else None
-        if route is None or type(data) is not bytes or not route[0].direct:
+        route = self.routes.get(to) if type(to) is tuple or to is None else None
+        if route is None or type(data) is not bytes or not route[3].calm:
             return False
         sent: int = self._send(route[0].ep, self._port, route[1], route[2], data, len(data))
         return sent == 1
@@ -112,18 +114,19 @@ class Endpoint:
 
     def send_to(self, data: bytes, to: Any, host: Any, port: int) -> None:
         for _ in range(2):  # again when the port changed hands, or the link was lost, just now
-            route = self._routes.get(to)
+            route = self.routes.get(to)
             try:
                 if route is None or not route.link.usable:
                     peer = self.engine.listeners.find(host, port, datagram=True)
                     entry = self.engine.listeners.reachable(peer, port, datagram=True)
-                    route = Route(self.owner.link(peer), port, entry)
-                    remember(self._routes, to, route)
+                    link = self.owner.link(peer)
+                    route = Route(link, port, entry, link.gate)
+                    remember(self.routes, to, route)
             except ConnectionRefusedError:
                 break
             if route.link.send(Waiting(self, (to, host, port), route, data)):
                 return
-            self._routes.pop(to, None)
+            self.routes.pop(to, None)
         self.engine.counts["datagrams_unreachable"] += 1
         if self.remote is not None:
             self.soon(port_refused(self.remote[0], port))
@@ -141,7 +144,7 @@ class Endpoint:
             ):
                 try:
                     link = self.owner.link(peer)
-                    if not link.send(Waiting(self, None, Route(link, port, entry), data)):
+                    if not link.send(Waiting(self, None, Route(link, port, entry, link.gate), data)):
                         self.engine.counts["datagrams_unreachable"] += 1
                 except OSError:  # no room for a link, or in its ring, or it is not listened to
                     self.engine.counts["datagrams_dropped_unsent"] += 1
@@ -155,7 +158,7 @@ class Endpoint:
             self.soon(error if self.remote is not None else None)
 
     def uses(self, link: Outgoing) -> bool:
-        return any(route.link is link for route in self._routes.values())
+        return any(route.link is link for route in self.routes.values())
 
     # -- receiving
 
@@ -224,7 +227,7 @@ class Endpoint:
         self.listener.close()
         self.engine.counts["datagrams_unreachable"] += len(self._kept)
         self._kept.clear()
-        self._routes.clear()
+        self.routes.clear()
         self.owner.closed(self)
 
 
@@ -236,6 +239,9 @@ class Datagrams:
         self._endpoints: set[Endpoint] = set()
         self._links: dict[int, Outgoing] = {}
         self.incoming: set[Incoming] = set()
+        #: A driver's own: made for a link, it lets datagrams through; and what takes them from another.
+        self.gate: Callable[[Connection, Outgoing], Any] = Gate
+        self.inbox: Callable[[Connection, dict[int, Any]], Any] | None = None
 
     def __iter__(self) -> Iterator[Endpoint]:
         return iter(list(self._endpoints))

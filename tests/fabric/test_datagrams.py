@@ -532,9 +532,9 @@ def test_more_addresses_than_are_remembered() -> None:
     source, sink = Inbox(a, 0), Inbox(b)
     for i in range(REMEMBERED + 50):
         source.send(b"x", ("b", 10000 + i))  # closed: not remembered
-        source.endpoint._routes[i] = source.endpoint._routes.get(i - 1)  # type: ignore[assignment]
+        source.endpoint.routes[i] = source.endpoint.routes.get(i - 1)  # type: ignore[assignment]
     source.send(b"x", ("b", PORT))
-    assert len(source.endpoint._routes) == REMEMBERED + 50
+    assert len(source.endpoint.routes) == REMEMBERED + 50
     world.quiet()
     (incoming,) = (c.handler for c in b.connections)
     for port in range(REMEMBERED + 50):

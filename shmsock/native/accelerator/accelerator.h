@@ -13,6 +13,7 @@
 #define KEEP_GIL_MAX (1u << 15) /* bytes that are copied without letting other threads run */
 
 typedef struct port Port;
+typedef struct inbox Inbox;
 
 typedef struct {
     PyObject_HEAD
@@ -22,6 +23,7 @@ typedef struct {
     PyObject *queue;  /* what the loop runs next, or a list that stands for it */
     PyObject *call_soon, *create_future, *context, *pump;
     Port **ports;     /* by slot: connections with a reader in direct mode, or with a protocol that takes bytes; borrowed */
+    Inbox **inboxes;  /* and links that bring datagrams */
     uint32_t slots;
     uint64_t turn_end_ns; /* the turn that is counted: how many read in it, and in the one before */
     uint32_t readers, sharers;
@@ -45,6 +47,15 @@ struct port {
     char calm, fast, woken;
 };
 
+struct inbox {
+    PyObject_HEAD
+    Turn *turn;
+    PyObject *flows; /* source << 16 | destination port -> (endpoint, address of the source) */
+    sh_ep *ep;
+    uint32_t slot;
+    char open;
+};
+
 enum sh_op_kind { SH_OP_READ, SH_OP_EXACTLY, SH_OP_LINE, SH_OP_DRAIN, SH_OP_KINDS };
 
 extern const char *const sh_op_names[SH_OP_KINDS];
@@ -55,6 +66,7 @@ int sh_turn_ready(PyObject *module);
 int sh_port_ready(PyObject *module);
 int sh_op_ready(PyObject *module);
 int sh_streams_ready(PyObject *module);
+int sh_datagrams_ready(PyObject *module);
 
 PyObject *sh_op_new(PyObject *stream, enum sh_op_kind kind, Py_ssize_t n, PyObject *arg);
 
@@ -63,9 +75,10 @@ int sh_begin_turn(Turn *t);
 int sh_may_spin(Turn *t);
 int sh_will_run(Turn *t);
 int sh_runs(Turn *t);
-PyObject *sh_bytes_out(sh_ep *ep, uint32_t at, uint32_t n);
+PyObject *sh_bytes_out(sh_ep *ep, uint32_t at, uint32_t n, uint32_t header);
 int sh_port_wake(Port *p);
 int sh_port_deliver(Port *p);
+int sh_inbox_drain(Inbox *box);
 int sh_share_is_used(Port *p);
 uint32_t sh_line_at(const Port *p, uint32_t at, uint32_t n);
 

@@ -57,7 +57,7 @@ static PyObject *take(Op *op, int64_t *status)
         *status = SH_CLOSED; /* not for us */
         return NULL;
     }
-    return sh_bytes_out(ep, (uint32_t)(span >> 32), n);
+    return sh_bytes_out(ep, (uint32_t)(span >> 32), n, 0);
 }
 
 /* ---- waiting ---- */

@@ -27,8 +27,8 @@ int sh_port_wake(Port *p)
     return is_done < 0 || PyErr_Occurred() ? -1 : 0;
 }
 
-/* Copy n bytes out of the ring, from where the reading is. NULL without an exception: the slot changed hands meanwhile. */
-PyObject *sh_bytes_out(sh_ep *ep, uint32_t at, uint32_t n)
+/* Copy n bytes out of the ring, from where the reading is, or a header behind it. NULL without an exception: the slot changed hands meanwhile. */
+PyObject *sh_bytes_out(sh_ep *ep, uint32_t at, uint32_t n, uint32_t header)
 {
     PyObject *data = PyBytes_FromStringAndSize(NULL, n);
     uint32_t first = ep->rx_bytes - at < n ? ep->rx_bytes - at : n;
@@ -38,7 +38,7 @@ PyObject *sh_bytes_out(sh_ep *ep, uint32_t at, uint32_t n)
     sh_copy_in(PyBytes_AS_STRING(data), ep->rx + at, first);
     if (first < n)
         sh_copy_in(PyBytes_AS_STRING(data) + first, ep->rx, n - first);
-    if (sh_read_end(ep, n) == 0)
+    if (sh_read_end(ep, n + header) == 0)
         return data;
     Py_DECREF(data);
     return NULL;
@@ -74,7 +74,7 @@ int sh_port_deliver(Port *p)
     int64_t span = 0;
 
     while (p->protocol && p->calm && given < DELIVER_MAX && (span = sh_read_now(p->ep, PIECE)) > 0) {
-        PyObject *data = sh_bytes_out(p->ep, (uint32_t)(span >> 32), (uint32_t)span), *protocol, *context, *r = NULL;
+        PyObject *data = sh_bytes_out(p->ep, (uint32_t)(span >> 32), (uint32_t)span, 0), *protocol, *context, *r = NULL;
 
         if (!data)
             return PyErr_Occurred() ? -1 : 0;

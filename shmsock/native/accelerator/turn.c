@@ -89,7 +89,7 @@ static int fall_asleep(Turn *t)
     return __atomic_load_n(&t->nd->inert, __ATOMIC_ACQUIRE) || sh_keeper_arm(t->keeper, t->hurry);
 }
 
-/* Readers that wait for bytes and protocols that take them, which is what happens most, get theirs from here; Python attends to the rest.
+/* Readers that wait for bytes, and protocols that take them or datagrams, which is what happens most, get theirs from here; Python attends to the rest.
  * 1: somebody was told of something. */
 static int tell(Turn *t, uint64_t *words, int n, uint64_t now)
 {
@@ -99,15 +99,19 @@ static int tell(Turn *t, uint64_t *words, int n, uint64_t now)
     for (int i = 0; i < n; i++) {
         uint32_t kind = words[i] >> 24 & 0xff, slot = words[i] & 0xffffff, bits = (uint32_t)(words[i] >> 32);
         Port *p = kind == SH_EV_SLOT && slot < t->slots ? t->ports[slot] : NULL;
+        Inbox *box = kind == SH_EV_SLOT && slot < t->slots ? t->inboxes[slot] : NULL;
+        PyObject *whose = box ? (PyObject *)box : (PyObject *)p;
         int r = 0;
 
-        if (p && p->calm && bits && !(bits & UNUSUAL)) {
-            Py_INCREF(p);
-            if (p->protocol)
+        if (whose && bits && !(bits & UNUSUAL) && (box || p->calm)) {
+            Py_INCREF(whose);
+            if (box)
+                r = sh_inbox_drain(box);
+            else if (p->protocol)
                 r = sh_port_deliver(p);
             else if (p->waiter && p->fast)
                 r = sh_port_wake(p) < 0 ? -1 : 1;
-            Py_DECREF(p);
+            Py_DECREF(whose);
             told |= r > 0;
             if (r > 0)
                 continue;
@@ -269,7 +273,8 @@ static int turn_init(Turn *t, PyObject *args, PyObject *kwargs)
     t->queue = t->known ? Py_NewRef(queue) : Py_BuildValue("[O]", Py_None);
     t->slots = t->nd->g.slots;
     t->ports = PyMem_Calloc(t->slots, sizeof *t->ports);
-    if (!t->queue || !t->ports || !PyTuple_Check(t->owed)) {
+    t->inboxes = PyMem_Calloc(t->slots, sizeof *t->inboxes);
+    if (!t->queue || !t->ports || !t->inboxes || !PyTuple_Check(t->owed)) {
         PyErr_NoMemory();
         return -1;
     }
@@ -308,6 +313,7 @@ static void turn_dealloc(Turn *t)
     PyObject_GC_UnTrack(t);
     turn_clear(t);
     PyMem_Free(t->ports);
+    PyMem_Free(t->inboxes);
     type->tp_free(t);
     Py_DECREF(type);
 }
