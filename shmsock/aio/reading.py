@@ -121,6 +121,7 @@ class ReadSide(FlowControl, asyncio.Transport):
     def _deliver(self) -> None:
         """Protocol mode: hand over what is there, within the turn's budget, and come again if more is."""
         given, over, nd = 0, self.node.lib.sh_over, self.node.nd
+        self._let_through()
         while given < DELIVER_MAX and self._receiving():
             protocol: Any = self._protocol
             deliver = (
@@ -130,9 +131,7 @@ class ReadSide(FlowControl, asyncio.Transport):
             )
             n = deliver(protocol)
             if n <= 0:
-                if n == EMPTY and deliver == self._deliver_bytes and self._poll is None:
-                    self.port.receive(protocol, self.context)
-                elif n == EOF:
+                if n == EOF:
                     self.got_eof()
                 elif n not in (0, EMPTY, YIELD) and self.conn.error is not None:
                     self._read_in_vain()
@@ -142,6 +141,12 @@ class ReadSide(FlowControl, asyncio.Transport):
                 break
         if self._receiving():
             self._loop.call_soon(self._resumed, context=self.node.context)
+
+    def _let_through(self) -> None:
+        """From now on the pump may give bytes to the protocol itself, until any of this changes."""
+        usual = self._poll is None and not self._unread and self._receiving()
+        if usual and not isinstance(self._protocol, asyncio.BufferedProtocol):
+            self.port.receive(self._protocol, self.context)
 
     def _deliver_bytes(self, protocol: Any) -> int:
         """How many bytes were given to data_received(), or a status."""

@@ -4,7 +4,6 @@
 #include <sched.h>
 
 #define CREDIT_CAP_NS 5000000u
-#define SLICE_NS 50000u
 #define SKIP_NS 50000u
 
 /* A new loop turn begins: its budget. Returns the clock. */
@@ -94,11 +93,11 @@ static int news(sh_node *nd)
     return found;
 }
 
-/* Another pass in the same turn, when there is nothing else to be run: busy-polls for up to 50 us, then the loop has to look after others.
- * Returns what sh_pump() does; 0: nothing came, or the budget of the turn is used up. */
-int sh_pump_on(sh_node *nd, uint64_t *out, int max)
+/* Another pass in the same turn, when there is nothing else to be run: busy-polls for up to ns. Returns what sh_pump() does; 0: nothing
+ * came, or the budget of the turn is used up. */
+int sh_pump_on(sh_node *nd, uint64_t *out, int max, uint64_t ns)
 {
-    uint64_t now = sh_clock(), end = now + SLICE_NS < nd->turn_end_ns ? now + SLICE_NS : nd->turn_end_ns, yield_at = now + nd->spin_yield_ns;
+    uint64_t now = sh_clock(), end = now + ns < nd->turn_end_ns ? now + ns : nd->turn_end_ns, yield_at = now + nd->spin_yield_ns;
 
     if (!sh_may_write(nd))
         return SH_STALE;

@@ -76,6 +76,7 @@ int sh_may_spin(Turn *t);
 int sh_will_run(Turn *t);
 int sh_runs(Turn *t);
 PyObject *sh_bytes_out(sh_ep *ep, uint32_t at, uint32_t n, uint32_t header);
+void sh_look_again(Turn *t, uint32_t slot);
 int sh_port_wake(Port *p);
 int sh_port_deliver(Port *p);
 int sh_inbox_drain(Inbox *box);

@@ -98,7 +98,9 @@ int sh_inbox_drain(Inbox *box)
         if (sh_over(nd))
             break;
     }
-    return 0;
+    if (box->open)
+        sh_look_again(box->turn, box->slot);
+    return 1;
 }
 
 static PyObject *inbox_close(Inbox *box, PyObject *unused)

@@ -5,6 +5,8 @@
 #include <stdlib.h>
 
 #define EVENTS 64
+#define GLANCE_NS 2000u /* not worth giving the GIL away for */
+#define SPIN_NS 50000u  /* in one go; then the loop has to look after others */
 #define UNUSUAL (SH_LOOK_FIN | SH_LOOK_REL | SH_LOOK_RESET | SH_LOOK_BAD)
 
 PyTypeObject *sh_turn_type;
@@ -155,13 +157,15 @@ static int next_pass(Turn *t, uint64_t *words, int *n, uint64_t now, int told, i
         *again = told || !fall_asleep(t);
     if (hot < 2 || (!alone && hot == 2))
         return 0;
+    if (alone && (*n = sh_pump_on(t->nd, words, EVENTS, GLANCE_NS)))
+        return 1;
     Py_BEGIN_ALLOW_THREADS
     if (alone)
-        *n = sh_pump_on(t->nd, words, EVENTS);
+        *n = sh_pump_on(t->nd, words, EVENTS, SPIN_NS);
     else
         sched_yield();
     Py_END_ALLOW_THREADS
-    return *n;
+    return *n != 0;
 }
 
 /* One turn of the loop: a pass, and more of them as long as there are news and nobody else has anything to do. */
