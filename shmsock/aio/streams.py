@@ -20,7 +20,7 @@ from shmsock.aio.driver import Node, yield_once
 from shmsock.aio.tls import start_tls
 from shmsock.aio.transport import ShmTransport
 from shmsock.aio.turn import accelerator
-from shmsock.fabric.connection import CLOSED, EMPTY, EOF, RESET, STALE, YIELD, State
+from shmsock.fabric.connection import CLOSED, EMPTY, EOF, GROW, RESET, STALE, YIELD, State
 
 __all__ = ["ShmStreamReader", "ShmStreamReaderProtocol", "ShmStreamWriter", "adopt"]
 
@@ -63,7 +63,6 @@ class ShmStreamReader(asyncio.StreamReader):
         self._node, self._conn, self._ep = transport.node, transport.conn, transport.conn.ep
         lib = transport.node.lib
         self._begin, self._exactly, self._end = lib.sh_read_begin, lib.sh_read_exactly, lib.sh_read_end
-        self._rx, self._rx_bytes = transport.conn.rx, transport.conn.rx_bytes
         transport.adopt(self, weakref.ref(self))
         if self._direct:
             self._port.attach(self)
@@ -109,19 +108,19 @@ class ShmStreamReader(asyncio.StreamReader):
     async def read(self, n: int = -1) -> bytes:
         """As asyncio's: up to n bytes, b"" at EOF. Raises ConnectionResetError."""
         if n > 0 and self._port.fast and not self._buffer:
-            node = self._node
+            node, conn = self._node, self._conn
             if not node.scheduled:
                 node.begin_turn()
             span = self._begin(self._ep, n if n < COPY_MAX else COPY_MAX, 1, len(node.queue) < 2)
             if span > 0:
                 at = span >> 32
                 end = at + (span & 0xFFFFFFFF)
-                if end > self._rx_bytes:
-                    end = self._rx_bytes  # read() may return less than there is, and one copy is enough
-                data: bytes = self._rx[at:end]
-                if not self._end(self._ep, end - at):
+                if end > conn.rx_bytes:
+                    end = conn.rx_bytes  # read() may return less than there is, and one copy is enough
+                data: bytes = conn.rx[at:end]
+                if not (status := self._end(self._ep, end - at)):
                     return data
-                self._conn.ended_by(RESET)
+                conn.ended_by(status)
             elif span == EMPTY:
                 self._spun = True
             elif span == STALE:
@@ -136,10 +135,10 @@ class ShmStreamReader(asyncio.StreamReader):
                 node.begin_turn()
             at = self._exactly(self._ep, n, len(node.queue) < 2)
             if at >= 0:
-                data: bytes = self._rx[at : at + n]
-                if not self._end(self._ep, n):
+                data: bytes = self._conn.rx[at : at + n]
+                if not (status := self._end(self._ep, n)):
                     return data
-                self._conn.ended_by(RESET)
+                self._conn.ended_by(status)
             elif at == EMPTY:
                 self._spun = True
             elif at == STALE:
@@ -253,7 +252,9 @@ class ShmStreamReader(asyncio.StreamReader):
                     self._node.will_run()
             return
         if len(self._buffer) < IDLE_MAX and not self._eof and self._exception is None:
-            self._take_over(self._node.lib.sh_read_now(self._ep, IDLE_MAX - len(self._buffer)))
+            room = IDLE_MAX - len(self._buffer)
+            while self._take_over(self._node.lib.sh_read_now(self._ep, room)) == GROW:
+                pass
 
 
 async def drain(transport: ShmTransport) -> None:

@@ -19,7 +19,7 @@ from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint, checkpoint_if
 from shmsock.aio.driver import Node, yield_once
 from shmsock.aio.pseudosocket import PollFd
 from shmsock.anyio.ends import RECEIVER, SENDER, End, Resource, ShmAttribute, broken
-from shmsock.fabric.connection import EMPTY, EOF, MOVED, REL, SPACE, STALE, YIELD, Connection, State
+from shmsock.fabric.connection import EMPTY, EOF, GROW, MOVED, REL, SPACE, STALE, YIELD, Connection, State
 from shmsock.fabric.listeners import Listener as PortListener
 
 __all__ = ["ShmListener", "ShmStream"]
@@ -86,13 +86,7 @@ class ShmStream(Resource, ByteStream):
     def __init__(self, node: Node, conn: Connection) -> None:
         end = _StreamEnd(node, conn)
         super().__init__(end, conn.local, conn.remote, end.fileno)
-        self._node, self._conn, self._ep, self._rx, self._rx_bytes = (
-            node,
-            conn,
-            conn.ep,
-            conn.rx,
-            conn.rx_bytes,
-        )
+        self._node, self._conn, self._ep = node, conn, conn.ep
         self._read_begin, self._read_end, self._write = (
             node.lib.sh_read_begin,
             node.lib.sh_read_end,
@@ -118,7 +112,7 @@ class ShmStream(Resource, ByteStream):
         if max_bytes < 1:
             raise ValueError("max_bytes must be a positive integer")
         with self._receiving:
-            end, node, spin = self._end, self._node, True
+            end, node, conn, spin = self._end, self._node, self._conn, True
             node.polled = 2  # trio runs pump and reader in any order
             await self._checkpoint()
             while end.live:
@@ -129,9 +123,9 @@ class ShmStream(Resource, ByteStream):
                 if span > 0:
                     at = span >> 32
                     to = at + (span & 0xFFFFFFFF)
-                    if to > self._rx_bytes:
-                        to = self._rx_bytes  # less than there is, and one copy is enough
-                    data: bytes = self._rx[at:to]
+                    if to > conn.rx_bytes:
+                        to = conn.rx_bytes  # less than there is, and one copy is enough
+                    data: bytes = conn.rx[at:to]
                     span = self._read_end(self._ep, to - at)
                     if not span:
                         if end.poll is not None:
@@ -143,7 +137,9 @@ class ShmStream(Resource, ByteStream):
                         spin = False
                 elif span == YIELD:
                     await checkpoint()
-                elif span == STALE or self._conn.ended_by(span) != EOF:
+                elif span == GROW:
+                    conn.follow()
+                elif span == STALE or conn.ended_by(span) != EOF:
                     break
                 else:
                     raise EndOfStream

@@ -44,6 +44,7 @@ __all__ = [
     "EMPTY",
     "EOF",
     "FIN",
+    "GROW",
     "MOVED",
     "REL",
     "RESET",
@@ -58,7 +59,7 @@ __all__ = [
 ]
 
 # statuses of read and write (enum sh_status)
-EMPTY, EOF, RESET, YIELD, VIOLATION, STALE, CLOSED, UNBOUND = -1, -2, -3, -4, -5, -6, -7, -8
+EMPTY, EOF, RESET, YIELD, VIOLATION, STALE, CLOSED, UNBOUND, GROW = -1, -2, -3, -4, -5, -6, -7, -8, -9
 # bits of look (enum sh_bits)
 DATA, FIN, REL, RESET_BIT, BAD, SPACE, MOVED = 1, 2, 4, 8, 16, 32, 64
 COPY_MAX = 1 << 20
@@ -85,6 +86,7 @@ class Connection:
         "handler",
         "local",
         "orphaned_ns",
+        "outgrown",
         "peer",
         "peer_slot",
         "remote",
@@ -97,6 +99,7 @@ class Connection:
 
     def __init__(self, engine: Engine, slot: int, ring: tuple[int, int], peer: int) -> None:
         self.engine, self.slot, self.ring, self.peer = engine, slot, ring, peer
+        self.outgrown: tuple[int, int] | None = None  # the ring before this one, while the peer may read it
         self.ep: Any = engine.lib.sh_ep_at(engine.nd, slot)
         self.gen: int = engine.lib.sh_ep_gen(self.ep)
         self.state = State.OPENING
@@ -122,11 +125,19 @@ class Connection:
         off, size = engine.ffi.new("uint64_t *"), engine.ffi.new("uint32_t *")
         status: int = engine.lib.sh_ep_open(self.ep, self.peer, peer_slot, peer_gen, off, size)
         if status == 0:
-            self.peer_slot, self.rx_bytes = peer_slot, size[0]
-            self.rx = engine.memory.view(off[0], size[0])
+            self.peer_slot = peer_slot
+            self._read_from(off[0], size[0])
             self.state = State.OPEN
             engine.mapped(self)
         return status
+
+    def _read_from(self, off: int, size: int) -> None:
+        self.rx, self.rx_bytes = self.engine.memory.view(off, size), size
+
+    def follow(self) -> None:
+        """The peer's ring has grown: `rx` and `rx_bytes` are of the new one."""
+        size = self.engine.ffi.new("uint32_t *")
+        self._read_from(self.engine.lib.sh_ep_follow(self.ep, size), size[0])
 
     def look(self) -> int:
         """Take in what the peer did; returns LOOK bits for the driver, 0 when there is nothing for it. May
@@ -215,23 +226,31 @@ class Connection:
         if self.state is not State.OPEN:
             return CLOSED
         taken: int = self.engine.lib.sh_write(self.ep, data, size)
+        if taken == GROW:
+            self.engine.slots.grow(self, size)
+            taken = self.engine.lib.sh_write_some(self.ep, data, size)
         if taken == VIOLATION:
             self.violated("its head went where nothing was written")
         return taken
 
     def read(self, want: int) -> bytes | int:
         """1 to `want` bytes that are there, or a status. Does not wait."""
-        if self.state is not State.OPEN:
-            return self.ended()
-        span: int = self.engine.lib.sh_read_now(self.ep, min(want, COPY_MAX))
-        return self.take(span) if span > 0 else self.ended_by(span)
+        span = self._span(want)
+        return self.take(span) if span > 0 else span
 
     def available(self) -> int:
         """How many bytes read() would give, or a status. Takes nothing."""
+        span = self._span(COPY_MAX)
+        return span & 0xFFFFFFFF if span > 0 else span
+
+    def _span(self, want: int) -> int:
         if self.state is not State.OPEN:
             return self.ended()
-        span: int = self.engine.lib.sh_read_now(self.ep, COPY_MAX)
-        return span & 0xFFFFFFFF if span > 0 else self.ended_by(span)
+        span: int = self.engine.lib.sh_read_now(self.ep, min(want, COPY_MAX))
+        if span == GROW:
+            self.follow()
+            span = self.engine.lib.sh_read_now(self.ep, min(want, COPY_MAX))
+        return span if span > 0 else self.ended_by(span)
 
     def take(self, span: int, header: int = 0) -> bytes | int:
         """Copy out what sh_read_now, sh_read_begin or, behind a header, sh_recv found. RESET when the slot
@@ -243,6 +262,8 @@ class Connection:
         else:
             data = self.rx[at:] + self.rx[: end - self.rx_bytes]
         status: int = self.engine.lib.sh_read_end(self.ep, n + header)
+        if status == GROW:  # a signal handler looked into the ring, and found a larger one
+            return self.read(n)
         return self.ended_by(status) if status else data
 
     def ended(self) -> int:
@@ -250,7 +271,7 @@ class Connection:
         return EOF if self.error is None else RESET
 
     def ended_by(self, status: int) -> int:
-        """A status that read_now, read_begin or read_end gave: act on it, hand it on."""
+        """A status that read_now, read_begin or read_end gave: act on it, hand it on. GROW: come again."""
         if self.state is not State.OPEN:
             return self.ended()
         if status == VIOLATION:
@@ -266,4 +287,6 @@ class Connection:
         elif status == STALE:
             self.error = self.error or self.engine.failure()
             return RESET
+        elif status == GROW:
+            self.follow()
         return status

@@ -13,7 +13,7 @@ from shmsock.fabric.memory import Memory
 __all__ = ["MAX_PEERS", "Identity", "Layout", "default_slots", "format_region", "read_layout", "region_for"]
 
 MAGIC = int.from_bytes(b"SHMSOCK1", "little")
-VERSION = 3
+VERSION = 4
 HEADER = 4096
 MAX_PEERS = 64
 LISTENERS = 448

@@ -255,6 +255,7 @@ class Engine:
         if safety:
             self._next_safety = now_ns + SAFETY_NS
             self._sample_at(self._next_sample)
+            self.slots.sweep()
             if self.lib.sh_safety(self.nd):
                 self.mail.update(range(self.layout.peers))
 

@@ -26,6 +26,8 @@ class Settings:
     `reap_after_s`: A section silent so long is freed for reuse; None: never (by hand: `shmsock reap`).
     `ring_bytes`: Largest ring of one direction of a connection, a power of two from 4096 to 2**30;
     smaller ones when memory is scarce. (Datagrams have rings of their own, of at most 256 KiB.)
+    `first_ring_bytes`: What each direction begins with, a power of two from 4096 on; at most ring_bytes
+    are taken. It grows with the first write that finds no room. As large as ring_bytes: never.
     `datagram_queue_bytes`: What an endpoint for datagrams keeps at most, of those that wait to be sent
     and of those that wait while it is paused; each counts 64 bytes more than it has. At least 2**18: more
     than pause_writing lets come up.
@@ -43,14 +45,15 @@ class Settings:
     flush_s: float = 2.0
     reap_after_s: float | None = 600.0
     ring_bytes: int = 1 << 20
+    first_ring_bytes: int = 4096
     datagram_queue_bytes: int = 4 << 20
     max_connects: int = 32
 
     def __post_init__(self) -> None:
-        if self.ring_bytes < 4096 or self.ring_bytes > 1 << 30 or self.ring_bytes & (self.ring_bytes - 1):
-            raise ValueError(
-                f"ring_bytes is {self.ring_bytes}, expected a power of two from 4096 to {1 << 30}"
-            )
+        for name in ("ring_bytes", "first_ring_bytes"):
+            size = getattr(self, name)
+            if size < 4096 or size > 1 << 30 or size & (size - 1):
+                raise ValueError(f"{name} is {size}, expected a power of two from 4096 to {1 << 30}")
         if self.datagram_queue_bytes < 1 << 18:
             raise ValueError(
                 f"datagram_queue_bytes is {self.datagram_queue_bytes}, expected {1 << 18} or more"

@@ -30,6 +30,8 @@ class Slots:
         self.arena = Arena(engine.layout.arena_off, engine.layout.arena_bytes)
         self.free = list(range(engine.layout.slots - 1, -1, -1))
         self.connections: dict[int, Connection] = {}
+        self._outgrown: set[Connection] = set()  # they hold a former ring besides
+        self._short: dict[Connection, int] = {}  # found no larger ring, and how much was free then
         if ensure:
             ensure(engine.layout.section(engine.section), engine.layout.arena_off)
 
@@ -38,30 +40,19 @@ class Slots:
         from who opens it: the ring of the other side is of no use, so it is the smallest."""
         if not self.free:
             return NO_SLOT
-        most = self.engine.settings.ring_bytes
+        settings = self.engine.settings
+        most = min(settings.first_ring_bytes, settings.ring_bytes)
         if datagrams:
             most = MIN_RING if accepted else DATAGRAM_RING
-        size = Arena.fit(most, self.arena.free_bytes, len(self.free) - 1)
-        if accepted and peer.section != self.engine.section:
-            if peer.slots * 2 >= self.engine.layout.slots:
-                return NO_SLOT
-            # Half of the arena is its share, and that is handed out as the whole is: with a reserve for the
-            # rest of its slots, so that a few large rings do not shut out all that it opens after them.
-            share = self.engine.layout.arena_bytes // 2 - peer.ring_bytes
-            if share < MIN_RING:
-                return NO_MEMORY
-            size = Arena.fit(size, share, self.engine.layout.slots // 2 - peer.slots - 1, parts=4)
-        ring = self.arena.take(size)
+        if accepted and peer.section != self.engine.section and peer.slots * 2 >= self.engine.layout.slots:
+            return NO_SLOT
+        ring = self._ring(self._fit(most, peer, accepted, slots=1))
         if ring is None:
             return NO_MEMORY
-        try:
-            self._back(*ring)
-        except OSError:
-            self.arena.give(*ring)
-            raise
         slot = self.free.pop()
         conn = Connection(self.engine, slot, ring, peer.section)
         self.engine.lib.sh_ep_take(conn.ep, *ring, accepted)
+        self.engine.lib.sh_ep_may_grow(conn.ep, not datagrams and ring[1] < settings.ring_bytes)
         self.connections[slot] = conn
         if accepted:
             conn.accepted = True
@@ -69,8 +60,84 @@ class Slots:
             peer.ring_bytes += ring[1]
         return conn
 
+    def _fit(self, most: int, peer: Peer, accepted: bool, slots: int) -> int:
+        """What a connection that takes so many slots gets of ring memory, at most; 0: nothing is left for
+        that peer."""
+        size = Arena.fit(most, self.arena.free_bytes, len(self.free) - slots)
+        if not accepted or peer.section == self.engine.section:
+            return size
+        # Half of the arena is its share, and that is handed out as the whole is: with a reserve for the
+        # rest of its slots, so that a few large rings do not shut out all that it opens after them.
+        layout = self.engine.layout
+        share = layout.arena_bytes // 2 - peer.ring_bytes
+        left = layout.slots // 2 - peer.slots - slots
+        return Arena.fit(size, share, left, parts=4) if share >= MIN_RING else 0
+
+    def _ring(self, size: int) -> tuple[int, int] | None:
+        """With storage behind it."""
+        ring = self.arena.take(size)
+        if ring is not None:
+            try:
+                self._back(*ring)
+            except OSError:
+                self.arena.give(*ring)
+                raise
+        return ring
+
+    def grow(self, conn: Connection, need: int) -> None:
+        """Before a write of so many bytes, for which the ring has no room: one of sixteen times the size, or
+        of what they take, if ring_bytes and the memory that is left allow it."""
+        engine, peer, held = self.engine, self.engine.peers[conn.peer], conn.ring[1]
+        if not self._collected(conn):
+            return
+        most = engine.settings.ring_bytes
+        wish = min(max(16 * held, 1 << (held + need - 1).bit_length()), most)
+        size, ring = self._fit(wish, peer, conn.accepted, slots=0), None
+        if size > held:
+            try:
+                ring = self._ring(size)
+            except OSError:  # the disk is full: a small ring will do
+                ring = None
+        grown = ring is not None and ring[1] > held and engine.lib.sh_ep_grow(conn.ep, *ring) > 0
+        if ring is None or not grown:
+            if ring is not None:
+                self.arena.give(*ring)
+            engine.lib.sh_ep_may_grow(conn.ep, 0)  # not at each write
+            self._short[conn] = self.arena.free_bytes
+            return
+        conn.outgrown, conn.ring = conn.ring, ring
+        self._outgrown.add(conn)
+        if conn.accepted:
+            peer.ring_bytes += ring[1]
+        engine.lib.sh_ep_may_grow(conn.ep, ring[1] < most)
+
+    def _collected(self, conn: Connection) -> bool:
+        """It holds no former ring (any more)."""
+        if conn.outgrown is not None and self.engine.lib.sh_ep_outgrown(conn.ep):
+            self._give_outgrown(conn)
+        return conn.outgrown is None
+
+    def _give_outgrown(self, conn: Connection) -> None:
+        if conn.outgrown is not None:
+            self._outgrown.discard(conn)
+            self.arena.give(*conn.outgrown)
+            if conn.accepted:
+                self.engine.peers[conn.peer].ring_bytes -= conn.outgrown[1]
+            conn.outgrown = None
+
+    def sweep(self) -> None:
+        """Now and then: former rings that no peer reads any more, and those who may try again to grow."""
+        for conn in list(self._outgrown):
+            self._collected(conn)
+        for conn, free in list(self._short.items()):
+            if self.arena.free_bytes > free:
+                del self._short[conn]
+                self.engine.lib.sh_ep_may_grow(conn.ep, 1)
+
     def give_back(self, conn: Connection, peer: Peer) -> None:
         self.connections.pop(conn.slot, None)
+        self._short.pop(conn, None)
+        self._give_outgrown(conn)
         self.arena.give(*conn.ring)
         self.free.append(conn.slot)
         if conn.accepted:

@@ -43,7 +43,8 @@ enum sh_status {
     SH_VIOLATION = -5, /* the peer wrote nonsense */
     SH_STALE = -6,     /* not this node's to touch (any more): closed, forked, another thread, or its section was taken */
     SH_CLOSED = -7,    /* this side's writing has ended, or the peer will never read */
-    SH_UNBOUND = -8    /* the listener entry that a datagram is for has changed: resolve the address anew */
+    SH_UNBOUND = -8,   /* the listener entry that a datagram is for has changed: resolve the address anew */
+    SH_GROW = -9       /* a write: the ring is to grow first; a read: the peer's ring has grown, take it over (sh_ep_follow). Then again */
 };
 /* bits of sh_look() and of what sh_pump() returns */
 enum sh_bits {
@@ -120,6 +121,7 @@ void sh_ep_orphan(sh_ep *ep);
 void sh_ep_shut(sh_ep *ep, int fin, int rel, int rst);
 uint64_t sh_ep_unsent(sh_ep *ep);
 int64_t sh_write(sh_ep *ep, const void *data, uint64_t n);
+int64_t sh_write_some(sh_ep *ep, const void *data, uint64_t n);
 int sh_wait_space(sh_ep *ep, int spin);
 int64_t sh_read_begin(sh_ep *ep, uint32_t want, uint32_t min, int spin);
 int64_t sh_read_exactly(sh_ep *ep, uint32_t n, int spin);
@@ -127,6 +129,12 @@ int64_t sh_read_now(sh_ep *ep, uint32_t want);
 int sh_read_end(sh_ep *ep, uint32_t n);
 int sh_look(sh_ep *ep);
 int sh_arm(sh_ep *ep);
+
+/* rings that grow */
+void sh_ep_may_grow(sh_ep *ep, int may);
+int sh_ep_grow(sh_ep *ep, uint64_t ring_off, uint32_t ring_bytes);
+int sh_ep_outgrown(sh_ep *ep);
+uint64_t sh_ep_follow(sh_ep *ep, uint32_t *ring_bytes);
 
 /* datagrams */
 int sh_send(sh_ep *ep, uint32_t src_port, uint32_t dst_port, uint32_t entry, const void *data, uint32_t n);

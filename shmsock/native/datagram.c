@@ -42,7 +42,7 @@ static void get(const uint8_t *ring, uint32_t bytes, uint32_t position, void *to
  * a status. The header is copied once and checked. sh_read_end(8 + bytes) follows. */
 int64_t sh_recv(sh_ep *ep, uint32_t *ports)
 {
-    int64_t found = sh_read_now(ep, UINT32_MAX);
+    int64_t found = ep->followed ? SH_VIOLATION : sh_now(ep, UINT32_MAX);
     uint32_t left = (uint32_t)found - SH_RECORD_HEADER;
     struct sh_record h;
 

@@ -14,7 +14,7 @@
 #endif
 
 #define SH_MAGIC 0x314b434f534d4853ull /* the bytes "SHMSOCK1" */
-#define SH_VERSION 3u
+#define SH_VERSION 4u
 #define SH_LINE 64u
 #define SH_PAGE 4096u
 #define SH_MAX_PEERS 64u
@@ -168,6 +168,8 @@ SH_ASSERT(sizeof(struct sh_message) == SH_LINE);
 #define SH_GEN_SHIFT 40
 #define SH_GEN_MASK 0xffffffu
 #define SH_GEN(w) ((uint32_t)((w) >> SH_GEN_SHIFT))
+#define SH_EPOCH_ONE (1ull << 36)
+#define SH_EPOCHS (15ull << 36)
 #define SH_EPOCH(w) ((uint32_t)((w) >> 36) & 15u)
 #define SH_LOW(w) ((uint32_t)(w))
 #define SH_HIGH(w) ((uint32_t)((w) >> 32))

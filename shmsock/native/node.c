@@ -417,14 +417,16 @@ void sh_ep_take(sh_ep *ep, uint64_t ring_off, uint32_t ring_bytes, int accepted)
     ep->theirs = NULL;
     ep->orphan = ep->waiting = 0;
     ep->accepted = accepted != 0;
+    ep->may_grow = ep->outgrown = ep->followed = 0;
     ep->window_ns = 50000;
     ep->spun_ns = 0;
-    sh_put(&ep->mine->ring, (uint64_t)ep->gen << SH_GEN_SHIFT | (uint64_t)__builtin_ctz(ring_bytes) << 30 | ring_off / SH_MIN_RING);
+    sh_put(&ep->mine->ring, sh_ring_word(ep, ring_off));
     sh_put(&ep->mine->c, (uint64_t)ep->gen << SH_GEN_SHIFT);
     sh_store(&ep->mine->p, (uint64_t)ep->gen << SH_GEN_SHIFT, nd->wc);
 }
 
-/* taken -> OPEN with that slot of that peer. Its descriptor is read once and checked. *ring_off is an offset in the region.
+/* taken -> OPEN with that slot of that peer. Its descriptor is read once and checked; who accepted may have grown its ring already.
+ * *ring_off is an offset in the region.
  * 0, SH_RESET when the slot is not of that generation (any more), SH_VIOLATION when the descriptor is impossible. */
 int sh_ep_open(sh_ep *ep, uint32_t peer, uint32_t peer_slot, uint32_t peer_gen, uint64_t *ring_off, uint32_t *ring_bytes)
 {
@@ -433,18 +435,14 @@ int sh_ep_open(sh_ep *ep, uint32_t peer, uint32_t peer_slot, uint32_t peer_gen, 
     uint8_t *section = sh_section_at(nd->base, g, peer);
     const struct sh_slot *theirs = (const struct sh_slot *)(section + g->slot_off) + peer_slot;
     uint64_t ring = sh_load(&theirs->ring, nd->wc), p = sh_load(&theirs->p, nd->wc);
-    uint64_t off = (ring & 0x3fffffff) * SH_MIN_RING;
-    uint32_t log2_bytes = ring >> 30 & 63;
 
     if (SH_GEN(p) != peer_gen || SH_GEN(ring) != peer_gen)
         return SH_RESET;
-    if (log2_bytes < 12 || log2_bytes > 30 || SH_EPOCH(ring) != 0 || off < g->arena_off || off + (1ull << log2_bytes) > g->section_bytes)
-        return SH_VIOLATION;
     ep->peer = peer;
+    if (SH_EPOCH(ring) > !ep->accepted || sh_ring_of(ep, ring, 0) < 0)
+        return SH_VIOLATION;
     ep->peer_slot = peer_slot;
     ep->peer_gen = peer_gen;
-    ep->rx = section + off;
-    ep->rx_bytes = 1u << log2_bytes;
     ep->p_last = (uint64_t)peer_gen << SH_GEN_SHIFT;
     ep->theirs = theirs;
     nd->links[peer].open[SH_WORD(ep->slot)] |= SH_BIT(ep->slot);

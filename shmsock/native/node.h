@@ -56,13 +56,18 @@ struct sh_ep {
     uint32_t tx_bytes, rx_bytes;  /* powers of two */
     uint32_t tail, head_seen;     /* producer */
     uint32_t head, tail_seen;     /* consumer */
+    uint32_t grown_at;            /* tail when the ring grew last */
     uint32_t gen, peer_gen;
-    uint32_t reading_gen;         /* gen when sh_read_begin answered */
-    uint64_t flags;               /* FIN RST REL WANT as published in P */
+    uint32_t reading_gen;         /* gen when a read was begun; SH_NOT_READING: it is no generation */
+#define SH_NOT_READING (~0u)
+    uint64_t flags;               /* epoch and FIN RST REL WANT as published in P */
     uint64_t p_last;              /* the peer's P as last taken over */
     uint32_t peer, peer_slot, slot;
     uint8_t orphan;               /* the peer is gone: what it published may still be read */
     uint8_t accepted;             /* the peer opened the connection */
+    uint8_t may_grow;             /* what does not fit into the ring is for a larger one, which Python allocates */
+    uint8_t outgrown;             /* there is a ring before this one, from which the peer may still read */
+    uint8_t rx_epoch, followed;   /* of the peer's ring; it has grown, and Python reads from the one before */
     uint8_t waiting;              /* somebody is suspended on this slot since wait_since */
     uint64_t wait_since;
     uint64_t window_ns;           /* learnt busy-poll window */
@@ -130,6 +135,10 @@ void sh_know(sh_node *nd, uint32_t peer, int known);
 #define SH_ALL (~0ull)
 int sh_collect(sh_node *nd, struct sh_link *l);
 int sh_refresh(sh_ep *ep);
+int sh_ring_of(sh_ep *ep, uint64_t ring, uint32_t least);
+int sh_follow(sh_ep *ep, uint64_t p);
+int64_t sh_now(sh_ep *ep, uint32_t want);
+int64_t sh_begin(sh_ep *ep, uint32_t want, uint32_t min, int spin);
 int sh_see_head(sh_ep *ep);
 int sh_writable(sh_ep *ep);
 int sh_room(sh_ep *ep, uint32_t need, uint64_t wish);
@@ -143,6 +152,12 @@ int sh_pass(sh_node *nd, uint64_t *out, int max, uint64_t look, uint64_t now);
 static inline uint64_t sh_p_word(const sh_ep *ep)
 {
     return (uint64_t)ep->gen << SH_GEN_SHIFT | ep->flags | ep->tail;
+}
+
+/* Of the ring as it is, at that offset of the own section. */
+static inline uint64_t sh_ring_word(const sh_ep *ep, uint64_t ring_off)
+{
+    return (uint64_t)ep->gen << SH_GEN_SHIFT | (ep->flags & SH_EPOCHS) | (uint64_t)__builtin_ctz(ep->tx_bytes) << 30 | ring_off / SH_MIN_RING;
 }
 
 /* Is the section still this node's? A zombie (stopped for long, its section taken by another) is found out here. */

@@ -104,7 +104,7 @@ void sh_commit(sh_ep *ep, uint32_t n)
 }
 
 /* Put up to n bytes into the ring. Returns how many went in, fewer only when the ring is full (WANT is set then). */
-int64_t sh_write(sh_ep *ep, const void *data, uint64_t n)
+int64_t sh_write_some(sh_ep *ep, const void *data, uint64_t n)
 {
     const uint8_t *from = data;
     uint64_t left = n;
@@ -269,6 +269,7 @@ static int gave_up(const sh_ep *ep)
 int sh_refresh(sh_ep *ep)
 {
     uint64_t p = sh_load(&ep->theirs->p, ep->nd->wc); /* SYNC P */
+    int r;
 
     if (p == ep->p_last)
         return 0;
@@ -278,7 +279,9 @@ int sh_refresh(sh_ep *ep)
         ep->p_last |= SH_FIN | SH_REL;
         return 0;
     }
-    if (SH_EPOCH(p) != 0 || SH_LOW(p) - ep->head > ep->rx_bytes || SH_LOW(p) - ep->head < ep->tail_seen - ep->head
+    if (SH_UNLIKELY((p ^ ep->p_last) & SH_EPOCHS) && (r = sh_follow(ep, p)) < 0)
+        return r;
+    if (SH_LOW(p) - ep->head > ep->rx_bytes || SH_LOW(p) - ep->head < ep->tail_seen - ep->head
         || ((ep->p_last & SH_FIN) && SH_LOW(p) != ep->tail_seen))
         return SH_VIOLATION;
     if (p & SH_RST)
@@ -301,7 +304,7 @@ static int64_t span(sh_ep *ep, uint32_t n)
 }
 
 /* What can be read without waiting: offset in the ring << 32 | bytes (they may wrap), or a status. */
-int64_t sh_read_now(sh_ep *ep, uint32_t want)
+int64_t sh_now(sh_ep *ep, uint32_t want)
 {
     uint32_t avail;
     int r;
@@ -316,9 +319,9 @@ int64_t sh_read_now(sh_ep *ep, uint32_t want)
     return avail ? span(ep, avail < want ? avail : want) : empty(ep);
 }
 
-/* The fast read: at least `min` and at most `want` bytes, spinning for them when `spin` allows. Answers like sh_read_now;
+/* The fast read: at least `min` and at most `want` bytes, spinning for them when `spin` allows. Answers like sh_now;
  * SH_EMPTY also when something but less than min is there. */
-int64_t sh_read_begin(sh_ep *ep, uint32_t want, uint32_t min, int spin)
+int64_t sh_begin(sh_ep *ep, uint32_t want, uint32_t min, int spin)
 {
     sh_node *nd = ep->nd;
     uint64_t now;
@@ -349,17 +352,8 @@ int64_t sh_read_begin(sh_ep *ep, uint32_t want, uint32_t min, int spin)
     }
 }
 
-/* The fast readexactly: where in the ring `n` bytes begin that are there and do not wrap, or a status. */
-int64_t sh_read_exactly(sh_ep *ep, uint32_t n, int spin)
-{
-    int64_t found = sh_read_begin(ep, n, n, spin && n <= ep->rx_bytes);
-
-    if (found < 0)
-        return found;
-    return (found >> 32) + n <= ep->rx_bytes ? found >> 32 : SH_EMPTY; /* over the edge: the slow way joins two pieces */
-}
-
-/* n bytes were copied out: give their space back. SH_RESET: the slot changed hands meanwhile, the copy is worthless. */
+/* n bytes were copied out: give their space back. SH_RESET: the slot changed hands meanwhile, the copy is worthless;
+ * SH_GROW: so it is, as the reader changed rings. */
 int sh_read_end(sh_ep *ep, uint32_t n)
 {
     sh_node *nd = ep->nd;
@@ -369,7 +363,7 @@ int sh_read_end(sh_ep *ep, uint32_t n)
         return SH_STALE;
     /* Between begin and end Python may have run (a signal handler): this slot may have been released, even taken again. */
     if (SH_UNLIKELY(!ep->theirs || ep->reading_gen != ep->gen))
-        return SH_RESET;
+        return ep->theirs && ep->reading_gen == SH_NOT_READING ? SH_GROW : SH_RESET;
     sh_acquire(nd->wc);
     if (SH_UNLIKELY(SH_GEN(sh_load(&ep->theirs->p, nd->wc)) != ep->peer_gen))
         return SH_RESET;

@@ -79,7 +79,7 @@ def test_half_a_format_is_finished_by_the_next() -> None:
     [
         (lay.H_MAGIC, 0, "not formatted, or zeroed"),
         (lay.H_MAGIC, 0x1234, "it holds something else"),
-        (lay.H_VERSION, 1, "version 1, this shmsock knows 3"),
+        (lay.H_VERSION, 1, "version 1, this shmsock knows 4"),
         (lay.H_VERSION, 1 << 63, "version"),
         (lay.H_BYTES, 1 << 21, "truncated"),
         (lay.H_BYTES, 1 << 63, "truncated"),

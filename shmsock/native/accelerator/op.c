@@ -34,14 +34,14 @@ static PyObject *take(Op *op, int64_t *status)
     int64_t span;
 
     if (op->state == YIELDED) /* others may use up every turn: one without bytes was enough */
-        span = sh_read_now(ep, most);
+        span = sh_now(ep, most);
     else {
         if (sh_pump_follows(p->turn) < 0)
             return NULL;
-        span = sh_share_is_used(p) ? SH_YIELD : sh_read_begin(ep, most, least, 0);
+        span = sh_share_is_used(p) ? SH_YIELD : sh_begin(ep, most, least, 0);
         if (span == SH_EMPTY && sh_may_spin(p->turn)) {
             Py_BEGIN_ALLOW_THREADS
-            span = sh_read_begin(ep, most, least, 1);
+            span = sh_begin(ep, most, least, 1);
             Py_END_ALLOW_THREADS
         }
     }

@@ -1,0 +1,130 @@
+/* grow.c - rings that grow while bytes are in them. Storage is Python's business (fabric/slots.py), and so are the views that it reads through.
+ *
+ * The producer copies what the peer has not taken to the same positions of a larger ring, and goes on there; the old one stays as it is
+ * until the peer has read behind that: then it has left it, and knows the new one. Only then may the ring grow again, so the
+ * descriptor in the slot is always that of the epoch in P or, for a moment, of the next. */
+#include "node.h"
+
+/* What does not fit is for a larger ring (sh_write says SH_GROW), or takes what room there is. */
+void sh_ep_may_grow(sh_ep *ep, int may) { ep->may_grow = may != 0; }
+
+/* Put all of n bytes into the ring; or none where they have no room and it may grow: SH_GROW; else as sh_write_some. */
+int64_t sh_write(sh_ep *ep, const void *data, uint64_t n)
+{
+    if (SH_UNLIKELY(ep->may_grow) && ep->tx_bytes - (ep->tail - ep->head_seen) < n) {
+        int r = sh_writable(ep);
+
+        if (r < 0 || (r = sh_see_head(ep)) < 0)
+            return r;
+        if (ep->tx_bytes - (ep->tail - ep->head_seen) < n)
+            return SH_GROW;
+    }
+    return sh_write_some(ep, data, n);
+}
+
+/* Is the ring before this one free to be used for something else? No if there is none. */
+int sh_ep_outgrown(sh_ep *ep)
+{
+    if (!ep->outgrown || !ep->theirs || !sh_may_write(ep->nd) || sh_see_head(ep) < 0 || (int32_t)(ep->head_seen - ep->grown_at) <= 0)
+        return 0;
+    ep->outgrown = 0;
+    return 1;
+}
+
+/* Go on in a larger ring, at that offset of the own section. P tells of it with the next bytes. 1, 0: not while the one before is in use,
+ * or a status. */
+int sh_ep_grow(sh_ep *ep, uint64_t ring_off, uint32_t ring_bytes)
+{
+    sh_node *nd = ep->nd;
+    uint8_t *ring = sh_section_at(nd->base, &nd->g, nd->self) + ring_off, piece[SH_MIN_RING];
+    int r = sh_writable(ep);
+
+    if (r < 0 || (r = sh_see_head(ep)) < 0)
+        return r;
+    if (ep->outgrown || ring_bytes <= ep->tx_bytes)
+        return 0;
+    sh_fence(nd->wc); /* on a write-combining map: what was written is read back */
+    for (uint32_t at = ep->head_seen, n; at != ep->tail; at += n) {
+        n = SH_MIN_RING - at % SH_MIN_RING;
+        if (n > ep->tail - at)
+            n = ep->tail - at;
+        sh_copy_in(piece, ep->tx + (at & (ep->tx_bytes - 1)), n);
+        sh_copy_out(ring + (at & (ring_bytes - 1)), piece, n);
+    }
+    ep->tx = ring;
+    ep->tx_bytes = ring_bytes;
+    ep->grown_at = ep->tail;
+    ep->outgrown = 1;
+    ep->flags = (ep->flags & ~SH_EPOCHS) | ((ep->flags + SH_EPOCH_ONE) & SH_EPOCHS);
+    /* SYNC G: the copy, then the descriptor, then P; partner: sh_follow, P before the descriptor before the bytes */
+    sh_store(&ep->mine->ring, sh_ring_word(ep, ring_off), nd->wc);
+    return 1;
+}
+
+/* A descriptor of the peer: read from the ring there, of at least so many bytes. 0 or SH_VIOLATION. */
+int sh_ring_of(sh_ep *ep, uint64_t ring, uint32_t least)
+{
+    const sh_geometry *g = &ep->nd->g;
+    uint64_t off = (ring & 0x3fffffff) * SH_MIN_RING;
+    uint32_t log2_bytes = ring >> 30 & 63;
+
+    if (log2_bytes < 12 || log2_bytes > 30 || 1ull << log2_bytes < least || off < g->arena_off || off + (1ull << log2_bytes) > g->section_bytes)
+        return SH_VIOLATION;
+    ep->rx = sh_section_at(ep->nd->base, g, ep->peer) + off;
+    ep->rx_bytes = 1u << log2_bytes;
+    ep->rx_epoch = (uint8_t)SH_EPOCH(ring);
+    return 0;
+}
+
+/* The peer's P names another epoch than before: read on in its larger ring. 0, SH_RESET or SH_VIOLATION. */
+int sh_follow(sh_ep *ep, uint64_t p)
+{
+    uint64_t ring;
+
+    if (SH_EPOCH(p) != ((SH_EPOCH(ep->p_last) + 1) & 15))
+        return SH_VIOLATION;
+    if (SH_EPOCH(p) == ep->rx_epoch)
+        return 0; /* it had grown before we opened it */
+    ring = sh_load(&ep->theirs->ring, ep->nd->wc); /* SYNC G */
+    if (SH_GEN(ring) != ep->peer_gen && SH_GEN(sh_load(&ep->theirs->p, ep->nd->wc)) != ep->peer_gen)
+        return SH_RESET;
+    if (SH_GEN(ring) != ep->peer_gen || SH_EPOCH(ring) != SH_EPOCH(p) || sh_ring_of(ep, ring, 2 * ep->rx_bytes) < 0)
+        return SH_VIOLATION;
+    ep->followed = 1;
+    return 0;
+}
+
+/* Python reads from that ring from now on: its offset in the region. A read that was begun before is to be begun again. */
+uint64_t sh_ep_follow(sh_ep *ep, uint32_t *ring_bytes)
+{
+    ep->followed = 0;
+    ep->reading_gen = SH_NOT_READING;
+    *ring_bytes = ep->rx_bytes;
+    return (uint64_t)(ep->rx - ep->nd->base);
+}
+
+/* What Python calls to read: not before it has followed. */
+
+int64_t sh_read_now(sh_ep *ep, uint32_t want)
+{
+    int64_t found = sh_now(ep, want);
+
+    return SH_UNLIKELY(ep->followed) && found > 0 ? SH_GROW : found;
+}
+
+int64_t sh_read_begin(sh_ep *ep, uint32_t want, uint32_t min, int spin)
+{
+    int64_t found = sh_begin(ep, want, min, spin);
+
+    return SH_UNLIKELY(ep->followed) && found > 0 ? SH_GROW : found;
+}
+
+/* The fast readexactly: where in the ring `n` bytes begin that are there and do not wrap, or a status. */
+int64_t sh_read_exactly(sh_ep *ep, uint32_t n, int spin)
+{
+    int64_t found = sh_read_begin(ep, n, n, spin && n <= ep->rx_bytes);
+
+    if (found < 0)
+        return found;
+    return (found >> 32) + n <= ep->rx_bytes ? found >> 32 : SH_EMPTY; /* over the edge: the slow way joins two pieces */
+}
