@@ -99,7 +99,7 @@ class Connection:
 
     def __init__(self, engine: Engine, slot: int, ring: tuple[int, int], peer: int) -> None:
         self.engine, self.slot, self.ring, self.peer = engine, slot, ring, peer
-        self.outgrown: tuple[int, int] | None = None  # the ring before this one, while the peer may read it
+        self.outgrown: tuple[tuple[int, int], ...] = ()  # rings before this one, while the peer may read them
         self.ep: Any = engine.lib.sh_ep_at(engine.nd, slot)
         self.gen: int = engine.lib.sh_ep_gen(self.ep)
         self.state = State.OPENING

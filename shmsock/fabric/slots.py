@@ -30,7 +30,7 @@ class Slots:
         self.arena = Arena(engine.layout.arena_off, engine.layout.arena_bytes)
         self.free = list(range(engine.layout.slots - 1, -1, -1))
         self.connections: dict[int, Connection] = {}
-        self._outgrown: set[Connection] = set()  # they hold a former ring besides
+        self._outgrown: set[Connection] = set()  # they hold former rings besides
         self._short: dict[Connection, int] = {}  # found no larger ring, and how much was free then
         if ensure:
             ensure(engine.layout.section(engine.section), engine.layout.arena_off)
@@ -88,47 +88,43 @@ class Slots:
         """Before a write of so many bytes, for which the ring has no room: one of sixteen times the size, or
         of what they take, if ring_bytes and the memory that is left allow it."""
         engine, peer, held = self.engine, self.engine.peers[conn.peer], conn.ring[1]
-        if not self._collected(conn):
-            return
+        self._collect(conn)
         most = engine.settings.ring_bytes
-        wish = min(max(16 * held, 1 << (held + need - 1).bit_length()), most)
-        size, ring = self._fit(wish, peer, conn.accepted, slots=0), None
-        if size > held:
-            try:
-                ring = self._ring(size)
-            except OSError:  # the disk is full: a small ring will do
-                ring = None
-        grown = ring is not None and ring[1] > held and engine.lib.sh_ep_grow(conn.ep, *ring) > 0
-        if ring is None or not grown:
+        size = self._fit(
+            min(max(16 * held, 1 << (held + need - 1).bit_length()), most), peer, conn.accepted, slots=0
+        )
+        try:
+            ring = self._ring(size) if size > held else None
+        except OSError:  # the disk is full: a small ring will do
+            ring = None
+        if ring is None or engine.lib.sh_ep_grow(conn.ep, *ring) <= 0:
             if ring is not None:
                 self.arena.give(*ring)
             engine.lib.sh_ep_may_grow(conn.ep, 0)  # not at each write
             self._short[conn] = self.arena.free_bytes
             return
-        conn.outgrown, conn.ring = conn.ring, ring
+        conn.outgrown, conn.ring = (*conn.outgrown, conn.ring), ring
         self._outgrown.add(conn)
         if conn.accepted:
             peer.ring_bytes += ring[1]
         engine.lib.sh_ep_may_grow(conn.ep, ring[1] < most)
 
-    def _collected(self, conn: Connection) -> bool:
-        """It holds no former ring (any more)."""
-        if conn.outgrown is not None and self.engine.lib.sh_ep_outgrown(conn.ep):
+    def _collect(self, conn: Connection) -> None:
+        if conn.outgrown and self.engine.lib.sh_ep_outgrown(conn.ep):
             self._give_outgrown(conn)
-        return conn.outgrown is None
 
     def _give_outgrown(self, conn: Connection) -> None:
-        if conn.outgrown is not None:
-            self._outgrown.discard(conn)
-            self.arena.give(*conn.outgrown)
+        self._outgrown.discard(conn)
+        for ring in conn.outgrown:
+            self.arena.give(*ring)
             if conn.accepted:
-                self.engine.peers[conn.peer].ring_bytes -= conn.outgrown[1]
-            conn.outgrown = None
+                self.engine.peers[conn.peer].ring_bytes -= ring[1]
+        conn.outgrown = ()
 
     def sweep(self) -> None:
         """Now and then: former rings that no peer reads any more, and those who may try again to grow."""
         for conn in list(self._outgrown):
-            self._collected(conn)
+            self._collect(conn)
         for conn, free in list(self._short.items()):
             if self.arena.free_bytes > free:
                 del self._short[conn]

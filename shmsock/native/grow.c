@@ -1,8 +1,8 @@
 /* grow.c - rings that grow while bytes are in them. Storage is Python's business (fabric/slots.py), and so are the views that it reads through.
  *
- * The producer copies what the peer has not taken to the same positions of a larger ring, and goes on there; the old one stays as it is
- * until the peer has read behind that: then it has left it, and knows the new one. Only then may the ring grow again, so the
- * descriptor in the slot is always that of the epoch in P or, for a moment, of the next. */
+ * The producer copies what the peer has not taken to the same positions of a larger ring, and goes on there. The old one stays as it is
+ * until the peer has read behind that: then it knows the new one. A larger ring has all that is to be read, so it does not matter if the
+ * peer finds a later descriptor in the slot than P speaks of. */
 #include "node.h"
 
 /* What does not fit is for a larger ring (sh_write says SH_GROW), or takes what room there is. */
@@ -22,17 +22,16 @@ int64_t sh_write(sh_ep *ep, const void *data, uint64_t n)
     return sh_write_some(ep, data, n);
 }
 
-/* Is the ring before this one free to be used for something else? No if there is none. */
+/* May the rings before this one be used for something else? */
 int sh_ep_outgrown(sh_ep *ep)
 {
-    if (!ep->outgrown || !ep->theirs || !sh_may_write(ep->nd) || sh_see_head(ep) < 0 || (int32_t)(ep->head_seen - ep->grown_at) <= 0)
+    if (!ep->theirs || !sh_may_write(ep->nd) || sh_see_head(ep) < 0 || (int32_t)(ep->head_seen - ep->grown_at) <= 0)
         return 0;
     ep->outgrown = 0;
     return 1;
 }
 
-/* Go on in a larger ring, at that offset of the own section. P tells of it with the next bytes. 1, 0: not while the one before is in use,
- * or a status. */
+/* Go on in a larger ring, at that offset of the own section; P tells of it with the next bytes. 1; 0: no; or a status. */
 int sh_ep_grow(sh_ep *ep, uint64_t ring_off, uint32_t ring_bytes)
 {
     sh_node *nd = ep->nd;
@@ -41,7 +40,7 @@ int sh_ep_grow(sh_ep *ep, uint64_t ring_off, uint32_t ring_bytes)
 
     if (r < 0 || (r = sh_see_head(ep)) < 0)
         return r;
-    if (ep->outgrown || ring_bytes <= ep->tx_bytes)
+    if (ring_bytes <= ep->tx_bytes || ep->outgrown == SH_EPOCH_LEAD)
         return 0;
     sh_fence(nd->wc); /* on a write-combining map: what was written is read back */
     for (uint32_t at = ep->head_seen, n; at != ep->tail; at += n) {
@@ -54,7 +53,7 @@ int sh_ep_grow(sh_ep *ep, uint64_t ring_off, uint32_t ring_bytes)
     ep->tx = ring;
     ep->tx_bytes = ring_bytes;
     ep->grown_at = ep->tail;
-    ep->outgrown = 1;
+    ep->outgrown++;
     ep->flags = (ep->flags & ~SH_EPOCHS) | ((ep->flags + SH_EPOCH_ONE) & SH_EPOCHS);
     /* SYNC G: the copy, then the descriptor, then P; partner: sh_follow, P before the descriptor before the bytes */
     sh_store(&ep->mine->ring, sh_ring_word(ep, ring_off), nd->wc);
@@ -79,16 +78,16 @@ int sh_ring_of(sh_ep *ep, uint64_t ring, uint32_t least)
 /* The peer's P names another epoch than before: read on in its larger ring. 0, SH_RESET or SH_VIOLATION. */
 int sh_follow(sh_ep *ep, uint64_t p)
 {
+    uint32_t was = SH_EPOCH(ep->p_last), now = (SH_EPOCH(p) - was) & 15;
     uint64_t ring;
 
-    if (SH_EPOCH(p) != ((SH_EPOCH(ep->p_last) + 1) & 15))
-        return SH_VIOLATION;
-    if (SH_EPOCH(p) == ep->rx_epoch)
-        return 0; /* it had grown before we opened it */
+    if (now <= ((ep->rx_epoch - was) & 15))
+        return 0; /* we were quicker */
     ring = sh_load(&ep->theirs->ring, ep->nd->wc); /* SYNC G */
     if (SH_GEN(ring) != ep->peer_gen && SH_GEN(sh_load(&ep->theirs->p, ep->nd->wc)) != ep->peer_gen)
         return SH_RESET;
-    if (SH_GEN(ring) != ep->peer_gen || SH_EPOCH(ring) != SH_EPOCH(p) || sh_ring_of(ep, ring, 2 * ep->rx_bytes) < 0)
+    if (SH_GEN(ring) != ep->peer_gen || ((SH_EPOCH(ring) - was) & 15) < now || now > SH_EPOCH_LEAD
+        || sh_ring_of(ep, ring, 2 * ep->rx_bytes) < 0)
         return SH_VIOLATION;
     ep->followed = 1;
     return 0;

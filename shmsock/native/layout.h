@@ -170,6 +170,7 @@ SH_ASSERT(sizeof(struct sh_message) == SH_LINE);
 #define SH_GEN(w) ((uint32_t)((w) >> SH_GEN_SHIFT))
 #define SH_EPOCH_ONE (1ull << 36)
 #define SH_EPOCHS (15ull << 36)
+#define SH_EPOCH_LEAD 7u /* by so much it may be ahead of what the reader knows, modulo 16 */
 #define SH_EPOCH(w) ((uint32_t)((w) >> 36) & 15u)
 #define SH_LOW(w) ((uint32_t)(w))
 #define SH_HIGH(w) ((uint32_t)((w) >> 32))

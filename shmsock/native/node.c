@@ -439,7 +439,7 @@ int sh_ep_open(sh_ep *ep, uint32_t peer, uint32_t peer_slot, uint32_t peer_gen, 
     if (SH_GEN(p) != peer_gen || SH_GEN(ring) != peer_gen)
         return SH_RESET;
     ep->peer = peer;
-    if (SH_EPOCH(ring) > !ep->accepted || sh_ring_of(ep, ring, 0) < 0)
+    if ((ep->accepted ? SH_EPOCH(ring) : SH_EPOCH(ring) > SH_EPOCH_LEAD) || sh_ring_of(ep, ring, 0) < 0)
         return SH_VIOLATION;
     ep->peer_slot = peer_slot;
     ep->peer_gen = peer_gen;

@@ -56,7 +56,7 @@ struct sh_ep {
     uint32_t tx_bytes, rx_bytes;  /* powers of two */
     uint32_t tail, head_seen;     /* producer */
     uint32_t head, tail_seen;     /* consumer */
-    uint32_t grown_at;            /* tail when the ring grew last */
+    uint32_t grown_at;            /* tail when the own ring grew last */
     uint32_t gen, peer_gen;
     uint32_t reading_gen;         /* gen when a read was begun; SH_NOT_READING: it is no generation */
 #define SH_NOT_READING (~0u)
@@ -66,7 +66,7 @@ struct sh_ep {
     uint8_t orphan;               /* the peer is gone: what it published may still be read */
     uint8_t accepted;             /* the peer opened the connection */
     uint8_t may_grow;             /* what does not fit into the ring is for a larger one, which Python allocates */
-    uint8_t outgrown;             /* there is a ring before this one, from which the peer may still read */
+    uint8_t outgrown;             /* rings before this one, from which the peer may still read */
     uint8_t rx_epoch, followed;   /* of the peer's ring; it has grown, and Python reads from the one before */
     uint8_t waiting;              /* somebody is suspended on this slot since wait_since */
     uint64_t wait_since;

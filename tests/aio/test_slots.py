@@ -150,7 +150,7 @@ def test_more_connections_than_slots(run: Run, region: str) -> None:
 
 
 def test_one_peer_may_have_half_of_all_slots(run: Run, region: str) -> None:
-    """The first connections get large rings, and the later ones small ones, but all get one."""
+    """Those that write first get large rings, and the later ones small ones, but all get one."""
 
     async def main() -> None:
         async with shmsock.attach(region, name="a") as a, shmsock.attach(region, name="b") as b:
@@ -159,10 +159,14 @@ def test_one_peer_may_have_half_of_all_slots(run: Run, region: str) -> None:
             with pytest.raises(OSError, match="no room") as info:
                 await connect(a, b, accepted)
             assert info.value.errno == 105
-            assert ends[0][1].transport.conn.ring[1] >= 1 << 17
             for i, (c, s) in enumerate(ends):
-                s.writer.write(pattern(i, 0, 100))
-                assert await c.reader.readexactly(100) == pattern(i, 0, 100)
+                s.writer.write(pattern(i, 0, 100_000))
+                assert await c.reader.readexactly(100_000) == pattern(i, 0, 100_000)
+            assert ends[0][1].transport.conn.ring[1] >= 1 << 17
+            assert all(s.transport.conn.ring[1] >= 4096 for _, s in ends)
+            with pytest.raises(OSError, match="no room"):
+                await connect(a, b, accepted)
+            ends.append(await connect(b, a, await listening(a)))  # b has kept something for itself
 
     run(main())
 

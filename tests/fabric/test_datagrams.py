@@ -440,9 +440,8 @@ def test_links_leave_memory_for_streams() -> None:
     assert [sink.got for sink in sinks] == [[b"all"]] * 12
     engine = nodes[0].engine
     assert engine.arena.free_bytes - 4096 * len(engine.slots.free) > engine.layout.arena_bytes // 8
-    nodes[1].listen()
-    world.drain()
-    assert nodes[0].connect(nodes[1]).ring[1] >= 16384
+    conn, _ = world.open(nodes[0], nodes[1])
+    assert nodes[0].write(conn, bytes(1 << 20)) >= 16384
 
 
 # -- several at once

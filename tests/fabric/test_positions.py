@@ -11,6 +11,7 @@ from shmsock.fabric.connection import EOF
 from shmsock.fabric.layout import Identity, format_region
 from shmsock.fabric.memory import Memory, native_core
 from shmsock.fabric.node import Engine
+from shmsock.fabric.settings import Settings
 from tests.fabric.world import FILE, KERNEL, MACHINE, FakeLocks
 
 
@@ -30,7 +31,8 @@ def test_more_than_four_gigabytes() -> None:
     engines = []
     for name in "ab":
         steps = claim_section(layout, FakeLocks({}), KERNEL, MACHINE, random.Random(name))
-        engines.append(Engine(layout, claimed(steps), Identity(name, KERNEL, MACHINE, 1, 0, FILE)))
+        who = Identity(name, KERNEL, MACHINE, 1, 0, FILE)
+        engines.append(Engine(layout, claimed(steps), who, settings=Settings(first_ring_bytes=1 << 20)))
     a, b = engines
 
     def pump() -> None:
