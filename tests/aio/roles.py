@@ -13,6 +13,7 @@ import signal
 import ssl
 import sys
 from collections.abc import Callable
+from hashlib import sha256
 from typing import Any
 
 import shmsock
@@ -49,6 +50,31 @@ async def serve(region: str, name: str, port: int = 7000) -> None:
         say("ready")
         await hear()
         server.close()
+
+
+async def growing(region: str, sizes: list[int], chunk: int) -> None:
+    """Fresh connections to "server", which echoes: so many bytes through each, both ways at once. Says what
+    an idle connection takes of the arena, and whether all that was taken came back."""
+
+    async def through(node: shmsock.Node, size: int) -> None:
+        reader, writer = await shmsock.open_connection("server", 7000, node=node)
+        data = random.randbytes(size)
+        for at in range(0, size, chunk):
+            writer.write(data[at : at + chunk])
+        assert sha256(await reader.readexactly(size)).digest() == sha256(data).digest()
+        writer.close()
+        await writer.wait_closed()
+
+    async with shmsock.attach(region, name="client") as node:
+        before = node.statistics()["arena_free_bytes"]
+        _, idle = await shmsock.open_connection("server", 7000, node=node)
+        say(before - node.statistics()["arena_free_bytes"])
+        await asyncio.gather(*(through(node, size) for size in sizes))
+        idle.close()
+        await idle.wait_closed()
+        while node.statistics()["arena_free_bytes"] != before:  # noqa: ASYNC110 (there is no event)
+            await asyncio.sleep(0.01)
+        say("all is back")
 
 
 async def source(region: str, name: str) -> None:

@@ -121,6 +121,22 @@ def test_bytes_across_growth(world: World, first: int) -> None:
     assert c.ring[1] == 1 << 16
 
 
+def test_a_look_between_the_look_and_the_copy(world: World) -> None:
+    """As a signal handler may look, that closes something: the copy is made anew, out of the right ring."""
+    a, c, b, s = opened(world)
+    data = world.rng.randbytes(50_000)
+    a.write(c, data[:3000])
+    world.quiet()
+    assert b.read(s, 2000) == data[:2000]
+    span = b.call(world.lib.sh_read_begin, s.ep, 1 << 20, 1, 0)
+    assert span & 0xFFFFFFFF == 1000
+    a.write(c, data[3000:])
+    world.drain()
+    assert b.call(s.available) == 48_000
+    assert b.call(s.take, span) == data[2000:3000]
+    assert b.read_all(s)[0] == data[3000:]
+
+
 def test_never_where_it_may_not() -> None:
     world = roomy()
     a, c, b, s = opened(world, replace(LARGE, first_ring_bytes=LARGE.ring_bytes))
