@@ -26,8 +26,8 @@ class Settings:
     `reap_after_s`: A section silent so long is freed for reuse; None: never (by hand: `shmsock reap`).
     `ring_bytes`: Largest ring of one direction of a connection, a power of two from 4096 to 2**30;
     smaller ones when memory is scarce. (Datagrams have rings of their own, of at most 256 KiB.)
-    `first_ring_bytes`: What each direction begins with, a power of two from 4096 on; at most ring_bytes
-    are taken. It grows with the first write that finds no room. As large as ring_bytes: never.
+    `first_ring_bytes`: What each direction begins with, a power of two from 4096 to 2**30, but at most
+    ring_bytes: as large as that, it never grows. Else it does when a write finds no room.
     `datagram_queue_bytes`: What an endpoint for datagrams keeps at most, of those that wait to be sent
     and of those that wait while it is paused; each counts 64 bytes more than it has. At least 2**18: more
     than pause_writing lets come up.

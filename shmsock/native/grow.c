@@ -1,8 +1,9 @@
-/* grow.c - rings that grow while bytes are in them. Storage is Python's business (fabric/slots.py), and so are the views that it reads through.
+/* grow.c - rings that grow while bytes are in them. Storage is Python's business (fabric/slots.py), and so are the views that it
+ * reads through.
  *
- * The producer copies what the peer has not taken to the same positions of a larger ring, and goes on there. The old one stays as it is
- * until the peer has read behind that: then it knows the new one. A larger ring has all that is to be read, so it does not matter if the
- * peer finds a later descriptor in the slot than P speaks of. */
+ * The producer copies what the peer has not taken to the same positions of a larger ring, and goes on there. The old one stays as it
+ * is until the peer has read behind that: then it knows the new one. A larger ring has all that is to be read, so it does not matter
+ * if the peer finds a later descriptor in the slot than P speaks of. */
 #include "node.h"
 
 /* What does not fit is for a larger ring (sh_write says SH_GROW), or takes what room there is. */
@@ -67,7 +68,8 @@ int sh_ring_of(sh_ep *ep, uint64_t ring, uint32_t least)
     uint64_t off = (ring & 0x3fffffff) * SH_MIN_RING;
     uint32_t log2_bytes = ring >> 30 & 63;
 
-    if (log2_bytes < 12 || log2_bytes > 30 || 1ull << log2_bytes < least || off < g->arena_off || off + (1ull << log2_bytes) > g->section_bytes)
+    if (log2_bytes < 12 || log2_bytes > 30 || 1ull << log2_bytes < least || off < g->arena_off
+        || off + (1ull << log2_bytes) > g->section_bytes)
         return SH_VIOLATION;
     ep->rx = sh_section_at(ep->nd->base, g, ep->peer) + off;
     ep->rx_bytes = 1u << log2_bytes;

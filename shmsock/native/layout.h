@@ -77,7 +77,7 @@ struct sh_pair { /* what i says to j: in section i, one for every j, i included 
 
 struct sh_slot {
     uint64_t link; /* generation:24 | peer section:8 | peer slot:16 | state:8 | 0:8; for people and tools only */
-    uint64_t ring; /* generation:24 | epoch:4 | log2(bytes):6 | (offset in section) / 4096 : 30 */
+    uint64_t ring; /* of the largest so far: generation:24 | epoch:4 | log2(bytes):6 | (offset in section) / 4096 : 30 */
     uint8_t pad0[48];
     uint64_t p; /* as producer: generation:24 | epoch:4 | WANT REL RST FIN : 4 | tail:32 */
     uint8_t pad1[56];
