@@ -1,9 +1,9 @@
 /* grow.c - rings that grow while bytes are in them. Storage is Python's business (fabric/slots.py), and so are the views that it
  * reads through.
  *
- * The producer copies what the peer has not taken to the same positions of a larger ring, and goes on there. The old one stays as it
- * is until the peer has read behind that: then it knows the new one. A larger ring has all that is to be read, so it does not matter
- * if the peer finds a later descriptor in the slot than P speaks of. */
+ * The producer copies what the peer has not taken to the same positions of a larger ring, and goes on there. The old one stays as
+ * it is until the peer has read behind that: then it knows the new one. A larger ring has all that is to be read, so it does not
+ * matter if the peer finds a later descriptor in the slot than P speaks of. */
 #include "node.h"
 
 /* What does not fit is for a larger ring (sh_write says SH_GROW), or takes what room there is. */
