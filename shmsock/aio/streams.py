@@ -115,9 +115,9 @@ class ShmStreamReader(asyncio.StreamReader):
             if span > 0:
                 at = span >> 32
                 end = at + (span & 0xFFFFFFFF)
-                if end > conn.rx_bytes:
-                    end = conn.rx_bytes  # read() may return less than there is, and one copy is enough
                 data: bytes = conn.rx[at:end]
+                if end > conn.rx_bytes:
+                    data += conn.rx[: end - conn.rx_bytes]
                 if not (status := self._end(self._ep, end - at)):
                     return data
                 conn.ended_by(status)

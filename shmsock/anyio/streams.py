@@ -123,9 +123,9 @@ class ShmStream(Resource, ByteStream):
                 if span > 0:
                     at = span >> 32
                     to = at + (span & 0xFFFFFFFF)
-                    if to > conn.rx_bytes:
-                        to = conn.rx_bytes  # less than there is, and one copy is enough
                     data: bytes = conn.rx[at:to]
+                    if to > conn.rx_bytes:
+                        data += conn.rx[: to - conn.rx_bytes]
                     span = self._read_end(self._ep, to - at)
                     if not span:
                         if end.poll is not None:
