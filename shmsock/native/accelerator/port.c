@@ -78,7 +78,7 @@ int sh_port_deliver(Port *p)
     uint32_t given = 0;
     int64_t span = 0;
 
-    while (p->protocol && p->calm && given < DELIVER_MAX && (span = sh_read_now(p->ep, PIECE)) > 0) {
+    while (p->protocol && p->calm && given < DELIVER_MAX && (span = sh_now(p->ep, PIECE)) > 0) {
         PyObject *data = sh_bytes_out(p->ep, (uint32_t)(span >> 32), (uint32_t)span, 0), *protocol, *context, *r = NULL;
 
         if (!data)
