@@ -316,6 +316,9 @@ class ShmStreamWriter(asyncio.StreamWriter):
             port.drains += 1
             if port.drains & 7:
                 return
+            node = self._transport.node
+            if port.fast and node.scheduled and not node.lib.sh_over(node.nd):
+                return
         await super().drain()
 
     async def start_tls(

@@ -63,7 +63,7 @@ void sh_node_free(sh_node *nd)
 void sh_node_claim(sh_node *nd, uint64_t claim)
 {
     nd->claim = claim;
-    nd->owner = pthread_self();
+    nd->owner = sh_thread();
     for (uint32_t s = 0; s < nd->g.slots; s++) {
         sh_ep *ep = &nd->eps[s];
         ep->gen = (SH_GEN(sh_peek(&ep->mine->p)) + 1) & SH_GEN_MASK;
@@ -80,7 +80,7 @@ void sh_node_claim(sh_node *nd, uint64_t claim)
 
 void sh_node_inert(sh_node *nd) { __atomic_store_n(&nd->inert, 1, __ATOMIC_RELEASE); }
 int sh_node_is_inert(sh_node *nd) { return !sh_holds(nd); }
-void sh_node_own(sh_node *nd) { nd->owner = pthread_self(); }
+void sh_node_own(sh_node *nd) { nd->owner = sh_thread(); }
 
 void sh_node_settings(sh_node *nd, uint64_t hold_ns, uint64_t spin_max_ns, uint64_t spin_yield_ns)
 {
@@ -420,6 +420,8 @@ void sh_ep_take(sh_ep *ep, uint64_t ring_off, uint32_t ring_bytes, int accepted)
     ep->may_grow = ep->outgrown = ep->followed = 0;
     ep->window_ns = 50000;
     ep->spun_ns = 0;
+    ep->flow = 0;
+    ep->misses = ep->patience = 0;
     sh_put(&ep->mine->ring, sh_ring_word(ep, ring_off));
     sh_put(&ep->mine->c, (uint64_t)ep->gen << SH_GEN_SHIFT);
     sh_store(&ep->mine->p, (uint64_t)ep->gen << SH_GEN_SHIFT, nd->wc);

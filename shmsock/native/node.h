@@ -73,6 +73,9 @@ struct sh_ep {
     uint64_t window_ns;           /* learnt busy-poll window */
     uint64_t spun_ns;             /* of it, in turns of the loop that ended before it did */
     uint32_t misses;              /* spins that found nothing */
+    uint32_t patience;            /* how much rarer the long ones among them have become */
+    int32_t flow;                 /* small reads in a row, with no write in between; negative: writes with no read; up to SH_FLOWS */
+    uint64_t looked_ns;           /* when the last read looked at P */
 };
 
 struct sh_node {
@@ -80,7 +83,7 @@ struct sh_node {
     sh_geometry g;
     uint32_t self, words;
     int wc;
-    pthread_t owner;              /* the one thread that may call */
+    uintptr_t owner;              /* the one thread that may call */
     int inert;                    /* atomic: closed, forked, or not the owner any more */
     const uint64_t *claim_at;
     uint64_t claim, region_id;
@@ -93,6 +96,7 @@ struct sh_node {
     uint64_t hit_moved, gap_ns;   /* so much, so long after the one before */
     uint64_t credit_ns, idle_turns;
     int one_cpu;
+    int alone;                    /* nobody else wanted this CPU when a spin last offered it */
     int attention;                /* a bell spoke of a message or a new life: the pump must run */
     uint32_t start;               /* peer the next pump begins with: nobody is always last */
     uint64_t *sleeping_at;
@@ -115,6 +119,8 @@ struct sh_node {
     struct sh_link *links;
     struct sh_ep *eps;
 };
+
+#define SH_FLOWS 32 /* so many in a row: bytes flow one way */
 
 #define SH_NEWS_TAG 1  /* the bell carries another pair_inc than the adopted one */
 #define SH_NEWS_MAIL 2 /* messages wait */
@@ -144,6 +150,8 @@ int sh_writable(sh_ep *ep);
 int sh_room(sh_ep *ep, uint32_t need, uint64_t wish);
 void sh_stage(sh_ep *ep, uint32_t ahead, const void *data, uint32_t n);
 void sh_commit(sh_ep *ep, uint32_t n);
+int sh_spin_on(sh_ep *ep, const uint64_t *word, uint64_t seen, uint64_t now);
+uint64_t sh_gather(sh_ep *ep, uint64_t now);
 int sh_acknowledge(sh_node *nd, sh_ep *ep);
 int sh_space_came(const sh_ep *ep);
 void sh_rearm_touched(sh_node *nd);
@@ -160,16 +168,33 @@ static inline uint64_t sh_ring_word(const sh_ep *ep, uint64_t ring_off)
     return (uint64_t)ep->gen << SH_GEN_SHIFT | (ep->flags & SH_EPOCHS) | (uint64_t)__builtin_ctz(ep->tx_bytes) << 30 | ring_off / SH_MIN_RING;
 }
 
+/* pthread_self() without a call. */
+static inline uintptr_t sh_thread(void)
+{
+#ifdef __has_builtin
+#if __has_builtin(__builtin_thread_pointer)
+    return (uintptr_t)__builtin_thread_pointer();
+#endif
+#endif
+    return (uintptr_t)pthread_self();
+}
+
 /* Is the section still this node's? A zombie (stopped for long, its section taken by another) is found out here. */
 static inline int sh_holds(const sh_node *nd)
 {
     return SH_LIKELY(!__atomic_load_n(&nd->inert, __ATOMIC_RELAXED)) && SH_LIKELY(sh_peek(nd->claim_at) == nd->claim);
 }
 
+/* Bytes come one way, in small pieces, and are still to be looked for. */
+static inline int sh_flows(const sh_ep *ep, uint32_t least)
+{
+    return ep->flow == SH_FLOWS && ep->tail_seen - ep->head < least && ep->nd->spin_max_ns;
+}
+
 /* May this call write the section? Not from another thread: it ends here, before anything is touched. */
 static inline int sh_may_write(const sh_node *nd)
 {
-    return SH_LIKELY(pthread_equal(pthread_self(), nd->owner)) && sh_holds(nd);
+    return SH_LIKELY(sh_thread() == nd->owner) && sh_holds(nd);
 }
 
 #endif

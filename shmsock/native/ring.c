@@ -3,9 +3,8 @@
  * The rules' names (F1, R1, W) are those of LAYOUT.md, "Ordering". Each comment "SYNC X" has its partner of the same name. */
 #include "node.h"
 
-#include <sched.h>
-
 #define COPY_MAX (1u << 20) /* bytes per memcpy: a signal or a claim check is never further away than this */
+#define FLOW_BYTES 4096u    /* smaller pieces than these may gather */
 
 /* ---- telling the peer ---- */
 
@@ -98,9 +97,12 @@ void sh_commit(sh_ep *ep, uint32_t n)
 {
     ep->nd->moved_space += (ep->flags & SH_WANT) != 0;
     ep->tail += n;
+    ep->flow = ep->flow > 0 ? -1 : ep->flow > -SH_FLOWS ? ep->flow - 1 : ep->flow;
     ep->flags &= ~SH_WANT;
     publish(ep);
     sh_notify_slot(ep->nd, ep->peer, ep->peer_slot);
+    if (ep->flow == -SH_FLOWS) /* more is to come: the next fence need not wait for the next line */
+        sh_take_line(ep->tx + ((ep->tail + SH_LINE - 1) & (ep->tx_bytes - 1)));
 }
 
 /* Put up to n bytes into the ring. Returns how many went in, fewer only when the ring is full (WANT is set then). */
@@ -149,86 +151,6 @@ uint64_t sh_ep_unsent(sh_ep *ep)
     return ep->tail - ep->head_seen;
 }
 
-/* ---- waiting in C, GIL released ---- */
-
-/* One step of a spin: others' news end it, and after a while each look yields the CPU, as on one core the peer cannot run otherwise.
- * Returns the clock, 0 when others have news. */
-static uint64_t spin_step(sh_ep *ep, uint64_t yield_at)
-{
-    uint64_t now;
-
-    for (uint64_t m = ep->nd->known; m; m &= m - 1) {
-        struct sh_link *l = &ep->nd->links[__builtin_ctzll(m)];
-        if (!l->muted && sh_peek(&l->in->bell) != l->last && sh_collect(ep->nd, l))
-            return 0;
-    }
-    now = sh_clock();
-    if (now >= yield_at)
-        sched_yield();
-    return now;
-}
-
-static int nothing_ready(const sh_node *nd)
-{
-    uint64_t any = nd->attention;
-
-    for (uint32_t w = 0; w < nd->words; w++)
-        any |= nd->ready[w];
-    return !any;
-}
-
-/* A spin was in vain. Now and then the next is a long one again: where waking is slow, no wait without a spin looks short enough to
- * learn from. */
-static void missed(sh_ep *ep, uint64_t window)
-{
-    ep->spun_ns = 0;
-    ep->nd->n[SH_N_SPIN_MISS]++;
-    if (++ep->misses % 16 == 0)
-        ep->window_ns = ep->nd->spin_max_ns;
-    else
-        ep->window_ns = window / 2 > 2000 ? window / 2 : 2000;
-}
-
-/* Busy-poll one word of the peer (its P or C) until it is no longer `seen`. 1: it is not. 0: stop waiting here. SH_YIELD: the turn's
- * budget ended the spin, not its window, of which the rest is left: let the loop turn and come again. */
-static int spin_on(sh_ep *ep, const uint64_t *word, uint64_t seen, uint64_t now)
-{
-    sh_node *nd = ep->nd;
-    uint64_t window = ep->window_ns < nd->spin_max_ns ? ep->window_ns : nd->spin_max_ns;
-    uint64_t start = now, end = now + window - ep->spun_ns, yield_at = now + nd->spin_yield_ns;
-
-    if (!window || ep->orphan || ep->peer == nd->self || !nothing_ready(nd))
-        return 0;
-    if (ep->spun_ns >= window) {
-        missed(ep, window);
-        return 0;
-    }
-    nd->touched[SH_WORD(ep->slot)] |= SH_BIT(ep->slot); /* this slot is polled: its toggle may stay unacknowledged */
-    for (uint32_t k = 1; sh_peek(word) == seen; k++) {
-        if (nd->spin_yield_ns && k % 8) {
-            sh_pause();
-            continue;
-        }
-        now = spin_step(ep, yield_at);
-        if (sh_peek(word) != seen)
-            break;
-        if (!now)
-            return 0;
-        if (now >= end) {
-            missed(ep, window);
-            return 0;
-        }
-        if (now >= nd->turn_end_ns) {
-            ep->spun_ns += now - start;
-            return SH_YIELD;
-        }
-    }
-    ep->spun_ns = 0;
-    nd->n[SH_N_SPIN_HIT]++;
-    ep->window_ns = window * 2 < nd->spin_max_ns ? window * 2 : nd->spin_max_ns;
-    return 1;
-}
-
 /* Space for a writer that waits: > 0 bytes free, 0 none (WANT is set and armed: suspend), or a status. */
 int sh_wait_space(sh_ep *ep, int spin)
 {
@@ -243,7 +165,7 @@ int sh_wait_space(sh_ep *ep, int spin)
     if (spin) {
         uint64_t now = sh_clock();
         if (now < ep->nd->turn_end_ns
-            && spin_on(ep, &ep->theirs->c, (uint64_t)ep->peer_gen << SH_GEN_SHIFT | ep->head_seen, now) > 0) {
+            && sh_spin_on(ep, &ep->theirs->c, (uint64_t)ep->peer_gen << SH_GEN_SHIFT | ep->head_seen, now) > 0) {
             if ((r = sh_see_head(ep)) < 0)
                 return r;
             if (space_of(ep))
@@ -334,6 +256,9 @@ int64_t sh_begin(sh_ep *ep, uint32_t want, uint32_t min, int spin)
         return SH_RESET;
     if ((now = sh_clock()) >= nd->turn_end_ns)
         return SH_YIELD;
+    if (spin && sh_flows(ep, min))
+        now = sh_gather(ep, now);
+    ep->looked_ns = now;
     for (;;) {
         avail = ep->tail_seen - ep->head;
         if (avail < min) {
@@ -343,12 +268,12 @@ int64_t sh_begin(sh_ep *ep, uint32_t want, uint32_t min, int spin)
         }
         if (avail >= min)
             return span(ep, avail < want ? avail : want);
-        r = spin && !(ep->p_last & SH_FIN) ? spin_on(ep, &ep->theirs->p, ep->p_last, now) : 0;
+        if (!now && (now = sh_clock()) >= nd->turn_end_ns)
+            spin = 0;
+        r = spin && !(ep->p_last & SH_FIN) ? sh_spin_on(ep, &ep->theirs->p, ep->p_last, now) : 0;
         if (r <= 0)
             return r ? r : avail ? SH_EMPTY : empty(ep);
-        now = sh_clock();
-        if (now >= nd->turn_end_ns)
-            spin = 0;
+        now = 0; /* read again when there is something to wait for */
     }
 }
 
@@ -368,6 +293,7 @@ int sh_read_end(sh_ep *ep, uint32_t n)
     if (SH_UNLIKELY(SH_GEN(sh_load(&ep->theirs->p, nd->wc)) != ep->peer_gen))
         return SH_RESET;
     ep->head += n;
+    ep->flow = n >= FLOW_BYTES ? 0 : ep->flow < 0 ? 1 : ep->flow < SH_FLOWS ? ep->flow + 1 : ep->flow;
     ep->spun_ns = 0;
     sh_store(&ep->mine->c, (uint64_t)ep->gen << SH_GEN_SHIFT | ep->head, nd->wc);
     nd->touched[SH_WORD(ep->slot)] |= SH_BIT(ep->slot);

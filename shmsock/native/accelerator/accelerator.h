@@ -81,6 +81,7 @@ int sh_port_wake(Port *p);
 int sh_port_deliver(Port *p);
 int sh_inbox_drain(Inbox *box);
 int sh_share_is_used(Port *p);
+int sh_drained(Port *p);
 uint32_t sh_line_at(const Port *p, uint32_t at, uint32_t n);
 
 /* To be called at the start of everything that uses the core. */

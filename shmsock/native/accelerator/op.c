@@ -38,7 +38,10 @@ static PyObject *take(Op *op, int64_t *status)
     else {
         if (sh_pump_follows(p->turn) < 0)
             return NULL;
-        span = sh_share_is_used(p) ? SH_YIELD : sh_begin(ep, most, least, 0);
+        if (sh_share_is_used(p))
+            span = SH_YIELD;
+        else
+            span = sh_flows(ep, least) && sh_may_spin(p->turn) ? SH_EMPTY : sh_begin(ep, most, least, 0);
         if (span == SH_EMPTY && sh_may_spin(p->turn)) {
             Py_BEGIN_ALLOW_THREADS
             span = sh_begin(ep, most, least, 1);
@@ -222,12 +225,8 @@ static PySendResult op_send(Op *op, PyObject *value, PyObject **out)
             PyErr_Format(PyExc_TypeError, "can't send non-None value to a just-started %s()", sh_op_names[op->kind]);
             return PYGEN_ERROR;
         }
-        if (op->kind == SH_OP_DRAIN) {
-            /* Reads look at the clock each time; of drains every eighth is enough to keep a turn within its budget. */
-            if (op->port && op->port->calm && ++op->port->drains & 7)
-                return finish(op, Py_NewRef(Py_None), out);
-            return delegate(op, out);
-        }
+        if (op->kind == SH_OP_DRAIN)
+            return sh_drained(op->port) ? finish(op, Py_NewRef(Py_None), out) : delegate(op, out);
         return op->port && op->n > 0 ? go_on(op, out) : delegate(op, out);
     case YIELDED:
         return go_on(op, out);

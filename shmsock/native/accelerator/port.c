@@ -142,6 +142,13 @@ int sh_share_is_used(Port *p)
     return p->since_ns && sh_clock() - p->since_ns > t->nd->hold_ns / t->sharers;
 }
 
+/* Has a drain nothing to wait for? Reads look at the clock each time; of drains every eighth is enough to keep a turn within its budget.
+ * Their coroutine looks at the reader's exception as well, and lets the loop turn. */
+int sh_drained(Port *p)
+{
+    return p && p->calm && (++p->drains & 7 || (p->fast && p->turn->scheduled && !sh_over(p->turn->nd)));
+}
+
 /* The slow way. A transport that is no more is one whose connection is lost: it would at most warn. */
 static PyObject *write_rest(Port *p, PyObject *data, int64_t taken)
 {

@@ -1,0 +1,111 @@
+/* spin.c - waiting in C, GIL released: busy-polling a word of the peer, for a window that is learnt. */
+#include "node.h"
+
+#include <sched.h>
+
+#define GATHER_NS 2000u
+#define YIELD_NS 1000u /* of spinning between two offers of this CPU to others, when nobody took it the last time */
+
+/* One step of a spin: others' news end it, and after a while each look yields the CPU, as on one core the peer cannot run otherwise; or
+ * now and then, when nobody else wants it. Returns the clock, 0 when others have news. */
+static uint64_t spin_step(sh_ep *ep, uint64_t *yield_at)
+{
+    uint64_t now, then;
+
+    for (uint64_t m = ep->nd->known; m; m &= m - 1) {
+        struct sh_link *l = &ep->nd->links[__builtin_ctzll(m)];
+        if (!l->muted && sh_peek(&l->in->bell) != l->last && sh_collect(ep->nd, l))
+            return 0;
+    }
+    now = sh_clock();
+    if (now < *yield_at)
+        return now;
+    sched_yield();
+    then = sh_clock();
+    if ((ep->nd->alone = then - now < YIELD_NS))
+        *yield_at = then + YIELD_NS;
+    return then;
+}
+
+static int nothing_ready(const sh_node *nd)
+{
+    uint64_t any = nd->attention;
+
+    for (uint32_t w = 0; w < nd->words; w++)
+        any |= nd->ready[w];
+    return !any;
+}
+
+/* A spin was in vain. Now and then the next is a long one again: where waking is slow, no wait without a spin looks short enough to
+ * learn from. */
+static void missed(sh_ep *ep, uint64_t window)
+{
+    ep->spun_ns = 0;
+    ep->nd->n[SH_N_SPIN_MISS]++;
+    if (++ep->misses >= 16u << ep->patience) { /* less and less often: at a steady pace it would only cost */
+        ep->misses = 0;
+        ep->patience += ep->patience < 6;
+        ep->window_ns = ep->nd->spin_max_ns;
+    } else
+        ep->window_ns = window / 2 > 2000 ? window / 2 : 2000;
+}
+
+/* Busy-poll one word of the peer (its P or C) until it is no longer `seen`. 1: it is not. 0: stop waiting here. SH_YIELD: the turn's
+ * budget ended the spin, not its window, of which the rest is left: let the loop turn and come again. */
+int sh_spin_on(sh_ep *ep, const uint64_t *word, uint64_t seen, uint64_t now)
+{
+    sh_node *nd = ep->nd;
+    uint64_t window = ep->window_ns < nd->spin_max_ns ? ep->window_ns : nd->spin_max_ns;
+    uint64_t start = now, end = now + window - ep->spun_ns, yield_at;
+
+    if (!window || ep->orphan || ep->peer == nd->self || !nothing_ready(nd))
+        return 0;
+    if (ep->spun_ns >= window) {
+        missed(ep, window);
+        return 0;
+    }
+    yield_at = now + (nd->alone ? YIELD_NS : nd->spin_yield_ns);
+    nd->touched[SH_WORD(ep->slot)] |= SH_BIT(ep->slot); /* this slot is polled: its toggle may stay unacknowledged */
+    for (uint32_t k = 1; sh_peek(word) == seen; k++) {
+        sh_expect(ep->rx + (ep->head & (ep->rx_bytes - 1))); /* its lines come with the word that tells of it, not after it */
+        sh_expect(ep->rx + ((ep->head + SH_LINE) & (ep->rx_bytes - 1)));
+        if ((nd->spin_yield_ns || nd->alone) && k % 8) {
+            sh_pause();
+            continue;
+        }
+        now = spin_step(ep, &yield_at);
+        if (sh_peek(word) != seen)
+            break;
+        if (!now)
+            return 0;
+        if (now >= end) {
+            missed(ep, window);
+            return 0;
+        }
+        if (now >= nd->turn_end_ns) {
+            ep->spun_ns += now - start;
+            return SH_YIELD;
+        }
+    }
+    ep->spun_ns = 0;
+    ep->misses = ep->patience = 0;
+    if (now - start > 4 * GATHER_NS)
+        ep->flow = 0;
+    nd->n[SH_N_SPIN_HIT]++;
+    ep->window_ns = window * 2 < nd->spin_max_ns ? window * 2 : nd->spin_max_ns;
+    return 1;
+}
+
+/* Bytes flow one way, in small pieces: who looks for each of them takes the line of P away from its writer each time, and both are slower
+ * for it than the bytes are. Let some gather. */
+uint64_t sh_gather(sh_ep *ep, uint64_t now)
+{
+    uint64_t until = ep->looked_ns + GATHER_NS;
+
+    for (int k = 0; k < 200 && now < until && nothing_ready(ep->nd); k++) { /* bounded, whatever the clock says */
+        for (int i = 0; i < 4; i++)
+            sh_pause();
+        now = sh_clock();
+    }
+    return now;
+}
