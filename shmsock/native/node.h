@@ -152,6 +152,8 @@ void sh_stage(sh_ep *ep, uint32_t ahead, const void *data, uint32_t n);
 void sh_commit(sh_ep *ep, uint32_t n);
 int sh_spin_on(sh_ep *ep, const uint64_t *word, uint64_t seen, uint64_t now);
 uint64_t sh_gather(sh_ep *ep, uint64_t now);
+uint64_t sh_clock_and_yield(sh_node *nd, uint64_t *yield_at);
+uint64_t sh_yield_at(const sh_node *nd, uint64_t now);
 int sh_acknowledge(sh_node *nd, sh_ep *ep);
 int sh_space_came(const sh_ep *ep);
 void sh_rearm_touched(sh_node *nd);
@@ -166,6 +168,13 @@ static inline uint64_t sh_p_word(const sh_ep *ep)
 static inline uint64_t sh_ring_word(const sh_ep *ep, uint64_t ring_off)
 {
     return (uint64_t)ep->gen << SH_GEN_SHIFT | (ep->flags & SH_EPOCHS) | (uint64_t)__builtin_ctz(ep->tx_bytes) << 30 | ring_off / SH_MIN_RING;
+}
+
+/* The lines of the next bytes come with the word that tells of them, not after it. */
+static inline void sh_expect_bytes(const sh_ep *ep)
+{
+    sh_expect(ep->rx + (ep->head & (ep->rx_bytes - 1)));
+    sh_expect(ep->rx + ((ep->head + SH_LINE) & (ep->rx_bytes - 1)));
 }
 
 /* pthread_self() without a call. */

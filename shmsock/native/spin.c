@@ -6,25 +6,33 @@
 #define GATHER_NS 2000u
 #define YIELD_NS 1000u /* of spinning between two offers of this CPU to others, when nobody took it the last time */
 
-/* One step of a spin: others' news end it, and after a while each look yields the CPU, as on one core the peer cannot run otherwise; or
- * now and then, when nobody else wants it. Returns the clock, 0 when others have news. */
+/* The clock; and from *yield_at on this CPU is offered to others before, as on one core the peer cannot run otherwise: at each call, or now
+ * and then, when nobody takes it. */
+uint64_t sh_clock_and_yield(sh_node *nd, uint64_t *yield_at)
+{
+    uint64_t now = sh_clock(), then;
+
+    if (now < *yield_at)
+        return now;
+    sched_yield();
+    then = sh_clock();
+    if ((nd->alone = then - now < YIELD_NS))
+        *yield_at = then + YIELD_NS;
+    return then;
+}
+
+/* When to yield first, in a spin that begins now. */
+uint64_t sh_yield_at(const sh_node *nd, uint64_t now) { return now + (nd->alone ? YIELD_NS : nd->spin_yield_ns); }
+
+/* One step of a spin: others' news end it. Returns the clock, 0 when they have some. */
 static uint64_t spin_step(sh_ep *ep, uint64_t *yield_at)
 {
-    uint64_t now, then;
-
     for (uint64_t m = ep->nd->known; m; m &= m - 1) {
         struct sh_link *l = &ep->nd->links[__builtin_ctzll(m)];
         if (!l->muted && sh_peek(&l->in->bell) != l->last && sh_collect(ep->nd, l))
             return 0;
     }
-    now = sh_clock();
-    if (now < *yield_at)
-        return now;
-    sched_yield();
-    then = sh_clock();
-    if ((ep->nd->alone = then - now < YIELD_NS))
-        *yield_at = then + YIELD_NS;
-    return then;
+    return sh_clock_and_yield(ep->nd, yield_at);
 }
 
 static int nothing_ready(const sh_node *nd)
@@ -64,11 +72,10 @@ int sh_spin_on(sh_ep *ep, const uint64_t *word, uint64_t seen, uint64_t now)
         missed(ep, window);
         return 0;
     }
-    yield_at = now + (nd->alone ? YIELD_NS : nd->spin_yield_ns);
+    yield_at = sh_yield_at(nd, now);
     nd->touched[SH_WORD(ep->slot)] |= SH_BIT(ep->slot); /* this slot is polled: its toggle may stay unacknowledged */
     for (uint32_t k = 1; sh_peek(word) == seen; k++) {
-        sh_expect(ep->rx + (ep->head & (ep->rx_bytes - 1))); /* its lines come with the word that tells of it, not after it */
-        sh_expect(ep->rx + ((ep->head + SH_LINE) & (ep->rx_bytes - 1)));
+        sh_expect_bytes(ep);
         if ((nd->spin_yield_ns || nd->alone) && k % 8) {
             sh_pause();
             continue;

@@ -1,8 +1,6 @@
 /* turn.c - turns of the loop: their budget, and whether the pump comes again at once or the loop may sleep. */
 #include "node.h"
 
-#include <sched.h>
-
 #define CREDIT_CAP_NS 5000000u
 #define SKIP_NS 50000u
 
@@ -80,6 +78,7 @@ static int news(sh_node *nd)
             sh_ep *ep = &nd->eps[w * 64 + (uint32_t)__builtin_ctzll(m)];
             uint64_t p = sh_peek(&ep->theirs->p);
 
+            sh_expect_bytes(ep);
             if (p == ep->p_last && !sh_space_came(ep))
                 continue;
             if (p & SH_WANT) { /* it waits for what was taken: it has to be told of that as well */
@@ -97,7 +96,8 @@ static int news(sh_node *nd)
  * came, or the budget of the turn is used up. */
 int sh_pump_on(sh_node *nd, uint64_t *out, int max, uint64_t ns)
 {
-    uint64_t now = sh_clock(), end = now + ns < nd->turn_end_ns ? now + ns : nd->turn_end_ns, yield_at = now + nd->spin_yield_ns;
+    uint64_t now = sh_clock(), end = now + ns < nd->turn_end_ns ? now + ns : nd->turn_end_ns,
+             yield_at = sh_yield_at(nd, now);
 
     if (!sh_may_write(nd))
         return SH_STALE;
@@ -108,13 +108,11 @@ int sh_pump_on(sh_node *nd, uint64_t *out, int max, uint64_t ns)
     for (uint32_t k = 1; now < end; k++) {
         if (news(nd))
             return sh_pass(nd, out, max, nd->known, now);
-        if (nd->spin_yield_ns && k % 8) {
+        if ((nd->spin_yield_ns || nd->alone) && k % 8) {
             sh_pause();
             continue;
         }
-        now = sh_clock();
-        if (now >= yield_at)
-            sched_yield();
+        now = sh_clock_and_yield(nd, &yield_at);
     }
     return 0;
 }
