@@ -395,6 +395,7 @@ int sh_message_recv(sh_node *nd, uint32_t peer, sh_note *m)
                    .dst_gen = in.dst_gen, .port = in.port, .src_port = in.src_port};
     l->msg_head++;
     l->unread = 1;
+    l->acknowledged = 1; /* its bell may come only now */
     nd->moved_messages++;
     sh_store(&l->out->inbox, SH_PACK(l->peer_inc, l->msg_head), nd->wc);
     return 1;
@@ -478,7 +479,8 @@ void sh_ep_release(sh_ep *ep, int notify)
     sh_fence(nd->wc);
     if (ep->theirs) {
         nd->links[ep->peer].open[w] &= keep;
-        if (notify && !ep->orphan)
+        /* Who was told REL waits for nothing more, and who has released needs no news: a bell for these would speak of nothing. */
+        if (notify && !ep->orphan && !(ep->flags & SH_REL) && SH_GEN(sh_load(&ep->theirs->p, nd->wc)) == ep->peer_gen)
             sh_notify_slot(nd, ep->peer, ep->peer_slot);
     }
     nd->ready[w] &= keep;

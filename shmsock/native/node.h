@@ -28,7 +28,7 @@ struct sh_link { /* towards one peer */
     int suspected;
     uint64_t second_ns;        /* when counting of fruitless bells began */
     uint32_t fruitless;
-    int acknowledged;          /* a toggle, by who read its slot: the bell that spoke of it comes yet, and is not fruitless */
+    int acknowledged;          /* a toggle, by who read its slot, or a message: the bell that spoke of it comes yet, and is not fruitless */
     int muted;                 /* rang a thousand times a second for nothing: until the next safety look; atomic */
     const uint64_t *sleeping;  /* the peer's word */
     uint64_t rung;             /* value of it that the peer was rung for */

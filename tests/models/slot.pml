@@ -55,6 +55,7 @@ inline shut(me, o, reset) {
 
 inline release(me, o) {
 	atomic { /* one store, and what is private */
+		told = P[me].rel;
 		written[me * 8 + P[me].gen] = P[me].tail && !P[me].rst;
 		P[me].gen++;
 		P[me].tail = 0;
@@ -63,7 +64,11 @@ inline release(me, o) {
 		P[me].rel = 0;
 		state[me] = FREE
 	};
-	NOTIFY(o)
+	if /* who was told REL waits for nothing more, and who has released needs no news */
+	:: !told && P[o].gen == theirs[me] -> NOTIFY(o)
+	:: else
+	fi;
+	told = 0
 }
 
 /* sh_ep_open, and look once */
@@ -82,7 +87,7 @@ inline open(me, gen) {
 proctype side(bit me)
 {
 	bit o = 1 - me;
-	bit yes, copied;
+	bit yes, copied, told;
 	byte tries, mine, other, bytes;
 	word p;
 
