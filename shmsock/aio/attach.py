@@ -245,9 +245,11 @@ async def current_node(url: str | None = None, name: str | None = None) -> Node:
     if url is not None:
         url = os.fspath(url)
     mine = _implicit.setdefault(loop, {})
-    key = url if url is not None else "\0" + region.default_url()
+    key = url if url is not None else "\0" + os.environ.get("SHMSOCK_REGION", "")
     node: Node | None = None
-    found = mine.get(key) or mine.get(key.removeprefix("\0"))
+    found = mine.get(key)
+    if found is None and url is None:
+        found = mine.get(region.default_url())
     if isinstance(found, weakref.ref):
         node = found()
     elif found is not None and not found.done():

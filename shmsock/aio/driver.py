@@ -204,9 +204,15 @@ class Node(Turn):  # type: ignore[misc]
         """The one spelling of a peer's name. Raises socket.gaierror for what is none."""
         return self.engine.listeners.peer_name(host)
 
-    async def connect(self, host: Any, port: int, local_port: int = 0) -> Connection:
+    async def connect(
+        self,
+        host: Any,
+        port: int,
+        local_port: int = 0,
+        meanwhile: Callable[[Connection], object] = lambda conn: None,
+    ) -> Connection:
         """A connection in OPEN. Raises what find() does, OSError (ENOBUFS), ConnectionResetError when the
-        peer goes away.
+        peer goes away. While a peer is asked there is time for something else, to be done for each that is.
 
         Cancelled, it takes the request back; nothing is left.
         """
@@ -227,6 +233,7 @@ class Node(Turn):  # type: ignore[misc]
             if not self.scheduled:
                 self.begin_turn()
             try:
+                meanwhile(conn)
                 await waiter
                 self.engine.check()  # closed just now?
                 return conn

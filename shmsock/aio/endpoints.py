@@ -18,6 +18,7 @@ from shmsock.aio.server import Server
 from shmsock.aio.streams import ShmStreamReader, ShmStreamReaderProtocol, ShmStreamWriter, adopt
 from shmsock.aio.tls import client_tls, server_tls
 from shmsock.aio.transport import ShmTransport
+from shmsock.fabric.connection import Connection
 
 __all__ = ["create_connection", "create_server", "open_connection", "start_server"]
 
@@ -158,12 +159,25 @@ async def open_connection(
     """
     node = kwds.pop("node", None) or await current_node(kwds.pop("region", None), kwds.pop("name", None))
     loop = node.loop
-    reader = ShmStreamReader(limit=limit, loop=loop)
-    protocol = ShmStreamReaderProtocol(reader, loop=loop)
-    transport, _ = await create_connection(lambda: protocol, host, port, node=node, **kwds)
-    if isinstance(transport, ShmTransport):
-        return reader, ShmStreamWriter(transport, protocol, reader, loop)._attach()
-    return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+    if kwds or port is None:
+        reader = ShmStreamReader(limit=limit, loop=loop)
+        protocol = ShmStreamReaderProtocol(reader, loop=loop)
+        transport, _ = await create_connection(lambda: protocol, host, port, node=node, **kwds)
+        if isinstance(transport, ShmTransport):
+            return reader, ShmStreamWriter(transport, protocol, reader, loop)._attach()
+        return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+    made: list[Any] = []
+
+    def make(conn: Connection) -> None:
+        reader = ShmStreamReader(limit=limit, loop=loop)
+        protocol = ShmStreamReaderProtocol(reader, loop=loop)
+        transport = ShmTransport(node, conn, protocol, contextvars.copy_context())
+        made[:] = reader, ShmStreamWriter(transport, protocol, reader, loop), transport
+
+    await node.connect(host, port_number(port), 0, make)
+    reader, writer, transport = made
+    transport.start_streams()
+    return reader, writer._attach()
 
 
 def _with_fast_writer(callback: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:

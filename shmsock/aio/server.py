@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from shmsock.aio import names
 from shmsock.aio.pseudosocket import PseudoSocket
-from shmsock.aio.streams import adopt
+from shmsock.aio.streams import ShmStreamReaderProtocol, adopt
 from shmsock.aio.tls import Tls
 from shmsock.aio.transport import ShmTransport
 from shmsock.fabric.connection import Connection
@@ -82,7 +82,10 @@ class Server(asyncio.AbstractServer):
             conn.close()
             raise
         transport = ShmTransport(self._node, conn, protocol, context, self, numeric=self._numeric)
-        transport.start()
+        if type(protocol) is ShmStreamReaderProtocol:
+            transport.start_streams()
+        else:
+            transport.start()
         if waiter is not None:
             waiter.add_done_callback(partial(_shook_hands, transport))
 

@@ -321,6 +321,13 @@ class ShmStreamWriter(asyncio.StreamWriter):
                 return
         await super().drain()
 
+    async def wait_closed(self) -> None:
+        """As asyncio's. Who has just closed waits for one turn of the loop, in which connection_lost() is told,
+        and not for another in which it wakes up."""
+        if getattr(self._transport, "just_lost", False):
+            await yield_once()
+        await super().wait_closed()
+
     async def start_tls(
         self,
         sslcontext: ssl.SSLContext,

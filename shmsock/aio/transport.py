@@ -62,6 +62,7 @@ class ShmTransport(ReadSide):
     """A stream between two peers of a region. `get_extra_info` knows "peername" and "sockname", as (name,
     port), and "socket". `numeric`: internet addresses stand for the names."""
 
+    just_lost = False  # connection_lost() comes in the next turn of the loop
     _start_tls_compatible = True
     _sendfile_compatible = _SendfileMode.FALLBACK
 
@@ -88,16 +89,12 @@ class ShmTransport(ReadSide):
         self._server = server
         self._pending = bytearray()  # what the ring had no room for
         self._eof_wanted = False  # write_eof() was called: FIN follows _pending
-        self._closing = False
-        self._lost = False  # connection_lost() is on its way, or was called
+        self._closing = True  # or not started yet
+        self._lost = True  # connection_lost() is on its way, or was called; or this has not started
         self._writes_after_loss = 0
         self._wrote_in_vain = False
         self._broken: OSError | None = None  # the peer takes no more; what it wrote is still to be read
         self.space_waiters: list[asyncio.Future[None]] = []  # of drain()
-        conn.handler = self
-        node.transports.add(self)
-        if server is not None:
-            server._attach(self)
 
     def __repr__(self) -> str:
         state = "closed" if self._lost else "closing" if self._closing else "open"
@@ -106,6 +103,7 @@ class ShmTransport(ReadSide):
     def start(self, waiter: asyncio.Future[None] | None = None) -> None:
         """connection_made(), then `waiter` is told, then reading begins: each by call_soon. As with asyncio's
         own, who waits runs before the first bytes are delivered."""
+        self._begin()
         call_soon, context = self._loop.call_soon, self.node.context
         call_soon(self._connection_made, context=self.context)
         if waiter is None:
@@ -113,6 +111,19 @@ class ShmTransport(ReadSide):
         else:
             call_soon(_set_result, waiter)
             call_soon(partial(call_soon, self._begin_reading, context=context), context=context)
+
+    def start_streams(self) -> None:
+        """The same, for a protocol of streams: it makes a task at most, which has its own turn."""
+        self._begin()
+        self._connection_made()
+        self._begin_reading()
+
+    def _begin(self) -> None:
+        self._closing = self._lost = False
+        self.conn.handler = self
+        self.node.transports.add(self)
+        if self._server is not None:
+            self._server._attach(self)
 
     def _connection_made(self) -> None:
         if self.conn.state is State.FREE:
@@ -402,7 +413,7 @@ class ShmTransport(ReadSide):
     def _end(self, error: BaseException | None) -> None:
         if self._lost:
             return
-        self._lost = True
+        self._lost = self.just_lost = True
         if self._poll is not None:
             self._poll.close()
         self.port.receive(None, self.context)
@@ -418,6 +429,7 @@ class ShmTransport(ReadSide):
             self.node.begin_turn()
 
     def _call_connection_lost(self, error: BaseException | None) -> None:
+        self.just_lost = False
         try:
             self._protocol.connection_lost(error)  # type: ignore[arg-type]
         finally:

@@ -6,6 +6,7 @@ from __future__ import annotations
 __all__ = ["MIN_RING", "Arena"]
 
 MIN_RING = 4096
+KEPT = 32
 
 
 class Arena:
@@ -20,6 +21,8 @@ class Arena:
         self.offset, self.size = offset, size // MIN_RING * MIN_RING
         self.free_bytes = self.size
         self._free: dict[int, set[int]] = {}
+        #: Blocks given back of late, by size: taken again as they are, and merged when others are in need.
+        self._kept: dict[int, list[int]] = {}
         at = 0
         while at < self.size:  # the arena need not be a power of two: split it into aligned blocks
             block = (at & -at) or 1 << (self.size.bit_length() - 1)
@@ -37,6 +40,10 @@ class Arena:
     def take(self, nbytes: int) -> tuple[int, int] | None:
         """(offset, bytes) of a block of `nbytes`, or of the largest smaller one there is; None when all is
         taken."""
+        kept = self._kept.get(nbytes)
+        if kept:
+            self.free_bytes -= nbytes
+            return self.offset + kept.pop(), nbytes
         want = nbytes
         while want >= MIN_RING:
             found = min((b for b, blocks in self._free.items() if b >= want and blocks), default=0)
@@ -47,12 +54,28 @@ class Arena:
                     self._free.setdefault(found, set()).add(at + found)
                 self.free_bytes -= want
                 return self.offset + at, want
-            want //= 2
+            if self._kept:
+                self.merge()
+            else:
+                want //= 2
         return None
 
     def give(self, offset: int, nbytes: int) -> None:
-        at, block = offset - self.offset, nbytes
         self.free_bytes += nbytes
+        kept = self._kept.setdefault(nbytes, [])
+        if len(kept) < KEPT:
+            kept.append(offset - self.offset)
+        else:
+            self._merge(offset - self.offset, nbytes)
+
+    def merge(self) -> None:
+        """All that is free, as large as it can be."""
+        for block, kept in self._kept.items():
+            for at in kept:
+                self._merge(at, block)
+        self._kept.clear()
+
+    def _merge(self, at: int, block: int) -> None:
         while block < self.size:
             buddy = at ^ block
             peers = self._free.get(block)

@@ -122,7 +122,7 @@ class Connection:
     def open(self, peer_slot: int, peer_gen: int) -> int:
         """OPENING -> OPEN with that slot. 0, RESET (that slot is gone) or VIOLATION."""
         engine = self.engine
-        off, size = engine.ffi.new("uint64_t *"), engine.ffi.new("uint32_t *")
+        off, size = engine.ring_found
         status: int = engine.lib.sh_ep_open(self.ep, self.peer, peer_slot, peer_gen, off, size)
         if status == 0:
             self.peer_slot = peer_slot

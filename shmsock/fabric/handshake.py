@@ -39,7 +39,7 @@ class Handshake:
         engine = self.engine
         engine.check()
         peer, now_ns = engine.peers[section], engine.lib.sh_clock()
-        engine.peers.refresh(peer, now_ns)
+        engine.peers.refresh_all(now_ns)
         if not peer.live:
             raise port_refused(remote, port)
         adopted = engine.lib.sh_peer_inc(engine.nd, section)
@@ -136,10 +136,10 @@ class Handshake:
             engine.counts["refused"] += 1
             self._answer(peer, REFUSE, reason, 0, slot, 0, gen, 0, 0)
             return
+        self._answer(peer, ACCEPT, 0, conn.slot, slot, conn.gen, gen, 0, 0)
         engine.peers.heard(peer, now_ns)
         conn.local, conn.remote = (engine.name, port), (peer.name, src_port)
         engine.counts["accepted"] += 1
-        self._answer(peer, ACCEPT, 0, conn.slot, slot, conn.gen, gen, 0, 0)
         if listener is None:
             engine.datagrams.accept(conn)
         else:

@@ -217,7 +217,8 @@ class Listeners:
         found, known = self.elsewhere(name, port, exclude=exclude, datagram=datagram)
         if not found:
             raise port_refused(host, port) if known else name_unknown(host, list(engine.peers.names()))
-        return engine.rng.choice([p for p in found if p.samples <= found[0].samples])
+        best = [p for p in found if p.samples <= found[0].samples]
+        return engine.rng.choice(best) if len(best) > 1 else best[0]
 
     @staticmethod
     def is_own_machine(host: Any) -> bool:

@@ -96,6 +96,7 @@ class Engine:
         self.datagrams = Datagrams(self)
         self.counts = dict.fromkeys(OF_ENGINE, 0)
         self._out = self.ffi.new("uint64_t[]", EVENTS_PER_PASS)
+        self.ring_found = self.ffi.new("uint64_t *"), self.ffi.new("uint32_t *")  # what sh_ep_open tells
         self._events: list[Event] = []
         self._failure: OSError | None = None
         self._orphans: set[Connection] = set()

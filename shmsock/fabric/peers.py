@@ -122,17 +122,16 @@ class Peers:
             self.changed(peer)
 
     def refresh_all(self, now_ns: int) -> None:
-        for peer in self.all:
-            self.refresh(peer, now_ns)
+        if changed := self._glance():
+            for peer in self.all:
+                if changed >> peer.section & 1:
+                    self.refresh(peer, now_ns)
 
     def sample(self, now_ns: int) -> list[Peer]:
         """One look at every beat. Returns the peers that are gone since the last: left, or silent too
         long."""
         gone = []
-        if changed := self._glance():
-            for peer in self.all:
-                if changed >> peer.section & 1:
-                    self.refresh(peer, now_ns)
+        self.refresh_all(now_ns)
         for peer in self.some[:]:
             beat = self._beat(peer.section)
             if peer.section != self.own and peer.live:
@@ -167,7 +166,8 @@ class Peers:
         quicker than its beat. Not if its lock tells that it was killed."""
         if not peer.live and peer.samples and not self.killed(peer):
             peer.samples, peer.beat_ns = 0, now_ns
-        self.refresh(peer, now_ns)
+            self.refresh(peer, now_ns)
+        self.refresh_all(now_ns)
 
     def declare_dead(self, peer: Peer) -> None:
         """The kernel said so: its lock fell."""

@@ -15,6 +15,7 @@ from tests.fabric.world import fake_core
 
 
 def free(arena: Arena) -> dict[int, set[int]]:
+    arena.merge()
     return {block: set(where) for block, where in arena._free.items() if where}
 
 

@@ -501,6 +501,7 @@ class World:
         assert sorted(engine.free_slots) == list(range(layout.slots)), f"{node} leaked slots"
         pristine = Arena(layout.arena_off, layout.arena_bytes)
         assert engine.arena.free_bytes == pristine.size
+        engine.arena.merge()
         assert {b: s for b, s in engine.arena._free.items() if s} == pristine._free, (
             f"{node} leaked ring memory"
         )

@@ -16,11 +16,12 @@ DIGITS = 3
 BATCH = 8
 
 
-def trips(times: list[int], seconds: float) -> Iterator[bool]:
+def trips(times: list[int], seconds: float, begin: int = 0) -> Iterator[bool]:
     """Steps once per round trip, which is what happens between two steps; at least one is counted, however
-    busy the machine is. The first ones are for the caches, and for windows that adapt."""
+    busy the machine is. The first ones are for the caches, and for windows that adapt. `begin`: of the
+    clock, where several begin at once."""
     clock = time.perf_counter_ns
-    warm = clock() + int(seconds * WARM_UP * 1e9)
+    warm = (begin or clock()) + int(seconds * WARM_UP * 1e9)
     end = warm + int(seconds * 1e9)
     now = clock()
     while now < end or not times:
