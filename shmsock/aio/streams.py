@@ -322,8 +322,8 @@ class ShmStreamWriter(asyncio.StreamWriter):
         await super().drain()
 
     async def wait_closed(self) -> None:
-        """As asyncio's. Who has just closed waits for one turn of the loop, in which connection_lost() is told,
-        and not for another in which it wakes up."""
+        """As asyncio's. Who has just closed waits for the turn of the loop in which connection_lost() is
+        told, and not for another in which it wakes up."""
         if getattr(self._transport, "just_lost", False):
             await yield_once()
         await super().wait_closed()

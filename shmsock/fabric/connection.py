@@ -22,8 +22,8 @@ store, generation + 1, after which slot and ring are free for reuse, and which t
 (*) A changed generation is EOF to who accepted and has read nothing: the opener gave up before it saw the
 ACCEPT.
 
-Release is -> FREE. From OPEN it notifies the peer; in CLOSING that was told all it waits for. The credit of a cancelled CONNECT comes back
-with its answer.
+Release is -> FREE. From OPEN it notifies the peer; in CLOSING that was told all it waits for. The credit of a
+cancelled CONNECT comes back with its answer.
 """
 
 from __future__ import annotations

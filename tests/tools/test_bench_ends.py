@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import os
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from shmsock.errors import RegionError
 from shmsock.tools import bench_pairs as over
+from shmsock.tools.bench_ends import streams
 from shmsock.tools.bench_ends.timing import BATCH, LEAST, batches, encoded, percentiles, trips
 from shmsock.tools.bench_ends.usage import used
 from shmsock.tools.bench_pairs import Variant, checked, pair, peers, private_region
@@ -150,6 +152,42 @@ def test_trips_and_batches() -> None:
     found = [*batches(0.001)]
     assert found == [*range(1, len(found) + 1)]
     assert len(found) % BATCH == 0
+
+
+async def _served_late(count: int) -> dict[str, Any]:
+    """`many` over connections whose first echo ends long after the measure, and the next at once."""
+
+    class End:
+        def __init__(self) -> None:
+            self.echoes, self.data = -1, b""  # each connection is tried first
+
+        def write(self, data: bytes) -> None:
+            self.data = data
+
+        async def drain(self) -> None: ...
+
+        async def readexactly(self, n: int) -> bytes:
+            self.echoes += 1
+            await asyncio.sleep(0.05 if self.echoes == 1 else 0)
+            return self.data
+
+        def close(self) -> None: ...
+
+        async def wait_closed(self) -> None: ...
+
+    class Network:
+        async def open_connection(self) -> tuple[Any, Any]:
+            end = End()
+            return end, end
+
+    options = argparse.Namespace(connections=count, echo=64, seconds=0.01)
+    return await streams.many(Network(), options, [])  # type: ignore[arg-type]
+
+
+def test_who_is_served_late_counts_no_more() -> None:
+    found = asyncio.run(_served_late(10))
+    assert found["count"] == 10
+    assert found["per_s"] < 10 / 0.04
 
 
 def test_percentiles() -> None:
