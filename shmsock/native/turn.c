@@ -51,7 +51,7 @@ int sh_stay_hot(sh_node *nd, uint64_t now, int owed)
         nd->gap_ns = now - nd->hit_ns;
         nd->hit_ns = now;
         nd->idle_turns = 0;
-        credit += nd->gap_ns < nd->hot_ns ? nd->gap_ns : since; /* what was looked for so shortly was not in vain */
+        credit += since;
         hot = nd->hot_ns > 0;
     } else {
         nd->idle_turns++;
