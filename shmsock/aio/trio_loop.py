@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextvars
 import logging
 import time
+import types
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any
@@ -24,6 +25,23 @@ from trio import lowlevel
 
 __all__ = ["TrioFuture", "TrioLoop", "current_loop"]
 
+LEFT_OUT_NS = 50_000
+
+
+def _nothing() -> None:
+    pass
+
+
+def _turn() -> object:
+    """What a task yields to trio when it only lets others run."""
+    waits = lowlevel.cancel_shielded_checkpoint()  # noqa: ASYNC105
+    try:
+        return waits.send(None)
+    finally:
+        waits.close()
+
+
+_TURN = _turn()
 _loop: lowlevel.RunVar[TrioLoop] = lowlevel.RunVar("shmsock")
 _logger = logging.getLogger("shmsock")
 
@@ -36,6 +54,7 @@ def current_loop() -> TrioLoop:
     except LookupError:
         loop = TrioLoop()
         _loop.set(loop)
+        lowlevel.add_instrument(loop)
         return loop
 
 
@@ -108,12 +127,16 @@ class TrioFuture:
         return lowlevel.Abort.SUCCEEDED
 
 
-class TrioLoop:
+class TrioLoop(trio.abc.Instrument):
     """Methods are asyncio's, for one thread as those are. Nothing that a callback raises ends the run, but
-    SystemExit and KeyboardInterrupt."""
+    SystemExit and KeyboardInterrupt.
+
+    A turn of trio costs by the tasks that run in it. So the one of the callbacks is left out, for up to 50 us
+    on end, of turns that follow a checkpoint(): whoever came from there has looked at its ring itself. An
+    instrument can tell those turns, at no step of a task.
+    """
 
     hot_turns = 8
-    checkpoint = staticmethod(lowlevel.checkpoint)
     checkpoint_if_cancelled = staticmethod(lowlevel.checkpoint_if_cancelled)
 
     def __init__(self) -> None:
@@ -121,6 +144,8 @@ class TrioLoop:
         self._due: deque[tuple[Any, ...]] = deque()  # context, callback, arguments
         self._readers: dict[int, Callable[[], object]] = {}
         self._parked = self._closed = False
+        self._looks = self._looked = False  # somebody is in checkpoint(); was, since the last callback
+        self._left_out_until = 0  # ns; 0: callbacks that are due run
         self._task = lowlevel.spawn_system_task(self._run, name="shmsock callbacks")
 
     def call_soon(
@@ -129,23 +154,43 @@ class TrioLoop:
         """After the end of the run, what is asked for is forgotten: then async generators may still clean
         up."""
         self._due.append((context or contextvars.copy_context(), callback, *args))
-        if self._parked:
-            self._parked = False
-            lowlevel.reschedule(self._task)
+        self._unpark()
 
     def call_soon_threadsafe(self, callback: Callable[..., object], *args: Any) -> None:
         """Raises RuntimeError (trio.RunFinishedError) when the run is over."""
         self._token.run_sync_soon(self.call_soon, callback, *args)
+
+    @types.coroutine
+    def checkpoint(self) -> Generator[Any, Any, None]:
+        """trio's, for who looks at its ring next."""
+        self._looks = self._looked = True
+        yield _TURN
+        yield from lowlevel.checkpoint_if_cancelled()  # noqa: ASYNC105
+
+    def before_io_wait(self, timeout: float) -> None:
+        """Of trio's instruments."""
+        if self._left_out_until and not (self._looks and time.monotonic_ns() < self._left_out_until):
+            self._left_out_until = 0
+            self._unpark()
+            if timeout:
+                self._token.run_sync_soon(_nothing)  # it was about to wait: there was no task that could run
+        self._looks = False
+
+    def _unpark(self) -> None:
+        if self._parked:
+            self._parked = False
+            lowlevel.reschedule(self._task)
 
     async def _run(self) -> None:
         try:
             while True:
                 for _ in range(len(self._due)):
                     self._call(*self._due.popleft())
-                if self._due:
+                if self._due and not self._looked:
                     await lowlevel.checkpoint()
                 else:
-                    self._parked = True
+                    self._left_out_until = time.monotonic_ns() + LEFT_OUT_NS if self._due else 0
+                    self._parked, self._looked = True, False
                     await lowlevel.wait_task_rescheduled(self._abort)
         finally:
             self._closed = True

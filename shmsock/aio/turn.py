@@ -19,6 +19,7 @@ import time
 from typing import Any
 
 from shmsock.errors import wrong_thread
+from shmsock.fabric.connection import COPY_MAX
 from shmsock.fabric.node import Engine
 from shmsock.wakeup import Keeper
 
@@ -174,10 +175,38 @@ class _Port:
     nothing to wait for. `fast`: a reader takes its bytes from the ring, no exception is set, and nobody
     waits. `woken`: the pump has woken who waits."""
 
-    __slots__ = ("calm", "drains", "fast", "woken")
+    __slots__ = ("_conn", "_turn", "calm", "drains", "fast", "woken")
 
     def __init__(self, turn: Any, conn: Any, transport: Any) -> None:
+        self._turn, self._conn = turn, conn
         self.calm, self.drains, self.fast, self.woken = True, 0, False, False
+
+    def take(self, most: int) -> bytes | None:
+        """For a receive() that has let the loop turn: 1 to `most` bytes; None: the slow way."""
+        if not self.fast:
+            return None
+        turn, conn = self._turn, self._conn
+        if not turn.scheduled:
+            turn.begin_turn()
+        span: int = conn.engine.lib.sh_read_begin(
+            conn.ep, most if most < COPY_MAX else COPY_MAX, 1, len(turn.queue) < 2
+        )
+        if span <= 0:
+            return None
+        data = conn.take(span)
+        return None if type(data) is int else data
+
+    def put(self, data: Any) -> int | None:
+        """For a send(): how many bytes went into the ring; None: all of them, and others need not run
+        yet."""
+        if not (self.calm and type(data) is bytes and data):
+            return 0
+        turn, conn = self._turn, self._conn
+        lib = conn.engine.lib
+        taken: int = lib.sh_write(conn.ep, data, len(data))
+        if not turn.scheduled:
+            turn.begin_turn()
+        return None if taken == len(data) and not lib.sh_over(conn.engine.nd) else max(taken, 0)
 
     def attach(self, reader: Any) -> None:
         """A reader in direct mode."""

@@ -5,18 +5,19 @@ from __future__ import annotations
 
 import socket
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Generator, Mapping
+from types import coroutine
 from typing import Any
 
 import anyio
 from anyio import BrokenResourceError
 from anyio.abc import AsyncResource, SocketAttribute
-from anyio.lowlevel import checkpoint
+from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 
 from shmsock.aio.driver import Node
 from shmsock.aio.pseudosocket import PseudoSocket
 
-__all__ = ["RECEIVER", "SENDER", "Address", "End", "Resource", "ShmAttribute", "broken"]
+__all__ = ["RECEIVER", "SENDER", "Address", "End", "Resource", "ShmAttribute", "broken", "checkpoints"]
 
 RECEIVER, SENDER = 0, 1
 Address = tuple[str, int]
@@ -35,6 +36,25 @@ def broken(cause: BaseException) -> BrokenResourceError:
     error = BrokenResourceError(str(cause))
     error.__cause__ = cause
     return error
+
+
+Checkpoint = Callable[[], Awaitable[None]]
+
+
+def checkpoints(node: Node) -> tuple[Checkpoint, Checkpoint]:
+    """checkpoint() for who looks at its ring next, and checkpoint_if_cancelled(). Those of anyio.lowlevel
+    look the backend up each time."""
+    loop = node.loop
+    if hasattr(loop, "checkpoint"):
+        return loop.checkpoint, loop.checkpoint_if_cancelled
+
+    @coroutine
+    def turn() -> Generator[None, None, None]:
+        node.polled = 2
+        yield
+
+    token = getattr(anyio.lowlevel, "current_token", None)  # anyio 4.11
+    return turn, token().backend_class.checkpoint_if_cancelled if token else checkpoint_if_cancelled
 
 
 class End:

@@ -12,19 +12,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import anyio
-from anyio import BrokenResourceError, ClosedResourceError, EndOfStream
+from anyio import BrokenResourceError, BusyResourceError, ClosedResourceError, EndOfStream
 from anyio.abc import ByteStream, Listener, TaskGroup
-from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint, checkpoint_if_cancelled
+from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint
 
-from shmsock.aio.driver import Node, yield_once
+from shmsock.aio.driver import Node
 from shmsock.aio.pseudosocket import PollFd
-from shmsock.anyio.ends import RECEIVER, SENDER, End, Resource, ShmAttribute, broken
-from shmsock.fabric.connection import EMPTY, EOF, GROW, MOVED, REL, SPACE, STALE, YIELD, Connection, State
+from shmsock.aio.turn import Port
+from shmsock.anyio.ends import RECEIVER, SENDER, End, Resource, ShmAttribute, broken, checkpoints
+from shmsock.fabric.connection import COPY_MAX, EMPTY, EOF, GROW, MOVED, REL, SPACE, STALE, YIELD, Connection, State
 from shmsock.fabric.listeners import Listener as PortListener
 
 __all__ = ["ShmListener", "ShmStream"]
-
-COPY_MAX = 1 << 20
 
 
 class _WriteAfterEof(BrokenResourceError, RuntimeError):
@@ -38,6 +37,8 @@ class _StreamEnd(End):
         super().__init__(node)
         self.conn = conn
         self.live = conn.state is State.OPEN  # slot and ring are ours
+        self.port = Port(node, conn, self)
+        self.port.calm = self.port.fast = self.live
         self.poll: PollFd | None = None
         conn.handler = self
 
@@ -56,10 +57,11 @@ class _StreamEnd(End):
         self.ready(0)
 
     def freed(self) -> None:
-        self.live = False
+        self.live = self.port.calm = self.port.fast = False
 
     def end(self) -> None:
-        self.live, self.conn.handler = False, None
+        self.freed()
+        self.conn.handler = None
         if self.poll is not None:
             self.poll.close()
         if self.node.engine.alive:
@@ -69,7 +71,7 @@ class _StreamEnd(End):
     def fileno(self) -> int:
         if self.closed:
             return -1
-        self.poll = self.poll or PollFd()
+        self.poll, self.port.fast = self.poll or PollFd(), False  # each receive() tells it
         self.update_poll()
         return self.poll.fd
 
@@ -86,20 +88,9 @@ class ShmStream(Resource, ByteStream):
     def __init__(self, node: Node, conn: Connection) -> None:
         end = _StreamEnd(node, conn)
         super().__init__(end, conn.local, conn.remote, end.fileno)
-        self._node, self._conn, self._ep = node, conn, conn.ep
-        self._read_begin, self._read_end, self._write = (
-            node.lib.sh_read_begin,
-            node.lib.sh_read_end,
-            node.lib.sh_write,
-        )
-        self._receiving, self._sending = (
-            anyio.ResourceGuard("reading from"),
-            anyio.ResourceGuard("writing to"),
-        )
-        self._shut = self._wrote_in_vain = False
-        # anyio's own look up the backend each time
-        self._checkpoint = getattr(node.loop, "checkpoint", yield_once)
-        self._checkpoint_if_cancelled = getattr(node.loop, "checkpoint_if_cancelled", checkpoint_if_cancelled)
+        self._node, self._conn, self._port = node, conn, end.port
+        self._receiving = self._sending = self._shut = self._wrote_in_vain = False
+        self._turn, self._if_cancelled = checkpoints(node)
 
     @property
     def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
@@ -111,39 +102,42 @@ class ShmStream(Resource, ByteStream):
         """1 to `max_bytes` bytes. Raises EndOfStream, ClosedResourceError, BrokenResourceError."""
         if max_bytes < 1:
             raise ValueError("max_bytes must be a positive integer")
-        with self._receiving:
-            end, node, conn, spin = self._end, self._node, self._conn, True
-            node.polled = 2  # trio runs pump and reader in any order
-            await self._checkpoint()
-            while end.live:
-                if not node.scheduled:
-                    node.begin_turn()
-                want = max_bytes if max_bytes < COPY_MAX else COPY_MAX
-                span = self._read_begin(self._ep, want, 1, spin and len(node.queue) < 2)
-                if span > 0:
-                    at = span >> 32
-                    to = at + (span & 0xFFFFFFFF)
-                    data: bytes = conn.rx[at:to]
-                    if to > conn.rx_bytes:
-                        data += conn.rx[: to - conn.rx_bytes]
-                    span = self._read_end(self._ep, to - at)
-                    if not span:
-                        if end.poll is not None:
-                            end.update_poll()
-                        return data
-                if span == EMPTY:
-                    if not node.lib.sh_arm(self._ep):
-                        await end.sleep(RECEIVER)
-                        spin = False
-                elif span == YIELD:
-                    await checkpoint()
-                elif span == GROW:
-                    conn.follow()
-                elif span == STALE or conn.ended_by(span) != EOF:
-                    break
-                else:
-                    raise EndOfStream
-            raise self._failure() or EndOfStream
+        if self._receiving:
+            raise BusyResourceError("reading from")
+        self._receiving = True
+        try:
+            await self._turn()
+            data = self._port.take(max_bytes)
+            return await self._receive_slowly(max_bytes) if data is None else data
+        finally:
+            self._receiving = False
+
+    async def _receive_slowly(self, max_bytes: int) -> bytes:
+        end, node, conn, lib = self._end, self._node, self._conn, self._node.lib
+        spin = not self._port.fast  # else it was done just now
+        while end.live:
+            if not node.scheduled:
+                node.begin_turn()
+            span = lib.sh_read_begin(conn.ep, min(max_bytes, COPY_MAX), 1, spin and node.may_spin())
+            if span > 0:
+                data = conn.take(span)
+                if isinstance(data, bytes):
+                    end.update_poll()
+                    return data
+                span = data
+            spin = span == YIELD
+            if span == EMPTY:
+                if not lib.sh_arm(conn.ep):
+                    await end.sleep(RECEIVER)
+            elif span == YIELD:
+                await checkpoint()
+            elif span == GROW:
+                conn.follow()
+            elif span == STALE or conn.ended_by(span) != EOF:
+                break
+            else:
+                raise EndOfStream
+        raise self._failure() or EndOfStream
 
     def _failure(self) -> Exception | None:
         """What both directions raise, if anything."""
@@ -160,17 +154,20 @@ class ShmStream(Resource, ByteStream):
     async def send(self, item: bytes) -> None:
         """All of it. Cancelled, what had room in the ring stays there. Raises ClosedResourceError,
         BrokenResourceError."""
-        with self._sending:
-            await self._checkpoint_if_cancelled()
-            end, node, taken = self._end, self._node, 0
-            if end.live and not self._shut and type(item) is bytes:
-                taken = self._write(self._ep, item, len(item))
-                if not node.scheduled:
-                    node.begin_turn()
-            if taken != len(item) or not taken:
-                await self._send_rest(memoryview(item).cast("B"), max(taken, 0))
-            elif node.lib.sh_over(node.nd):
+        if self._sending:
+            raise BusyResourceError("writing to")
+        self._sending = True
+        try:
+            await self._if_cancelled()
+            taken = self._port.put(item)
+            if taken is None:
+                return
+            if taken and taken == len(item):
                 await cancel_shielded_checkpoint()
+            else:
+                await self._send_rest(memoryview(item).cast("B"), taken)
+        finally:
+            self._sending = False
 
     async def _send_rest(self, data: memoryview, sent: int) -> None:
         node, fresh = self._node, not sent
@@ -203,7 +200,7 @@ class ShmStream(Resource, ByteStream):
         while end.live:
             if not node.scheduled:
                 node.begin_turn()
-            room = node.lib.sh_wait_space(self._ep, node.may_spin())
+            room = node.lib.sh_wait_space(self._conn.ep, node.may_spin())
             if room:
                 if node.lib.sh_over(node.nd):
                     await checkpoint()
@@ -212,16 +209,21 @@ class ShmStream(Resource, ByteStream):
 
     async def send_eof(self) -> None:
         """EndOfStream for the peer, behind what was sent; receiving goes on."""
-        with self._sending:
-            await checkpoint_if_cancelled()
+        if self._sending:
+            raise BusyResourceError("writing to")
+        self._sending = True
+        try:
+            await self._if_cancelled()
             if self._end.closed:
                 raise ClosedResourceError
             if not self._shut:
                 self._node.check()
-                self._shut = True
+                self._shut, self._port.calm = True, False
                 self._conn.finish()
                 self._end.pump_follows()
             await cancel_shielded_checkpoint()
+        finally:
+            self._sending = False
 
 
 class _ListenerEnd(End):

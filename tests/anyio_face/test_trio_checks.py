@@ -43,8 +43,14 @@ class Adapter(trio.abc.HalfCloseableStream):
 
     async def wait_send_all_might_not_block(self) -> None:
         await trio.lowlevel.checkpoint()
-        with as_trio(), self.stream._sending:
-            await self.stream._room()
+        with as_trio():
+            if self.stream._sending:
+                raise anyio.BusyResourceError("writing to")
+            self.stream._sending = True
+            try:
+                await self.stream._room()
+            finally:
+                self.stream._sending = False
             if self.stream._end.closed:
                 raise anyio.ClosedResourceError
 

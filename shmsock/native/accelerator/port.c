@@ -162,24 +162,71 @@ static PyObject *write_rest(Port *p, PyObject *data, int64_t taken)
     return r;
 }
 
+/* What sh_write() says. */
+static int64_t write_out(Port *p, PyObject *data)
+{
+    Py_ssize_t n = PyBytes_GET_SIZE(data);
+    int64_t taken;
+
+    /* Whoever shares an eventfd with us can make writing to it wait. */
+    if (n > (Py_ssize_t)KEEP_GIL_MAX || p->turn->nd->links[p->ep->peer].reach == SH_REACH_EVENTFD) {
+        Py_BEGIN_ALLOW_THREADS
+        taken = sh_write(p->ep, PyBytes_AS_STRING(data), (uint64_t)n);
+        Py_END_ALLOW_THREADS
+    } else
+        taken = sh_write(p->ep, PyBytes_AS_STRING(data), (uint64_t)n);
+    return taken;
+}
+
 static PyObject *port_write(Port *p, PyObject *data)
 {
     int64_t taken = 0;
 
     if (p->calm && PyBytes_CheckExact(data)) {
-        Py_ssize_t n = PyBytes_GET_SIZE(data);
-
-        /* Whoever shares an eventfd with us can make writing to it wait. */
-        if (n > (Py_ssize_t)KEEP_GIL_MAX || p->turn->nd->links[p->ep->peer].reach == SH_REACH_EVENTFD) {
-            Py_BEGIN_ALLOW_THREADS
-            taken = sh_write(p->ep, PyBytes_AS_STRING(data), (uint64_t)n);
-            Py_END_ALLOW_THREADS
-        } else
-            taken = sh_write(p->ep, PyBytes_AS_STRING(data), (uint64_t)n);
-        if (SH_LIKELY(taken == n))
+        taken = write_out(p, data);
+        if (SH_LIKELY(taken == PyBytes_GET_SIZE(data)))
             return sh_pump_follows(p->turn) < 0 ? NULL : Py_NewRef(Py_None);
     }
     return write_rest(p, data, taken);
+}
+
+/* For a receive() that has let the loop turn: 1 to `most` bytes; None: the slow way. */
+static PyObject *port_take(Port *p, PyObject *most)
+{
+    Py_ssize_t n = p->fast ? PyLong_AsSsize_t(most) : 0;
+    uint32_t want = n > (Py_ssize_t)COPY_MAX ? COPY_MAX : (uint32_t)n;
+    PyObject *data;
+    int64_t span;
+
+    if (n < 1) {
+        PyErr_Clear();
+        Py_RETURN_NONE;
+    }
+    if (sh_pump_follows(p->turn) < 0)
+        return NULL;
+    span = sh_begin(p->ep, want, 1, 0);
+    if (span == SH_EMPTY && sh_may_spin(p->turn)) {
+        Py_BEGIN_ALLOW_THREADS
+        span = sh_begin(p->ep, want, 1, 1);
+        Py_END_ALLOW_THREADS
+    }
+    data = span > 0 ? sh_bytes_out(p->ep, (uint32_t)(span >> 32), (uint32_t)span, 0) : NULL;
+    return data || PyErr_Occurred() ? data : Py_NewRef(Py_None);
+}
+
+/* For a send(): how many bytes went into the ring; None: all of them, and others need not run yet. */
+static PyObject *port_put(Port *p, PyObject *data)
+{
+    int64_t taken = 0;
+
+    if (p->calm && PyBytes_CheckExact(data) && PyBytes_GET_SIZE(data)) {
+        taken = write_out(p, data);
+        if (sh_pump_follows(p->turn) < 0)
+            return NULL;
+        if (SH_LIKELY(taken == PyBytes_GET_SIZE(data)) && !sh_over(p->turn->nd))
+            Py_RETURN_NONE;
+    }
+    return PyLong_FromLongLong(taken < 0 ? 0 : taken);
 }
 
 /* A reader in direct mode: from now on the pump may wake it from C. */
@@ -302,6 +349,8 @@ static void port_dealloc(Port *p)
 
 static PyMethodDef methods[] = {
     {"write", (PyCFunction)(void (*)(void))port_write, METH_O, "write($self, data, /)\n--\n\nAs ShmTransport.write."},
+    {"take", (PyCFunction)(void (*)(void))port_take, METH_O, "1 to so many bytes for a receive() that has let the loop turn. None: the slow way."},
+    {"put", (PyCFunction)(void (*)(void))port_put, METH_O, "How many bytes of a send() went into the ring. None: all, and others need not run yet."},
     {"attach", (PyCFunction)(void (*)(void))port_attach, METH_O, "A reader in direct mode."},
     {"receive", (PyCFunction)(void (*)(void))port_receive, METH_VARARGS, "The protocol that bytes are given to, and in which context."},
     {"detach", (PyCFunction)(void (*)(void))port_detach, METH_NOARGS, "No reader takes bytes any more."},
