@@ -144,7 +144,7 @@ class TrioLoop(trio.abc.Instrument):
         self._due: deque[tuple[Any, ...]] = deque()  # context, callback, arguments
         self._readers: dict[int, Callable[[], object]] = {}
         self._parked = self._closed = False
-        self._looks = self._looked = False  # somebody is in checkpoint(); was, since the last callback
+        self._looks = 0  # 2: somebody comes from checkpoint() in the next turn; 1: in this one, or did
         self._left_out_until = 0  # ns; 0: callbacks that are due run
         self._task = lowlevel.spawn_system_task(self._run, name="shmsock callbacks")
 
@@ -163,20 +163,25 @@ class TrioLoop(trio.abc.Instrument):
     @types.coroutine
     def checkpoint(self) -> Generator[Any, Any, None]:
         """trio's, for who looks at its ring next."""
-        self._looks = self._looked = True
+        self._looks = 2
         yield _TURN
         yield from lowlevel.checkpoint_if_cancelled()  # noqa: ASYNC105
 
     def before_io_wait(self, timeout: float) -> None:
         """Of trio's instruments."""
-        if self._left_out_until and not (self._looks and time.monotonic_ns() < self._left_out_until):
-            self._left_out_until = 0
+        if self._looks == 2:
+            self._looks = 1
+            if not self._left_out_until or time.monotonic_ns() < self._left_out_until:
+                return
+        else:
+            self._looks = 0
+        if self._left_out_until:
             self._unpark()
             if timeout:
                 self._token.run_sync_soon(_nothing)  # it was about to wait: there was no task that could run
-        self._looks = False
 
     def _unpark(self) -> None:
+        self._left_out_until = 0
         if self._parked:
             self._parked = False
             lowlevel.reschedule(self._task)
@@ -186,17 +191,17 @@ class TrioLoop(trio.abc.Instrument):
             while True:
                 for _ in range(len(self._due)):
                     self._call(*self._due.popleft())
-                if self._due and not self._looked:
+                if self._due and not self._looks:
                     await lowlevel.checkpoint()
                 else:
                     self._left_out_until = time.monotonic_ns() + LEFT_OUT_NS if self._due else 0
-                    self._parked, self._looked = True, False
+                    self._parked = True
                     await lowlevel.wait_task_rescheduled(self._abort)
         finally:
             self._closed = True
 
     def _abort(self, raise_cancel: object) -> lowlevel.Abort:
-        self._parked = False
+        self._parked, self._left_out_until = False, 0
         return lowlevel.Abort.SUCCEEDED
 
     def _call(self, context: contextvars.Context, callback: Callable[..., object], *args: Any) -> None:
@@ -232,6 +237,8 @@ class TrioLoop(trio.abc.Instrument):
             lowlevel.notify_closing(fd)
 
     def create_future(self) -> TrioFuture:
+        if self._left_out_until:  # somebody is going to wait
+            self._unpark()
         return TrioFuture()
 
     def create_task(self, work: Coroutine[Any, Any, Any]) -> TrioFuture:

@@ -162,6 +162,52 @@ def test_the_pump_is_hot_for_few_turns(region: str) -> None:
     trio.run(main)
 
 
+def test_who_waits_is_woken_when_a_reader_does_not_come_back(region: str) -> None:
+    """Turns that follow a receive() leave out the pump, but not when the run is about to sleep."""
+
+    async def serve(ready: threading.Event) -> None:
+        woken = trio.Event()
+
+        async def wait(quiet: shm.ShmStream) -> None:
+            nonlocal woken
+            async with quiet:
+                async for _ in quiet:
+                    woken.set()
+                    woken = trio.Event()
+
+        async with await shm.create_shm_listener(local_port=7000, region=region, name="server") as listener:
+            ready.set()
+            busy, quiet = await listener.accept(), await listener.accept()
+        async with trio.open_nursery() as nursery, busy:
+            nursery.start_soon(wait, quiet)
+            for _ in range(100):
+                told = woken
+                await busy.receive(1)
+                with trio.fail_after(30):
+                    await told.wait()
+                await busy.send(b"z")
+
+    async def ask() -> None:
+        async with (
+            await shm.connect_shm("server", 7000, region=region, name="client") as busy,
+            await shm.connect_shm("server", 7000, region=region, name="client") as quiet,
+        ):
+            for i in range(100):
+                await busy.send(b"x")
+                for _ in range(i % 5):
+                    await lowlevel.checkpoint()
+                await quiet.send(b"y")
+                await busy.receive()
+
+    ready = threading.Event()
+    thread = threading.Thread(target=trio.run, args=(serve, ready))
+    thread.start()
+    assert ready.wait(60)
+    trio.run(ask)
+    thread.join(60)
+    assert not thread.is_alive()
+
+
 def test_an_autojump_clock(region: str) -> None:
     """Attaching takes real time where the region needs it, and timeouts of those who wait for a peer fire at
     once."""
