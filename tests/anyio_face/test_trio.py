@@ -166,7 +166,7 @@ def test_who_waits_is_woken_when_a_reader_does_not_come_back(region: str) -> Non
     """Turns that follow a receive() leave out the pump, but not when the run is about to sleep."""
 
     async def serve(ready: threading.Event) -> None:
-        woken = trio.Event()
+        told = woken = trio.Event()
 
         async def wait(quiet: shm.ShmStream) -> None:
             nonlocal woken
@@ -181,10 +181,10 @@ def test_who_waits_is_woken_when_a_reader_does_not_come_back(region: str) -> Non
         async with trio.open_nursery() as nursery, busy:
             nursery.start_soon(wait, quiet)
             for _ in range(100):
-                told = woken
                 await busy.receive(1)
                 with trio.fail_after(30):
                     await told.wait()
+                told = woken  # before the client is let go on
                 await busy.send(b"z")
 
     async def ask() -> None:
