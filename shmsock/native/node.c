@@ -109,9 +109,11 @@ int sh_collect(sh_node *nd, struct sh_link *l)
         return 1;
     }
     for (uint32_t w = 0; w < nd->words; w++) {
-        uint64_t diff = (sh_load(&l->t_in[w], nd->wc) ^ l->a[w]) & ~(nd->touched[w] & l->open[w]);
+        uint64_t diff = sh_load(&l->t_in[w], nd->wc) ^ l->a[w], held = diff & nd->touched[w] & l->open[w];
 
-        if (!diff)
+        if (held)
+            l->acknowledged = 1; /* as good as: its slot is looked at itself, and this bell spoke of it */
+        if (!(diff &= ~held))
             continue;
         l->a[w] ^= diff;
         sh_put(&l->a_out[w], l->a[w]);
@@ -184,6 +186,15 @@ int sh_pass(sh_node *nd, uint64_t *out, int max, uint64_t look, uint64_t now)
     return n;
 }
 
+/* Slots that nobody came back to: the next pass looks at them. */
+void sh_take_later(sh_node *nd)
+{
+    for (uint32_t w = 0; w < nd->words; w++) {
+        nd->ready[w] |= nd->later[w] & ~nd->touched[w];
+        nd->later[w] = 0;
+    }
+}
+
 /* One pass, which begins a turn. Returns what sh_pass() does, or SH_STALE. */
 int sh_pump(sh_node *nd, uint64_t *out, int max)
 {
@@ -196,10 +207,7 @@ int sh_pump(sh_node *nd, uint64_t *out, int max)
         look = nd->known; /* each bell is on a page of its own, and cold ones cost more than all the rest */
     else
         __atomic_store_n(&nd->strangers, 0, __ATOMIC_RELAXED);
-    for (uint32_t w = 0; w < nd->words; w++) {
-        nd->ready[w] |= nd->later[w] & ~nd->touched[w];
-        nd->later[w] = 0;
-    }
+    sh_take_later(nd);
     sh_rearm_touched(nd);
     return sh_pass(nd, out, max, look, now);
 }

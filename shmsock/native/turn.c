@@ -83,6 +83,7 @@ static int news(sh_node *nd)
                 continue;
             if (p & SH_WANT) { /* it waits for what was taken: it has to be told of that as well */
                 sh_rearm_touched(nd);
+                sh_take_later(nd);
                 return 1;
             }
             nd->ready[w] |= SH_BIT(ep->slot);
@@ -96,18 +97,15 @@ static int news(sh_node *nd)
  * came, or the budget of the turn is used up. */
 int sh_pump_on(sh_node *nd, uint64_t *out, int max, uint64_t ns)
 {
-    uint64_t now = sh_clock(), end = now + ns < nd->turn_end_ns ? now + ns : nd->turn_end_ns,
-             yield_at = sh_yield_at(nd, now);
+    uint64_t now = sh_clock(), end = now + ns < nd->turn_end_ns ? now + ns : nd->turn_end_ns, yield_at = sh_yield_at(nd, now);
+    int n;
 
     if (!sh_may_write(nd))
         return SH_STALE;
-    for (uint32_t w = 0; w < nd->words; w++) { /* nobody is about to read them, else that would be run first */
-        nd->ready[w] |= nd->later[w] & ~nd->touched[w];
-        nd->later[w] = 0;
-    }
+    sh_take_later(nd); /* nobody is about to read them, else that would be run first */
     for (uint32_t k = 1; now < end; k++) {
-        if (news(nd))
-            return sh_pass(nd, out, max, nd->known, now);
+        if (news(nd) && (n = sh_pass(nd, out, max, nd->known, now))) /* a bell of what was read already says nothing */
+            return n;
         if ((nd->spin_yield_ns || nd->alone) && k % 8) {
             sh_pause();
             continue;

@@ -133,11 +133,20 @@ class Node:
         self.events += events
         return events
 
+    def pump_on(self) -> list[Event]:
+        """Once more in the same turn."""
+        events = self.call(lambda: self._taken_in(self.engine.look_on()))
+        self.events += events
+        return events
+
     def _pump(self) -> list[Event]:
         unlocked = sum(1 << s for s in self.watched if s not in self.locks.table)
         if self.world.lib.sh_fake_bells_differ(self.engine.nd):
             self.world.lib.sh_rung(self.engine.nd, 0)  # as the keeper tells of strangers
-        return [e for e in self.engine.pump(self.world.now, unlocked) if not self._handled(e)]
+        return self._taken_in(self.engine.look(), unlocked)
+
+    def _taken_in(self, words: list[int] | None, unlocked: int = 0) -> list[Event]:
+        return [e for e in self.engine.take_in(words, self.world.now, unlocked) if not self._handled(e)]
 
     @staticmethod
     def _handled(event: Event) -> bool:
