@@ -1,0 +1,116 @@
+"""A pump that goes on in the same turn of the loop: who has something to run does not wait for it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+import uvloop
+
+import shmsock
+from shmsock.aio.trio_loop import TrioLoop
+from shmsock.aio.turn import accelerator, ready_queue
+from tests.aio.conftest import Run, until
+from tests.aio.processes import Child
+
+ENOUGH = 300_000
+
+
+class PingPong(asyncio.Protocol):
+    """Keeps one byte going to and fro, so that the pump has no reason to stop."""
+
+    def __init__(self) -> None:
+        self.count, self.on = 0, True
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+        transport.write(b"x")
+
+    def data_received(self, data: bytes) -> None:
+        self.count += 1
+        if self.on and self.count < ENOUGH:
+            self.transport.write(data)
+
+
+class Wakes(PingPong):
+    """And somebody, now and then."""
+
+    waiter: asyncio.Future[int] | None = None
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.waiter is not None and self.count % 100 == 0:
+            self.waiter.set_result(self.count)
+            self.waiter = None
+
+
+class Derived(uvloop.Loop):
+    __slots__ = ("other",)
+
+
+FACTORIES = {
+    "asyncio": asyncio.new_event_loop,
+    "uvloop": uvloop.new_event_loop,
+    "derived": Derived,
+    "shm": shmsock.new_event_loop,
+    "shm-uvloop": shmsock.loop_factory(uvloop.Loop),
+}
+
+
+@pytest.mark.parametrize("debug", [False, True], ids=["", "debug"])
+@pytest.mark.parametrize("factory", FACTORIES.values(), ids=FACTORIES)
+def test_the_queue_of_a_loop_is_found(factory: Any, debug: bool, region: str) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        async with shmsock.attach(region) as node:
+            queue = ready_queue(loop)
+            assert queue is node.queue is getattr(loop, "_ready", queue)
+            before = len(queue)
+            handle = loop.call_soon(int)
+            assert len(queue) == before + 1
+            assert queue[-1] is handle
+
+    loop = factory()
+    try:
+        loop.set_debug(debug)
+        loop.run_until_complete(main())
+    finally:
+        loop.close()
+
+
+def test_of_other_loops_nothing_is_known() -> None:
+    assert ready_queue(TrioLoop.__new__(TrioLoop)) is None
+
+
+@pytest.mark.skipif(accelerator is None, reason="the twin reads on meanwhile, within the turn's budget")
+def test_who_is_woken_by_bytes_runs_before_more_of_them_are_taken(run: Run, region: str) -> None:
+    async def main() -> None:
+        async with Child("serve", region, "peer", loop=run.loop) as child, shmsock.attach(region) as node:
+            await child.says("ready")
+            transport, protocol = await shmsock.create_connection(Wakes, "peer", 7000, node=node)
+            for _ in range(100):
+                protocol.waiter = asyncio.get_running_loop().create_future()
+                assert await protocol.waiter == protocol.count
+            protocol.on = False
+            transport.close()
+
+    run(main())
+
+
+def test_a_hot_pump_leaves_timers_their_turns(run: Run, region: str) -> None:
+    """Were it not for the budget of a turn, they would wait until nothing comes any more."""
+
+    async def main() -> None:
+        async with Child("serve", region, "peer", loop=run.loop) as child, shmsock.attach(region) as node:
+            await child.says("ready")
+            transport, protocol = await shmsock.create_connection(PingPong, "peer", 7000, node=node)
+            await until(lambda: protocol.count > 1000)
+            before = protocol.count
+            for _ in range(10):
+                await asyncio.sleep(0.001)
+            assert protocol.count - before < ENOUGH / 2
+            protocol.on = False
+            transport.close()
+
+    run(main())
