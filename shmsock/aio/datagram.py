@@ -245,6 +245,7 @@ class ShmDatagramTransport(FlowControl, asyncio.DatagramTransport):
             self._protocol.connection_lost(error)
         finally:
             self.endpoint.handler = None
+            self._protocol = None  # type: ignore[assignment]  # as in ShmTransport
 
     def _fatal_error(self, error: BaseException, message: str) -> None:
         self._loop.call_exception_handler(

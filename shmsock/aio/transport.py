@@ -434,6 +434,7 @@ class ShmTransport(ReadSide):
             self._protocol.connection_lost(error)  # type: ignore[arg-type]
         finally:
             self.conn.handler = None
+            self._protocol = None  # type: ignore[assignment]  # as over TCP: no cycle is left for the collector
             server, self._server = self._server, None
             if server is not None:
                 server._detach(self)

@@ -225,6 +225,7 @@ class Endpoint:
             return
         self.closed = True
         self.listener.close()
+        self.listener.handler = None
         self.engine.counts["datagrams_unreachable"] += len(self._kept)
         self._kept.clear()
         self.routes.clear()

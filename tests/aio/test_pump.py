@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -112,5 +114,41 @@ def test_a_hot_pump_leaves_timers_their_turns(run: Run, region: str) -> None:
             assert protocol.count - before < ENOUGH / 2
             protocol.on = False
             transport.close()
+
+    run(main())
+
+
+class Ends(asyncio.BaseProtocol):
+    def __init__(self) -> None:
+        self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self.lost.set_result(None)
+
+
+@pytest.mark.parametrize("kind", ["stream", "datagrams"])
+def test_a_closed_transport_is_not_left_to_the_collector(run: Run, region: str, kind: str) -> None:
+    """As over TCP and UDP, though protocol and transport know each other."""
+
+    async def main() -> None:
+        async with Child("serve", region, "peer", loop=run.loop) as child, shmsock.attach(region) as node:
+            await child.says("ready")
+            gc.disable()
+            try:
+                transport: Any
+                if kind == "stream":
+                    transport, protocol = await shmsock.create_connection(Ends, "peer", 7000, node=node)
+                else:
+                    transport, protocol = await shmsock.create_datagram_endpoint(Ends, node=node)
+                transport.close()
+                await protocol.lost
+                gone = weakref.ref(transport), weakref.ref(protocol)
+                del transport, protocol
+                await until(lambda: [one() for one in gone] == [None, None])
+            finally:
+                gc.enable()
 
     run(main())
