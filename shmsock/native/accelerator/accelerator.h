@@ -25,7 +25,7 @@ typedef struct {
     Port **ports;     /* by slot: connections with a reader in direct mode, or with a protocol that takes bytes; borrowed */
     Inbox **inboxes;  /* and links that bring datagrams */
     uint32_t slots;
-    uint64_t turn_end_ns; /* the turn that is counted: how many read in it, and in the one before */
+    uint64_t turn_end_ns; /* the turn that is counted: how many took something in it, and in the one before */
     uint32_t readers, sharers;
     unsigned long ident;
     unsigned long long unlocked;
@@ -53,6 +53,7 @@ struct inbox {
     PyObject *flows; /* source << 16 | destination port -> (endpoint, address of the source) */
     sh_ep *ep;
     uint32_t slot;
+    uint64_t turn_end_ns; /* the turn in which it brought something last */
     char open;
 };
 
@@ -80,6 +81,7 @@ void sh_look_again(Turn *t, uint32_t slot);
 int sh_port_wake(Port *p);
 int sh_port_deliver(Port *p);
 int sh_inbox_drain(Inbox *box);
+int sh_takes_part(Turn *t, uint64_t *last);
 int sh_share_is_used(Port *p);
 int sh_drained(Port *p);
 uint32_t sh_line_at(const Port *p, uint32_t at, uint32_t n);

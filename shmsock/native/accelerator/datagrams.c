@@ -57,6 +57,7 @@ int sh_inbox_drain(Inbox *box)
     sh_node *nd = box->turn->nd;
     uint32_t given = 0;
 
+    sh_takes_part(box->turn, &box->turn_end_ns);
     for (int records = 0; records < RECORDS_PER_PASS && given < BYTES_PER_PASS && box->open; records++) {
         PyObject *straight, *protocol, *context, *endpoint, *source, *data, *r = NULL;
         PyObject *type, *value, *trace;

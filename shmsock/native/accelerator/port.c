@@ -78,6 +78,7 @@ int sh_port_deliver(Port *p)
     uint32_t given = 0;
     int64_t span = 0;
 
+    sh_takes_part(p->turn, &p->turn_end_ns);
     while (p->protocol && p->calm && given < DELIVER_MAX && (span = sh_now(p->ep, PIECE)) > 0) {
         PyObject *data = sh_bytes_out(p->ep, (uint32_t)(span >> 32), (uint32_t)span, 0), *protocol, *context, *r = NULL;
 
@@ -124,21 +125,28 @@ uint32_t sh_line_at(const Port *p, uint32_t at, uint32_t n)
     return (Py_ssize_t)length <= p->limit + 1 ? length : 0;
 }
 
-/* A turn's budget is shared by as many as took part in the last one: reads in C are so quick that the first would leave the others nothing. */
-int sh_share_is_used(Port *p)
+/* Counts who takes something in this turn of the loop; `last` is its own note of that. 1: for the first time. */
+int sh_takes_part(Turn *t, uint64_t *last)
 {
-    Turn *t = p->turn;
-
     if (t->turn_end_ns != t->nd->turn_end_ns) {
         t->turn_end_ns = t->nd->turn_end_ns;
         t->sharers = t->readers;
         t->readers = 0;
     }
-    if (p->turn_end_ns != t->turn_end_ns) {
-        p->turn_end_ns = t->turn_end_ns;
-        t->readers++;
+    if (*last == t->turn_end_ns)
+        return 0;
+    *last = t->turn_end_ns;
+    t->readers++;
+    return 1;
+}
+
+/* A turn's budget is shared by as many as took part in the last one: reads in C are so quick that the first would leave the others nothing. */
+int sh_share_is_used(Port *p)
+{
+    Turn *t = p->turn;
+
+    if (sh_takes_part(t, &p->turn_end_ns))
         p->since_ns = t->sharers > 1 ? sh_clock() : 0;
-    }
     return p->since_ns && sh_clock() - p->since_ns > t->nd->hold_ns / t->sharers;
 }
 
