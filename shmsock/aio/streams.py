@@ -304,6 +304,7 @@ class ShmStreamWriter(asyncio.StreamWriter):
     def _attach(self) -> ShmStreamWriter:
         self.write = self._transport.write  # type: ignore[method-assign]  # one call less on the way
         self._port = self._transport.port
+        self._protocol.stock = False  # type: ignore[attr-defined]
         return self
 
     async def drain(self) -> None:
@@ -390,6 +391,7 @@ class ShmStreamReaderProtocol(asyncio.StreamReaderProtocol):
 
     _transport: Any
     _port: Any = SimpleNamespace(calm=False)
+    stock = True  # the writer is asyncio's
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         reader = self._stream_reader  # type: ignore[attr-defined]
@@ -402,7 +404,7 @@ class ShmStreamReaderProtocol(asyncio.StreamReaderProtocol):
     def _drain_helper(self) -> Any:
         """Stock writers await what this gives; as ShmStreamWriter.drain, for less than a coroutine costs."""
         port = self._port
-        if port.calm:
+        if self.stock and port.calm:
             port.drains += 1
             if port.drains & 7:
                 return _OVER

@@ -23,6 +23,8 @@ from shmsock.fabric.connection import COPY_MAX
 from shmsock.fabric.node import Engine
 from shmsock.wakeup import Keeper
 
+GLANCE_NS, SPIN_NS = 3_000, 50_000  # of a pump in one go; then the loop looks after others
+
 __all__ = ["Outbox", "Port", "Turn", "accelerator", "ready_queue"]
 
 
@@ -149,7 +151,11 @@ class _Turn:
                     again = told or not self._fall_asleep()
                 if hot > 2 and not alone:
                     os.sched_yield()
-                if hot < 2 or not alone or (words := self._engine.look_on()) == []:
+                if hot < 2 or not alone:
+                    return
+                # What those who were told did may be the loop's to pass on: uvloop holds writes to sockets
+                # back until the turn ends.
+                if (words := self._engine.look_on(GLANCE_NS if told else SPIN_NS)) == []:
                     return
                 now = time.monotonic_ns()
         finally:

@@ -20,7 +20,19 @@ from shmsock.aio.driver import Node
 from shmsock.aio.pseudosocket import PollFd
 from shmsock.aio.turn import Port
 from shmsock.anyio.ends import RECEIVER, SENDER, End, Resource, ShmAttribute, broken, checkpoints
-from shmsock.fabric.connection import COPY_MAX, EMPTY, EOF, GROW, MOVED, REL, SPACE, STALE, YIELD, Connection, State
+from shmsock.fabric.connection import (
+    COPY_MAX,
+    EMPTY,
+    EOF,
+    GROW,
+    MOVED,
+    REL,
+    SPACE,
+    STALE,
+    YIELD,
+    Connection,
+    State,
+)
 from shmsock.fabric.listeners import Listener as PortListener
 
 __all__ = ["ShmListener", "ShmStream"]

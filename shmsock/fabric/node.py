@@ -34,7 +34,6 @@ EV_SLOT, EV_ADOPT, EV_MESSAGE = 0, 1, 2
 SAMPLE_NS = 75_000_000  # a bit less than a beat, which is what wakes a sleeping loop for it
 SAFETY_NS = 1_000_000_000
 COMING_NS = 5_000_000_000
-SPIN_NS = 50_000  # of a pump in one go; then the loop has to look after others
 EVENTS_PER_PASS = 64
 
 
@@ -212,13 +211,11 @@ class Engine:
         n = self.lib.sh_pump(self.nd, self._out, EVENTS_PER_PASS) if self._failure is None else STALE
         return None if n == STALE else self._out[0:n]
 
-    def look_on(self) -> list[int] | None:
-        """The same once more in the same turn of the loop: waits a little, busily. Empty: nothing came."""
-        n = (
-            self.lib.sh_pump_on(self.nd, self._out, EVENTS_PER_PASS, SPIN_NS)
-            if self._failure is None
-            else STALE
-        )
+    def look_on(self, ns: int) -> list[int] | None:
+        """The same once more in the same turn of the loop: waits so long, busily. Empty: nothing came."""
+        n = STALE
+        if self._failure is None:
+            n = self.lib.sh_pump_on(self.nd, self._out, EVENTS_PER_PASS, ns)
         return None if n == STALE else self._out[0:n]
 
     def take_in(self, words: list[int] | None, now_ns: int, unlocked: int = 0) -> list[Event]:

@@ -618,7 +618,7 @@ def test_gone_without_anything_unread_says_nothing() -> None:
 def test_a_sender_dies_at_any_step(how: str) -> None:
     """What arrives is a beginning of what was sent, whole datagrams of it."""
     seen, deaths = set(), set()
-    for steps in range(1, 250):
+    for steps in range(1, 300):
         world = World(how, steps, peers=2, size=2 << 20)
         a, b = world.pair()
         source, sink = Inbox(a, 0), Inbox(b)

@@ -157,8 +157,10 @@ static int next_pass(Turn *t, uint64_t *words, int *n, uint64_t now, int told, i
         *again = told || !fall_asleep(t);
     if (hot < 2 || (!alone && hot == 2))
         return 0;
-    if (alone && (*n = sh_pump_on(t->nd, words, EVENTS, GLANCE_NS)))
+    if (alone && (*n = sh_pump_on(t->nd, words, EVENTS, t->nd->spin_max_ns / 64 > GLANCE_NS ? t->nd->spin_max_ns / 64 : GLANCE_NS)))
         return 1;
+    if (told) /* what it did may be for others, and the loop's to pass on: uvloop holds writes to sockets back until the turn ends */
+        return 0;
     Py_BEGIN_ALLOW_THREADS
     if (alone)
         *n = sh_pump_on(t->nd, words, EVENTS, SPIN_NS);
