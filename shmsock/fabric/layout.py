@@ -162,13 +162,16 @@ def format_region(memory: Memory, *, peers: int = 16, rng: random.Random | None 
             f"{memory.size} bytes are too few for a region of {peers} peers: make it {need} or more, or ask "
             "for fewer peers"
         )
-    if memory.load(H_MAGIC) == MAGIC:
+    magic = memory.load(H_MAGIC)
+    if magic == MAGIC:
         return read_layout(memory)
-    if memory.load(H_MAGIC) or (memory.load(H_ID) == 0 and any(memory.read(0, HEADER))):
+    head = memory.read(0, HEADER)
+    memory.fence()
+    # What appeared in the header since can be another's format, and then its first word, the id, is there.
+    if magic or (any(head) and memory.load(H_ID) == 0):
         raise format_error(
-            f"the region begins with {memory.read(0, 16).hex()}, expected zeros or a shmsock magic: it "
-            "holds something "
-            "else; `shmsock create --force` overwrites it"
+            f"the region begins with {head[:16].hex()}, expected zeros or a shmsock magic: it holds "
+            "something else; `shmsock create --force` overwrites it"
         )
     draw = rng or random.SystemRandom()
     log2_slots = slots.bit_length() - 1
