@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import signal
+from collections.abc import Iterator
 
 import pytest
 
@@ -17,3 +19,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("vm"):
             item.add_marker(pytest.mark.xdist_group("guests"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collecting_is_cheap() -> Iterator[None]:
+    """Many tests collect: only what they made themselves is looked at then."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()

@@ -41,7 +41,7 @@ async def read_to_the_reset(end: End) -> bytes:
     raise AssertionError(f"EOF after {len(data)} bytes")
 
 
-@pytest.mark.parametrize("times", [6, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [6, pytest.param(25, marks=pytest.mark.slow)])
 def test_killed_again_and_again(run: Run, make: Callable[..., str], times: int) -> None:
     """Four sections, and every life takes one: a section, a slot or a byte that leaks is missed soon."""
 

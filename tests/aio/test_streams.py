@@ -730,7 +730,7 @@ def test_set_protocol_ends_direct_mode(run: Run, world: World) -> None:
 class Buffered(asyncio.BufferedProtocol):
     def __init__(self) -> None:
         self.buffer = bytearray(1000)
-        self.data = b""
+        self.data = bytearray()
         self.eof = False
 
     def get_buffer(self, sizehint: int) -> bytearray:

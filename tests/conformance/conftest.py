@@ -23,15 +23,6 @@ def descriptors() -> list[str]:
     )
 
 
-@pytest.fixture(scope="package", autouse=True)
-def _collecting_is_cheap() -> Iterator[None]:
-    """Each test collects: only what it made itself is looked at."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture(autouse=True)
 def _nothing_is_left() -> Iterator[None]:
     # There may be some that a test of another kind left to the collector.

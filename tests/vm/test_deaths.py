@@ -104,7 +104,7 @@ def test_process_killed(two_guests: Pair, peers: Peers) -> None:
 def test_guest_reset_and_killed(two_guests: Pair, peers: Peers, boot_again: Callable[[], Pair]) -> None:
     left = survivors(two_guests, peers)
     guest, boots, machines = two_guests.a, set(), set()
-    deaths = ["reset", "reset", "kill", "reset", "kill"]
+    deaths = ["reset", "kill", "reset"]
     for death in deaths:
         (victim,) = (p.attach() for p in peers(guest))
         assert victim.section == 2  # the one of the life before

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import json
 import mmap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from shmsock.fabric import layout as lay
-from shmsock.tools.qemu import Fleet, Ivshmem
+from shmsock.tools.qemu import Fleet, Guest, Ivshmem
+from tests.test_cli import good
 from tests.vm.peers import PeerError, Peers, assert_calm, format_region
 
 if TYPE_CHECKING:
@@ -86,12 +89,46 @@ def test_death_is_seen_at_once_under_one_kernel(two_guests: Pair, peers: Peers) 
     assert b.statistics()["state"] == "attached"
 
 
-def test_choosing_a_device(fleet: Fleet, peers: Peers) -> None:
+@pytest.fixture(scope="module")
+def of_two() -> Iterator[tuple[Guest, list[Path]]]:
+    """A guest with two devices, and their files."""
+    with Fleet() as fleet:
+        files = [fleet.shared_file(16 << 20), fleet.shared_file(8 << 20)]
+        devices = [
+            Ivshmem(f, f.stat().st_size, addr=at) for f, at in zip(files, ("0x10", "0x11"), strict=True)
+        ]
+        yield fleet.boot("vm-c", ivshmem=devices), files
+
+
+def test_info_tells_two_devices_apart(of_two: tuple[Guest, list[Path]]) -> None:
+    guest, files = of_two
+    good("create", files[0], "--size", "16M", "--force")
+    said = json.loads(guest.run(["shmsock", "info", "--json"]).text)
+    first, second = said["devices"]
+    assert first["address"] < second["address"]
+    assert (first["model"], first["ids"], first["driver"]) == ("ivshmem-plain", "1af4:1110", None)
+    assert first["enabled"]
+    assert [bar["size"] for bar in first["bars"]] == [256, 0, 16 << 20]
+    assert [bar["size"] for bar in second["bars"]] == [256, 0, 8 << 20]
+    assert [region["content"]["state"] for region in said["regions"]] == ["formatted", "unformatted"]
+    text = guest.run(["shmsock", "info"]).text
+    assert text.count("ivshmem-plain [1af4:1110] (rev 01)") == 2
+    assert "[size=16 MiB]  the shared memory" in text
+    assert "pages" not in text
+    one = guest.run(["shmsock", "info", f"pci:{second['address']}"]).text
+    assert one.count("ivshmem-plain") == 1
+    assert "unformatted: " in one
+    done = guest.run(["shmsock", "info", "pci:auto"], check=False)
+    assert done.returncode == 1
+    assert b"2 ivshmem devices found, expected one" in done.stderr
+
+
+def test_choosing_a_device(of_two: tuple[Guest, list[Path]], peers: Peers) -> None:
     """Two devices, then one, then none."""
-    files = [fleet.shared_file(16 << 20), fleet.shared_file(8 << 20)]
-    guest = fleet.boot(
-        "vm-c", ivshmem=[Ivshmem(files[0], 16 << 20, addr="0x10"), Ivshmem(files[1], 8 << 20, addr="0x11")]
-    )
+    guest, files = of_two
+    for path in files:
+        with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+            memory.madvise(mmap.MADV_REMOVE)
     (peer,) = peers(guest)
     both = r"2 ivshmem devices found.*pci:0000:00:10.0 \(16 MiB\), pci:0000:00:11.0 \(8 MiB\); name the one"
     with pytest.raises(PeerError, match=both):  # nothing in either
@@ -130,6 +167,7 @@ def test_choosing_a_device(fleet: Fleet, peers: Peers) -> None:
         peer.attach("pci:auto")
     peer.attach()  # without a device everybody has a region of their own
     assert peer.identity["region"] == "file:/dev/shm/shmsock-0"
+    guest.run(["sh", "-c", "echo 1 > /sys/bus/pci/rescan"])
 
 
 def magic(files: list[Path]) -> list[bool]:
