@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Awaitable, Callable
 
 import anyio
 import pytest
@@ -26,6 +27,19 @@ from tests.anyio_face.conftest import World
 
 async def implicit(region: str) -> shmsock.Node:
     return await current_node(region, "a")
+
+
+def in_two_threads(
+    serve: Callable[[threading.Event], Awaitable[None]], ask: Callable[[], Awaitable[None]]
+) -> None:
+    """A run in each; the second begins when the first is ready for it."""
+    ready = threading.Event()
+    thread = threading.Thread(target=trio.run, args=(serve, ready))
+    thread.start()
+    assert ready.wait(60)
+    trio.run(ask)
+    thread.join(60)
+    assert not thread.is_alive()
 
 
 def test_the_implicit_node_ends_with_its_run(region: str) -> None:
@@ -115,13 +129,7 @@ def test_two_runs_in_two_threads(region: str) -> None:
                 await stream.send(b"%d" % i)
                 assert await stream.receive() == b"%d" % i
 
-    ready = threading.Event()
-    thread = threading.Thread(target=trio.run, args=(serve, ready))
-    thread.start()
-    assert ready.wait(60)
-    trio.run(ask)
-    thread.join(60)
-    assert not thread.is_alive()
+    in_two_threads(serve, ask)
 
 
 @pytest.mark.parametrize("busy", [False, True])
@@ -199,13 +207,7 @@ def test_who_waits_is_woken_when_a_reader_does_not_come_back(region: str) -> Non
                 await quiet.send(b"y")
                 await busy.receive()
 
-    ready = threading.Event()
-    thread = threading.Thread(target=trio.run, args=(serve, ready))
-    thread.start()
-    assert ready.wait(60)
-    trio.run(ask)
-    thread.join(60)
-    assert not thread.is_alive()
+    in_two_threads(serve, ask)
 
 
 def test_an_autojump_clock(region: str) -> None:
