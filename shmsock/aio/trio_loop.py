@@ -25,7 +25,7 @@ from trio import lowlevel
 
 __all__ = ["TrioFuture", "TrioLoop", "current_loop"]
 
-LEFT_OUT_NS = 50_000
+LEFT_OUT_NS = TURN_NS = 50_000
 
 
 def _nothing() -> None:
@@ -131,9 +131,12 @@ class TrioLoop(trio.abc.Instrument):
     """Methods are asyncio's, for one thread as those are. Nothing that a callback raises ends the run, but
     SystemExit and KeyboardInterrupt.
 
-    A turn of trio costs by the tasks that run in it. So the one of the callbacks is left out, for up to 50 us
+    A turn of trio takes longer than a round trip through a ring. So checkpoint() does what trio says of one:
+    it looks whether it is time for another task. It is when one was scheduled, or 50 us after the last turn.
+
+    Turns cost by the tasks that run in them, too. So the one of the callbacks is left out, for up to 50 us
     on end, of turns that follow a checkpoint(): whoever came from there has looked at its ring itself. An
-    instrument can tell those turns, at no step of a task.
+    instrument can tell those turns, and who is scheduled, at no step of a task.
     """
 
     hot_turns = 8
@@ -144,6 +147,10 @@ class TrioLoop(trio.abc.Instrument):
         self._due: deque[tuple[Any, ...]] = deque()  # context, callback, arguments
         self._readers: dict[int, Callable[[], object]] = {}
         self._parked = self._closed = False
+        self._scheduled = self._scheduled_before = (
+            0  # tasks, from the last wait for IO on, and from the one before
+        )
+        self._turn_end = 0  # ns; of the last turn that a checkpoint() was
         self._looks = 0  # 2: somebody comes from checkpoint() in the next turn; 1: in this one, or did
         self._left_out_until = 0  # ns; 0: callbacks that are due run
         self._task = lowlevel.spawn_system_task(self._run, name="shmsock callbacks")
@@ -163,12 +170,16 @@ class TrioLoop(trio.abc.Instrument):
     @types.coroutine
     def checkpoint(self) -> Generator[Any, Any, None]:
         """trio's, for who looks at its ring next."""
-        self._looks = 2
-        yield _TURN
+        alone = self._scheduled + self._scheduled_before == 1  # that was the one that runs now
+        if not alone or time.monotonic_ns() >= self._turn_end:
+            self._looks = 2
+            yield _TURN
+            self._turn_end = time.monotonic_ns() + TURN_NS
         yield from lowlevel.checkpoint_if_cancelled()  # noqa: ASYNC105
 
     def before_io_wait(self, timeout: float) -> None:
         """Of trio's instruments."""
+        self._scheduled_before, self._scheduled = self._scheduled, 0
         if self._looks == 2:
             self._looks = 1
             if not self._left_out_until or time.monotonic_ns() < self._left_out_until:
@@ -179,6 +190,11 @@ class TrioLoop(trio.abc.Instrument):
             self._unpark()
             if timeout:
                 self._token.run_sync_soon(_nothing)  # it was about to wait: there was no task that could run
+
+    def task_scheduled(self, task: lowlevel.Task) -> None:
+        """Of trio's instruments."""
+        if task is not self._task:
+            self._scheduled += 1
 
     def _unpark(self) -> None:
         self._left_out_until = 0

@@ -1,8 +1,10 @@
 """anyio over shared memory, on its asyncio and its trio backend: connect_shm, create_shm_listener, datagrams.
 
 Names, parameters, exceptions and cancellation are those of anyio's TCP and UDP: a cancelled receive() takes
-nothing with it, and what a cancelled send() had put into the ring stays there. What a run of trio sees of the
-node behind it is told in shmsock/aio/trio_loop.py.
+nothing with it, and what a cancelled send() had put into the ring stays there. Both are always cancel points.
+receive() lets other tasks run each time (on trio: each time that one could, and every 50 us), send() when it
+waits or the turn's budget is used up. What a run of trio sees of the node behind it is told in
+shmsock/aio/trio_loop.py.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 import shmsock
 import shmsock.anyio as shm
+from shmsock.aio import trio_loop
 from shmsock.aio.attach import current_node
 from shmsock.aio.trio_loop import current_loop
 from tests.aio.conftest import keepers
@@ -208,6 +209,62 @@ def test_who_waits_is_woken_when_a_reader_does_not_come_back(region: str) -> Non
                 await busy.receive()
 
     in_two_threads(serve, ask)
+
+
+class Turns(trio.abc.Instrument):
+    """How many there were."""
+
+    count = 0
+
+    def after_io_wait(self, timeout: float) -> None:
+        self.count += 1
+
+
+def test_a_receive_is_a_turn_only_for_others(region: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if no time went by, with which there would be more."""
+    monkeypatch.setattr(trio_loop, "TURN_NS", 1 << 62)
+
+    async def main() -> None:
+        async with World("nodes", region).pair() as (c, s), trio.open_nursery() as nursery:
+            await c.send(bytes(300))
+            await s.receive(1)
+            turns = Turns()
+            lowlevel.add_instrument(turns)
+            for _ in range(100):
+                await s.receive(1)
+            assert turns.count < 20
+            told, ran = trio.Event(), 0
+
+            async def other() -> None:
+                nonlocal told, ran
+                while True:
+                    await told.wait()
+                    told, ran = trio.Event(), ran + 1
+
+            nursery.start_soon(other)
+            for i in range(50):
+                told.set()
+                for _ in range(2):  # it may come after this one in the turn
+                    await s.receive(1)
+                assert ran >= i
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+def test_who_receives_alone_is_cancelled_in_time(region: str) -> None:
+    """Deadlines are looked at in turns: there is one long before hold_us is over."""
+
+    async def main() -> None:
+        async with World("nodes", region).pair(settings=shmsock.Settings(hold_us=10**7)) as (c, s):
+            size = 50_000
+            await c.send(bytes(size))
+            with trio.move_on_after(0.001) as scope:
+                while size:
+                    size -= len(await s.receive(1))
+            assert scope.cancelled_caught
+
+    trio.run(main)
 
 
 def test_an_autojump_clock(region: str) -> None:

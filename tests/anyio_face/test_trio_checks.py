@@ -31,7 +31,7 @@ def as_trio() -> Iterator[None]:
 
 
 class Adapter(trio.abc.HalfCloseableStream):
-    """Each call is a checkpoint: an anyio stream's send() need not wait for a turn of the loop."""
+    """Each call is a turn of the loop, as trio has it: those of ShmStream need not be."""
 
     def __init__(self, stream: shm.ShmStream) -> None:
         self.stream = stream
@@ -55,6 +55,7 @@ class Adapter(trio.abc.HalfCloseableStream):
                 raise anyio.ClosedResourceError
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        await trio.lowlevel.checkpoint()
         with as_trio():
             try:
                 return await self.stream.receive(65536 if max_bytes is None else max_bytes)
