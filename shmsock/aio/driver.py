@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from shmsock.address import is_any, is_local, normalize_name
 from shmsock.aio.doorbells import Ear
-from shmsock.aio.turn import Port, Turn, accelerator, ready_queue
+from shmsock.aio.turn import Port, Turn, accelerator, ready_queue, selector
 from shmsock.errors import address_unavailable, forked, wrong_thread
 from shmsock.fabric import layout as lay
 from shmsock.fabric.connection import Connection
@@ -125,6 +125,7 @@ class Node(Turn):  # type: ignore[misc]
         # On one CPU a spin that does not yield only keeps the peer from answering.
         yield_ns = 0 if one_cpu else 1000
         self.lib.sh_node_settings(self.nd, us.hold_us * 1000, us.busy_poll_us * 1000 * slow, yield_ns)
+        self.lib.sh_loop(self.nd, selector(loop))
         self.context.run(loop.add_reader, keeper.fd, self._wake)
         self.ear = Ear(self, region.doorbell if engine.settings.doorbells else None)
         self.listens = self.ear.bell is not None

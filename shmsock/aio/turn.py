@@ -25,7 +25,7 @@ from shmsock.wakeup import Keeper
 
 GLANCE_NS, SPIN_NS = 3_000, 50_000  # of a pump in one go; then the loop looks after others
 
-__all__ = ["Outbox", "Port", "Turn", "accelerator", "ready_queue"]
+__all__ = ["Outbox", "Port", "Turn", "accelerator", "ready_queue", "selector"]
 
 
 def _load() -> Any:
@@ -58,6 +58,15 @@ def ready_queue(loop: Any) -> Any:
     handle.cancel()
     deques = (d for d in gc.get_referents(loop) if type(d) is collections.deque and d and d[-1] is handle)
     return next(deques, None)
+
+
+def selector(loop: Any) -> int:
+    """The descriptor by which the loop waits for all others: readable when one of them is ready. -1 where it
+    is not to be had."""
+    if hasattr(loop, "_get_backend_id"):  # uvloop
+        return int(loop._get_backend_id())
+    fileno = getattr(getattr(loop, "_selector", None), "fileno", None)
+    return -1 if fileno is None else int(fileno())
 
 
 class _Turn:

@@ -81,6 +81,7 @@ void sh_node_settings(sh_node *nd, uint64_t hold_ns, uint64_t spin_max_ns, uint6
 uint64_t sh_node_counter(sh_node *nd, int which);
 uint64_t sh_turn(sh_node *nd);
 int sh_over(sh_node *nd);
+void sh_loop(sh_node *nd, int fd);
 void sh_due(sh_node *nd, uint64_t at_ns);
 void sh_hot(sh_node *nd, uint64_t hot_ns, uint64_t hot_turns, int one_cpu);
 int sh_pumped_just_now(sh_node *nd, uint64_t now);

@@ -24,6 +24,7 @@ sh_node *sh_node_new(void *base, const sh_geometry *g, uint32_t self, int wc)
     nd->self = self;
     nd->wc = wc;
     nd->inert = 1; /* until claimed */
+    nd->loop_fd = -1;
     nd->words = (g->slots + 63) / 64;
     nd->region_id = sh_load(&((struct sh_header *)base)->region_id, wc);
     nd->claim_at = &((struct sh_section *)sh_section_at(base, g, self))->claim;

@@ -88,6 +88,8 @@ struct sh_node {
     const uint64_t *claim_at;
     uint64_t claim, region_id;
     uint64_t turn_end_ns, hold_ns, spin_max_ns, spin_yield_ns;
+    uint64_t ask_ns;              /* when to ask the loop again whether others want this turn to end; 0: they do */
+    int loop_fd;                  /* readable when they do; negative: not known */
     uint64_t n[SH_N_COUNTERS];
     uint64_t moved_messages, moved_space; /* writes that went on where there had been no space */
     uint64_t due_ns;              /* when the engine wants a pass at the latest */
@@ -154,6 +156,7 @@ int sh_spin_on(sh_ep *ep, const uint64_t *word, uint64_t seen, uint64_t now);
 uint64_t sh_gather(sh_ep *ep, uint64_t now);
 uint64_t sh_clock_and_yield(sh_node *nd, uint64_t *yield_at);
 uint64_t sh_yield_at(const sh_node *nd, uint64_t now);
+int sh_asked(sh_node *nd, uint64_t now);
 int sh_acknowledge(sh_node *nd, sh_ep *ep);
 int sh_space_came(const sh_ep *ep);
 void sh_rearm_touched(sh_node *nd);
@@ -200,6 +203,9 @@ static inline int sh_flows(const sh_ep *ep, uint32_t least)
 {
     return ep->flow == SH_FLOWS && ep->tail_seen - ep->head < least && ep->nd->spin_max_ns;
 }
+
+/* Is it time to let the loop turn? */
+static inline int sh_over_at(sh_node *nd, uint64_t now) { return SH_UNLIKELY(now >= nd->ask_ns) && sh_asked(nd, now); }
 
 /* May this call write the section? Not from another thread: it ends here, before anything is touched. */
 static inline int sh_may_write(const sh_node *nd)

@@ -164,7 +164,7 @@ int sh_wait_space(sh_ep *ep, int spin)
         return r;
     if (spin) {
         uint64_t now = sh_clock();
-        if (now < ep->nd->turn_end_ns
+        if (!sh_over_at(ep->nd, now)
             && sh_spin_on(ep, &ep->theirs->c, (uint64_t)ep->peer_gen << SH_GEN_SHIFT | ep->head_seen, now) > 0) {
             if ((r = sh_see_head(ep)) < 0)
                 return r;
@@ -254,7 +254,7 @@ int64_t sh_begin(sh_ep *ep, uint32_t want, uint32_t min, int spin)
         return SH_STALE;
     if (SH_UNLIKELY(!ep->theirs))
         return SH_RESET;
-    if ((now = sh_clock()) >= nd->turn_end_ns)
+    if (sh_over_at(nd, now = sh_clock()))
         return SH_YIELD;
     if (spin && sh_flows(ep, min))
         now = sh_gather(ep, now);
@@ -268,7 +268,7 @@ int64_t sh_begin(sh_ep *ep, uint32_t want, uint32_t min, int spin)
         }
         if (avail >= min)
             return span(ep, avail < want ? avail : want);
-        if (!now && (now = sh_clock()) >= nd->turn_end_ns)
+        if (!now && sh_over_at(nd, now = sh_clock()))
             spin = 0;
         r = spin && !(ep->p_last & SH_FIN) ? sh_spin_on(ep, &ep->theirs->p, ep->p_last, now) : 0;
         if (r <= 0)

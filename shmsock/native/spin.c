@@ -89,7 +89,7 @@ int sh_spin_on(sh_ep *ep, const uint64_t *word, uint64_t seen, uint64_t now)
             missed(ep, window);
             return 0;
         }
-        if (now >= nd->turn_end_ns) {
+        if (sh_over_at(nd, now)) {
             ep->spun_ns += now - start;
             return SH_YIELD;
         }

@@ -1,8 +1,16 @@
 /* turn.c - turns of the loop: their budget, and whether the pump comes again at once or the loop may sleep. */
 #include "node.h"
 
+#include <poll.h>
+
 #define CREDIT_CAP_NS 5000000u
 #define SKIP_NS 50000u
+#define ASK_NS 50000u /* a question is a system call */
+
+static void ask_later(sh_node *nd, uint64_t now)
+{
+    nd->ask_ns = nd->loop_fd < 0 || now + ASK_NS > nd->turn_end_ns ? nd->turn_end_ns : now + ASK_NS;
+}
 
 /* A new loop turn begins: its budget. Returns the clock. */
 uint64_t sh_turn(sh_node *nd)
@@ -10,11 +18,25 @@ uint64_t sh_turn(sh_node *nd)
     uint64_t now = sh_clock();
 
     nd->turn_end_ns = now + nd->hold_ns;
+    ask_later(nd, now);
     sh_wake_up(nd); /* a pump follows in this turn: nobody need ring */
     return now;
 }
 
-int sh_over(sh_node *nd) { return sh_clock() >= nd->turn_end_ns; }
+/* Is its budget used up, or is one of the loop's other descriptors ready? Those it sees only between its turns. */
+int sh_asked(sh_node *nd, uint64_t now)
+{
+    if (!nd->ask_ns || now >= nd->turn_end_ns)
+        return 1;
+    ask_later(nd, now);
+    if (poll(&(struct pollfd){.fd = nd->loop_fd, .events = POLLIN}, 1, 0) == 1)
+        nd->ask_ns = 0;
+    return !nd->ask_ns;
+}
+
+int sh_over(sh_node *nd) { return sh_over_at(nd, sh_clock()); }
+
+void sh_loop(sh_node *nd, int fd) { nd->loop_fd = fd; }
 
 /* When the engine wants a pass at the latest, whatever happens or not. */
 void sh_due(sh_node *nd, uint64_t at_ns) { nd->due_ns = at_ns; }
@@ -97,13 +119,13 @@ static int news(sh_node *nd)
  * came, or the budget of the turn is used up. */
 int sh_pump_on(sh_node *nd, uint64_t *out, int max, uint64_t ns)
 {
-    uint64_t now = sh_clock(), end = now + ns < nd->turn_end_ns ? now + ns : nd->turn_end_ns, yield_at = sh_yield_at(nd, now);
+    uint64_t now = sh_clock(), end = now + ns, yield_at = sh_yield_at(nd, now);
     int n;
 
     if (!sh_may_write(nd))
         return SH_STALE;
     sh_take_later(nd); /* nobody is about to read them, else that would be run first */
-    for (uint32_t k = 1; now < end; k++) {
+    for (uint32_t k = 1; now < end && !sh_over_at(nd, now); k++) {
         if (news(nd) && (n = sh_pass(nd, out, max, nd->known, now))) /* a bell of what was read already says nothing */
             return n;
         if ((nd->spin_yield_ns || nd->alone) && k % 8) {

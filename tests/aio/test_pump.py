@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import weakref
 from typing import Any
 
@@ -114,6 +115,37 @@ def test_a_hot_pump_leaves_timers_their_turns(run: Run, region: str) -> None:
             assert protocol.count - before < ENOUGH / 2
             protocol.on = False
             transport.close()
+
+    run(main())
+
+
+def test_a_descriptor_ends_a_turn_long_before_its_budget(run: Run, region: str) -> None:
+    """Counted in round trips: without that they are hundreds of thousands."""
+
+    async def main() -> None:
+        loop, settings = asyncio.get_running_loop(), shmsock.Settings(hold_us=60_000_000)
+        near, far = os.pipe()
+        async with (
+            Child("serve", region, "peer", loop=run.loop) as child,
+            shmsock.attach(region, settings=settings) as node,
+        ):
+            await child.says("ready")
+            reader, writer = await shmsock.open_connection("peer", 7000, node=node)
+            heard = bytearray()
+            loop.add_reader(near, lambda: heard.extend(os.read(near, 1)))
+            for number in range(10):
+                os.write(far, b"x")
+                count = 0
+                while len(heard) == number:
+                    writer.write(b"x")
+                    await writer.drain()
+                    await reader.readexactly(1)
+                    count += 1
+                    assert count < 10_000
+            loop.remove_reader(near)
+            writer.close()
+        os.close(near)
+        os.close(far)
 
     run(main())
 
