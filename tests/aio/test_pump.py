@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import weakref
+from collections import defaultdict
 from typing import Any
 
 import pytest
@@ -148,6 +149,26 @@ def test_a_descriptor_ends_a_turn_long_before_its_budget(run: Run, region: str) 
         os.close(far)
 
     run(main())
+
+
+@pytest.mark.skipif(accelerator is None, reason="the twin takes more at once than a turn allows")
+def test_two_streams_that_are_never_empty_share_each_turn(run: Run, region: str) -> None:
+    turns: defaultdict[int, list[int]] = defaultdict(lambda: [0, 0])  # reads of each, by turn
+
+    async def take(node: shmsock.Node, i: int) -> None:
+        reader, writer = await shmsock.open_connection("peer", 7000, node=node)
+        for _ in range(5_000):
+            assert await reader.read(64)
+            turns[node.statistics()["pumps"]][i] += 1
+        writer.close()
+
+    async def main() -> None:
+        async with Child("source", region, "peer", loop=run.loop) as child, shmsock.attach(region) as node:
+            await child.says("ready")
+            await asyncio.gather(take(node, 0), take(node, 1))
+
+    run(main())
+    assert sum(map(max, turns.values())) < 8 * sum(map(min, turns.values()))
 
 
 class Ends(asyncio.BaseProtocol):
