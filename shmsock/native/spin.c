@@ -44,6 +44,12 @@ static int nothing_ready(const sh_node *nd)
     return !any;
 }
 
+/* Bytes come seldom, and the peer was rung and has not woken yet. That takes longer than it costs to sleep meanwhile. */
+static int has_to_wake(const sh_node *nd, const struct sh_link *l, uint64_t now)
+{
+    return now - nd->hit_ns > nd->spin_max_ns && sh_peek(l->sleeping) == l->rung;
+}
+
 /* A spin was in vain. Now and then the next is a long one again: where waking is slow, no wait without a spin looks short enough to
  * learn from. */
 static void missed(sh_ep *ep, uint64_t window)
@@ -66,7 +72,7 @@ int sh_spin_on(sh_ep *ep, const uint64_t *word, uint64_t seen, uint64_t now)
     uint64_t window = ep->window_ns < nd->spin_max_ns ? ep->window_ns : nd->spin_max_ns;
     uint64_t start = now, end = now + window - ep->spun_ns, yield_at;
 
-    if (!window || ep->orphan || ep->peer == nd->self || !nothing_ready(nd))
+    if (!window || ep->orphan || ep->peer == nd->self || !nothing_ready(nd) || has_to_wake(nd, &nd->links[ep->peer], now))
         return 0;
     if (ep->spun_ns >= window) {
         missed(ep, window);
