@@ -36,6 +36,7 @@ from shmsock.errors import violation
 
 if TYPE_CHECKING:
     from shmsock.fabric.node import Engine
+    from shmsock.fabric.peers import Peer
 
 __all__ = [
     "BAD",
@@ -97,21 +98,23 @@ class Connection:
         "state",
     )
 
-    def __init__(self, engine: Engine, slot: int, ring: tuple[int, int], peer: int) -> None:
+    def __init__(
+        self, engine: Engine, slot: int, ring: tuple[int, int], peer: int, accepted: bool, may_grow: bool
+    ) -> None:
         self.engine, self.slot, self.ring, self.peer = engine, slot, ring, peer
+        self.accepted = accepted
         self.outgrown: tuple[tuple[int, int], ...] = ()  # rings before this one, while the peer may read them
         self.ep: Any = engine.lib.sh_ep_at(engine.nd, slot)
-        self.gen: int = engine.lib.sh_ep_gen(self.ep)
+        self.gen: int = engine.lib.sh_ep_take(self.ep, *ring, accepted, may_grow)
         self.state = State.OPENING
         self.handler: Any = None
         self.local: tuple[str, int] = ("", 0)
         self.remote: tuple[str, int] = ("", 0)
         self.peer_slot = -1
-        self.rx: Any = b""
+        self.rx: Any = b""  # until follow(): what reads in C alone needs none
         self.rx_bytes = 0
         self.orphaned_ns = 0
         self.error: OSError | None = None
-        self.accepted = False
 
     def __repr__(self) -> str:
         where = f"slot {self.slot} of generation {self.gen}"
@@ -119,25 +122,24 @@ class Connection:
 
     # -- moves of the peer
 
-    def open(self, peer_slot: int, peer_gen: int) -> int:
-        """OPENING -> OPEN with that slot. 0, RESET (that slot is gone) or VIOLATION."""
+    def open(self, peer: Peer, peer_slot: int, peer_gen: int) -> int:
+        """OPENING -> OPEN with that slot. LOOK bits for looked(), RESET (that slot is gone) or VIOLATION."""
         engine = self.engine
-        off, size = engine.ring_found
-        status: int = engine.lib.sh_ep_open(self.ep, self.peer, peer_slot, peer_gen, off, size)
-        if status == 0:
-            self.peer_slot = peer_slot
-            self._read_from(off[0], size[0])
-            self.state = State.OPEN
-            engine.mapped(self)
-        return status
-
-    def _read_from(self, off: int, size: int) -> None:
-        self.rx, self.rx_bytes = self.engine.memory.view(off, size), size
+        bits: int = engine.lib.sh_ep_open(self.ep, self.peer, peer_slot, peer_gen)
+        if bits >= 0:
+            self.peer_slot, self.state = peer_slot, State.OPEN
+            peer.connections[peer_slot] = self
+            if not peer.here:  # its identity makes no sense: all the same, there is something to end when
+                peer.here = True  # it falls silent
+                engine.peers.note(peer)
+        return bits
 
     def follow(self) -> None:
-        """The peer's ring has grown: `rx` and `rx_bytes` are of the new one."""
-        size = self.engine.ffi.new("uint32_t *")
-        self._read_from(self.engine.lib.sh_ep_follow(self.ep, size), size[0])
+        """The peer's ring is to be read for the first time, or has grown: `rx` and `rx_bytes` are of it."""
+        engine = self.engine
+        size = engine.ffi.new("uint32_t *")
+        off = engine.lib.sh_ep_follow(self.ep, size)
+        self.rx, self.rx_bytes = engine.memory.view(off, size[0]), size[0]
 
     def look(self) -> int:
         """Take in what the peer did; returns LOOK bits for the driver, 0 when there is nothing for it. May
@@ -204,9 +206,9 @@ class Connection:
         if self.state is State.OPENING or (self.state is State.OPEN and self.orphaned_ns):
             self.release()
         elif self.state is not State.FREE and (self.state is State.OPEN or rst):
-            self.engine.lib.sh_ep_shut(self.ep, fin and 1 - rst, 1, rst)
+            bits = self.engine.lib.sh_ep_shut(self.ep, fin and 1 - rst, 1, rst)
             self.state = State.CLOSING
-            self.look()
+            self.looked(bits)
 
     def release(self) -> None:
         """-> FREE. The slot and its ring are the engine's again."""

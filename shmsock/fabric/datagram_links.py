@@ -193,6 +193,7 @@ class Incoming:
         self._ports = owner.engine.ffi.new("uint32_t *")
         self._flows: dict[int, tuple[Endpoint, Address]] = {}  # by source << 16 | destination port
         self._inbox = owner.inbox and owner.inbox(conn, self._flows)
+        conn.follow()
         conn.handler = self
 
     def ready(self, bits: Any) -> None:

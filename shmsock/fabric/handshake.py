@@ -10,7 +10,7 @@ from errno import ECONNREFUSED
 from typing import TYPE_CHECKING
 
 from shmsock.errors import port_refused, violation
-from shmsock.fabric.connection import VIOLATION, Connection, State
+from shmsock.fabric.connection import EMPTY, SPACE, VIOLATION, Connection, State
 from shmsock.fabric.peers import VIOLATIONS, Peer
 from shmsock.fabric.slots import NO_MEMORY, NO_SLOT
 
@@ -27,7 +27,7 @@ MESSAGES_PER_PASS = 16
 class Handshake:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._note = engine.ffi.new("sh_note *")
+        self._note = engine.ffi.new("uint32_t[8]")
 
     def connect(self, section: int, port: int, *, local: tuple[str, int], remote: str) -> Connection:
         """Ask `section` for a connection to `port` (0: one for datagrams). The answer is an event, connected
@@ -37,18 +37,9 @@ class Handshake:
         ConnectionRefusedError when nobody is there, ProtocolViolation while it is not listened to.
         """
         engine = self.engine
-        engine.check()
-        peer, now_ns = engine.peers[section], engine.lib.sh_clock()
-        engine.peers.refresh_all(now_ns)
-        if not peer.live:
-            raise port_refused(remote, port)
-        adopted = engine.lib.sh_peer_inc(engine.nd, section)
-        if not adopted and now_ns < peer.ignore_until_ns:
-            raise violation(
-                f"{remote!r} (section {section})", f"{VIOLATIONS} times; it is not listened to for a while"
-            )
-        if not adopted or engine.lib.sh_tag_changed(engine.nd, section):
-            engine.adopt(peer, now_ns)
+        peer, adopted = engine.peers.all[section], engine.lib.sh_adopted(engine.nd, section)
+        if adopted != 1 or not peer.live:
+            self._reach(peer, adopted, port, remote)
         conn = engine.slots.take(peer, accepted=False, datagrams=not port)
         if isinstance(conn, int):
             raise engine.slots.no_room(conn)
@@ -57,60 +48,70 @@ class Handshake:
         self.send_waiting(peer)
         return conn
 
+    def _reach(self, peer: Peer, adopted: int, port: int, remote: str) -> None:
+        """Adopt the link to a peer that was not, or has started anew; or raise why not."""
+        engine, now_ns = self.engine, self.engine.lib.sh_clock()
+        engine.check()
+        engine.peers.refresh_all(now_ns)
+        if not peer.live:
+            raise port_refused(remote, port)
+        if adopted == EMPTY and now_ns < peer.ignore_until_ns:
+            raise violation(
+                f"{remote!r} (section {peer.section})",
+                f"{VIOLATIONS} times; it is not listened to for a while",
+            )
+        if adopted != 1:
+            engine.adopt(peer, now_ns)
+
     def send_waiting(self, peer: Peer) -> None:
-        while peer.answers and self._send(peer, *peer.answers[0]):
+        lib = self.engine.lib
+        while peer.answers and self._sent(
+            peer, lib.sh_answer(self.engine.nd, peer.section, *peer.answers[0])
+        ):
             peer.answers.popleft()
         while peer.waiting and peer.credits > 0 and not peer.answers:
             conn = peer.waiting[0]
-            if conn.state is State.OPENING and not self._send(
-                peer, CONNECT, 0, conn.slot, 0, conn.gen, 0, conn.remote[1], conn.local[1]
-            ):
-                return
+            if conn.state is State.OPENING:
+                if not self._sent(peer, lib.sh_connect(conn.ep, peer.section, conn.remote[1], conn.local[1])):
+                    return
+                peer.credits -= 1
             peer.waiting.popleft()
-            peer.credits -= conn.state is State.OPENING
 
-    def _send(self, peer: Peer, *fields: int) -> bool:
-        engine = self.engine
-        note = self._note
-        note.kind, note.reason, note.slot, note.dst_slot, note.gen, note.dst_gen, note.port, note.src_port = (
-            fields
-        )
-        status: int = engine.lib.sh_message_send(engine.nd, peer.section, note)
+    def _sent(self, peer: Peer, status: int) -> bool:
         if status == VIOLATION:
-            engine.offence(peer.section)
+            self.engine.offence(peer.section)
         return status == 0
 
     def messages(self, peer: Peer, now_ns: int) -> None:
-        engine = self.engine
-        note = self._note
+        engine, note = self.engine, self._note
         for _ in range(MESSAGES_PER_PASS):
             status = engine.lib.sh_message_recv(engine.nd, peer.section, note)
             if status == VIOLATION:
                 engine.mail.discard(peer.section)
-                if engine.lib.sh_tag_changed(engine.nd, peer.section):
+                if engine.lib.sh_adopted(engine.nd, peer.section) == 0:
                     engine.tag_changed(peer, now_ns)
                 else:  # the message ring cannot be trusted any more: a violation of the whole link
                     peer.violations = VIOLATIONS
                     engine.offence(peer.section)
                 return
-            if status != 1:
+            if status > 0:
+                kind, reason, slot, gen, dst_slot, dst_gen, port, src_port = engine.ffi.unpack(note, 8)
+                if kind == CONNECT:
+                    self._on_connect(peer, slot, gen, port, src_port, now_ns)
+                else:
+                    peer.credits = min(peer.credits + 1, engine.settings.max_connects)
+                    self._on_answer(peer, kind, reason, slot, gen, dst_slot, dst_gen)
+            if status < 2:  # there are no more
                 engine.mail.discard(peer.section)
                 break
-            kind, slot, dst_slot, gen, dst_gen = note.kind, note.slot, note.dst_slot, note.gen, note.dst_gen
-            if kind == CONNECT:
-                self._on_connect(peer, slot, gen, note.port, note.src_port, now_ns)
-            else:
-                peer.credits = min(peer.credits + 1, engine.settings.max_connects)
-                self._on_answer(peer, kind, note.reason, slot, gen, dst_slot, dst_gen)
         self.send_waiting(peer)
 
     def _on_connect(self, peer: Peer, slot: int, gen: int, port: int, src_port: int, now_ns: int) -> None:
         engine = self.engine
-        old = peer.connections.get(slot)
-        if old is not None:
+        if (old := peer.connections.get(slot)) is not None:
             engine.ready(old.slot)  # a released slot whose toggle we have not looked at yet
         listener = engine.listeners.accepting(port, peer) if port else None
-        reason, conn = 0, None
+        reason, conn, bits = 0, None, 0
         if slot in peer.connections:
             reason = STALE_CONNECT
         elif port and listener is None:
@@ -126,18 +127,19 @@ class Handshake:
                 reason = taken
             else:
                 conn = taken
-                status = conn.open(slot, gen)
-                if status < 0:
+                bits = conn.open(peer, slot, gen)
+                if bits < 0:
                     conn.release()
                     reason = STALE_CONNECT
-                    if status == VIOLATION:
+                    if bits == VIOLATION:
                         engine.offence(peer.section)
         if reason or conn is None:
             engine.counts["refused"] += 1
-            self._answer(peer, REFUSE, reason, 0, slot, 0, gen, 0, 0)
+            self._answer(peer, reason, 0, 0, slot, gen)
             return
-        self._answer(peer, ACCEPT, 0, conn.slot, slot, conn.gen, gen, 0, 0)
-        engine.peers.heard(peer, now_ns)
+        self._answer(peer, 0, conn.slot, conn.gen, slot, gen)
+        if not peer.live:
+            engine.peers.heard(peer, now_ns)
         conn.local, conn.remote = (engine.name, port), (peer.name, src_port)
         engine.counts["accepted"] += 1
         if listener is None:
@@ -145,11 +147,13 @@ class Handshake:
         else:
             listener.pending += 1
             engine.emit("accepted", listener, conn)
-        engine.ready(conn.slot)
+        if bits != SPACE:
+            engine.looked(conn, bits)
 
     def _answer(self, peer: Peer, *fields: int) -> None:
+        """`fields`: reason, slot, gen, dst_slot, dst_gen."""
         engine = self.engine
-        if peer.answers or not self._send(peer, *fields):
+        if peer.answers or not self._sent(peer, engine.lib.sh_answer(engine.nd, peer.section, *fields)):
             if len(peer.answers) < 64:  # an honest peer has at most 32 CONNECTs on the way
                 peer.answers.append(fields)
             else:
@@ -189,18 +193,18 @@ class Handshake:
                 error = port_refused(*conn.remote)
             engine.emit("failed", conn, error)
             return
-        old = peer.connections.get(slot)
-        if old is not None:
+        if (old := peer.connections.get(slot)) is not None:
             engine.ready(old.slot)  # released, accepted anew, and we have not looked since
-        status = conn.open(slot, gen) if slot not in peer.connections else VIOLATION
-        if status < 0:
+        bits = conn.open(peer, slot, gen) if slot not in peer.connections else VIOLATION
+        if bits < 0:
             conn.release()
             engine.emit(
                 "failed", conn, ConnectionResetError(104, f"connection to {conn.remote} was reset at once")
             )
-            if status == VIOLATION:
+            if bits == VIOLATION:
                 engine.offence(peer.section)
             return
         engine.counts["connected"] += 1
         engine.emit("connected", conn)
-        engine.ready(conn.slot)
+        if bits != SPACE:
+            engine.looked(conn, bits)

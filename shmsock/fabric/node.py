@@ -95,7 +95,6 @@ class Engine:
         self.datagrams = Datagrams(self)
         self.counts = dict.fromkeys(OF_ENGINE, 0)
         self._out = self.ffi.new("uint64_t[]", EVENTS_PER_PASS)
-        self.ring_found = self.ffi.new("uint64_t *"), self.ffi.new("uint32_t *")  # what sh_ep_open tells
         self._events: list[Event] = []
         self._failure: OSError | None = None
         self._orphans: set[Connection] = set()
@@ -227,9 +226,8 @@ class Engine:
         for word in words:
             kind, what = word >> 24 & 0xFF, word & 0xFFFFFF
             if kind == EV_SLOT:
-                if (conn := self.connections.get(what)) and (bits := conn.looked(word >> 32)):
-                    # past the constructor: this is on the way of every byte that wakes somebody
-                    self._events.append(tuple.__new__(Event, ("ready", conn, bits)))
+                if conn := self.connections.get(what):
+                    self.looked(conn, word >> 32)
             elif kind == EV_ADOPT:
                 self.tag_changed(self.peers[what], now_ns)
             else:
@@ -258,7 +256,8 @@ class Engine:
                 self.mail.update(range(self.layout.peers))
 
     def emit(self, kind: str, target: Any, arg: Any = None) -> None:
-        self._events.append(Event(kind, target, arg))
+        # past the constructor: this is on the way of every connection, and of every byte that wakes somebody
+        self._events.append(tuple.__new__(Event, (kind, target, arg)))
 
     def _take_events(self) -> list[Event]:
         events = self._events[:]
@@ -279,11 +278,13 @@ class Engine:
         self.lib.sh_due(self.nd, min(now_ns, self._next_safety))
 
     def ready(self, slot: int) -> None:
-        conn = self.connections.get(slot)
-        if conn is not None:
-            bits = conn.look()
-            if bits:
-                self._events.append(Event("ready", conn, bits))
+        """Look at it, if it is in use."""
+        if conn := self.connections.get(slot):
+            self.looked(conn, self.lib.sh_look(conn.ep))
+
+    def looked(self, conn: Connection, bits: int) -> None:
+        if bits := conn.looked(bits):
+            self.emit("ready", conn, bits)
 
     def _down(self, why: OSError) -> None:
         self._failure = why
@@ -316,7 +317,6 @@ class Engine:
         self.counts["adoptions"] += 1
         self.lib.sh_adopt(self.nd, peer.section)
         self.mail.add(peer.section)
-        self._publish_users(peer)
         self.peers.refresh(peer, now_ns)
         self._watch_lock(peer)
         if not peer.live:  # its bells may be heard before it says that it is there
@@ -334,7 +334,6 @@ class Engine:
         self._end_connections(peer, now_ns)
         self.lib.sh_restart(self.nd, peer.section, self._pair_inc(self.section, peer.section))
         self.lib.sh_adopt(self.nd, peer.section)
-        self._publish_users(peer)
 
     def _end_connections(self, peer: Peer, now_ns: int) -> None:
         for conn in [c for c in self.connections.values() if c.peer == peer.section]:
@@ -438,29 +437,15 @@ class Engine:
 
     # -- connections
 
-    def mapped(self, conn: Connection) -> None:
-        peer = self.peers[conn.peer]
-        peer.connections[conn.peer_slot] = conn
-        # even if its identity makes no sense: there is something to end when it falls silent
-        peer.here = True
-        self.peers.note(peer)
-        self._publish_users(peer)
-
     def released(self, conn: Connection) -> None:
         """Give slot and ring back. Called once per connection."""
-        peer = self.peers[conn.peer]
+        peer = self.peers.all[conn.peer]
         self._orphans.discard(conn)
         if conn.peer_slot < 0 and conn in peer.waiting:
             peer.waiting.remove(conn)
         if peer.connections.get(conn.peer_slot) is conn:
             del peer.connections[conn.peer_slot]
         self.slots.give_back(conn, peer)
-        if conn.peer_slot >= 0 and self._failure is None:
-            self._publish_users(peer)
-
-    def _publish_users(self, peer: Peer) -> None:
-        orphans = sum(1 for c in self._orphans if c.peer == peer.section) if self._orphans else 0
-        self.lib.sh_users(self.nd, peer.section, len(peer.connections) + orphans)
 
     def connect(self, section: int, port: int, *, local: tuple[str, int], remote: str) -> Connection:
         """Ask `section` for a connection to `port`. The answer is an event, connected or failed.

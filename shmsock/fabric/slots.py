@@ -50,12 +50,9 @@ class Slots:
         if ring is None:
             return NO_MEMORY
         slot = self.free.pop()
-        conn = Connection(self.engine, slot, ring, peer.section)
-        self.engine.lib.sh_ep_take(conn.ep, *ring, accepted)
-        self.engine.lib.sh_ep_may_grow(conn.ep, not datagrams and ring[1] < settings.ring_bytes)
-        self.connections[slot] = conn
+        may_grow = not datagrams and ring[1] < settings.ring_bytes
+        conn = self.connections[slot] = Connection(self.engine, slot, ring, peer.section, accepted, may_grow)
         if accepted:
-            conn.accepted = True
             peer.slots += 1
             peer.ring_bytes += ring[1]
         return conn
@@ -63,22 +60,24 @@ class Slots:
     def _fit(self, most: int, peer: Peer, accepted: bool, slots: int) -> int:
         """What a connection that takes so many slots gets of ring memory, at most; 0: nothing is left for
         that peer."""
+        layout, share = self.engine.layout, 0
+        foreign = accepted and peer.section != self.engine.section
+        if foreign and (share := layout.arena_bytes // 2 - peer.ring_bytes) < MIN_RING:
+            return 0
+        if most == MIN_RING:
+            return most
         size = Arena.fit(most, self.arena.free_bytes, len(self.free) - slots)
-        if not accepted or peer.section == self.engine.section:
-            return size
         # Half of the arena is its share, and that is handed out as the whole is: with a reserve for the
         # rest of its slots, so that a few large rings do not shut out all that it opens after them.
-        layout = self.engine.layout
-        share = layout.arena_bytes // 2 - peer.ring_bytes
-        left = layout.slots // 2 - peer.slots - slots
-        return Arena.fit(size, share, left, parts=4) if share >= MIN_RING else 0
+        return Arena.fit(size, share, layout.slots // 2 - peer.slots - slots, parts=4) if foreign else size
 
     def _ring(self, size: int) -> tuple[int, int] | None:
         """With storage behind it."""
         ring = self.arena.take(size)
         if ring is not None:
             try:
-                self._back(*ring)
+                if self._ensure:
+                    self._back(self._ensure, *ring)
             except OSError:
                 self.arena.give(*ring)
                 raise
@@ -140,12 +139,12 @@ class Slots:
             peer.slots -= 1
             peer.ring_bytes -= conn.ring[1]
 
-    def _back(self, offset: int, size: int) -> None:
+    def _back(self, ensure: Callable[[int, int], None], offset: int, size: int) -> None:
         """Have storage behind ring memory before it is written: a full disk is an OSError here, and a SIGBUS
         later."""
         pages = range(offset // MIN_RING, (offset + size) // MIN_RING)
-        if self._ensure and not self._backed.issuperset(pages):
-            self._ensure(self.engine.layout.section(self.engine.section) + offset, size)
+        if not self._backed.issuperset(pages):
+            ensure(self.engine.layout.section(self.engine.section) + offset, size)
             self._backed.update(pages)
 
     def no_room(self, reason: int) -> OSError:

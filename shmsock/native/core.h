@@ -18,10 +18,6 @@ typedef struct {
     uint32_t peers, slots;
 } sh_geometry;
 
-typedef struct {
-    uint32_t kind, reason, slot, dst_slot, gen, dst_gen, port, src_port;
-} sh_note;
-
 enum sh_state { SH_STATE_NONE, SH_STATE_LIVE, SH_STATE_LEAVING, SH_STATE_LEFT };
 enum sh_kind { SH_CONNECT = 1, SH_ACCEPT, SH_REFUSE };
 enum sh_reason { SH_NO_LISTENER = 1, SH_NO_SLOT, SH_NO_MEMORY, SH_BACKLOG, SH_STALE_CONNECT };
@@ -105,21 +101,19 @@ int sh_futex_works(void *base, uint64_t offset);
 /* links */
 void sh_restart(sh_node *nd, uint32_t peer, uint32_t pair_inc);
 uint32_t sh_adopt(sh_node *nd, uint32_t peer);
-uint32_t sh_peer_inc(sh_node *nd, uint32_t peer);
-int sh_tag_changed(sh_node *nd, uint32_t peer);
-void sh_users(sh_node *nd, uint32_t peer, uint32_t count);
+int sh_adopted(sh_node *nd, uint32_t peer);
 void sh_notify_slot(sh_node *nd, uint32_t peer, uint32_t slot);
-int sh_message_send(sh_node *nd, uint32_t peer, const sh_note *m);
-int sh_message_recv(sh_node *nd, uint32_t peer, sh_note *m);
+int sh_connect(sh_ep *ep, uint32_t peer, uint32_t port, uint32_t src_port);
+int sh_answer(sh_node *nd, uint32_t peer, int reason, uint32_t slot, uint32_t gen, uint32_t dst_slot, uint32_t dst_gen);
+int sh_message_recv(sh_node *nd, uint32_t peer, uint32_t *note);
 
 /* endpoints */
 sh_ep *sh_ep_at(sh_node *nd, uint32_t slot);
-uint32_t sh_ep_gen(sh_ep *ep);
-void sh_ep_take(sh_ep *ep, uint64_t ring_off, uint32_t ring_bytes, int accepted);
-int sh_ep_open(sh_ep *ep, uint32_t peer, uint32_t peer_slot, uint32_t peer_gen, uint64_t *ring_off, uint32_t *ring_bytes);
+uint32_t sh_ep_take(sh_ep *ep, uint64_t ring_off, uint32_t ring_bytes, int accepted, int may_grow);
+int sh_ep_open(sh_ep *ep, uint32_t peer, uint32_t peer_slot, uint32_t peer_gen);
 void sh_ep_release(sh_ep *ep, int notify);
 void sh_ep_orphan(sh_ep *ep);
-void sh_ep_shut(sh_ep *ep, int fin, int rel, int rst);
+int sh_ep_shut(sh_ep *ep, int fin, int rel, int rst);
 uint64_t sh_ep_unsent(sh_ep *ep);
 int64_t sh_write(sh_ep *ep, const void *data, uint64_t n);
 int64_t sh_write_some(sh_ep *ep, const void *data, uint64_t n);

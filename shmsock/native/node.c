@@ -1,8 +1,7 @@
-/* node.c - a node's links to its peers: bells and toggles in, adoption, messages, slots' life. The pump reads O(peers) words when
+/* node.c - a node's links to its peers: bells and toggles in, adoption. The pump reads O(peers) words when
  * idle and O(active slots) under load. */
 #include "node.h"
 
-#include <errno.h>
 #include <stdlib.h>
 
 /* ---- life of a node ---- */
@@ -321,7 +320,7 @@ uint32_t sh_adopt(sh_node *nd, uint32_t peer)
         l->a[w] = sh_load(&l->t_in[w], nd->wc);
         sh_put(&l->a_out[w], l->a[w]);
     }
-    sh_put(&l->out->users, SH_PACK(l->peer_inc, 0));
+    sh_put(&l->out->users, SH_PACK(l->peer_inc, l->users));
     sh_store(&l->out->outbox, SH_PACK(l->peer_inc, 0), nd->wc);
     sh_store(&l->out->inbox, SH_PACK(l->peer_inc, 0), nd->wc);
     sh_fence(nd->wc);
@@ -334,166 +333,12 @@ uint32_t sh_adopt(sh_node *nd, uint32_t peer)
     return l->peer_inc;
 }
 
-uint32_t sh_peer_inc(sh_node *nd, uint32_t peer) { return nd->links[peer].peer_inc; }
-
-/* Does the bell carry another pair_inc than the adopted one? Decides between a restart and a violation. */
-int sh_tag_changed(sh_node *nd, uint32_t peer)
+/* 1: the link is as it was adopted. 0: the bell carries another pair_inc, which tells a restart from a violation. SH_EMPTY: none was adopted. */
+int sh_adopted(sh_node *nd, uint32_t peer)
 {
-    return sh_may_write(nd) && SH_HIGH(sh_load(&nd->links[peer].in->bell, nd->wc)) != nd->links[peer].peer_inc;
-}
-
-/* Publish how many connections may still read this peer's rings: its section is not reused while this is not 0. */
-void sh_users(sh_node *nd, uint32_t peer, uint32_t count)
-{
-    if (sh_may_write(nd))
-        sh_store(&nd->links[peer].out->users, SH_PACK(nd->links[peer].peer_inc, count), nd->wc);
-}
-
-/* ---- messages ---- */
-
-/* 0, -EAGAIN when the ring is full, -ENOTCONN before adoption, SH_VIOLATION when the peer's head is impossible. */
-int sh_message_send(sh_node *nd, uint32_t peer, const sh_note *m)
-{
-    struct sh_link *l = &nd->links[peer];
-    struct sh_message out = {
-        .src_inc = l->my_inc, .dst_inc = l->peer_inc, .seq = l->msg_tail, .kind = (uint8_t)m->kind, .reason = (uint8_t)m->reason,
-        .slot = (uint16_t)m->slot, .dst_slot = (uint16_t)m->dst_slot, .gen = m->gen, .dst_gen = m->dst_gen,
-        .port = (uint16_t)m->port, .src_port = (uint16_t)m->src_port,
-    };
-    uint64_t box;
-    uint32_t head;
+    const struct sh_link *l = &nd->links[peer];
 
     if (!sh_may_write(nd))
         return SH_STALE;
-    if (!l->peer_inc)
-        return -ENOTCONN;
-    box = sh_load(&l->in->inbox, nd->wc);
-    head = SH_HIGH(box) == l->my_inc ? SH_LOW(box) : 0; /* under a foreign tag it counts another life's messages */
-    if (l->msg_tail - head > SH_MESSAGES)
-        return SH_VIOLATION;
-    if (l->msg_tail - head == SH_MESSAGES)
-        return -EAGAIN;
-    sh_copy_out(&l->m_out[l->msg_tail % SH_MESSAGES], &out, sizeof out);
-    l->msg_tail++;
-    sh_store(&l->out->outbox, SH_PACK(l->peer_inc, l->msg_tail), nd->wc);
-    sh_ring_bell(nd, l);
-    return 0;
-}
-
-/* 1 and *m filled, 0 for none, SH_VIOLATION for what cannot be (the caller looks at the tag again: a restart explains it). */
-int sh_message_recv(sh_node *nd, uint32_t peer, sh_note *m)
-{
-    struct sh_link *l = &nd->links[peer];
-    struct sh_message in;
-    uint64_t box;
-
-    if (!sh_may_write(nd))
-        return SH_STALE;
-    l->unread = 0;
-    box = sh_load(&l->in->outbox, nd->wc);
-    if (!l->peer_inc || SH_HIGH(box) != l->my_inc || SH_LOW(box) == l->msg_head)
-        return 0;
-    if (SH_LOW(box) - l->msg_head > SH_MESSAGES)
-        return SH_VIOLATION;
-    sh_copy_in(&in, &l->m_in[l->msg_head % SH_MESSAGES], sizeof in);
-    if (in.src_inc != l->peer_inc || in.dst_inc != l->my_inc || in.seq != l->msg_head || in.kind < SH_CONNECT
-        || in.kind > SH_REFUSE || in.slot >= nd->g.slots || in.dst_slot >= nd->g.slots || in.gen > SH_GEN_MASK
-        || in.dst_gen > SH_GEN_MASK)
-        return SH_VIOLATION;
-    *m = (sh_note){.kind = in.kind, .reason = in.reason, .slot = in.slot, .dst_slot = in.dst_slot, .gen = in.gen,
-                   .dst_gen = in.dst_gen, .port = in.port, .src_port = in.src_port};
-    l->msg_head++;
-    l->unread = 1;
-    l->acknowledged = 1; /* its bell may come only now */
-    nd->moved_messages++;
-    sh_store(&l->out->inbox, SH_PACK(l->peer_inc, l->msg_head), nd->wc);
-    return 1;
-}
-
-/* ---- slots ---- */
-
-sh_ep *sh_ep_at(sh_node *nd, uint32_t slot) { return slot < nd->g.slots ? &nd->eps[slot] : NULL; }
-uint32_t sh_ep_gen(sh_ep *ep) { return ep->gen; }
-
-/* FREE -> taken: publish the ring (offset in the section, bytes: a power of two) under the current generation. */
-void sh_ep_take(sh_ep *ep, uint64_t ring_off, uint32_t ring_bytes, int accepted)
-{
-    sh_node *nd = ep->nd;
-
-    ep->tx = sh_section_at(nd->base, &nd->g, nd->self) + ring_off;
-    ep->tx_bytes = ring_bytes;
-    ep->tail = ep->head_seen = ep->head = ep->tail_seen = 0;
-    ep->flags = 0;
-    ep->theirs = NULL;
-    ep->orphan = ep->waiting = 0;
-    ep->accepted = accepted != 0;
-    ep->may_grow = ep->outgrown = ep->followed = 0;
-    ep->window_ns = 50000;
-    ep->spun_ns = 0;
-    ep->flow = 0;
-    ep->misses = ep->patience = 0;
-    sh_put(&ep->mine->ring, sh_ring_word(ep, ring_off));
-    sh_put(&ep->mine->c, (uint64_t)ep->gen << SH_GEN_SHIFT);
-    sh_store(&ep->mine->p, (uint64_t)ep->gen << SH_GEN_SHIFT, nd->wc);
-}
-
-/* taken -> OPEN with that slot of that peer. Its descriptor is read once and checked; who accepted may have grown its ring already.
- * *ring_off is an offset in the region.
- * 0, SH_RESET when the slot is not of that generation (any more), SH_VIOLATION when the descriptor is impossible. */
-int sh_ep_open(sh_ep *ep, uint32_t peer, uint32_t peer_slot, uint32_t peer_gen, uint64_t *ring_off, uint32_t *ring_bytes)
-{
-    sh_node *nd = ep->nd;
-    const sh_geometry *g = &nd->g;
-    uint8_t *section = sh_section_at(nd->base, g, peer);
-    const struct sh_slot *theirs = (const struct sh_slot *)(section + g->slot_off) + peer_slot;
-    uint64_t ring = sh_load(&theirs->ring, nd->wc), p = sh_load(&theirs->p, nd->wc);
-
-    if (SH_GEN(p) != peer_gen || SH_GEN(ring) != peer_gen)
-        return SH_RESET;
-    ep->peer = peer;
-    if ((ep->accepted ? SH_EPOCH(ring) : SH_EPOCH(ring) > SH_EPOCH_LEAD) || sh_ring_of(ep, ring, 0) < 0)
-        return SH_VIOLATION;
-    ep->peer_slot = peer_slot;
-    ep->peer_gen = peer_gen;
-    ep->p_last = (uint64_t)peer_gen << SH_GEN_SHIFT;
-    ep->theirs = theirs;
-    nd->links[peer].open[SH_WORD(ep->slot)] |= SH_BIT(ep->slot);
-    sh_put(&ep->mine->link, (uint64_t)ep->gen << SH_GEN_SHIFT | (uint64_t)peer << 32 | (uint64_t)peer_slot << 16 | 1u << 8);
-    *ring_off = (uint64_t)(ep->rx - nd->base);
-    *ring_bytes = ep->rx_bytes;
-    return 0;
-}
-
-/* The peer is gone, or this link was restarted: no toggles, no writes; what was published may be read. */
-void sh_ep_orphan(sh_ep *ep)
-{
-    ep->orphan = 1;
-    ep->nd->links[ep->peer].open[SH_WORD(ep->slot)] &= ~SH_BIT(ep->slot);
-}
-
-/* -> FREE: one store ends this generation, for both directions. Slot and ring may be reused after the fence. */
-void sh_ep_release(sh_ep *ep, int notify)
-{
-    sh_node *nd = ep->nd;
-    uint32_t w = SH_WORD(ep->slot);
-    uint64_t keep = ~SH_BIT(ep->slot);
-
-    if (!sh_may_write(nd))
-        return;
-    ep->gen = (ep->gen + 1) & SH_GEN_MASK;
-    sh_store(&ep->mine->p, (uint64_t)ep->gen << SH_GEN_SHIFT, nd->wc);
-    sh_put(&ep->mine->link, 0);
-    if (ep->theirs && (nd->touched[w] & ~keep))
-        sh_acknowledge(nd, ep); /* a spin may have taken the bell and left the toggle: the slot's next user would never be told */
-    sh_fence(nd->wc);
-    if (ep->theirs) {
-        nd->links[ep->peer].open[w] &= keep;
-        /* Who was told REL waits for nothing more, and who has released needs no news: a bell for these would speak of nothing. */
-        if (notify && !ep->orphan && !(ep->flags & SH_REL) && SH_GEN(sh_load(&ep->theirs->p, nd->wc)) == ep->peer_gen)
-            sh_notify_slot(nd, ep->peer, ep->peer_slot);
-    }
-    nd->ready[w] &= keep;
-    nd->later[w] &= keep;
-    nd->touched[w] &= keep;
-    ep->theirs = NULL;
+    return l->peer_inc ? SH_HIGH(sh_load(&l->in->bell, nd->wc)) == l->peer_inc : SH_EMPTY;
 }

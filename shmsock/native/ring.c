@@ -134,13 +134,15 @@ int64_t sh_write_some(sh_ep *ep, const void *data, uint64_t n)
     return (int64_t)(n - left);
 }
 
-void sh_ep_shut(sh_ep *ep, int fin, int rel, int rst)
+/* FIN, REL, RST. Who says REL looks once, at whether the peer has: returns what sh_look() does, or 0. */
+int sh_ep_shut(sh_ep *ep, int fin, int rel, int rst)
 {
     if (!ep->theirs || !sh_may_write(ep->nd))
-        return;
+        return 0;
     ep->flags = (ep->flags & ~SH_WANT) | (fin ? SH_FIN : 0) | (rel ? SH_REL : 0) | (rst ? SH_RST : 0);
     publish(ep);
     sh_notify_slot(ep->nd, ep->peer, ep->peer_slot);
+    return rel ? sh_look(ep) : 0;
 }
 
 /* Bytes published that the peer has not taken; 0 when nobody will ever take them. */

@@ -69,10 +69,11 @@ static void pump(sh_node *nd)
 
 static void connect_ends(uint32_t peers, uint32_t ring_bytes)
 {
-    uint64_t region_bytes = SH_PAGE + PEERS * (ring_bytes + (256ull << 10)), ring_off;
+    uint64_t region_bytes = SH_PAGE + PEERS * (ring_bytes + (256ull << 10));
     uint64_t region_id = 1ull << 24 | LOG2_SLOTS << 8 | PEERS;
     uint8_t *base = shared(region_bytes);
     sh_geometry g;
+    uint32_t gens[2];
     int r = sh_geometry_of(region_id, region_bytes, &g);
 
     if (r < 0 || ring_bytes < SH_MIN_RING || ring_bytes > SH_MAX_RING || ring_bytes & (ring_bytes - 1))
@@ -96,13 +97,13 @@ static void connect_ends(uint32_t peers, uint32_t ring_bytes)
     for (uint32_t i = 0; i < 2; i++) {
         ends[i].nd = nodes[i];
         ends[i].ep = sh_ep_at(nodes[i], 0);
-        sh_ep_take(ends[i].ep, g.arena_off, ring_bytes, i);
+        gens[i] = sh_ep_take(ends[i].ep, g.arena_off, ring_bytes, (int)i, 0);
     }
     for (uint32_t i = 0; i < 2; i++) {
-        r = sh_ep_open(ends[i].ep, !i, 0, sh_ep_gen(ends[!i].ep), &ring_off, &ends[i].rx_bytes);
+        r = sh_ep_open(ends[i].ep, !i, 0, gens[!i]);
         if (r < 0)
             fail("open", r);
-        ends[i].rx = base + ring_off;
+        ends[i].rx = base + sh_ep_follow(ends[i].ep, &ends[i].rx_bytes);
     }
 }
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from shmsock.fabric.connection import EMPTY, EOF, RESET, YIELD, Connection, State
+from shmsock.fabric.connection import EMPTY, EOF, GROW, RESET, YIELD, Connection, State
 from shmsock.fabric.settings import Settings
 from tests.fabric.world import FakeDoorbell, Node, World
 
@@ -136,6 +136,8 @@ def touching_reader(spin: int) -> Callable[..., Task]:
             elif span == EMPTY:
                 if not node.call(lib.sh_arm, conn.ep):
                     yield
+            elif span == GROW:
+                node.call(conn.follow)
             elif span == YIELD:
                 node.call(lib.sh_turn, node.engine.nd)
             else:
@@ -156,6 +158,8 @@ def greedy_reader(world: World, node: Node, conn: Connection, got: bytearray, rn
                 got += data
             elif data == EMPTY and not node.call(lib.sh_arm, conn.ep):
                 yield
+        elif span == GROW:
+            node.call(conn.follow)
         elif span > 0:
             data = node.call(conn.take, span)
             assert isinstance(data, bytes)
@@ -233,6 +237,9 @@ def one_read(node: Node, conn: Connection, arms: bool) -> bytes | int:
         span = node.call(lib.sh_read_begin, conn.ep, 4096, 1, 0)
         if span > 0:
             return node.call(conn.take, span)
+        if span == GROW:
+            node.call(conn.follow)
+            continue
         if span != EMPTY or not node.call(lib.sh_arm, conn.ep):
             return span if span != YIELD else EMPTY
     return node.read(conn)
