@@ -69,7 +69,7 @@ class Listeners:
         first = EPHEMERAL + engine.section * slice_size
         self._slice = range(first, first + slice_size)
         self._count = 0
-        self._next = 0
+        self._ephemeral = self._unused()
         self._turn = 0
 
     def __iter__(self) -> Iterator[Listener]:
@@ -78,17 +78,17 @@ class Listeners:
     def ephemeral(self, datagram: bool = False) -> int:
         """A port of this section's own slice, not listened on and, as long as there are others, not used by a
         connection."""
-        used = (
-            {c.local[1] for c in self.engine.connections.values()}
-            if len(self.engine.connections) < len(self._slice)
-            else set()
-        )
-        for _ in self._slice:
-            self._next = (self._next + 1) % len(self._slice)
-            port = self._slice[self._next]
-            if _key(port, datagram) not in self.mine and (datagram or port not in used):
+        for port in self._ephemeral:
+            if _key(port, datagram) not in self.mine:
                 return port
-        return self._slice[self._next]
+        raise AssertionError("there is no end of them")
+
+    def _unused(self) -> Iterator[int]:
+        """Round and round; what connections use is looked up once in a round, in which no port comes
+        twice."""
+        while True:
+            used = {c.local[1] for c in self.engine.connections.values()}
+            yield from [port for port in self._slice if port not in used] or self._slice
 
     def open(self, port: int, backlog: int, reuse: bool, local: bool, datagram: bool = False) -> Listener:
         if port == 0:
@@ -195,11 +195,11 @@ class Listeners:
         engine = self.engine
         engine.peers.refresh_all(engine.lib.sh_clock())
         named = engine.peers.named(name)
-        found = [peer for peer in named if self.reachable(peer, port, datagram)]
-        # whose beat moved last comes first: a dead namesake, until it is known to be dead, is tried last
-        return sorted((p for p in found if p.section not in exclude), key=lambda p: min(p.samples, 3)), bool(
-            named
-        )
+        found = [p for p in named if p.section not in exclude and self.reachable(p, port, datagram)]
+        if len(found) > 1:
+            # whose beat moved last comes first: a dead namesake, until it is known to be dead, is tried last
+            found.sort(key=lambda p: min(p.samples, 3))
+        return found, bool(named)
 
     def find(self, host: Any, port: int, *, exclude: tuple[int, ...] = (), datagram: bool = False) -> Peer:
         """Who is to be asked for (host, port): a section's owner, a peer of that name, or (None, localhost)
@@ -217,8 +217,10 @@ class Listeners:
         found, known = self.elsewhere(name, port, exclude=exclude, datagram=datagram)
         if not found:
             raise port_refused(host, port) if known else name_unknown(host, list(engine.peers.names()))
+        if len(found) == 1:
+            return found[0]
         best = [p for p in found if p.samples <= found[0].samples]
-        return engine.rng.choice(best) if len(best) > 1 else best[0]
+        return engine.rng.choice(best)
 
     @staticmethod
     def is_own_machine(host: Any) -> bool:

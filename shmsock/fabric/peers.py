@@ -30,6 +30,8 @@ class Peer:
         self.incarnation = 0
         self.claim = 0
         self.who: Identity | None = None
+        self.name = f"section-{section}"
+        self.locked = False  # this process would see it if the lock of its section fell
         self.live = False
         self.coming = False  # about to say that it is there: its bells are heard before
         self.here = False  # was live, and sample() has not told yet that it is gone
@@ -58,10 +60,6 @@ class Peer:
         self.backoff_s = 1
         self.ignore_until_ns = 0
         self.adoptions: deque[int] = deque(maxlen=ADOPTIONS_PER_S)
-
-    @property
-    def name(self) -> str:
-        return self.who.name if self.who else f"section-{self.section}"
 
 
 class Peers:
@@ -99,7 +97,14 @@ class Peers:
         peer.claim, peer.doorbell, peer.loop = claim, load(at + lay.DOORBELL), load(at + lay.LOOP)
         if life != peer.incarnation:
             peer.incarnation = life
-            peer.who = self.layout.identity(peer.section)
+            peer.who = who = self.layout.identity(peer.section)
+            peer.name = who.name if who else f"section-{peer.section}"
+            peer.locked = (
+                who is not None
+                and self.locks is not None
+                and peer.section != self.own
+                and who.lock_tells(self.me.boot_id, self.locks.identity)
+            )
             peer.beat, peer.beat_ns, peer.samples = load(at + lay.BEAT), now_ns, 0
             peer.live = peer.watched = peer.forsaken = False
         peer.coming = peer.who is not None and bool(peer.claim) and state == 0
@@ -162,9 +167,9 @@ class Peers:
         peer.beat, peer.samples, peer.forsaken = beat, 0, False
 
     def heard(self, peer: Peer, now_ns: int) -> None:
-        """It has sent something since it was thought dead: it was stopped, and continued, and its loop was
-        quicker than its beat. Not if its lock tells that it was killed."""
-        if not peer.live and peer.samples and not self.killed(peer):
+        """It has sent something, though it is not known to be there: it was thought dead, as it was stopped,
+        and continued, and its loop was quicker than its beat. Not if its lock tells that it was killed."""
+        if peer.samples and not self.killed(peer):
             peer.samples, peer.beat_ns = 0, now_ns
             self.refresh(peer, now_ns)
         self.refresh_all(now_ns)
@@ -195,21 +200,16 @@ class Peers:
         here = name is None or local
         return [
             p
-            for p in self.all
+            for p in self.some
             if p.live
-            and p.who
-            and name in (None, p.who.name)
+            and (name is None or p.name == name)
             and (not here or self.same_kernel(p))
             and not self.killed(p)
         ]
 
     def killed(self, peer: Peer) -> bool:
         """Proven dead by its lock, whatever its beat says."""
-        if self.locks is None or peer.who is None or peer.section == self.own:
-            return False
-        return peer.who.lock_tells(self.me.boot_id, self.locks.identity) and not self.locks.section_locked(
-            peer.section
-        )
+        return peer.locked and self.locks is not None and not self.locks.section_locked(peer.section)
 
     def names(self) -> Iterable[str]:
-        return {p.who.name for p in self.all if p.live and p.who}
+        return {p.name for p in self.some if p.live}

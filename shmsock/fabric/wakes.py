@@ -88,13 +88,7 @@ class Wakes:
 
     def _runs_here(self, peer: Peer) -> bool:
         """Under this kernel, by the lock of its section: who says so may be a VM that has read it."""
-        locks, me = self.engine.peers.locks, self.engine.peers.me
-        return (
-            locks is not None
-            and peer.who is not None
-            and peer.who.lock_tells(me.boot_id, locks.identity)
-            and locks.section_locked(peer.section)
-        )
+        return peer.locked and not self.engine.peers.killed(peer)
 
     def _forget_loop(self, section: int) -> None:
         if (fd := self._loops.pop(section, ((0, 0), -1))[1]) >= 0:
