@@ -20,6 +20,7 @@ __all__ = ["Listener", "Listeners"]
 USED, REUSE, LOCAL, TENTATIVE, DATAGRAM = 1, 2, 4, 8, 16
 EPHEMERAL = 32768
 PATIENCE = 20000
+REMEMBERED = 256
 
 
 def _key(port: int, datagram: bool) -> int:
@@ -70,6 +71,8 @@ class Listeners:
         self._slice = range(first, first + slice_size)
         self._count = 0
         self._ephemeral = self._unused()
+        #: Who was found for (host, port, datagram), in which life, and the entry of the port.
+        self._found: dict[Any, tuple[Peer, int, int]] = {}
         self._turn = 0
 
     def __iter__(self) -> Iterator[Listener]:
@@ -181,7 +184,7 @@ class Listeners:
     def accepting(self, port: int, peer: Peer) -> Listener | None:
         """Who of this node answers a CONNECT to `port` from that peer; several (reuse_port) take turns."""
         group = self.serving(port, peer)
-        return self.in_turn(group) if group else None
+        return group[0] if len(group) == 1 else self.in_turn(group) if group else None
 
     def in_turn(self, group: list[Listener]) -> Listener:
         self._turn += 1
@@ -213,14 +216,31 @@ class Listeners:
             if host in exclude or not self.entry(sections[host], port, datagram):
                 raise port_refused(host, port)
             return sections[host]
+        key = (host, port, datagram) if not exclude and (host is None or type(host) is str) else None
+        if key in self._found and (known_peer := self._still(key)):
+            return known_peer
         name = None if self.is_own_machine(host) else self.peer_name(host)
         found, known = self.elsewhere(name, port, exclude=exclude, datagram=datagram)
         if not found:
             raise port_refused(host, port) if known else name_unknown(host, list(engine.peers.names()))
-        if len(found) == 1:
-            return found[0]
-        best = [p for p in found if p.samples <= found[0].samples]
-        return engine.rng.choice(best)
+        peer, entry = found[0], self.entry(found[0], port, datagram)
+        if key and len(found) == 1 and not entry & REUSE:  # of several another is to be asked next
+            if len(self._found) == REMEMBERED:
+                self._found.clear()
+            self._found[key] = peer, peer.incarnation, entry
+        best = [p for p in found if p.samples <= peer.samples]
+        return engine.rng.choice(best) if len(best) > 1 else peer
+
+    def _still(self, key: Any) -> Peer | None:
+        """Who was found before, if it lives and has the port as it did."""
+        peer, life, entry = self._found[key]
+        peers = self.engine.peers
+        peers.refresh_all(self.engine.lib.sh_clock())
+        same = peer.live and peer.incarnation == life and self.entry(peer, *key[1:]) == entry
+        if same and not peers.killed(peer):
+            return peer
+        del self._found[key]
+        return None
 
     @staticmethod
     def is_own_machine(host: Any) -> bool:

@@ -441,9 +441,10 @@ class Engine:
         """Give slot and ring back. Called once per connection."""
         peer = self.peers.all[conn.peer]
         self._orphans.discard(conn)
-        if conn.peer_slot < 0 and conn in peer.waiting:
-            peer.waiting.remove(conn)
-        if peer.connections.get(conn.peer_slot) is conn:
+        if conn.peer_slot < 0:
+            if conn in peer.waiting:
+                peer.waiting.remove(conn)
+        elif peer.connections.get(conn.peer_slot) is conn:
             del peer.connections[conn.peer_slot]
         self.slots.give_back(conn, peer)
 

@@ -132,7 +132,8 @@ class Slots:
     def give_back(self, conn: Connection, peer: Peer) -> None:
         self.connections.pop(conn.slot, None)
         self._short.pop(conn, None)
-        self._give_outgrown(conn)
+        if conn.outgrown:
+            self._give_outgrown(conn)
         self.arena.give(*conn.ring)
         self.free.append(conn.slot)
         if conn.accepted:

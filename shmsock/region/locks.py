@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import os
 import struct
 
@@ -21,9 +22,11 @@ SERVER_LOCK = 4096
 # locks).
 _FLOCK = struct.Struct("@hhqqi4x")
 
+_FREE = struct.pack("@h", fcntl.F_UNLCK)  # how an answer begins when nobody has it
 _UNSUPPORTED = frozenset((errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS))
 
 
+@functools.lru_cache(maxsize=256)
 def _flock(kind: int, index: int) -> bytes:
     return _FLOCK.pack(kind, os.SEEK_SET, index, 1, 0)
 
@@ -61,5 +64,4 @@ def unlock(fd: int, index: int) -> None:
 def is_locked(fd: int, index: int) -> bool:
     """Does another open file description than `fd`'s hold the lock of section `index`?"""
     answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, index))
-    kind: int = _FLOCK.unpack(answer)[0]
-    return kind != fcntl.F_UNLCK
+    return answer[: len(_FREE)] != _FREE
