@@ -47,6 +47,7 @@ __all__ = [
     "FIN",
     "GROW",
     "MOVED",
+    "OPENING",
     "REL",
     "RESET",
     "RESET_BIT",
@@ -71,6 +72,9 @@ class State(Enum):
     OPENING = "OPENING"
     OPEN = "OPEN"
     CLOSING = "CLOSING"
+
+
+FREE, OPENING, OPEN, CLOSING = State  # an attribute of an Enum takes as long as a call, before Python 3.12
 
 
 class Connection:
@@ -106,7 +110,7 @@ class Connection:
         self.outgrown: tuple[tuple[int, int], ...] = ()  # rings before this one, while the peer may read them
         self.ep: Any = engine.lib.sh_ep_at(engine.nd, slot)
         self.gen: int = engine.lib.sh_ep_take(self.ep, *ring, accepted, may_grow)
-        self.state = State.OPENING
+        self.state = OPENING
         self.handler: Any = None
         self.local: tuple[str, int] = ("", 0)
         self.remote: tuple[str, int] = ("", 0)
@@ -127,7 +131,7 @@ class Connection:
         engine = self.engine
         bits: int = engine.lib.sh_ep_open(self.ep, self.peer, peer_slot, peer_gen)
         if bits >= 0:
-            self.peer_slot, self.state = peer_slot, State.OPEN
+            self.peer_slot, self.state = peer_slot, OPEN
             peer.connections[peer_slot] = self
             if not peer.here:  # its identity makes no sense: all the same, there is something to end when
                 peer.here = True  # it falls silent
@@ -144,15 +148,15 @@ class Connection:
     def look(self) -> int:
         """Take in what the peer did; returns LOOK bits for the driver, 0 when there is nothing for it. May
         end the connection."""
-        return 0 if self.state is State.FREE else self.looked(self.engine.lib.sh_look(self.ep))
+        return 0 if self.state is FREE else self.looked(self.engine.lib.sh_look(self.ep))
 
     def looked(self, bits: int) -> int:
         """The same, when the core has looked."""
-        if self.state is State.OPEN and not bits & (RESET_BIT | BAD | REL):
+        if self.state is OPEN and not bits & (RESET_BIT | BAD | REL):
             return bits
-        if self.state is State.FREE:
+        if self.state is FREE:
             return 0
-        if self.state is State.CLOSING:
+        if self.state is CLOSING:
             if bits & (RESET_BIT | BAD | REL):
                 self.release()
             return 0
@@ -166,7 +170,7 @@ class Connection:
 
     def gone(self, now_ns: int) -> None:
         """The peer is dead, has left, or dropped the link."""
-        if self.state is not State.OPEN:
+        if self.state is not OPEN:
             self.release()
             return
         if not self.orphaned_ns:
@@ -187,7 +191,7 @@ class Connection:
 
     def finish(self) -> None:
         """write_eof: FIN behind what was written."""
-        if self.state is State.OPEN:
+        if self.state is OPEN:
             self.engine.lib.sh_ep_shut(self.ep, 1, 0, 0)
 
     def close(self) -> None:
@@ -203,18 +207,18 @@ class Connection:
         self._shut(rst=0, fin=0)
 
     def _shut(self, rst: int, fin: int = 1) -> None:
-        if self.state is State.OPENING or (self.state is State.OPEN and self.orphaned_ns):
+        if self.state is OPENING or (self.state is OPEN and self.orphaned_ns):
             self.release()
-        elif self.state is not State.FREE and (self.state is State.OPEN or rst):
+        elif self.state is not FREE and (self.state is OPEN or rst):
             bits = self.engine.lib.sh_ep_shut(self.ep, fin and 1 - rst, 1, rst)
-            self.state = State.CLOSING
+            self.state = CLOSING
             self.looked(bits)
 
     def release(self) -> None:
         """-> FREE. The slot and its ring are the engine's again."""
-        if self.state is not State.FREE:
-            notify = self.state is not State.OPENING
-            self.state = State.FREE
+        if self.state is not FREE:
+            notify = self.state is not OPENING
+            self.state = FREE
             if self.handler is not None:
                 self.handler.freed()  # `ep` may be another connection's after this
             self.engine.lib.sh_ep_release(self.ep, int(notify))
@@ -225,7 +229,7 @@ class Connection:
     def write(self, data: Any, size: int) -> int:
         """Bytes taken, at most `size`; fewer when the ring is full (an event comes when there is space); or a
         status."""
-        if self.state is not State.OPEN:
+        if self.state is not OPEN:
             return CLOSED
         taken: int = self.engine.lib.sh_write(self.ep, data, size)
         if taken == GROW:
@@ -246,7 +250,7 @@ class Connection:
         return span & 0xFFFFFFFF if span > 0 else span
 
     def _span(self, want: int) -> int:
-        if self.state is not State.OPEN:
+        if self.state is not OPEN:
             return self.ended()
         span: int = self.engine.lib.sh_read_now(self.ep, min(want, COPY_MAX))
         if span == GROW:
@@ -274,7 +278,7 @@ class Connection:
 
     def ended_by(self, status: int) -> int:
         """A status that read_now, read_begin or read_end gave: act on it, hand it on. GROW: come again."""
-        if self.state is not State.OPEN:
+        if self.state is not OPEN:
             return self.ended()
         if status == VIOLATION:
             self.violated("an impossible position, epoch or flag in a slot")

@@ -10,7 +10,7 @@ from errno import ECONNREFUSED
 from typing import TYPE_CHECKING
 
 from shmsock.errors import port_refused, violation
-from shmsock.fabric.connection import EMPTY, SPACE, VIOLATION, Connection, State
+from shmsock.fabric.connection import EMPTY, OPENING, SPACE, VIOLATION, Connection
 from shmsock.fabric.peers import VIOLATIONS, Peer
 from shmsock.fabric.slots import NO_MEMORY, NO_SLOT
 
@@ -71,7 +71,7 @@ class Handshake:
             peer.answers.popleft()
         while peer.waiting and peer.credits > 0 and not peer.answers:
             conn = peer.waiting[0]
-            if conn.state is State.OPENING:
+            if conn.state is OPENING:
                 if not self._sent(peer, lib.sh_connect(conn.ep, peer.section, conn.remote[1], conn.local[1])):
                     return
                 peer.credits -= 1
@@ -164,12 +164,7 @@ class Handshake:
     ) -> None:
         engine = self.engine
         conn = engine.connections.get(dst_slot)
-        if (
-            conn is None
-            or conn.gen != dst_gen
-            or conn.state is not State.OPENING
-            or conn.peer != peer.section
-        ):
+        if conn is None or conn.gen != dst_gen or conn.state is not OPENING or conn.peer != peer.section:
             if kind == ACCEPT:
                 engine.lib.sh_notify_slot(
                     engine.nd, peer.section, slot
