@@ -60,7 +60,7 @@ class Handshake:
                 f"{remote!r} (section {peer.section})",
                 f"{VIOLATIONS} times; it is not listened to for a while",
             )
-        if adopted != 1:
+        if adopted in (0, EMPTY):
             engine.adopt(peer, now_ns)
 
     def send_waiting(self, peer: Peer) -> None:

@@ -81,10 +81,11 @@ class Listeners:
     def ephemeral(self, datagram: bool = False) -> int:
         """A port of this section's own slice, not listened on and, as long as there are others, not used by a
         connection."""
-        for port in self._ephemeral:
+        for _ in self._slice:
+            port = next(self._ephemeral)
             if _key(port, datagram) not in self.mine:
-                return port
-        raise AssertionError("there is no end of them")
+                break
+        return port
 
     def _unused(self) -> Iterator[int]:
         """Round and round; what connections use is looked up once in a round, in which no port comes

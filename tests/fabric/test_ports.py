@@ -103,6 +103,32 @@ def test_local_listeners(world: World) -> None:
     assert isinstance(far.failed(away), ConnectionRefusedError)
 
 
+def test_who_was_found_is_found_again_only_as_long_as_it_has_the_port(world: World) -> None:
+    a, b, c = (world.attach(name) for name in ("a", "host", "host"))
+    world.quiet()
+
+    def found() -> int:
+        world.drain()
+        return a.call(a.engine.listeners.find, "host", 80).section
+
+    listener = b.listen(80)
+    assert [found(), found()] == [b.section] * 2
+    b.call(listener.close)
+    world.drain()
+    c.listen(80)
+    assert [found(), found()] == [c.section] * 2
+    world.kill(c)  # its lock tells, before any beat
+    with pytest.raises(ConnectionRefusedError):
+        found()
+    world.drain()
+    b.listen(80, reuse_port=True)
+    assert [found(), found()] == [b.section] * 2
+    d = world.attach("host")
+    world.quiet()
+    d.listen(80, reuse_port=True)
+    assert {found() for _ in range(40)} == {b.section, d.section}
+
+
 def test_names(world: World) -> None:
     a, b = world.pair()
     found, known = a.call(a.engine.listeners.elsewhere, "b", 80)
