@@ -79,9 +79,11 @@ class _Opening:
 
     def __init__(self, waiter: asyncio.Future[None]) -> None:
         self.waiter = waiter
+        self.early = False
 
     def ready(self, bits: int) -> None:
         """Bytes came with the answer: they are looked at when the waiter has made a transport of it."""
+        self.early = True
 
     def freed(self) -> None:
         """Nothing was made of it yet."""

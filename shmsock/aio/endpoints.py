@@ -174,9 +174,9 @@ async def open_connection(
         transport = ShmTransport(node, conn, protocol, contextvars.copy_context())
         made[:] = reader, ShmStreamWriter(transport, protocol, reader, loop), transport
 
-    await node.connect(host, port_number(port), 0, make)
+    conn = await node.connect(host, port_number(port), 0, make)
     reader, writer, transport = made
-    transport.start_streams()
+    transport.start_streams(conn.handler.early)
     return reader, writer._attach()
 
 

@@ -17,7 +17,6 @@ from shmsock.fabric.connection import DATA, EMPTY, EOF, YIELD, Connection, State
 
 if TYPE_CHECKING:
     from shmsock.aio.driver import Node
-    from shmsock.aio.streams import ShmStreamReader
 
 __all__ = ["ReadSide"]
 
@@ -31,19 +30,17 @@ class ReadSide(FlowControl, asyncio.Transport):
     conn: Connection
     port: Any
     context: contextvars.Context
+    _protocol: asyncio.BaseProtocol
     _closing: bool
     _lost: bool
     _broken: OSError | None
 
-    def __init__(self, protocol: asyncio.BaseProtocol, extra: dict[str, Any], loop: Any) -> None:
-        super().__init__(extra, loop)
-        self._protocol = protocol
-        self.reader: Any = None  # weak reference to a reader in direct mode
-        self._reading = False  # it has begun
-        self._reading_paused = False
-        self._read_eof = False
-        self._unread = b""  # taken from the ring already, for the next protocol
-        self._poll: PollFd | None = None  # what the pseudo-socket's fileno() gives
+    reader: Any = None  # weak reference to a reader in direct mode, which takes bytes from the ring
+    _reading = False  # it has begun
+    _reading_paused = False
+    _read_eof = False
+    _unread = b""  # taken from the ring already, for the next protocol
+    _poll: PollFd | None = None  # what the pseudo-socket's fileno() gives
 
     if TYPE_CHECKING:  # the other half's
 
@@ -71,10 +68,6 @@ class ReadSide(FlowControl, asyncio.Transport):
 
     def get_protocol(self) -> asyncio.BaseProtocol:
         return self._protocol
-
-    def adopt(self, reader: ShmStreamReader, reference: Any) -> None:
-        """Direct mode: `reader` takes bytes from the ring."""
-        self.reader = reference
 
     def is_reading(self) -> bool:
         return not self._reading_paused and not self._closing

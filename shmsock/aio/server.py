@@ -83,7 +83,7 @@ class Server(asyncio.AbstractServer):
             raise
         transport = ShmTransport(self._node, conn, protocol, context, self, numeric=self._numeric)
         if type(protocol) is ShmStreamReaderProtocol:
-            transport.start_streams()
+            transport.start_streams()  # what is there already the engine tells right after this
         else:
             transport.start()
         if waiter is not None:

@@ -61,9 +61,7 @@ class ShmStreamReader(asyncio.StreamReader):
         self._port = transport.port
         self._direct = self._port.fast = transport.conn.state is not State.FREE
         self._node, self._conn, self._ep = transport.node, transport.conn, transport.conn.ep
-        lib = transport.node.lib
-        self._begin, self._exactly, self._end = lib.sh_read_begin, lib.sh_read_exactly, lib.sh_read_end
-        transport.adopt(self, weakref.ref(self))
+        transport.reader = weakref.ref(self)
         if self._direct:
             self._port.attach(self)
 
@@ -111,14 +109,14 @@ class ShmStreamReader(asyncio.StreamReader):
             node, conn = self._node, self._conn
             if not node.scheduled:
                 node.begin_turn()
-            span = self._begin(self._ep, n if n < COPY_MAX else COPY_MAX, 1, len(node.queue) < 2)
+            span = node.lib.sh_read_begin(self._ep, n if n < COPY_MAX else COPY_MAX, 1, len(node.queue) < 2)
             if span > 0:
                 at = span >> 32
                 end = at + (span & 0xFFFFFFFF)
                 data: bytes = conn.rx[at:end]
                 if end > conn.rx_bytes:
                     data += conn.rx[: end - conn.rx_bytes]
-                if not (status := self._end(self._ep, end - at)):
+                if not (status := node.lib.sh_read_end(self._ep, end - at)):
                     return data
                 conn.ended_by(status)
             elif span == EMPTY:
@@ -133,10 +131,10 @@ class ShmStreamReader(asyncio.StreamReader):
             node = self._node
             if not node.scheduled:
                 node.begin_turn()
-            at = self._exactly(self._ep, n, len(node.queue) < 2)
+            at = node.lib.sh_read_exactly(self._ep, n, len(node.queue) < 2)
             if at >= 0:
                 data: bytes = self._conn.rx[at : at + n]
-                if not (status := self._end(self._ep, n)):
+                if not (status := node.lib.sh_read_end(self._ep, n)):
                     return data
                 self._conn.ended_by(status)
             elif at == EMPTY:
@@ -214,8 +212,7 @@ class ShmStreamReader(asyncio.StreamReader):
 
     def _pull(self, room: int, spin: bool) -> int:
         """Move up to `room` bytes into the buffer. Returns how many, or a status that was acted upon."""
-        span = self._begin(self._ep, min(room, COPY_MAX), 1, spin)
-        return self._take_over(span)
+        return self._take_over(self._node.lib.sh_read_begin(self._ep, min(room, COPY_MAX), 1, spin))
 
     def _take_over(self, span: int) -> int:
         if span > 0:
@@ -274,7 +271,7 @@ async def _wait_for_space(transport: ShmTransport, node: Node) -> None:
     lib = node.lib
     while transport._protocol_paused and not transport._closing and transport._broken is None:
         is_open = transport.conn.state is State.OPEN
-        space = lib.sh_wait_space(transport._ep, node.may_spin()) if is_open else CLOSED
+        space = lib.sh_wait_space(transport.conn.ep, node.may_spin()) if is_open else CLOSED
         if space > 0:
             transport._flush()
             if lib.sh_over(node.nd):

@@ -62,9 +62,17 @@ class ShmTransport(ReadSide):
     """A stream between two peers of a region. `get_extra_info` knows "peername" and "sockname", as (name,
     port), and "socket". `numeric`: internet addresses stand for the names."""
 
-    just_lost = False  # connection_lost() comes in the next turn of the loop
     _start_tls_compatible = True
     _sendfile_compatible = _SendfileMode.FALLBACK
+
+    # What is so of most transports all their lives is the class's: few attributes are made soon, and small.
+    just_lost = False  # connection_lost() comes in the next turn of the loop
+    _eof_wanted = False  # write_eof() was called: FIN follows _pending
+    _closing = True  # or not started yet
+    _lost = True  # connection_lost() is on its way, or was called; or this has not started
+    _writes_after_loss = 0
+    _wrote_in_vain = False
+    _broken: OSError | None = None  # the peer takes no more; what it wrote is still to be read
 
     def __init__(
         self,
@@ -80,20 +88,13 @@ class ShmTransport(ReadSide):
         if numeric:
             local = (names.numeric(node, node.section), local[1])
             remote = (names.numeric(node, conn.peer), remote[1])
-        super().__init__(protocol, {"peername": remote, "sockname": local, "shmsock_node": node}, node.loop)
-        self.node, self.conn, self.context = node, conn, context
-        self._ep, self._write_ring, self._ident = conn.ep, conn.engine.lib.sh_write, node.ident
+        super().__init__({"peername": remote, "sockname": local, "shmsock_node": node}, node.loop)
+        self.node, self.conn, self.context, self._protocol = node, conn, context, protocol
         self.port = Port(node, conn, self)
         if accelerator is not None:
             self.write = self.port.write  # type: ignore[method-assign]
         self._server = server
         self._pending = bytearray()  # what the ring had no room for
-        self._eof_wanted = False  # write_eof() was called: FIN follows _pending
-        self._closing = True  # or not started yet
-        self._lost = True  # connection_lost() is on its way, or was called; or this has not started
-        self._writes_after_loss = 0
-        self._wrote_in_vain = False
-        self._broken: OSError | None = None  # the peer takes no more; what it wrote is still to be read
         self.space_waiters: list[asyncio.Future[None]] = []  # of drain()
 
     def __repr__(self) -> str:
@@ -112,11 +113,14 @@ class ShmTransport(ReadSide):
             call_soon(_set_result, waiter)
             call_soon(partial(call_soon, self._begin_reading, context=context), context=context)
 
-    def start_streams(self) -> None:
-        """The same, for a protocol of streams: it makes a task at most, which has its own turn."""
+    def start_streams(self, early: bool = False) -> None:
+        """The same, for a protocol of streams: it makes a task at most, which has its own turn. `early`: the
+        engine has told somebody else of this connection; else there is nothing to look for yet."""
         self._begin()
         self._connection_made()
-        self._begin_reading()
+        if early:
+            self._begin_reading()
+        self._reading = True
 
     def _begin(self) -> None:
         self._closing = self._lost = False
@@ -204,7 +208,7 @@ class ShmTransport(ReadSide):
     # -- writing
 
     def _check_thread(self) -> None:
-        if _get_ident() != self._ident:
+        if _get_ident() != self.node.ident:
             raise wrong_thread(repr(self))
         if self.node.closed and os.getpid() != self.node.pid:
             raise forked(repr(self))
@@ -216,7 +220,7 @@ class ShmTransport(ReadSide):
         """
         if self.port.calm and type(data) is bytes:
             n = len(data)
-            taken = self._write_ring(self._ep, data, n)
+            taken = self.node.lib.sh_write(self.conn.ep, data, n)
             if taken == n:
                 if not self.node.scheduled:
                     self.node.begin_turn()
