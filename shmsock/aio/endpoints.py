@@ -172,12 +172,13 @@ async def open_connection(
         reader = ShmStreamReader(limit=limit, loop=loop)
         protocol = ShmStreamReaderProtocol(reader, loop=loop)
         transport = ShmTransport(node, conn, protocol, contextvars.copy_context())
-        made[:] = reader, ShmStreamWriter(transport, protocol, reader, loop), transport
+        protocol.connection_made(transport)  # nobody's but ours
+        made[:] = reader, ShmStreamWriter(transport, protocol, reader, loop)._attach(), transport
 
     conn = await node.connect(host, port_number(port), 0, make)
     reader, writer, transport = made
     transport.start_streams(conn.handler.early)
-    return reader, writer._attach()
+    return reader, writer
 
 
 def _with_fast_writer(callback: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:

@@ -31,12 +31,12 @@ class ReadSide(FlowControl, asyncio.Transport):
     port: Any
     context: contextvars.Context
     _protocol: asyncio.BaseProtocol
+    reader: Any
+    _reading: bool
     _closing: bool
     _lost: bool
     _broken: OSError | None
 
-    reader: Any = None  # weak reference to a reader in direct mode, which takes bytes from the ring
-    _reading = False  # it has begun
     _reading_paused = False
     _read_eof = False
     _unread = b""  # taken from the ring already, for the next protocol
@@ -55,16 +55,22 @@ class ReadSide(FlowControl, asyncio.Transport):
         """Ends direct mode for good: bytes that the reader took already stay in its buffer, the rest goes to
         `protocol`."""
         self._protocol = protocol
-        self.port.receive(None, self.context)
-        reader = self.reader() if self.reader is not None else None
-        if reader is not None:
-            reader._detach()
-            if isinstance(protocol, SSLProtocol):  # what the pump moved there unasked begins the handshake
-                self._unread = bytes(reader._buffer)
-                reader._buffer.clear()
+        reader = self._undirect()
+        if reader is not None and isinstance(protocol, SSLProtocol):
+            self._unread = bytes(reader._buffer)  # what the pump moved there unasked begins the handshake
+            reader._buffer.clear()
         self.reader = None
         if not self._lost:
             self._loop.call_soon(self._resumed, context=self.node.context)
+
+    def _undirect(self) -> Any:
+        """Neither a reader nor the pump takes bytes from the ring any more. What is in the reader's buffer can
+        still be read; returns it, or None."""
+        self.port.detach()
+        reader = self.reader() if self.reader is not None else None
+        if reader is not None:
+            reader._direct = False
+        return reader
 
     def get_protocol(self) -> asyncio.BaseProtocol:
         return self._protocol

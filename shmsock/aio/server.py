@@ -84,6 +84,7 @@ class Server(asyncio.AbstractServer):
         transport = ShmTransport(self._node, conn, protocol, context, self, numeric=self._numeric)
         if type(protocol) is ShmStreamReaderProtocol:
             transport.start_streams()  # what is there already the engine tells right after this
+            protocol.connection_made(transport)
         else:
             transport.start()
         if waiter is not None:

@@ -71,11 +71,6 @@ class ShmStreamReader(asyncio.StreamReader):
         if isinstance(self._transport, ShmTransport):
             self._transport.update_poll()
 
-    def _detach(self) -> None:
-        """The transport is over. What is in the buffer can still be read."""
-        self._direct = False
-        self._port.detach()
-
     def set_exception(self, exc: Any) -> None:
         """As asyncio's, but what had arrived before a connection was lost can still be read."""
         self._port.fast = False
@@ -324,7 +319,7 @@ class ShmStreamWriter(asyncio.StreamWriter):
         told, and not for another in which it wakes up."""
         if getattr(self._transport, "just_lost", False):
             await yield_once()
-        await super().wait_closed()
+        await self._protocol._get_close_waiter(self)  # type: ignore[attr-defined]
 
     async def start_tls(
         self,

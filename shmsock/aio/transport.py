@@ -65,11 +65,10 @@ class ShmTransport(ReadSide):
     _start_tls_compatible = True
     _sendfile_compatible = _SendfileMode.FALLBACK
 
-    # What is so of most transports all their lives is the class's: few attributes are made soon, and small.
+    # What is so of most transports all their lives is the class's: few attributes are made soon. The others are
+    # made in __init__: an object that gets a new one when there are many of its kind gets a dict of its own.
     just_lost = False  # connection_lost() comes in the next turn of the loop
     _eof_wanted = False  # write_eof() was called: FIN follows _pending
-    _closing = True  # or not started yet
-    _lost = True  # connection_lost() is on its way, or was called; or this has not started
     _writes_after_loss = 0
     _wrote_in_vain = False
     _broken: OSError | None = None  # the peer takes no more; what it wrote is still to be read
@@ -94,6 +93,10 @@ class ShmTransport(ReadSide):
         if accelerator is not None:
             self.write = self.port.write  # type: ignore[method-assign]
         self._server = server
+        self.reader: Any = None  # weak reference to a reader in direct mode, which takes bytes from the ring
+        self._reading = False  # it has begun
+        self._closing = True  # or not started yet
+        self._lost = True  # connection_lost() is on its way, or was called; or this has not started
         self._pending = bytearray()  # what the ring had no room for
         self.space_waiters: list[asyncio.Future[None]] = []  # of drain()
 
@@ -114,10 +117,12 @@ class ShmTransport(ReadSide):
             call_soon(partial(call_soon, self._begin_reading, context=context), context=context)
 
     def start_streams(self, early: bool = False) -> None:
-        """The same, for a protocol of streams: it makes a task at most, which has its own turn. `early`: the
-        engine has told somebody else of this connection; else there is nothing to look for yet."""
+        """The same at once, for a protocol of streams, whose connection_made() makes a task at most, with a
+        turn of its own; the caller calls it. `early`: the engine has told somebody else of this connection;
+        else there is nothing to look for yet."""
         self._begin()
-        self._connection_made()
+        if self.conn.state is State.FREE:
+            self.freed()
         if early:
             self._begin_reading()
         self._reading = True
@@ -190,10 +195,7 @@ class ShmTransport(ReadSide):
     def freed(self) -> None:
         """Slot and ring are the engine's again, and soon another connection's: hands off."""
         self.port.calm = False
-        self.port.detach()
-        reader = self.reader() if self.reader is not None else None
-        if reader is not None:
-            reader._detach()
+        self._undirect()
 
     def _ended(self) -> None:
         """The engine released the connection: a reset, or the peer closed it and all of it was read."""
@@ -418,19 +420,17 @@ class ShmTransport(ReadSide):
         if self._lost:
             return
         self._lost = self.just_lost = True
+        node = self.node
         if self._poll is not None:
             self._poll.close()
-        self.port.receive(None, self.context)
-        self.node.transports.discard(self)
-        self.node.flushed()
+        self._undirect()
+        node.transports.discard(self)
+        node.flushed()
         self._wake_writer()
-        reader = self.reader() if self.reader is not None else None
-        if reader is not None:
-            reader._detach()
         if not self._loop.is_closed():
             self._loop.call_soon(self._call_connection_lost, error, context=self.context)
-        if not self.node.scheduled and self.node.engine.alive and not self.node.closed:
-            self.node.begin_turn()
+        if not node.scheduled and node.engine.alive and not node.closed:
+            node.begin_turn()
 
     def _call_connection_lost(self, error: BaseException | None) -> None:
         self.just_lost = False
