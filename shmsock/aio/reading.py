@@ -64,8 +64,8 @@ class ReadSide(FlowControl, asyncio.Transport):
             self._loop.call_soon(self._resumed, context=self.node.context)
 
     def _undirect(self) -> Any:
-        """Neither a reader nor the pump takes bytes from the ring any more. What is in the reader's buffer can
-        still be read; returns it, or None."""
+        """Neither a reader nor the pump takes bytes from the ring any more. What is in the buffer of the
+        reader, which is returned, can still be read."""
         self.port.detach()
         reader = self.reader() if self.reader is not None else None
         if reader is not None:

@@ -65,8 +65,8 @@ class ShmTransport(ReadSide):
     _start_tls_compatible = True
     _sendfile_compatible = _SendfileMode.FALLBACK
 
-    # What is so of most transports all their lives is the class's: few attributes are made soon. The others are
-    # made in __init__: an object that gets a new one when there are many of its kind gets a dict of its own.
+    # What is so of most transports all their lives is the class's: few attributes are made soon. All others
+    # are made in __init__: an object that gets one later, when there are many of its kind, gets a dict too.
     just_lost = False  # connection_lost() comes in the next turn of the loop
     _eof_wanted = False  # write_eof() was called: FIN follows _pending
     _writes_after_loss = 0
