@@ -6,30 +6,9 @@
 #define BYTES_PER_PASS (256u << 10)
 
 PyTypeObject *sh_inbox_type, *sh_outbox_type;
-static PyObject *s_holds, *s_straight, *s_datagram_received, *s_raised, *s_send_slowly, *s_slot, *s_data, *s_addr;
+static PyObject *s_holds, *s_straight, *s_datagram_received, *s_raised, *s_send_slowly, *s_handler, *s_data, *s_addr;
 
 /* ---- receiving ---- */
-
-static int raised(PyObject *endpoint, PyObject *protocol)
-{
-    PyObject *type, *value, *trace, *handler, *r = NULL;
-
-    if (PyErr_ExceptionMatches(PyExc_SystemExit) || PyErr_ExceptionMatches(PyExc_KeyboardInterrupt))
-        return -1;
-    PyErr_Fetch(&type, &value, &trace);
-    PyErr_NormalizeException(&type, &value, &trace);
-    if (trace)
-        PyException_SetTraceback(value, trace);
-    handler = PyObject_GetAttrString(endpoint, "handler");
-    if (handler)
-        r = PyObject_CallMethodObjArgs(handler, s_raised, value, protocol, NULL);
-    Py_XDECREF(handler);
-    Py_XDECREF(r);
-    Py_XDECREF(type);
-    Py_XDECREF(value);
-    Py_XDECREF(trace);
-    return r ? 0 : -1;
-}
 
 /* Who gets what comes from and for these ports: (protocol, context), and *source; NULL: Python knows, or finds out. Borrowed but for the
  * first. */
@@ -59,11 +38,10 @@ int sh_inbox_drain(Inbox *box)
 
     sh_takes_part(box->turn, &box->turn_end_ns);
     for (int records = 0; records < RECORDS_PER_PASS && given < BYTES_PER_PASS && box->open; records++) {
-        PyObject *straight, *protocol, *context, *endpoint, *source, *data, *r = NULL;
-        PyObject *type, *value, *trace;
+        PyObject *straight, *endpoint, *source, *data, *error;
         uint32_t ports;
         int64_t span = sh_recv(box->ep, &ports);
-        int failed = 0;
+        int r = 0;
 
         if (span < 0)
             return span == SH_EMPTY;
@@ -73,29 +51,21 @@ int sh_inbox_drain(Inbox *box)
         }
         Py_INCREF(endpoint);
         Py_INCREF(source);
-        protocol = PyTuple_GET_ITEM(straight, 0);
-        context = PyTuple_GET_ITEM(straight, 1);
         data = sh_bytes_out(box->ep, (uint32_t)(span >> 32), (uint32_t)span, SH_RECORD_HEADER);
         given += (uint32_t)span;
-        if (data && PyContext_Enter(context) == 0) {
-            r = PyObject_CallMethodObjArgs(protocol, s_datagram_received, data, source, NULL);
-            PyErr_Fetch(&type, &value, &trace);
-            if (PyContext_Exit(context) < 0)
-                Py_CLEAR(r);
-            else
-                PyErr_Restore(type, value, trace);
-        }
-        if (data && !r)
-            failed = raised(endpoint, protocol);
+        if (data) {
+            PyObject *protocol = PyTuple_GET_ITEM(straight, 0);
+            r = sh_hand_over(PyTuple_GET_ITEM(straight, 1), protocol, s_datagram_received, data, source, &error);
+            if (r == 0)
+                r = sh_tell_of(PyObject_GetAttr(endpoint, s_handler), s_raised, error, protocol);
+            Py_DECREF(data);
+        } else
+            r = PyErr_Occurred() ? -1 : 0;
         Py_DECREF(straight);
         Py_DECREF(endpoint);
         Py_DECREF(source);
-        Py_XDECREF(r);
-        if (!data)
-            return PyErr_Occurred() ? -1 : 0;
-        Py_DECREF(data);
-        if (failed < 0)
-            return -1;
+        if (!data || r < 0)
+            return r;
         if (sh_over(nd))
             break;
     }
@@ -113,17 +83,6 @@ static PyObject *inbox_close(Inbox *box, PyObject *unused)
     Py_RETURN_NONE;
 }
 
-static long slot_of(PyObject *conn, Turn *turn)
-{
-    PyObject *number = PyObject_GetAttr(conn, s_slot);
-    long slot = number ? PyLong_AsLong(number) : -1;
-
-    Py_XDECREF(number);
-    if (!PyErr_Occurred() && (slot < 0 || slot >= (long)turn->slots))
-        PyErr_Format(PyExc_ValueError, "slot %ld: this node has %u", slot, (unsigned)turn->slots);
-    return PyErr_Occurred() ? -1 : slot;
-}
-
 static PyObject *inbox_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"turn", "conn", "flows", NULL};
@@ -132,7 +91,7 @@ static PyObject *inbox_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     long slot;
 
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!OO!", names, sh_turn_type, &turn, &conn, &PyDict_Type, &flows)
-        || (slot = slot_of(conn, (Turn *)turn)) < 0 || !(box = (Inbox *)type->tp_alloc(type, 0)))
+        || (slot = sh_slot_of(conn, (Turn *)turn)) < 0 || !(box = (Inbox *)type->tp_alloc(type, 0)))
         return NULL;
     box->turn = (Turn *)Py_NewRef(turn);
     box->flows = Py_NewRef(flows);
@@ -327,10 +286,10 @@ int sh_datagrams_ready(PyObject *module)
     s_datagram_received = PyUnicode_InternFromString("datagram_received");
     s_raised = PyUnicode_InternFromString("raised");
     s_send_slowly = PyUnicode_InternFromString("_send_slowly");
-    s_slot = PyUnicode_InternFromString("slot");
+    s_handler = PyUnicode_InternFromString("handler");
     s_data = PyUnicode_InternFromString("data");
     s_addr = PyUnicode_InternFromString("addr");
-    if (!s_holds || !s_straight || !s_datagram_received || !s_raised || !s_send_slowly || !s_slot || !s_data || !s_addr)
+    if (!s_holds || !s_straight || !s_datagram_received || !s_raised || !s_send_slowly || !s_handler || !s_data || !s_addr)
         return -1;
     sh_inbox_type = (PyTypeObject *)PyType_FromSpec(&inbox_spec);
     sh_outbox_type = (PyTypeObject *)PyType_FromSpec(&outbox_spec);

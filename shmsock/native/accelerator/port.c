@@ -49,25 +49,42 @@ PyObject *sh_bytes_out(sh_ep *ep, uint32_t at, uint32_t n, uint32_t header)
     return NULL;
 }
 
-/* What the protocol raised ends its connection, unless it ends the program. */
-static int raised(Port *p)
+/* protocol.method(data[, source]) in that context. 1: done. 0: it raised *error. -1: an exception that ends the program. */
+int sh_hand_over(PyObject *context, PyObject *protocol, PyObject *method, PyObject *data, PyObject *source, PyObject **error)
 {
-    PyObject *type, *value, *trace, *transport, *r = NULL;
+    PyObject *args[] = {protocol, data, source}, *type, *trace, *r = NULL;
 
+    Py_INCREF(context); /* it may pause, close, or be replaced by another */
+    Py_INCREF(protocol);
+    if (PyContext_Enter(context) == 0) {
+        r = PyObject_VectorcallMethod(method, args, source ? 3 : 2, NULL);
+        if (PyContext_Exit(context) < 0)
+            Py_CLEAR(r);
+    }
+    Py_DECREF(context);
+    Py_DECREF(protocol);
+    Py_XDECREF(r);
+    if (r)
+        return 1;
     if (PyErr_ExceptionMatches(PyExc_SystemExit) || PyErr_ExceptionMatches(PyExc_KeyboardInterrupt))
         return -1;
-    PyErr_Fetch(&type, &value, &trace);
-    PyErr_NormalizeException(&type, &value, &trace);
+    PyErr_Fetch(&type, error, &trace);
+    PyErr_NormalizeException(&type, error, &trace);
     if (trace)
-        PyException_SetTraceback(value, trace);
-    transport = PyObject_CallNoArgs(p->transport);
-    if (transport)
-        r = transport == Py_None ? Py_NewRef(Py_None) : PyObject_CallMethodObjArgs(transport, s_raised, value, s_data_received, NULL);
-    Py_XDECREF(transport);
-    Py_XDECREF(r);
+        PyException_SetTraceback(*error, trace);
     Py_XDECREF(type);
-    Py_XDECREF(value);
     Py_XDECREF(trace);
+    return 0;
+}
+
+/* whom.method(error, about): what a protocol raised ends its connection. Takes whom (None: nobody is left) and error. 0, or -1. */
+int sh_tell_of(PyObject *whom, PyObject *method, PyObject *error, PyObject *about)
+{
+    PyObject *r = whom == Py_None ? Py_NewRef(whom) : whom ? PyObject_CallMethodObjArgs(whom, method, error, about, NULL) : NULL;
+
+    Py_XDECREF(whom);
+    Py_DECREF(error);
+    Py_XDECREF(r);
     return r ? 0 : -1;
 }
 
@@ -80,29 +97,16 @@ int sh_port_deliver(Port *p)
 
     sh_takes_part(p->turn, &p->turn_end_ns);
     while (p->protocol && p->calm && given < DELIVER_MAX && (span = sh_now(p->ep, PIECE)) > 0) {
-        PyObject *data = sh_bytes_out(p->ep, (uint32_t)(span >> 32), (uint32_t)span, 0), *protocol, *context, *r = NULL;
+        PyObject *data = sh_bytes_out(p->ep, (uint32_t)(span >> 32), (uint32_t)span, 0), *error;
+        int r;
 
         if (!data)
             return PyErr_Occurred() ? -1 : 0;
-        protocol = Py_NewRef(p->protocol); /* it may pause, close, or change its protocol */
-        context = Py_NewRef(p->context);
         given += (uint32_t)span;
-        if (PyContext_Enter(context) == 0) {
-            PyObject *type, *value, *trace;
-
-            r = PyObject_CallMethodOneArg(protocol, s_data_received, data);
-            PyErr_Fetch(&type, &value, &trace);
-            if (PyContext_Exit(context) < 0)
-                Py_CLEAR(r);
-            else
-                PyErr_Restore(type, value, trace);
-        }
-        Py_DECREF(context);
-        Py_DECREF(protocol);
+        r = sh_hand_over(p->context, p->protocol, s_data_received, data, NULL, &error);
         Py_DECREF(data);
-        if (!r && raised(p) < 0)
+        if (r < 0 || (r == 0 && sh_tell_of(PyObject_CallNoArgs(p->transport), s_raised, error, s_data_received) < 0))
             return -1;
-        Py_XDECREF(r);
         if ((uint32_t)span < PIECE)
             return 1; /* that was all: what came meanwhile is news of its own */
         if (sh_over(p->turn->nd))
@@ -283,24 +287,27 @@ static PyObject *port_detach(Port *p, PyObject *unused)
     Py_RETURN_NONE;
 }
 
+/* Of a connection of that node; -1: an exception. */
+long sh_slot_of(PyObject *conn, Turn *turn)
+{
+    PyObject *number = PyObject_GetAttr(conn, s_slot);
+    long slot = number ? PyLong_AsLong(number) : -1;
+
+    Py_XDECREF(number);
+    if (!PyErr_Occurred() && (slot < 0 || slot >= (long)turn->slots))
+        PyErr_Format(PyExc_ValueError, "slot %ld: this node has %u", slot, (unsigned)turn->slots);
+    return PyErr_Occurred() ? -1 : slot;
+}
+
 static int fill(Port *p, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"turn", "conn", "transport", NULL};
-    PyObject *turn, *conn, *transport, *number;
-    unsigned long slot = 0;
+    PyObject *turn, *conn, *transport;
+    long slot;
 
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!OO", names, sh_turn_type, &turn, &conn, &transport))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!OO", names, sh_turn_type, &turn, &conn, &transport)
+        || (slot = sh_slot_of(conn, (Turn *)turn)) < 0)
         return -1;
-    if (!(number = PyObject_GetAttr(conn, s_slot)))
-        return -1;
-    slot = PyLong_AsUnsignedLong(number);
-    Py_DECREF(number);
-    if (PyErr_Occurred())
-        return -1;
-    if (slot >= ((Turn *)turn)->slots) {
-        PyErr_Format(PyExc_ValueError, "slot %lu: this node has %u", slot, (unsigned)((Turn *)turn)->slots);
-        return -1;
-    }
     p->turn = (Turn *)Py_NewRef(turn);
     if (!(p->transport = PyWeakref_NewRef(transport, NULL)))
         return -1;
