@@ -54,6 +54,9 @@ class ReadSide(FlowControl, asyncio.Transport):
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         """Ends direct mode for good: bytes that the reader took already stay in its buffer, the rest goes to
         `protocol`."""
+        before: Any = self._protocol
+        if getattr(before, "_port", None) is self.port:
+            del before._port  # a writer of streams, which drains into another transport now
         self._protocol = protocol
         reader = self._undirect()
         if reader is not None and isinstance(protocol, SSLProtocol):

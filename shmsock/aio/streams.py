@@ -12,7 +12,6 @@ import ssl
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -51,7 +50,7 @@ class ShmStreamReader(asyncio.StreamReader):
     _loop: asyncio.AbstractEventLoop
 
     _direct = False  # bytes are taken from the ring, by this reader alone
-    _port: Any = SimpleNamespace(fast=False, woken=False)  # what the short cuts ask
+    _port: Any = SimpleNamespace(fast=False, woken=False, take=lambda *_: None)  # what the short cuts ask
     _spun = False  # a short cut has spun in vain just now
     _late: BaseException | None = None  # raised when what is in the buffer was read
 
@@ -100,42 +99,20 @@ class ShmStreamReader(asyncio.StreamReader):
 
     async def read(self, n: int = -1) -> bytes:
         """As asyncio's: up to n bytes, b"" at EOF. Raises ConnectionResetError."""
-        if n > 0 and self._port.fast and not self._buffer:
-            node, conn = self._node, self._conn
-            if not node.scheduled:
-                node.begin_turn()
-            span = node.lib.sh_read_begin(self._ep, n if n < COPY_MAX else COPY_MAX, 1, len(node.queue) < 2)
-            if span > 0:
-                at = span >> 32
-                end = at + (span & 0xFFFFFFFF)
-                data: bytes = conn.rx[at:end]
-                if end > conn.rx_bytes:
-                    data += conn.rx[: end - conn.rx_bytes]
-                if not (status := node.lib.sh_read_end(self._ep, end - at)):
-                    return data
-                conn.ended_by(status)
-            elif span == EMPTY:
-                self._spun = True
-            elif span == STALE:
-                node.check()
+        if n > 0 and not self._buffer:
+            data: bytes | None = self._port.take(n)
+            if data is not None:
+                return data
+            self._spun = self._port.fast
         return await super().read(n)
 
     async def readexactly(self, n: int) -> bytes:
         """As asyncio's: n bytes, or asyncio.IncompleteReadError."""
-        if 0 < n <= COPY_MAX and self._port.fast and not self._buffer:
-            node = self._node
-            if not node.scheduled:
-                node.begin_turn()
-            at = node.lib.sh_read_exactly(self._ep, n, len(node.queue) < 2)
-            if at >= 0:
-                data: bytes = self._conn.rx[at : at + n]
-                if not (status := node.lib.sh_read_end(self._ep, n)):
-                    return data
-                self._conn.ended_by(status)
-            elif at == EMPTY:
-                self._spun = True
-            elif at == STALE:
-                node.check()
+        if 0 < n <= COPY_MAX and not self._buffer:
+            data: bytes | None = self._port.take(n, n)
+            if data is not None:
+                return data
+            self._spun = self._port.fast
         return await super().readexactly(n)
 
     # -- the hook
@@ -207,7 +184,10 @@ class ShmStreamReader(asyncio.StreamReader):
 
     def _pull(self, room: int, spin: bool) -> int:
         """Move up to `room` bytes into the buffer. Returns how many, or a status that was acted upon."""
-        return self._take_over(self._node.lib.sh_read_begin(self._ep, min(room, COPY_MAX), 1, spin))
+        span = self._node.lib.sh_read_begin(self._ep, min(room, COPY_MAX), 1, spin)
+        if span == STALE:
+            self._node.check()
+        return self._take_over(span)
 
     def _take_over(self, span: int) -> int:
         if span > 0:
@@ -296,7 +276,6 @@ class ShmStreamWriter(asyncio.StreamWriter):
     def _attach(self) -> ShmStreamWriter:
         self.write = self._transport.write  # type: ignore[method-assign]  # one call less on the way
         self._port = self._transport.port
-        self._protocol.stock = False  # type: ignore[attr-defined]
         return self
 
     async def drain(self) -> None:
@@ -312,6 +291,7 @@ class ShmStreamWriter(asyncio.StreamWriter):
             node = self._transport.node
             if port.fast and node.scheduled and not node.lib.sh_over(node.nd):
                 return
+            port.drains -= 1  # the protocol's helper, which is asked next, counts it
         await super().drain()
 
     async def wait_closed(self) -> None:
@@ -362,28 +342,12 @@ class ShmStreamWriter(asyncio.StreamWriter):
         warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2)
 
 
-if accelerator is not None:
-    method, reader, writer = accelerator.method, asyncio.StreamReader, asyncio.StreamWriter
-    for _name in ("read", "readexactly", "readline"):
-        setattr(ShmStreamReader, _name, method(_name, reader, getattr(reader, _name)))
-    ShmStreamWriter.drain = method("drain", writer, writer.drain)  # type: ignore[method-assign]
-
-
-class _Over:
-    def __await__(self) -> Iterator[Any]:
-        return iter(())
-
-
-_OVER: Any = _Over()
-
-
 class ShmStreamReaderProtocol(asyncio.StreamReaderProtocol):
     """Takes its reader into direct mode as soon as there is a transport, and waits for space as reads wait
     for bytes."""
 
     _transport: Any
     _port: Any = SimpleNamespace(calm=False)
-    stock = True  # the writer is asyncio's
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         reader = self._stream_reader  # type: ignore[attr-defined]
@@ -394,12 +358,13 @@ class ShmStreamReaderProtocol(asyncio.StreamReaderProtocol):
         super().connection_made(transport)
 
     def _drain_helper(self) -> Any:
-        """Stock writers await what this gives; as ShmStreamWriter.drain, for less than a coroutine costs."""
+        """asyncio's drain() awaits what this gives; as ShmStreamWriter.drain, for less than a coroutine
+        costs."""
         port = self._port
-        if self.stock and port.calm:
+        if port.calm:
             port.drains += 1
             if port.drains & 7:
-                return _OVER
+                return port.done
         return self._drain_slowly()
 
     async def _drain_slowly(self) -> None:
@@ -409,6 +374,16 @@ class ShmStreamReaderProtocol(asyncio.StreamReaderProtocol):
             if transport.is_closing():
                 await asyncio.sleep(0)  # connection_lost() comes first, and says what is to be raised
         await super()._drain_helper()  # type: ignore[misc]
+
+
+if accelerator is not None:
+    method, reader, writer = accelerator.method, asyncio.StreamReader, asyncio.StreamWriter
+    for _name in ("read", "readexactly", "readline"):
+        setattr(ShmStreamReader, _name, method(_name, reader, getattr(reader, _name)))
+    ShmStreamWriter.drain = method("drain", writer, writer.drain)  # type: ignore[method-assign]
+    ShmStreamReaderProtocol._drain_helper = method(  # type: ignore[method-assign]
+        "_drain_helper", asyncio.StreamReaderProtocol, ShmStreamReaderProtocol._drain_slowly
+    )
 
 
 def adopt(protocol: asyncio.BaseProtocol) -> None:

@@ -19,7 +19,7 @@ import time
 from typing import Any
 
 from shmsock.errors import wrong_thread
-from shmsock.fabric.connection import COPY_MAX
+from shmsock.fabric.connection import COPY_MAX, SH_TAKE
 from shmsock.fabric.node import Engine
 from shmsock.wakeup import Keeper
 
@@ -83,6 +83,10 @@ class _Turn:
     ) -> None:
         self._engine, self._keeper, self._loop, self.context = engine, keeper, loop, context
         self._lib, self._nd = engine.lib, engine.nd
+        self.room = engine.ffi.new("char[]", SH_TAKE)  # where the core puts what it takes out of a ring
+        self.taken = engine.ffi.buffer(self.room)
+        self.done = loop.create_future()
+        self.done.set_result(None)
         self.ident = ident
         self.scheduled = False  # the pump will run in the next turn of the loop
         self.closed = False
@@ -188,28 +192,28 @@ class _Turn:
 class _Port:
     """What the short cuts of one connection ask. `calm`: writes go straight to the ring and drain() has
     nothing to wait for. `fast`: a reader takes its bytes from the ring, no exception is set, and nobody
-    waits. `woken`: the pump has woken who waits."""
+    waits. `woken`: the pump has woken who waits. `done`: who awaits it goes on at once."""
 
-    __slots__ = ("_conn", "_turn", "calm", "drains", "fast", "woken")
+    __slots__ = ("_conn", "_ep", "_take", "_turn", "calm", "done", "drains", "fast", "woken")
 
     def __init__(self, turn: Any, conn: Any, transport: Any) -> None:
-        self._turn, self._conn = turn, conn
+        self._turn, self._conn, self._ep, self._take = turn, conn, conn.ep, conn.engine.lib.sh_take
         self.calm, self.drains, self.fast, self.woken = True, 0, False, False
+        self.done = turn.done
 
-    def take(self, most: int) -> bytes | None:
-        """For a receive() that has let the loop turn: 1 to `most` bytes; None: the slow way."""
+    def take(self, most: int, least: int = 1) -> bytes | None:
+        """`least` to `most` bytes, maybe after a spin; None: the slow way."""
         if not self.fast:
             return None
-        turn, conn = self._turn, self._conn
+        turn = self._turn
         if not turn.scheduled:
             turn.begin_turn()
-        span: int = conn.engine.lib.sh_read_begin(
-            conn.ep, most if most < COPY_MAX else COPY_MAX, 1, len(turn.queue) < 2
-        )
-        if span <= 0:
-            return None
-        data = conn.take(span)
-        return None if type(data) is int else data
+        n = self._take(self._ep, turn.room, most if most < COPY_MAX else COPY_MAX, least, len(turn.queue) < 2)
+        if 0 < n <= SH_TAKE:
+            data: bytes = turn.taken[:n]
+            return data
+        found = self._conn.take(n) if n > 0 else None
+        return found if isinstance(found, bytes) else None
 
     def put(self, data: Any) -> int | None:
         """For a send(): how many bytes went into the ring; None: all of them, and others need not run

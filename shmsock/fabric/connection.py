@@ -65,6 +65,7 @@ EMPTY, EOF, RESET, YIELD, VIOLATION, STALE, CLOSED, UNBOUND, GROW = -1, -2, -3, 
 # bits of look (enum sh_bits)
 DATA, FIN, REL, RESET_BIT, BAD, SPACE, MOVED = 1, 2, 4, 8, 16, 32, 64
 COPY_MAX = 1 << 20
+SH_TAKE = 4096  # what sh_take copies itself
 
 
 class State(Enum):

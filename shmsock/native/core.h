@@ -47,6 +47,7 @@ enum sh_bits {
     SH_LOOK_DATA = 1, SH_LOOK_FIN = 2, SH_LOOK_REL = 4, SH_LOOK_RESET = 8, SH_LOOK_BAD = 16, SH_LOOK_SPACE = 32, SH_LOOK_MOVED = 64
 };
 enum sh_event { SH_EV_SLOT = 0, SH_EV_ADOPT = 1, SH_EV_MESSAGE = 2 };
+enum sh_sizes { SH_TAKE = 4096 }; /* bytes that sh_take() copies */
 enum sh_glance { SH_GLANCE_BEAT = 5, SH_GLANCE }; /* words per section */
 enum sh_counter {
     SH_N_PUMPS, SH_N_READS, SH_N_WRITES, SH_N_BYTES_IN, SH_N_BYTES_OUT, SH_N_NOTIFY, SH_N_PENDING, SH_N_SPIN_HIT, SH_N_SPIN_MISS,
@@ -119,7 +120,7 @@ int64_t sh_write(sh_ep *ep, const void *data, uint64_t n);
 int64_t sh_write_some(sh_ep *ep, const void *data, uint64_t n);
 int sh_wait_space(sh_ep *ep, int spin);
 int64_t sh_read_begin(sh_ep *ep, uint32_t want, uint32_t min, int spin);
-int64_t sh_read_exactly(sh_ep *ep, uint32_t n, int spin);
+int64_t sh_take(sh_ep *ep, void *to, uint32_t want, uint32_t min, int spin);
 int64_t sh_read_now(sh_ep *ep, uint32_t want);
 int sh_read_end(sh_ep *ep, uint32_t n);
 int sh_look(sh_ep *ep);

@@ -120,12 +120,18 @@ int64_t sh_read_begin(sh_ep *ep, uint32_t want, uint32_t min, int spin)
     return SH_UNLIKELY(ep->followed) && found > 0 ? SH_GROW : found;
 }
 
-/* The fast readexactly: where in the ring `n` bytes begin that are there and do not wrap, or a status. */
-int64_t sh_read_exactly(sh_ep *ep, uint32_t n, int spin)
+/* The fast read in one call: at least `min` and at most `want` bytes. Up to SH_TAKE of them are put into `to`, and their space is given
+ * back: how many they are. More: as sh_read_begin. Or a status. */
+int64_t sh_take(sh_ep *ep, void *to, uint32_t want, uint32_t min, int spin)
 {
-    int64_t found = sh_read_begin(ep, n, n, spin && n <= ep->rx_bytes);
+    int64_t found = sh_begin(ep, want, min, spin && min <= ep->rx_bytes);
+    uint32_t n = (uint32_t)found;
+    int r;
 
     if (found < 0)
         return found;
-    return (found >> 32) + n <= ep->rx_bytes ? found >> 32 : SH_EMPTY; /* over the edge: the slow way joins two pieces */
+    if (n > SH_TAKE)
+        return SH_UNLIKELY(ep->followed) ? SH_GROW : found;
+    r = sh_copy_taken(ep, to, (uint32_t)(found >> 32), n, 0);
+    return r ? r : (int64_t)n;
 }

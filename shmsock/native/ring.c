@@ -309,6 +309,17 @@ int sh_read_end(sh_ep *ep, uint32_t n)
     return 0;
 }
 
+/* Copy n bytes from there in the ring, and give their space back, and that of a header before them. As sh_read_end. */
+int sh_copy_taken(sh_ep *ep, void *to, uint32_t at, uint32_t n, uint32_t header)
+{
+    uint32_t first = ep->rx_bytes - at < n ? ep->rx_bytes - at : n;
+
+    sh_copy_in(to, ep->rx + at, first);
+    if (first < n)
+        sh_copy_in((uint8_t *)to + first, ep->rx, n - first);
+    return sh_read_end(ep, n + header);
+}
+
 /* What is the matter with this slot? Bits SH_LOOK_*; MOVED says that bytes or space came since the last look. */
 int sh_look(sh_ep *ep)
 {

@@ -57,7 +57,7 @@ struct inbox {
     char open;
 };
 
-enum sh_op_kind { SH_OP_READ, SH_OP_EXACTLY, SH_OP_LINE, SH_OP_DRAIN, SH_OP_KINDS };
+enum sh_op_kind { SH_OP_READ, SH_OP_EXACTLY, SH_OP_LINE, SH_OP_DRAIN, SH_OP_HELPER, SH_OP_KINDS };
 
 extern const char *const sh_op_names[SH_OP_KINDS];
 extern PyObject *sh_slow[SH_OP_KINDS]; /* the coroutine functions */

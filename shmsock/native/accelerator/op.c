@@ -1,5 +1,6 @@
-/* op.c - read(), readexactly(), readline() and drain() of the streams: awaitables with the interface of coroutines. Nothing happens before
- * they are awaited, as with coroutines. What they cannot do in C they leave to the coroutines that they stand for. */
+/* op.c - read(), readexactly(), readline() and drain() of the streams, and what asyncio's own drain() awaits: awaitables with the interface of
+ * coroutines. Nothing happens before they are awaited, as with coroutines. What they cannot do in C they leave to the coroutines that they
+ * stand for. */
 #include "accelerator.h"
 
 #define SPARE 8
@@ -8,7 +9,7 @@ enum state { START, YIELDED, WAITING, DELEGATED, DONE };
 
 typedef struct {
     PyObject_HEAD
-    PyObject *stream, *arg; /* the StreamReader or StreamWriter, and what it was called with */
+    PyObject *stream, *arg; /* the StreamReader, StreamWriter or its protocol, and what it was called with */
     Port *port;
     PyObject *inner;        /* what is waited for, or the coroutine that does it */
     Py_ssize_t n;
@@ -225,8 +226,12 @@ static PySendResult op_send(Op *op, PyObject *value, PyObject **out)
             PyErr_Format(PyExc_TypeError, "can't send non-None value to a just-started %s()", sh_op_names[op->kind]);
             return PYGEN_ERROR;
         }
-        if (op->kind == SH_OP_DRAIN)
-            return sh_drained(op->port) ? finish(op, Py_NewRef(Py_None), out) : delegate(op, out);
+        if (op->kind >= SH_OP_DRAIN && sh_drained(op->port))
+            return finish(op, Py_NewRef(Py_None), out);
+        if (op->kind == SH_OP_DRAIN && op->port)
+            op->port->drains--; /* its helper, which is asked next, counts it */
+        if (op->kind >= SH_OP_DRAIN)
+            return delegate(op, out);
         return op->port && op->n > 0 ? go_on(op, out) : delegate(op, out);
     case YIELDED:
         return go_on(op, out);

@@ -36,17 +36,10 @@ int sh_port_wake(Port *p)
 PyObject *sh_bytes_out(sh_ep *ep, uint32_t at, uint32_t n, uint32_t header)
 {
     PyObject *data = PyBytes_FromStringAndSize(NULL, n);
-    uint32_t first = ep->rx_bytes - at < n ? ep->rx_bytes - at : n;
 
-    if (!data)
-        return NULL;
-    sh_copy_in(PyBytes_AS_STRING(data), ep->rx + at, first);
-    if (first < n)
-        sh_copy_in(PyBytes_AS_STRING(data) + first, ep->rx, n - first);
-    if (sh_read_end(ep, n + header) == 0)
-        return data;
-    Py_DECREF(data);
-    return NULL;
+    if (data && sh_copy_taken(ep, PyBytes_AS_STRING(data), at, n, header))
+        Py_CLEAR(data);
+    return data;
 }
 
 /* protocol.method(data[, source]) in that context. 1: done. 0: it raised *error. -1: an exception that ends the program. */

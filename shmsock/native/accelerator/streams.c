@@ -1,8 +1,8 @@
-/* streams.c - the methods of ShmStreamReader and ShmStreamWriter that stand for coroutine functions. */
+/* streams.c - the methods of ShmStreamReader, ShmStreamWriter and their protocol that stand for coroutine functions. */
 #include "accelerator.h"
 
 PyObject *sh_slow[SH_OP_KINDS];
-const char *const sh_op_names[SH_OP_KINDS] = {"read", "readexactly", "readline", "drain"};
+const char *const sh_op_names[SH_OP_KINDS] = {"read", "readexactly", "readline", "drain", "_drain_helper"};
 
 static PyObject *ask_for(PyObject *stream, enum sh_op_kind kind, PyObject *number)
 {
@@ -39,6 +39,7 @@ static PyObject *stream_readexactly(PyObject *stream, PyObject *const *args, Py_
 
 static PyObject *stream_readline(PyObject *stream, PyObject *unused) { (void)unused; return sh_op_new(stream, SH_OP_LINE, 1, NULL); }
 static PyObject *stream_drain(PyObject *stream, PyObject *unused) { (void)unused; return sh_op_new(stream, SH_OP_DRAIN, 1, NULL); }
+static PyObject *stream_helper(PyObject *protocol, PyObject *unused) { (void)unused; return sh_op_new(protocol, SH_OP_HELPER, 1, NULL); }
 
 #define FAST(function) (PyCFunction)(void (*)(void))(function), METH_FASTCALL | METH_KEYWORDS
 
@@ -48,6 +49,7 @@ static PyMethodDef defs[SH_OP_KINDS] = {
     {"readline", (PyCFunction)(void (*)(void))stream_readline, METH_NOARGS, "readline($self)\n--\n\nAs asyncio's."},
     {"drain", (PyCFunction)(void (*)(void))stream_drain, METH_NOARGS,
      "drain($self)\n--\n\nWait until the peer has taken enough. Raises ConnectionResetError, BrokenPipeError. Cancelling loses nothing."},
+    {"_drain_helper", (PyCFunction)(void (*)(void))stream_helper, METH_NOARGS, "_drain_helper($self)\n--\n\nWhat asyncio.StreamWriter.drain() awaits."},
 };
 
 /* method(name, class, coroutine function) -> a method for subclasses of the class that stands for the coroutine function. */
