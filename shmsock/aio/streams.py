@@ -357,15 +357,14 @@ class ShmStreamReaderProtocol(asyncio.StreamReaderProtocol):
                 reader._attach(transport)
         super().connection_made(transport)
 
-    def _drain_helper(self) -> Any:
-        """asyncio's drain() awaits what this gives; as ShmStreamWriter.drain, for less than a coroutine
-        costs."""
+    async def _drain_helper(self) -> None:
+        """asyncio's drain() awaits this; as ShmStreamWriter.drain."""
         port = self._port
         if port.calm:
             port.drains += 1
             if port.drains & 7:
-                return port.done
-        return self._drain_slowly()
+                return
+        await self._drain_slowly()
 
     async def _drain_slowly(self) -> None:
         transport = self._transport

@@ -83,10 +83,6 @@ class _Turn:
     ) -> None:
         self._engine, self._keeper, self._loop, self.context = engine, keeper, loop, context
         self._lib, self._nd = engine.lib, engine.nd
-        self.room = engine.ffi.new("char[]", SH_TAKE)  # where the core puts what it takes out of a ring
-        self.taken = engine.ffi.buffer(self.room)
-        self.done = loop.create_future()
-        self.done.set_result(None)
         self.ident = ident
         self.scheduled = False  # the pump will run in the next turn of the loop
         self.closed = False
@@ -192,25 +188,25 @@ class _Turn:
 class _Port:
     """What the short cuts of one connection ask. `calm`: writes go straight to the ring and drain() has
     nothing to wait for. `fast`: a reader takes its bytes from the ring, no exception is set, and nobody
-    waits. `woken`: the pump has woken who waits. `done`: who awaits it goes on at once."""
+    waits. `woken`: the pump has woken who waits."""
 
-    __slots__ = ("_conn", "_ep", "_take", "_turn", "calm", "done", "drains", "fast", "woken")
+    __slots__ = ("_conn", "_ep", "_room", "_take", "_taken", "_turn", "calm", "drains", "fast", "woken")
 
     def __init__(self, turn: Any, conn: Any, transport: Any) -> None:
         self._turn, self._conn, self._ep, self._take = turn, conn, conn.ep, conn.engine.lib.sh_take
         self.calm, self.drains, self.fast, self.woken = True, 0, False, False
-        self.done = turn.done
+        self._room, self._taken = conn.engine.memory.room
 
     def take(self, most: int, least: int = 1) -> bytes | None:
         """`least` to `most` bytes, maybe after a spin; None: the slow way."""
         if not self.fast:
             return None
-        turn = self._turn
+        turn, take = self._turn, self._take
         if not turn.scheduled:
             turn.begin_turn()
-        n = self._take(self._ep, turn.room, most if most < COPY_MAX else COPY_MAX, least, len(turn.queue) < 2)
+        n = take(self._ep, self._room, most if most < COPY_MAX else COPY_MAX, least, len(turn.queue) < 2)
         if 0 < n <= SH_TAKE:
-            data: bytes = turn.taken[:n]
+            data: bytes = self._taken[:n]
             return data
         found = self._conn.take(n) if n > 0 else None
         return found if isinstance(found, bytes) else None

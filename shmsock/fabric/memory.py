@@ -29,6 +29,11 @@ class Memory:
         self.base = core.ffi.cast("void *", self.buffer)
         self.size = len(self.buffer)
         self.wc = int(write_combining)
+        room = core.ffi.new("char[]", core.lib.SH_TAKE)
+        self.room = (
+            room,
+            core.ffi.buffer(room),
+        )  # where sh_take() puts bytes, and a buffer whose slices are bytes
 
     def load(self, offset: int) -> int:
         value: int = self.core.lib.sh_load64(self.base, offset)
