@@ -1,8 +1,8 @@
 """asyncio streams over shared memory: StreamReader and StreamWriter with a straight way to the ring.
 
 The reader is asyncio's own with one hook replaced, `_wait_for_data`, and short cuts in read(n) and
-readexactly(n): one call into C that spins, one copy, one call that gives the space back. Bytes leave the ring
-only after the last await of an operation, so cancelling loses none.
+readexactly(n): one call into C that spins, copies and gives the space back. Bytes leave the ring only after
+the last await of an operation, so cancelling loses none.
 """
 
 from __future__ import annotations
