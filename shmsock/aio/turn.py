@@ -150,7 +150,7 @@ class _Turn:
         words, again = self._engine.look(), True
         try:
             while True:
-                told = self._attend(words, now)
+                told, now = self._attend(words, now), time.monotonic_ns()
                 # Nothing else is to be run: this turn may go on with the pump.
                 alone = self._known and not self.queue and not any(self._engine.owed)
                 if self.closed or (told and not alone):
@@ -164,9 +164,8 @@ class _Turn:
                     return
                 # What those who were told did may be the loop's to pass on: uvloop holds writes to sockets
                 # back until the turn ends.
-                if (words := self._engine.look_on(GLANCE_NS if told else SPIN_NS)) == []:
+                if (words := self._engine.look_on(now, GLANCE_NS if told else SPIN_NS)) == []:
                     return
-                now = time.monotonic_ns()
         finally:
             self.scheduled = False
             if again and not self.closed:

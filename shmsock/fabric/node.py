@@ -210,11 +210,11 @@ class Engine:
         n = self.lib.sh_pump(self.nd, self._out, EVENTS_PER_PASS) if self._failure is None else STALE
         return None if n == STALE else self._out[0:n]
 
-    def look_on(self, ns: int) -> list[int] | None:
+    def look_on(self, now: int, ns: int) -> list[int] | None:
         """The same once more in the same turn of the loop: waits so long, busily. Empty: nothing came."""
         n = STALE
         if self._failure is None:
-            n = self.lib.sh_pump_on(self.nd, self._out, EVENTS_PER_PASS, ns)
+            n = self.lib.sh_pump_on(self.nd, self._out, EVENTS_PER_PASS, now, ns)
         return None if n == STALE else self._out[0:n]
 
     def take_in(self, words: list[int] | None, now_ns: int, unlocked: int = 0) -> list[Event]:

@@ -85,7 +85,7 @@ int sh_pumped_just_now(sh_node *nd, uint64_t now);
 int sh_stay_hot(sh_node *nd, uint64_t now, int owed);
 uint64_t sh_moved(sh_node *nd);
 int sh_pump(sh_node *nd, uint64_t *out, int max);
-int sh_pump_on(sh_node *nd, uint64_t *out, int max, uint64_t ns);
+int sh_pump_on(sh_node *nd, uint64_t *out, int max, uint64_t now, uint64_t ns);
 int sh_quiet(sh_node *nd);
 int sh_safety(sh_node *nd);
 

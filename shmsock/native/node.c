@@ -150,8 +150,7 @@ int sh_pass(sh_node *nd, uint64_t *out, int max, uint64_t look, uint64_t now)
     int n = 0;
 
     nd->attention = 0;
-    for (uint32_t k = 0; k < nd->g.peers; k++) {
-        uint32_t j = (nd->start + k) % nd->g.peers;
+    for (uint32_t k = 0, j = nd->start; k < nd->g.peers; k++, j = j + 1 < nd->g.peers ? j + 1 : 0) {
         struct sh_link *l = &nd->links[j];
 
         if (!(look >> j & 1))
@@ -174,13 +173,11 @@ int sh_pass(sh_node *nd, uint64_t *out, int max, uint64_t look, uint64_t now)
         l->news = 0; /* what is left unread of the mail is found again by sh_message_recv's caller */
     }
     nd->woke = 0;
-    nd->start = (nd->start + 1) % nd->g.peers;
-    for (uint32_t k = 0; k < nd->words && n < max; k++) {
-        uint32_t w = (nd->start + k) % nd->words;
-
+    nd->start = nd->start + 1 < nd->g.peers ? nd->start + 1 : 0;
+    for (uint32_t k = 0, w = nd->start % nd->words; k < nd->words && n < max; k++, w = w + 1 < nd->words ? w + 1 : 0) {
         for (; nd->ready[w] && n < max; nd->ready[w] &= nd->ready[w] - 1) {
             uint32_t slot = w * 64 + (uint32_t)__builtin_ctzll(nd->ready[w]);
-            out[n++] = (uint64_t)sh_look(&nd->eps[slot]) << 32 | SH_EV_SLOT << 24 | slot;
+            out[n++] = (uint64_t)sh_look_at(&nd->eps[slot], now) << 32 | SH_EV_SLOT << 24 | slot;
         }
     }
     return n;

@@ -163,6 +163,7 @@ int sh_acknowledge(sh_node *nd, sh_ep *ep);
 int sh_space_came(const sh_ep *ep);
 void sh_rearm_touched(sh_node *nd);
 void sh_take_later(sh_node *nd);
+int sh_look_at(sh_ep *ep, uint64_t now);
 int sh_pass(sh_node *nd, uint64_t *out, int max, uint64_t look, uint64_t now);
 
 static inline uint64_t sh_p_word(const sh_ep *ep)

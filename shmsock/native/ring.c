@@ -320,8 +320,8 @@ int sh_copy_taken(sh_ep *ep, void *to, uint32_t at, uint32_t n, uint32_t header)
     return sh_read_end(ep, n + header);
 }
 
-/* What is the matter with this slot? Bits SH_LOOK_*; MOVED says that bytes or space came since the last look. */
-int sh_look(sh_ep *ep)
+/* What is the matter with this slot? Bits SH_LOOK_*; MOVED says that bytes came since the last look, or space that is waited for. */
+int sh_look_at(sh_ep *ep, uint64_t now)
 {
     uint32_t tail = ep->tail_seen, head = ep->head_seen;
     int bits = 0, r;
@@ -331,7 +331,7 @@ int sh_look(sh_ep *ep)
     r = sh_refresh(ep);
     if (r < 0)
         return r == SH_RESET ? SH_LOOK_RESET : SH_LOOK_BAD;
-    if (sh_see_head(ep) < 0)
+    if ((ep->flags & SH_WANT) && sh_see_head(ep) < 0) /* else nobody asks, and the line stays with the peer */
         return SH_LOOK_BAD;
     if (ep->tail_seen != ep->head)
         bits |= SH_LOOK_DATA;
@@ -344,7 +344,7 @@ int sh_look(sh_ep *ep)
     if (tail != ep->tail_seen || head != ep->head_seen) {
         bits |= SH_LOOK_MOVED;
         if (ep->waiting) { /* a spin would have paid: let the window grow again */
-            uint64_t gap = sh_clock() - ep->wait_since;
+            uint64_t gap = now - ep->wait_since;
             if (gap < ep->nd->spin_max_ns && 2 * gap > ep->window_ns)
                 ep->window_ns = 2 * gap;
         }
@@ -352,6 +352,8 @@ int sh_look(sh_ep *ep)
     }
     return bits;
 }
+
+int sh_look(sh_ep *ep) { return sh_look_at(ep, sh_clock()); }
 
 /* Acknowledge this slot's toggle without looking: the caller fences and looks. */
 int sh_acknowledge(sh_node *nd, sh_ep *ep)

@@ -115,11 +115,11 @@ static int news(sh_node *nd)
     return found;
 }
 
-/* Another pass in the same turn, when there is nothing else to be run: busy-polls for up to ns. Returns what sh_pump() does; 0: nothing
- * came, or the budget of the turn is used up. */
-int sh_pump_on(sh_node *nd, uint64_t *out, int max, uint64_t ns)
+/* Another pass in the same turn, when there is nothing else to be run: busy-polls for up to ns, from `now` on. Returns what sh_pump() does;
+ * 0: nothing came, or the budget of the turn is used up. */
+int sh_pump_on(sh_node *nd, uint64_t *out, int max, uint64_t now, uint64_t ns)
 {
-    uint64_t now = sh_clock(), end = now + ns, yield_at = sh_yield_at(nd, now);
+    uint64_t end = now + ns, yield_at = sh_yield_at(nd, now);
     int n;
 
     if (!sh_may_write(nd))

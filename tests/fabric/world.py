@@ -135,7 +135,7 @@ class Node:
 
     def pump_on(self) -> list[Event]:
         """Once more in the same turn."""
-        events = self.call(lambda: self._taken_in(self.engine.look_on(50_000)))
+        events = self.call(lambda: self._taken_in(self.engine.look_on(self.engine.lib.sh_clock(), 50_000)))
         self.events += events
         return events
 

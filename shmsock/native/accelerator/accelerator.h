@@ -42,7 +42,7 @@ struct port {
     sh_ep *ep;
     uint32_t slot;
     Py_ssize_t limit; /* of a line */
-    uint64_t turn_end_ns, since_ns; /* the turn in which it read last, and since when; 0: it need not share that */
+    uint64_t turn_end_ns, since_ns; /* the turn in which it read last, and since when; 0: once only */
     unsigned int drains;
     char calm, fast, woken;
 };

@@ -66,6 +66,8 @@ int sh_inbox_drain(Inbox *box)
         Py_DECREF(source);
         if (!data || r < 0)
             return r;
+        if (box->ep->tail_seen == box->ep->head)
+            return 1; /* that was all: what came meanwhile is news of its own */
         if (sh_over(nd))
             break;
     }

@@ -137,14 +137,17 @@ int sh_takes_part(Turn *t, uint64_t *last)
     return 1;
 }
 
-/* A turn's budget is shared by as many as took part in the last one: reads in C are so quick that the first would leave the others nothing. */
+/* A turn's budget is shared by as many as took part in the last one: reads in C are so quick that the first would leave the others nothing.
+ * The clock is that of the last look. */
 int sh_share_is_used(Port *p)
 {
     Turn *t = p->turn;
 
     if (sh_takes_part(t, &p->turn_end_ns))
-        p->since_ns = t->sharers > 1 ? sh_clock() : 0;
-    return p->since_ns && sh_clock() - p->since_ns > t->nd->hold_ns / t->sharers;
+        p->since_ns = 0;
+    else if (!p->since_ns)
+        p->since_ns = p->ep->looked_ns;
+    return p->since_ns && t->sharers > 1 && (p->ep->looked_ns - p->since_ns) * t->sharers > t->nd->hold_ns;
 }
 
 /* Has a drain nothing to wait for? Reads look at the clock each time; of drains every eighth is enough to keep a turn within its budget.

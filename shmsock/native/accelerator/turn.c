@@ -141,29 +141,29 @@ static int tell(Turn *t, uint64_t *words, int n, uint64_t now)
 }
 
 /* May this turn of the loop go on with the pump? Nothing else is to be run. */
-static int is_alone(Turn *t) { return t->known && PyObject_Size(t->queue) == 0 && !owed(t); }
+static int is_alone(Turn *t, int owes) { return !owes && t->known && PyObject_Size(t->queue) == 0; }
 
 /* The next pass: 1, and what it found; or 0, and whether the loop is to come again (or may sleep). */
 static int next_pass(Turn *t, uint64_t *words, int *n, uint64_t now, int told, int *again)
 {
-    int alone = is_alone(t), hot;
+    int owes = owed(t), alone = is_alone(t, owes), hot;
 
     *again = 1;
     *n = 0;
     if (told && !alone) /* who was told of something runs first: going to sleep can wait */
         return 0;
-    hot = sh_stay_hot(t->nd, now, owed(t));
+    hot = sh_stay_hot(t->nd, now, owes);
     if (!hot)
         *again = told || !fall_asleep(t);
     if (hot < 2 || (!alone && hot == 2))
         return 0;
-    if (alone && (*n = sh_pump_on(t->nd, words, EVENTS, t->nd->spin_max_ns / 64 > GLANCE_NS ? t->nd->spin_max_ns / 64 : GLANCE_NS)))
+    if (alone && (*n = sh_pump_on(t->nd, words, EVENTS, now, t->nd->spin_max_ns / 64 > GLANCE_NS ? t->nd->spin_max_ns / 64 : GLANCE_NS)))
         return 1;
     if (told) /* what it did may be for others, and the loop's to pass on: uvloop holds writes to sockets back until the turn ends */
         return 0;
     Py_BEGIN_ALLOW_THREADS
     if (alone)
-        *n = sh_pump_on(t->nd, words, EVENTS, SPIN_NS);
+        *n = sh_pump_on(t->nd, words, EVENTS, now, SPIN_NS);
     else
         sched_yield();
     Py_END_ALLOW_THREADS
@@ -189,9 +189,9 @@ static int pump(Turn *t)
     n = sh_pump(t->nd, words, EVENTS);
     for (;;) {
         told = tell(t, words, n, now);
+        now = sh_clock();
         if (told < 0 || t->closed || !next_pass(t, words, &n, now, told, &again))
             break;
-        now = sh_clock();
     }
     t->scheduled = t->pumping = 0;
     if (told < 0 && !t->closed) {
