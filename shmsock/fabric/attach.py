@@ -1,6 +1,6 @@
 """Claiming a section, giving it back, and taking back what the dead left.
 
-Claiming waits (20 ms to see that the claim stands, 500 ms to see that a former owner's beat does not move),
+Claiming waits (20 ms to see that the claim stands; where none is free, 500 ms to see whose beat does not move),
 and the engine knows no clock: so it is a generator that yields seconds to wait and returns the Claim. Nothing
 else is used by two at once.
 """
@@ -97,6 +97,11 @@ def _still_read(layout: Layout, section: int, before: list[Seen], alive: set[int
     return False
 
 
+def _free(before: list[Seen]) -> list[Seen]:
+    """Never used ones, then those left cleanly, the oldest first."""
+    return sorted((s for s in before if not s.claim), key=lambda s: (s.used, s.left if s.used else 0))
+
+
 def claim_section(
     layout: Layout,
     locks: Locks,
@@ -112,17 +117,18 @@ def claim_section(
     Yields seconds to wait. Raises RegionError (ENOSPC) that names the silent sections when there is none.
     """
     before = survey(layout, locks, boot_id)
-    fresh = [s for s in before if not s.claim and not s.used]
-    for seen in fresh:
-        claim = yield from _take(layout, locks, seen, rng)
-        if claim:
-            return claim
-    # Reuse: only now is it worth watching the beats, and every answer below rests on that.
+    anyone = {s.section for s in before if s.claim}
+    for seen in _free(before):
+        if not seen.used or not _still_read(layout, seen.section, before, anyone):
+            claim = yield from _take(layout, locks, seen, rng)
+            if claim:
+                return claim
+    # Only now is it worth watching the beats, and every answer below rests on that.
     before = survey(layout, locks, boot_id)
     yield STILL_S
     alive = _alive(layout, before)
     machines = {s.who.machine_id for s in before if s.section in alive and s.who}
-    left = sorted((s for s in before if not s.claim), key=lambda s: s.left)
+    left = _free(before)
     dead = [
         s
         for s in before
