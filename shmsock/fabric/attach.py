@@ -1,8 +1,8 @@
 """Claiming a section, giving it back, and taking back what the dead left.
 
-Claiming waits (20 ms to see that the claim stands; where none is free, 500 ms to see whose beat does not move),
-and the engine knows no clock: so it is a generator that yields seconds to wait and returns the Claim. Nothing
-else is used by two at once.
+Claiming waits (20 ms to see that the claim stands; where none is free, 500 ms to see whose beat does not
+move), and the engine knows no clock: so it is a generator that yields seconds to wait and returns the Claim.
+Nothing else is used by two at once.
 """
 
 from __future__ import annotations
