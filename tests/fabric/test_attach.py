@@ -15,7 +15,7 @@ from shmsock.fabric import layout as lay
 from shmsock.fabric.attach import Seen, reap, survey
 from shmsock.fabric.layout import default_slots, format_region, is_blank, read_layout
 from shmsock.fabric.memory import Memory
-from tests.fabric.world import KERNEL, Node, World, fake_core, send
+from tests.fabric.world import KERNEL, MS, Node, World, fake_core, send
 
 OTHER = b"kernel-of-host-B"
 
@@ -244,6 +244,23 @@ def test_a_section_is_not_reused_while_somebody_reads_it() -> None:
     x, y = world.open(again, b)
     assert send(world, again, x, b"hello", b, y) == b"hello"
     world.check()
+
+
+def test_only_who_may_have_to_watch_beats_waits_for_them() -> None:
+    world = World(peers=2)
+    a, b = world.pair()
+    c, _ = world.open(a, b)
+    a.write(c, b"precious")
+    world.leave(a)
+    world.kill(b)  # its reader: whether that is dead is to be seen
+    before = world.now
+    again = world.attach("c")
+    assert again.section == 0
+    assert world.now - before >= 500 * MS
+    world.leave(again)
+    before = world.now
+    assert world.attach("d").section == 0
+    assert world.now - before < 100 * MS
 
 
 def test_a_dead_reader_holds_nothing() -> None:
