@@ -217,7 +217,9 @@ class Listeners:
             if host in exclude or not self.entry(sections[host], port, datagram):
                 raise port_refused(host, port)
             return sections[host]
-        key = (host, port, datagram) if not exclude and (host is None or type(host) is str) else None
+        key = None  # datagrams remember their addresses themselves
+        if not exclude and not datagram and (host is None or type(host) is str):
+            key = (host, port)
         if key in self._found and (known_peer := self._still(key)):
             return known_peer
         name = None if self.is_own_machine(host) else self.peer_name(host)
@@ -237,7 +239,7 @@ class Listeners:
         peer, life, entry = self._found[key]
         peers = self.engine.peers
         peers.refresh_all(self.engine.lib.sh_clock())
-        same = peer.live and peer.incarnation == life and self.entry(peer, *key[1:]) == entry
+        same = peer.live and peer.incarnation == life and self.entry(peer, key[1], False) == entry
         if same and not peers.killed(peer):
             return peer
         del self._found[key]
