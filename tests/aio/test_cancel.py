@@ -179,8 +179,10 @@ def test_attach_cancelled_at_every_step(run: Run, make: Callable[..., str]) -> N
     async def main() -> None:
         region = make(peers=2, size=8 << 20)
         files = shmsock_files()
-        async with shmsock.attach(region), shmsock.attach(region):
-            pass  # from now on a claim also watches the beats
+        for _ in range(2):
+            async with Child("serve", region, "killed") as child:
+                await child.says("ready")
+                child.kill()  # from now on a claim also watches the beats
         for turns in [0, 1, 2, 3, 5, 10]:
             task = asyncio.ensure_future(shmsock.attach(region).__aenter__())
             assert await cancelled_after(task, turns)
