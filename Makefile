@@ -8,7 +8,7 @@ BIN := .venv/bin
 AT_ONCE := -n $(shell expr $$(nproc) + 1)
 QUICK := $(AT_ONCE) -m "not vm and not slow"
 # What depends on the Python version: asyncio's contract, its loops, anyio. The rest runs on one.
-ACROSS := tests/conformance tests/anyio_face tests/aio/test_streams.py tests/aio/test_datagram.py \
+ACROSS := $(AT_ONCE) -m "not vm and not slow and not control" tests/conformance tests/anyio_face tests/aio/test_streams.py tests/aio/test_datagram.py \
 	tests/aio/test_cpython.py tests/aio/test_cpython_loop.py tests/aio/test_loop.py \
 	tests/aio/test_protocols.py tests/aio/test_shm_loop.py
 
@@ -44,7 +44,7 @@ instructions: ## instructions per operation of the core; fails where they have b
 
 .PHONY: test
 test: lint ## everything: checks, all Python versions there are, real guests
-	@.ci/both '$(BIN)/python -m pytest -q $(QUICK) && .ci/matrix $(QUICK) $(ACROSS)' \
+	@.ci/both '$(BIN)/python -m pytest -q $(QUICK) && .ci/matrix $(ACROSS)' \
 		'$(BIN)/python -m pytest -m "vm or slow" -n 2 --dist loadgroup'
 
 .PHONY: test-quick

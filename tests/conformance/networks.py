@@ -138,7 +138,9 @@ class Network:
 def fixture_for(networks: list[Any]) -> Any:
     """The fixture `net` of a module."""
 
-    @pytest.fixture(params=networks, ids=str)
+    @pytest.fixture(
+        params=[pytest.param(net, marks=[pytest.mark.control] * net.control) for net in networks], ids=str
+    )
     def net(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
         network = request.param
         network.reports.clear()
