@@ -235,12 +235,13 @@ class Listeners:
         return engine.rng.choice(best) if len(best) > 1 else peer
 
     def _still(self, key: Any) -> Peer | None:
-        """Who was found before, if it lives and has the port as it did."""
+        """Who was found before, if it has the port as it did, and lives: while its beat stands, a namesake
+        may have taken its place, and all are to be compared."""
         peer, life, entry = self._found[key]
         peers = self.engine.peers
         peers.refresh_all(self.engine.lib.sh_clock())
-        same = peer.live and peer.incarnation == life and self.entry(peer, key[1], False) == entry
-        if same and not peers.killed(peer):
+        same = peer.incarnation == life and self.entry(peer, key[1], False) == entry
+        if same and peer.live and not peer.samples and not peers.killed(peer):
             return peer
         del self._found[key]
         return None

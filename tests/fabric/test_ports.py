@@ -129,6 +129,22 @@ def test_who_was_found_is_found_again_only_as_long_as_it_has_the_port(world: Wor
     assert {found() for _ in range(40)} == {b.section, d.section}
 
 
+def test_who_was_found_is_not_asked_while_its_beat_stands_and_a_namesake_is_there() -> None:
+    world = World()
+    a = world.attach("a")
+    b = world.attach("host", kernel=b"kernel-of-host-B")  # of its lock nobody else is told
+    world.quiet()
+    b.listen(80)
+    world.drain()
+    assert a.call(a.engine.listeners.find, "host", 80).section == b.section
+    world.kill(b)
+    c = world.attach("host", kernel=b"kernel-of-host-B")
+    c.listen(80)
+    world.advance(1.5)
+    assert a.peer(b).live  # as far as is known
+    assert {a.call(a.engine.listeners.find, "host", 80).section for _ in range(9)} == {c.section}
+
+
 def test_names(world: World) -> None:
     a, b = world.pair()
     found, known = a.call(a.engine.listeners.elsewhere, "b", 80)
