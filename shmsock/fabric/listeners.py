@@ -89,10 +89,11 @@ class Listeners:
 
     def _unused(self) -> Iterator[int]:
         """Round and round; what connections use is looked up once in a round, in which no port comes
-        twice."""
+        twice. While they use all, that is each time."""
         while True:
             used = {c.local[1] for c in self.engine.connections.values()}
-            yield from [port for port in self._slice if port not in used] or self._slice
+            unused = [port for port in self._slice if port not in used]
+            yield from unused or [self.engine.rng.choice(self._slice)]
 
     def open(self, port: int, backlog: int, reuse: bool, local: bool, datagram: bool = False) -> Listener:
         if port == 0:

@@ -8,7 +8,7 @@ import pytest
 
 from shmsock.fabric import layout as lay
 from shmsock.fabric import listeners
-from shmsock.fabric.connection import State
+from shmsock.fabric.connection import Connection, State
 from shmsock.fabric.layout import LISTENERS
 from tests.fabric.world import Node, World
 
@@ -85,6 +85,22 @@ def test_ephemeral_ports_differ(world: World) -> None:
     ports = [n.listen(0).port for n in (a, b) for _ in range(20)]
     assert len(set(ports)) == 40
     assert all(32768 <= p < 65536 for p in ports)
+
+
+def test_ports_are_not_shared_any_more_once_others_are_unused() -> None:
+    world = World(peers=1)
+    a = world.attach("a")
+    a.engine.listeners._slice = range(40000, 40004)
+
+    def connect() -> Connection:
+        local = ("a", a.engine.listeners.ephemeral())
+        return a.call(a.engine.connect, a.section, 80, local=local, remote="a")
+
+    made = [connect() for _ in range(5)]  # one more than there are
+    kept = made.pop(1)
+    for conn in made:
+        a.close(conn)
+    assert {connect().local[1] for _ in range(3)} == set(range(40000, 40004)) - {kept.local[1]}
 
 
 def test_local_listeners(world: World) -> None:
