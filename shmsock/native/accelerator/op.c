@@ -228,7 +228,7 @@ static PySendResult op_send(Op *op, PyObject *value, PyObject **out)
         }
         if (op->kind >= SH_OP_DRAIN && sh_drained(op->port))
             return finish(op, Py_NewRef(Py_None), out);
-        if (op->kind == SH_OP_DRAIN && op->port)
+        if (op->kind == SH_OP_DRAIN && op->port && op->port->calm)
             op->port->drains--; /* its helper, which is asked next, counts it */
         if (op->kind >= SH_OP_DRAIN)
             return delegate(op, out);
