@@ -97,6 +97,19 @@ def _still_read(layout: Layout, section: int, before: list[Seen], alive: set[int
     return False
 
 
+def _has_mail(layout: Layout, section: int, readers: set[int]) -> bool:
+    """Is there a peer that has not taken all messages of the section's last owner? One of them may be the
+    answer to a connection whose bytes are there already."""
+    load = layout.memory.load
+    for reader in readers - {section}:
+        there, back = layout.pair(section, reader), layout.pair(reader, section)
+        sent, taken = load(there + lay.OUTBOX), load(back + lay.INBOX)
+        head = taken if taken >> 32 == load(there + lay.BELL) >> 32 else 0
+        if sent >> 32 == load(back + lay.BELL) >> 32 and (sent ^ head) & 0xFFFFFFFF:
+            return True
+    return False
+
+
 def _free(before: list[Seen]) -> list[Seen]:
     """Never used ones, then those left cleanly, the oldest first."""
     return sorted((s for s in before if not s.claim), key=lambda s: (s.used, s.left if s.used else 0))
@@ -119,7 +132,10 @@ def claim_section(
     before = survey(layout, locks, boot_id)
     anyone = {s.section for s in before if s.claim}
     for seen in _free(before):
-        if not seen.used or not _still_read(layout, seen.section, before, anyone):
+        section = seen.section
+        if not seen.used or not (
+            _has_mail(layout, section, anyone) or _still_read(layout, section, before, anyone)
+        ):
             claim = yield from _take(layout, locks, seen, rng)
             if claim:
                 return claim

@@ -12,7 +12,8 @@ import pytest
 
 from shmsock.errors import RegionError, RegionFormatError
 from shmsock.fabric import layout as lay
-from shmsock.fabric.attach import Seen, reap, survey
+from shmsock.fabric.attach import STILL_S, Seen, claim_section, reap, survey
+from shmsock.fabric.connection import EOF
 from shmsock.fabric.layout import default_slots, format_region, is_blank, read_layout
 from shmsock.fabric.memory import Memory
 from tests.fabric.world import KERNEL, MS, Node, World, fake_core, send
@@ -244,6 +245,27 @@ def test_a_section_is_not_reused_while_somebody_reads_it() -> None:
     x, y = world.open(again, b)
     assert send(world, again, x, b"hello", b, y) == b"hello"
     world.check()
+
+
+def test_a_section_is_not_reused_at_once_while_somebody_has_not_seen_what_it_was_answered() -> None:
+    world = World(peers=2)
+    a, b = world.pair()
+    listener, conn = b.listen(), a.connect(b)
+    world.drain()
+    b.pump()
+    accepted = b.accepted(listener)
+    b.write(accepted, b"good-bye")
+    b.close(accepted)
+    world.drain()
+    world.stop(a)  # its loop is busy
+    world.leave(b)
+    c = world.process("c")
+    steps = claim_section(world.layout, c.locks, c.who.boot_id, c.who.machine_id, world.rng)
+    assert c.call(next, steps) == STILL_S
+    world.resume(a)
+    world.quiet()
+    assert a.take("connected", conn)
+    assert a.read_all(conn) == (b"good-bye", EOF)
 
 
 def test_only_who_may_have_to_watch_beats_waits_for_them() -> None:
