@@ -27,9 +27,9 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if sys.argv[1:] not in (["asyncio"], ["trio"]):
         sys.exit(__doc__)
     try:
         anyio.run(main, backend=sys.argv[1])
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, LookupError) as problem:  # LookupError: trio is not installed
         sys.exit(f"anyio_echo: {problem}")

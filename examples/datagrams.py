@@ -47,7 +47,7 @@ async def send(host: str, text: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3):
+    if sys.argv[1:] != ["serve"] and len(sys.argv) != 3:
         sys.exit(__doc__)
     try:
         asyncio.run(serve() if sys.argv[1] == "serve" else send(*sys.argv[1:]))

@@ -27,5 +27,5 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     try:
         asyncio.run(main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 7000))
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, OverflowError) as problem:
         sys.exit(f"echo_client: {problem}")

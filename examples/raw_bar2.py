@@ -22,5 +22,5 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     try:
         main()
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, IndexError) as problem:
         sys.exit(f"raw_bar2: {problem}")

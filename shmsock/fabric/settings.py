@@ -61,9 +61,8 @@ class Settings:
             )
         if not 1 <= self.max_connects <= 32:
             raise ValueError(f"max_connects is {self.max_connects}, expected 1 to 32")
-        if (
-            min(self.busy_poll_us, self.hot_us, self.look_cap_us) < 0
-            or self.hold_us < 1
-            or self.dead_after_s <= 0
-        ):
-            raise ValueError(f"a time in {self} is negative, or one that must be positive is 0")
+        for name, least in (("busy_poll_us", 0), ("hot_us", 0), ("look_cap_us", 0), ("hold_us", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected {least} or more")
+        if self.dead_after_s <= 0:
+            raise ValueError(f"dead_after_s is {self.dead_after_s}, expected more than 0")
