@@ -86,7 +86,7 @@ class _Opening:
         self.early = True
 
     def freed(self) -> None:
-        """Nothing was made of it yet."""
+        """Nobody was given it yet."""
 
     def connected(self) -> None:
         if not self.waiter.done():
