@@ -46,7 +46,7 @@ def test_garbage_under_the_sanitizers() -> None:
         libraries.append(asked.stdout.strip())
     if not all(os.path.isabs(path) for path in libraries):
         pytest.skip("this gcc has no sanitizers")
-    flags = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -g"
+    flags = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -g -O1"
     scribbler(1000, 1002, 200, CFLAGS=flags, LD_PRELOAD=" ".join(libraries), ASAN_OPTIONS="detect_leaks=0")
 
 
