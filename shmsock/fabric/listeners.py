@@ -228,7 +228,8 @@ class Listeners:
         if not found:
             raise port_refused(host, port) if known else name_unknown(host, list(engine.peers.names()))
         peer, entry = found[0], self.entry(found[0], port, datagram)
-        if key and len(found) == 1 and not entry & REUSE:  # of several another is to be asked next
+        # Of several another is to be asked next. 0: it stopped listening just now.
+        if key and len(found) == 1 and entry and not entry & REUSE:
             if len(self._found) == REMEMBERED:
                 self._found.clear()
             self._found[key] = peer, peer.incarnation, entry

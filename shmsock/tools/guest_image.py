@@ -51,16 +51,17 @@ $b mount -t devtmpfs dev /dev
 exec </dev/console >/dev/console 2>&1
 if $b grep -q @PROBE@ /proc/cmdline; then echo "@PROBE_OK@"; $b poweroff -f; fi
 for m in @MODULES@; do $b insmod /modules/$m || fail "insmod $m"; done
-$b mount -t virtiofs -o ro @TAG@ /root || fail "mounting the root file system"
+root=/root # where the root file system of the guest is to be
+$b mount -t virtiofs -o ro @TAG@ $root || fail "mounting the root file system"
 $b mkdir /dev/pts /dev/shm
 $b mount -t devpts devpts /dev/pts
 show() { $b mkdir -p "$1" "$2"; $b mount --bind "$1" "$2" || fail "showing $1"; }
 @KEEP@
-for d in /root/tmp /root/run /dev/shm; do $b mount -t tmpfs -o mode=1777 tmpfs $d || fail "tmpfs on $d"; done
+for d in $root/tmp $root/run /dev/shm; do $b mount -t tmpfs -o mode=1777 tmpfs $d || fail "tmpfs on $d"; done
 @SHOW@
-for d in /dev /proc /sys; do $b mount --move $d /root$d || fail "moving $d"; done
+for d in /dev /proc /sys; do $b mount --move $d $root$d || fail "moving $d"; done
 echo "shmsock: the root file system is there, starting the agent"
-exec $b switch_root /root @AGENT@
+exec $b switch_root $root @AGENT@
 fail switch_root
 """
 
