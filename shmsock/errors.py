@@ -50,6 +50,7 @@ __all__ = [
     "port_refused",
     "port_taken",
     "region_error",
+    "section_taken",
     "sections_full",
     "violation",
     "wrong_thread",
@@ -207,6 +208,17 @@ def sections_full(silent: Sequence[object] = (), total: int = 0, path: str | Non
     else:
         do = "all their owners are alive; stop one, or create a region with more (`shmsock create --peers N`)"
     return region_error(errno.ENOSPC, f"{count} of the region are taken: {do}", path)
+
+
+def section_taken(section: int, name: str, silent: bool, path: str | None = None) -> RegionError:
+    """ENOSPC: the section that was asked for has an owner."""
+    do = (
+        f"it is silent: free it with `shmsock reap --section {section}` if it is gone for good"
+        if silent
+        else "stop that one, or ask for another section"
+    )
+    owner = f"{name!r}" if name else "somebody who does not say its name"
+    return region_error(errno.ENOSPC, f"section {section} is taken by {owner}: {do}", path)
 
 
 def node_closed(name: object, why: str = "it was closed") -> NodeClosedError:

@@ -1,8 +1,14 @@
 """Claiming a section, giving it back, and taking back what the dead left.
 
 Claiming waits (20 ms to see that the claim stands; where none is free, 500 ms to see whose beat does not
-move), and the engine knows no clock: so it is a generator that yields seconds to wait and returns the Claim.
-Nothing else is used by two at once.
+move, and as long as that takes for what a section's last owner wrote to be read), and the engine knows no
+clock: so it is a generator that yields seconds to wait and returns the Claim. Nothing else is used by two at
+once.
+
+What was seen before a claim proves nothing: another may have lived in the section and left in between. So
+whether anybody still reads there is looked at behind the compare-and-swap, when no owner can come any more,
+and a section that is read is given back. The readers' side is `users` and the inbox (native/LAYOUT.md, rule
+U); tests/models/reuse.pml is the model.
 """
 
 from __future__ import annotations
@@ -12,7 +18,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Protocol
 
-from shmsock.errors import sections_full
+from shmsock.errors import section_taken, sections_full
 from shmsock.fabric import layout as lay
 from shmsock.fabric.layout import Identity, Layout
 
@@ -20,6 +26,9 @@ __all__ = ["Claim", "Locks", "Seen", "claim_section", "name_taken", "reap", "rel
 
 SETTLE_S = 0.02
 STILL_S = 0.5
+PATIENCE_S = (
+    65.0  # who left a section, and is read: longer than a reader keeps what it has (Settings.linger_s)
+)
 
 
 class Locks(Protocol):
@@ -47,6 +56,8 @@ class Seen:
     beat: int
     state: int
     used: bool
+    life: int
+    """Incarnation of who owns it, or owned it last."""
     who: Identity | None
     dead: bool
     """Proven: its lock is under this kernel and nobody holds it."""
@@ -58,8 +69,10 @@ def survey(layout: Layout, locks: Locks, boot_id: bytes) -> list[Seen]:
     for i in range(layout.peers):
         at = layout.section(i)
         claim, who = memory.load(at + lay.CLAIM), layout.identity(i)
-        used = memory.load(at + lay.INCARNATION) != 0
-        lock_here = who is not None and who.lock_tells(boot_id, locks.identity)
+        life = memory.load(at + lay.INCARNATION)
+        used = life != 0
+        # The identity of who left says nothing of who is just claiming the section.
+        lock_here = who is not None and who.claim == claim and who.lock_tells(boot_id, locks.identity)
         found.append(
             Seen(
                 section=i,
@@ -67,6 +80,7 @@ def survey(layout: Layout, locks: Locks, boot_id: bytes) -> list[Seen]:
                 beat=memory.load(at + lay.BEAT),
                 state=memory.load(at + lay.STATE),
                 used=used,
+                life=life,
                 who=who,
                 # Without any identity (killed while it claimed a fresh section) nothing was published either.
                 dead=bool(claim and (lock_here or not used) and not locks.section_locked(i)),
@@ -82,37 +96,48 @@ def _alive(layout: Layout, before: list[Seen]) -> set[int]:
     return {s.section for s in before if s.claim and load(layout.section(s.section) + lay.BEAT) != s.beat}
 
 
-def _still_read(layout: Layout, section: int, before: list[Seen], alive: set[int]) -> bool:
-    """Does a peer that is not proven dead still read what the section's last owner published?
-
-    One whose beat is still may be a stopped process or VM, which reads on when it is continued."""
+def _is_read(layout: Layout, section: int, readers: set[int]) -> bool:
+    """Has one of these not taken all messages of the section's last owner, or does it read what that
+    published? (A message may be the answer to a connection whose bytes are there already.)"""
     load = layout.memory.load
-    # an own lock does not look held
-    readers = {s.section for s in before if s.claim and not s.dead} | alive
     for reader in readers - {section}:
-        users = load(layout.pair(reader, section) + lay.USERS)
-        tag = load(layout.pair(section, reader) + lay.BELL) >> 32
+        there, back = layout.pair(section, reader), layout.pair(reader, section)
+        tag, mine = load(there + lay.BELL) >> 32, load(back + lay.BELL) >> 32
+        sent, taken = load(there + lay.OUTBOX), load(back + lay.INBOX)
+        head = taken if taken >> 32 == tag else 0
+        if sent >> 32 == mine and (sent ^ head) & 0xFFFFFFFF:
+            return True
+        users = load(back + lay.USERS)  # SYNC U: inbox before users; partner: handshake.c, acknowledge()
         if users & 0xFFFFFFFF and users >> 32 == tag:
             return True
     return False
 
 
-def _has_mail(layout: Layout, section: int, readers: set[int]) -> bool:
-    """Is there a peer that has not taken all messages of the section's last owner? One of them may be the
-    answer to a connection whose bytes are there already."""
-    load = layout.memory.load
-    for reader in readers - {section}:
-        there, back = layout.pair(section, reader), layout.pair(reader, section)
-        sent, taken = load(there + lay.OUTBOX), load(back + lay.INBOX)
-        head = taken if taken >> 32 == load(there + lay.BELL) >> 32 else 0
-        if sent >> 32 == load(back + lay.BELL) >> 32 and (sent ^ head) & 0xFFFFFFFF:
-            return True
-    return False
+def _readers(now: list[Seen], alive: set[int]) -> set[int]:
+    """Who may read: all but the proven dead. One whose beat is still may be a stopped process or VM, which
+    reads on when it is continued."""
+    return {s.section for s in now if s.claim and not s.dead} | alive
 
 
-def _free(before: list[Seen]) -> list[Seen]:
+def _free(now: list[Seen]) -> list[Seen]:
     """Never used ones, then those left cleanly, the oldest first."""
-    return sorted((s for s in before if not s.claim), key=lambda s: (s.used, s.left if s.used else 0))
+    return sorted((s for s in now if not s.claim), key=lambda s: (s.used, s.left if s.used else 0))
+
+
+class _Patience:
+    """How long each section has been as it is, left by its owner, while somebody says that it reads there.
+    What a peer says delays others, and does not stop them for good."""
+
+    def __init__(self) -> None:
+        self._since: dict[int, tuple[tuple[int, int, int], float]] = {}
+        self.waited = 0.0
+
+    def is_over(self, seen: Seen) -> bool:
+        state = (seen.claim, seen.life, seen.left)
+        since = self._since.get(seen.section)
+        if since is None or since[0] != state:
+            since = self._since[seen.section] = state, self.waited
+        return self.waited - since[1] >= PATIENCE_S
 
 
 def claim_section(
@@ -123,43 +148,57 @@ def claim_section(
     rng: random.Random,
     *,
     path: str | None = None,
+    only: int | None = None,
+    waits: Callable[[list[str]], None] = lambda sections: None,
 ) -> Generator[float, None, Claim]:
     """Claim a section: never used ones first, then those left cleanly (oldest first), then those of the
-    proven dead.
+    proven dead; `only`: that one, or none.
 
-    Yields seconds to wait. Raises RegionError (ENOSPC) that names the silent sections when there is none.
+    Yields seconds to wait. `waits` is told once when all that can be had are still read by others: of such a
+    section no byte is lost that is read within PATIENCE_S. Raises RegionError (ENOSPC) that names the silent
+    sections when there is none to wait for.
     """
-    before = survey(layout, locks, boot_id)
-    anyone = {s.section for s in before if s.claim}
-    for seen in _free(before):
-        section = seen.section
-        if not seen.used or not (
-            _has_mail(layout, section, anyone) or _still_read(layout, section, before, anyone)
-        ):
-            claim = yield from _take(layout, locks, seen, rng)
+
+    def wanted(found: list[Seen]) -> list[Seen]:
+        return [s for s in found if only in (None, s.section)]
+
+    now = survey(layout, locks, boot_id)
+    anyone = {s.section for s in now if s.claim}  # who of them is dead is not looked at yet
+    for seen in wanted(_free(now)):
+        if not seen.used or not _is_read(layout, seen.section, anyone):
+            claim = yield from _take(layout, locks, boot_id, seen, rng, anyone)
             if claim:
                 return claim
     # Only now is it worth watching the beats, and every answer below rests on that.
-    before = survey(layout, locks, boot_id)
-    yield STILL_S
-    alive = _alive(layout, before)
-    machines = {s.who.machine_id for s in before if s.section in alive and s.who}
-    left = _free(before)
-    dead = [
-        s
-        for s in before
-        if s.claim and s.section not in alive and (s.dead or _rebooted(s, boot_id, machine_id, machines))
-    ]
-    for seen in left + dead:
-        if not _still_read(layout, seen.section, before, alive):
-            claim = yield from _take(layout, locks, seen, rng)
-            if claim:
-                return claim
-    names = []
-    for seen in before:
-        if seen.section not in alive:
-            still_read = ", still being read" if seen in left or seen in dead else ""
-            names.append(f"{seen.section} ({seen.who.name if seen.who else 'no name'}{still_read})")
+    patience, now = _Patience(), survey(layout, locks, boot_id)
+    while True:
+        yield STILL_S
+        patience.waited += STILL_S
+        alive, now = _alive(layout, now), survey(layout, locks, boot_id)
+        machines = {s.who.machine_id for s in now if s.section in alive and s.who}
+        dead = [
+            s
+            for s in now
+            if s.claim and s.section not in alive and (s.dead or _rebooted(s, boot_id, machine_id, machines))
+        ]
+        left = _free(now)
+        for seen in wanted(left + dead):
+            if patience.is_over(seen) or not _is_read(layout, seen.section, _readers(now, alive)):
+                claim = yield from _take(
+                    layout, locks, boot_id, seen, rng, None if patience.is_over(seen) else alive
+                )
+                if claim:
+                    return claim
+        held = [f"{s.section} ({s.who.name if s.who else 'no name'})" for s in wanted(left + dead)]
+        if not held:
+            break
+        if patience.waited == 2 * STILL_S:
+            waits(held)
+    silent = [s for s in wanted(now) if s.section not in alive]
+    names = [f"{s.section} ({s.who.name if s.who else 'no name'})" for s in silent]
+    if only is not None:
+        who = now[only].who
+        raise section_taken(only, who.name if who else "", bool(silent), path)
     raise sections_full(names, layout.peers, path)
 
 
@@ -201,8 +240,14 @@ def _rebooted(seen: Seen, boot_id: bytes, machine_id: bytes, living_machines: se
 
 
 def _take(
-    layout: Layout, locks: Locks, seen: Seen, rng: random.Random
+    layout: Layout,
+    locks: Locks,
+    boot_id: bytes,
+    seen: Seen,
+    rng: random.Random,
+    alive: set[int] | None,
 ) -> Generator[float, None, Claim | None]:
+    """Claim it, unless somebody was quicker, or it is read; None for `alive`: read or not."""
     if not locks.lock_section(seen.section):
         return None
     at, word = layout.section(seen.section) + lay.CLAIM, rng.getrandbits(64) | 1
@@ -211,6 +256,9 @@ def _take(
         if layout.memory.cas(at, seen.claim, word):
             yield SETTLE_S  # on some mappings a compare-and-swap is not one: see that ours stands
             taken = layout.memory.load(at) == word
+            if taken and alive is not None:  # only from here on can no other owner have been there
+                readers = _readers(survey(layout, locks, boot_id), alive)
+                taken = not _is_read(layout, seen.section, readers)
     finally:
         if not taken:  # also when whoever drives this generator gave up
             layout.memory.cas(at, word, seen.claim)
@@ -230,14 +278,15 @@ def reap(
     which `force` says so.
 
     For `shmsock reap`: a person knows what no observer can, that a silent VM will not come back. Yields
-    seconds to wait, returns what was freed. Sections that somebody still reads are left.
+    seconds to wait, returns what was freed. What somebody still reads there, it can go on reading: whoever
+    claims the section looks at that.
     """
     before = survey(layout, locks, boot_id)
     yield watch_s
     alive = _alive(layout, before)
     freed = []
     for seen in before:
-        if not seen.claim or seen.section in alive or _still_read(layout, seen.section, before, alive):
+        if not seen.claim or seen.section in alive:
             continue
         if (seen.dead or (force is not None and force(seen))) and layout.memory.cas(
             layout.section(seen.section) + lay.CLAIM, seen.claim, 0

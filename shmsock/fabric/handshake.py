@@ -21,7 +21,7 @@ __all__ = ["Handshake"]
 
 CONNECT, ACCEPT, REFUSE = 1, 2, 3  # enum sh_kind
 NO_LISTENER, BACKLOG, STALE_CONNECT = 1, 4, 5  # enum sh_reason
-MESSAGES_PER_PASS = 16
+MESSAGES, MESSAGES_PER_PASS = 64, 16  # in the ring; taken at a time
 
 
 class Handshake:
@@ -104,7 +104,17 @@ class Handshake:
             if status < 2:  # there are no more
                 engine.mail.discard(peer.section)
                 break
+        engine.lib.sh_message_done(engine.nd, peer.section)
         self.send_waiting(peer)
+
+    def last_messages(self, peer: Peer, now_ns: int) -> None:
+        """What a peer that is gone had to say: one of them may be the answer to a connection whose bytes are
+        there already."""
+        self.engine.mail.add(peer.section)
+        for _ in range(MESSAGES // MESSAGES_PER_PASS):
+            if peer.section not in self.engine.mail:
+                break
+            self.messages(peer, now_ns)
 
     def _on_connect(self, peer: Peer, slot: int, gen: int, port: int, src_port: int, now_ns: int) -> None:
         engine = self.engine

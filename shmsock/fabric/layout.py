@@ -20,7 +20,7 @@ LISTENERS = 448
 # offsets in the header, then in a section, then in a pair
 H_MAGIC, H_VERSION, H_ID, H_BYTES = 0, 8, 16, 24
 CLAIM, BEAT, PUMPS, INCARNATION, STATE, N_LISTENERS, FLAGS = 0x00, 0x40, 0x48, 0xC0, 0xC8, 0xD0, 0xD8
-NAME, MACHINE, BOOT, PID, DEV, INO, LEFT, DOORBELL, LOOP = (
+NAME, MACHINE, BOOT, PID, DEV, INO, LEFT, DOORBELL, LOOP, OWNER = (
     0x100,
     0x140,
     0x150,
@@ -30,6 +30,7 @@ NAME, MACHINE, BOOT, PID, DEV, INO, LEFT, DOORBELL, LOOP = (
     0x178,
     0x180,
     0x188,
+    0x190,
 )
 LISTENER = 0x200
 BELL, OUTBOX, INBOX, USERS = 0x00, 0x40, 0x80, 0xC0
@@ -47,6 +48,8 @@ class Identity:
     pid: int
     flags: int
     file: tuple[int, int]
+    claim: int = 0
+    """The claim word under which it was written: of another's claim it says nothing."""
 
     def lock_tells(self, boot_id: bytes, file: tuple[int, int]) -> bool:
         """Would this process see it if the owner's section lock fell: same kernel, same file?"""
@@ -104,6 +107,7 @@ class Layout:
             pid=memory.load(at + PID),
             flags=memory.load(at + FLAGS),
             file=(memory.load(at + DEV), memory.load(at + INO)),
+            claim=memory.load(at + OWNER),
         )
         if (
             not life
@@ -128,6 +132,7 @@ class Layout:
         memory.store(at + INO, who.file[1])
         memory.store(at + FLAGS, who.flags)
         memory.store(at + LOOP, 0)  # offered later, when there is one
+        memory.store(at + OWNER, who.claim)
         memory.store(at + INCARNATION, incarnation)
 
 

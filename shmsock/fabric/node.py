@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from shmsock.errors import NodeClosedError, node_closed
@@ -117,7 +118,7 @@ class Engine:
         lib.sh_node_settings(self.nd, us.hold_us * 1000, us.busy_poll_us * 1000, 1000)
         at = self.layout.section(me)
         self.memory.store(at + lay.STATE, 0)  # a former life's must not vouch for what is half written
-        self.layout.write_identity(me, identity, self.rng.getrandbits(63) | 1)
+        self.layout.write_identity(me, replace(identity, claim=self.claim.word), self.rng.getrandbits(63) | 1)
         self.wakes = wakes
         wakes.announce()
         for j in range(self.layout.peers):
@@ -393,6 +394,8 @@ class Engine:
 
     def _lost(self, peer: Peer, now_ns: int) -> None:
         self.counts["peers_lost"] += 1
+        if not peer.claim or self.peers.killed(peer):
+            self.handshake.last_messages(peer, now_ns)
         self.drop(peer, now_ns)
 
     def _sample(self, now_ns: int) -> None:

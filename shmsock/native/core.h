@@ -107,6 +107,7 @@ void sh_notify_slot(sh_node *nd, uint32_t peer, uint32_t slot);
 int sh_connect(sh_ep *ep, uint32_t peer, uint32_t port, uint32_t src_port);
 int sh_answer(sh_node *nd, uint32_t peer, int reason, uint32_t slot, uint32_t gen, uint32_t dst_slot, uint32_t dst_gen);
 int sh_message_recv(sh_node *nd, uint32_t peer, uint32_t *note);
+void sh_message_done(sh_node *nd, uint32_t peer);
 
 /* endpoints */
 sh_ep *sh_ep_at(sh_node *nd, uint32_t slot);

@@ -5,6 +5,16 @@
 
 /* ---- messages ---- */
 
+/* What was taken has been done: the sender may use its cells again. Not before: until users says that a slot is read, the message about it
+ * keeps its owner's section from being reused (SYNC U: users before inbox; partner: fabric/attach.py, inbox before users). */
+static void acknowledge(sh_node *nd, struct sh_link *l)
+{
+    if (l->msg_acked == l->msg_head)
+        return;
+    l->msg_acked = l->msg_head;
+    sh_store(&l->out->inbox, SH_PACK(l->peer_inc, l->msg_head), nd->wc);
+}
+
 /* 0, -EAGAIN when the ring is full, -ENOTCONN before adoption, SH_VIOLATION when the peer's head is impossible. */
 static int post(sh_node *nd, uint32_t peer, struct sh_message m)
 {
@@ -16,6 +26,7 @@ static int post(sh_node *nd, uint32_t peer, struct sh_message m)
         return SH_STALE;
     if (!l->peer_inc)
         return -ENOTCONN;
+    acknowledge(nd, l); /* honest rings cannot overflow, as nobody is answered whose CONNECT is still in the way */
     box = sh_load(&l->in->inbox, nd->wc);
     head = SH_HIGH(box) == l->my_inc ? SH_LOW(box) : 0; /* under a foreign tag it counts another life's messages */
     if (l->msg_tail - head > SH_MESSAGES)
@@ -47,7 +58,8 @@ int sh_answer(sh_node *nd, uint32_t peer, int reason, uint32_t slot, uint32_t ge
 }
 
 /* 1 and its fields in note[]: kind, reason, slot, gen, dst_slot, dst_gen, port, src_port. 2: likewise, and more are there. 0: none.
- * SH_VIOLATION for what cannot be (the caller looks at the tag again: a restart explains it). */
+ * SH_VIOLATION for what cannot be (the caller looks at the tag again: a restart explains it). When the caller has done what the message
+ * asks for it posts its answer, takes the next message, or says sh_message_done(). */
 int sh_message_recv(sh_node *nd, uint32_t peer, uint32_t *note)
 {
     struct sh_link *l = &nd->links[peer];
@@ -57,6 +69,7 @@ int sh_message_recv(sh_node *nd, uint32_t peer, uint32_t *note)
     if (!sh_may_write(nd))
         return SH_STALE;
     l->unread = 0;
+    acknowledge(nd, l);
     box = sh_load(&l->in->outbox, nd->wc);
     if (!l->peer_inc || SH_HIGH(box) != l->my_inc || SH_LOW(box) == l->msg_head)
         return 0;
@@ -72,8 +85,13 @@ int sh_message_recv(sh_node *nd, uint32_t peer, uint32_t *note)
     l->unread = SH_LOW(box) != l->msg_head;
     l->acknowledged = 1; /* its bell may come only now */
     nd->moved_messages++;
-    sh_store(&l->out->inbox, SH_PACK(l->peer_inc, l->msg_head), nd->wc);
     return 1 + l->unread;
+}
+
+void sh_message_done(sh_node *nd, uint32_t peer)
+{
+    if (sh_may_write(nd))
+        acknowledge(nd, &nd->links[peer]);
 }
 
 /* ---- slots ---- */
@@ -110,7 +128,7 @@ static void users(sh_node *nd, uint32_t peer, int more)
     struct sh_link *l = &nd->links[peer];
 
     l->users += (uint32_t)more;
-    sh_store(&l->out->users, SH_PACK(l->peer_inc, l->users), nd->wc);
+    sh_store(&l->out->users, SH_PACK(l->users_tag, l->users), nd->wc);
 }
 
 /* taken -> OPEN with that slot of that peer. Its descriptor is read once and checked; who accepted may have grown its ring already.

@@ -58,7 +58,8 @@ struct sh_section { /* first page of a section */
     uint64_t left; /* reserved */
     uint64_t doorbell; /* id:32 | vectors:32 of the owner's ivshmem doorbell; 0: it has none */
     uint64_t loop;     /* descriptor:32 | id:32 of the eventfd that the owner's loop waits for; 0: it is not to be had */
-    uint8_t pad4[112];
+    uint64_t owner;    /* claim word under which this identity was written */
+    uint8_t pad4[104];
     uint64_t listener[SH_LISTENERS]; /* port:16 | SH_LISTEN_* << 16 */
 };
 
@@ -130,6 +131,7 @@ SH_AT(sh_section, ino, 0x170);
 SH_AT(sh_section, left, 0x178);
 SH_AT(sh_section, doorbell, 0x180);
 SH_AT(sh_section, loop, 0x188);
+SH_AT(sh_section, owner, 0x190);
 SH_AT(sh_section, listener, 0x200);
 SH_ASSERT(sizeof(struct sh_section) == SH_PAGE);
 SH_AT(sh_pair, bell, 0x00);

@@ -288,9 +288,10 @@ void sh_restart(sh_node *nd, uint32_t peer, uint32_t pair_inc)
     }
     sh_put(&l->out->outbox, 0);
     sh_put(&l->out->inbox, 0);
-    sh_put(&l->out->users, 0);
+    if (!l->users) /* else it stands, tag and all: what the peer left is read as before */
+        sh_put(&l->out->users, 0);
     l->my_inc = pair_inc;
-    l->peer_inc = l->msg_tail = l->msg_head = 0;
+    l->peer_inc = l->msg_tail = l->msg_head = l->msg_acked = 0;
     l->news = l->suspected = l->unread = 0;
     l->count = SH_LOW(sh_peek(&l->out->bell)); /* goes on from there, so that no half of the word stays as it was */
     sh_ring_bell(nd, l); /* last: who sees the tag sees the cleared words */
@@ -309,7 +310,8 @@ uint32_t sh_adopt(sh_node *nd, uint32_t peer)
         return 0;
     l->peer_inc = SH_HIGH(bell);
     sh_know(nd, peer, 1);
-    l->msg_tail = l->msg_head = 0;
+    l->users_tag = l->peer_inc;
+    l->msg_tail = l->msg_head = l->msg_acked = 0;
     l->news = l->suspected = l->unread = 0;
     __atomic_store_n(&l->last, bell, __ATOMIC_RELAXED);
     for (uint32_t w = 0; w < nd->words; w++) {
@@ -317,7 +319,7 @@ uint32_t sh_adopt(sh_node *nd, uint32_t peer)
         l->a[w] = sh_load(&l->t_in[w], nd->wc);
         sh_put(&l->a_out[w], l->a[w]);
     }
-    sh_put(&l->out->users, SH_PACK(l->peer_inc, l->users));
+    sh_put(&l->out->users, SH_PACK(l->users_tag, l->users));
     sh_store(&l->out->outbox, SH_PACK(l->peer_inc, 0), nd->wc);
     sh_store(&l->out->inbox, SH_PACK(l->peer_inc, 0), nd->wc);
     sh_fence(nd->wc);

@@ -21,7 +21,8 @@ struct sh_link { /* towards one peer */
     uint32_t my_inc, peer_inc; /* peer_inc: adopted, 0 = none yet */
     uint32_t count;            /* low half of my bell */
     uint32_t msg_tail, msg_head;
-    uint32_t users;            /* connections that may still read the peer's rings */
+    uint32_t msg_acked;        /* head as published: behind msg_head while what the last message asked for is being done */
+    uint32_t users, users_tag; /* connections that may still read the peer's rings, and the tag under which they are published */
     uint64_t last;             /* the peer's bell as the pump last saw it; the keeper reads it too, hence atomic */
     int news;                  /* SH_NEWS_*: what the pump has yet to report */
     int unread;                /* mail was reported, and the caller has not yet seen that there is no more */

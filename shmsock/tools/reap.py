@@ -77,8 +77,7 @@ def reap_region(
         for section in chosen:
             if section.number not in freed and (section.number in words or section.state == "dead"):
                 done.refused.append(
-                    f"section {section.number} ({section.title}) was not freed: its beat moves again, or a "
-                    "living peer still reads what it left; try again later"
+                    f"section {section.number} ({section.title}) was not freed: its beat moves again"
                 )
         named = {section.number for section in chosen}
         done.silent = [

@@ -12,10 +12,22 @@ import pytest
 
 from shmsock.errors import RegionError, RegionFormatError
 from shmsock.fabric import layout as lay
-from shmsock.fabric.attach import STILL_S, Seen, claim_section, reap, survey
-from shmsock.fabric.connection import EOF
+from shmsock.fabric.attach import (
+    PATIENCE_S,
+    STILL_S,
+    Claim,
+    Seen,
+    _is_read,
+    claim_section,
+    reap,
+    release_claim,
+    survey,
+)
+from shmsock.fabric.connection import EOF, Connection
 from shmsock.fabric.layout import default_slots, format_region, is_blank, read_layout
+from shmsock.fabric.listeners import Listener
 from shmsock.fabric.memory import Memory
+from shmsock.fabric.peers import VIOLATIONS
 from tests.fabric.world import KERNEL, MS, Node, World, fake_core, send
 
 OTHER = b"kernel-of-host-B"
@@ -226,6 +238,24 @@ def test_the_same_machine_came_back_only_if_it_is_sure(why: str) -> None:
         )
 
 
+def claiming(world: World, name: str, **how: Any) -> tuple[Node, Generator[float, None, Claim]]:
+    """A process in the middle of claiming."""
+    node = world.process(name)
+    who = node.who
+    return node, claim_section(world.layout, node.locks, who.boot_id, who.machine_id, world.rng, **how)
+
+
+def to_the_end(world: World, node: Node, steps: Generator[float, None, Claim]) -> Claim:
+    while True:
+        try:
+            wait = node.call(next, steps)
+        except StopIteration as done:
+            claim: Claim = done.value
+            return claim
+        world.drain()
+        world.advance(wait)
+
+
 def test_a_section_is_not_reused_while_somebody_reads_it() -> None:
     world = World(peers=2)
     a, b = world.pair()
@@ -233,18 +263,188 @@ def test_a_section_is_not_reused_while_somebody_reads_it() -> None:
     a.write(c, b"precious")
     a.close(c)
     world.leave(a)
-    world.drain()
-    world.advance(0.5)
-    with pytest.raises(RegionError, match=r"0 \(a, still being read\)"):
-        world.attach("c")
+    told: list[list[str]] = []
+    node, steps = claiming(world, "c", waits=told.append)
+    for _ in range(40):
+        world.advance(node.call(next, steps))
+    assert told == [["0 (a)"]]
     assert b.read(s) == b"precious"
-    b.read(s)
+    assert b.read(s) == EOF
+    claim = to_the_end(world, node, steps)
+    assert claim.section == a.section
+    release_claim(world.layout, node.locks, claim)
     again = world.attach("c")
-    assert again.section == a.section
     world.quiet()
     x, y = world.open(again, b)
     assert send(world, again, x, b"hello", b, y) == b"hello"
     world.check()
+
+
+def test_who_says_that_it_reads_delays_reuse_and_does_not_stop_it() -> None:
+    """Its word may be a lie."""
+    world = World(peers=3)
+    liar, honest = world.attach("liar"), world.attach("honest")
+    gone = world.attach("gone")
+    world.quiet()
+    world.leave(gone)
+    world.advance(2)  # it has dropped the link, and does not touch the word any more
+    tag = world.word(world.layout.pair(gone.section, liar.section) + lay.BELL) >> 32
+    world.poke(world.layout.pair(liar.section, gone.section) + lay.USERS, tag << 32 | 7)
+    before = world.now
+    assert world.attach("next").section == gone.section
+    assert PATIENCE_S <= (world.now - before) / 1e9 <= PATIENCE_S + 2
+    assert honest.engine.alive
+
+
+@pytest.mark.parametrize("reads", ["at once", "later"])
+@pytest.mark.parametrize("when", ["before the claim", "behind it"])
+def test_another_life_between_the_look_and_the_claim(
+    monkeypatch: pytest.MonkeyPatch, when: str, reads: str
+) -> None:
+    """The claim word is 0 again, as it was seen: an owner has come, written, closed and left meanwhile."""
+    world = World(peers=3)
+    reader = world.attach("reader")
+    world.leave(world.attach("former"))
+    world.attach("other")  # (never used ones come first)
+    world.leave(world.attach("left"))
+    node, steps = claiming(world, "slow")
+    take = node.locks.lock_section
+    bytes_of: list[Connection] = []
+
+    def meanwhile(section: int) -> bool:
+        if not bytes_of:
+            cpu = node.cpu
+            world.busy.remove(node)
+            visitor = world.attach("visitor")
+            assert visitor.section == section
+            world.quiet()
+            conn, end = world.open(visitor, reader)
+            visitor.write(conn, b"precious")
+            visitor.close(conn)
+            bytes_of.append(end)
+            if reads == "at once":
+                reader.pump()
+            world.leave(visitor)
+            world.drain()
+            world.busy.append(node)
+            world.lib.sh_fake_cpu(cpu)
+        return take(section)
+
+    monkeypatch.setattr(node.locks, "lock_section", meanwhile)
+    for _ in range(3 if when == "behind it" else 1):
+        world.advance(node.call(next, steps))
+    (end,) = bytes_of
+    assert reader.read_all(end) == (b"precious", EOF)
+    steps.close()
+
+
+@pytest.mark.parametrize("what", ["takes the answer", "drops the link"])
+def test_what_is_unread_shows_at_every_moment(what: str) -> None:
+    """At every access of who takes a message and opens its slot, or finds that a peer has left."""
+    for steps in range(1, 10_000):
+        world = World(peers=2)
+        a, b = world.pair()
+        listener, conns = b.listen(), [a.connect(b) for _ in range(1 if what == "takes the answer" else 2)]
+        world.drain()
+        b.pump()
+        for _ in conns:
+            accepted = b.accepted(listener)
+            b.write(accepted, b"precious")
+            b.close(accepted)
+        world.drain()
+        if what == "drops the link":
+            a.pump()
+        world.leave(b)
+        world.drain()
+        seen: list[bool] = []
+
+        def look(world: World = world, a: Node = a, b: Node = b, seen: list[bool] = seen) -> None:
+            world.lib.sh_fake_drain(a.cpu, -1)
+            world.lib.sh_fake_cpu(0)
+            seen.append(_is_read(world.layout, b.section, {a.section}))
+            world.lib.sh_fake_cpu(a.cpu)
+
+        hook = world.ffi.callback("void(void)", look)
+        world.now += 2_000 * MS
+        world.lib.sh_fake_time(world.now)
+        world.lib.sh_fake_hook(hook, steps)
+        a.pump()
+        for conn in conns[1:]:
+            assert a.read_all(conn) == (b"precious", EOF)
+        world.lib.sh_fake_hook(world.ffi.NULL, 0)
+        if not seen:
+            break
+        assert seen == [True], steps
+        assert a.read_all(conns[0]) == (b"precious", EOF)
+        world.drain()
+        assert not world.run(a, _is_read, world.layout, b.section, {a.section})
+    assert steps > 50
+
+
+def test_what_is_unread_shows_while_its_writer_is_not_listened_to() -> None:
+    world = World(peers=2)
+    a, b = world.pair()
+    ends = []
+    for _ in range(2):
+        conn, end = world.open(a, b)
+        a.write(conn, b"precious")
+        a.close(conn)
+        ends.append(end)
+    world.leave(a)
+    world.drain()
+    for _ in range(VIOLATIONS):
+        b.engine.offence(a.section)
+    b.pump()
+    for end in ends:
+        world.drain()
+        assert world.run(b, _is_read, world.layout, a.section, {b.section})
+        assert b.read_all(end) == (b"precious", EOF)
+    world.drain()
+    assert not world.run(b, _is_read, world.layout, a.section, {b.section})
+
+
+def test_what_a_peer_said_last_is_heard_before_its_link_is_ended() -> None:
+    """It answered, wrote, closed and left between two looks at its words: at every access of the pump."""
+    for steps in range(1, 10_000):
+        world = World(peers=2)
+        a, b = world.pair()
+        listener, conn = b.listen(), a.connect(b)
+        world.drain()
+        gone: list[Node] = []
+
+        def serve(
+            world: World = world, b: Node = b, listener: Listener = listener, gone: list[Node] = gone
+        ) -> None:
+            gone.append(b)
+            b.pump()
+            accepted = b.accepted(listener)
+            b.write(accepted, b"good-bye")
+            b.close(accepted)
+            world.leave(b)
+            world.drain()
+
+        hook = world.ffi.callback("void(void)", serve)
+        world.now += 2_000 * MS
+        world.lib.sh_fake_time(world.now)
+        world.lib.sh_fake_hook(hook, steps)
+        a.pump()
+        world.lib.sh_fake_hook(world.ffi.NULL, 0)
+        if not gone:
+            break
+        world.advance(1)
+        assert a.take("connected", conn), (steps, a.events)
+        assert a.read_all(conn) == (b"good-bye", EOF)
+    assert steps > 20
+
+
+def test_one_section_is_asked_for(world: World) -> None:
+    world.attach("a")
+    node, steps = claiming(world, "b", only=2)
+    assert to_the_end(world, node, steps).section == 2
+    node, steps = claiming(world, "c", only=0, path="region")
+    with pytest.raises(RegionError, match="section 0 is taken by 'a': stop that one") as info:
+        to_the_end(world, node, steps)
+    assert info.value.errno == errno.ENOSPC
 
 
 def test_a_section_is_not_reused_at_once_while_somebody_has_not_seen_what_it_was_answered() -> None:
@@ -354,9 +554,8 @@ def test_reap_frees_the_proven_dead_and_nobody_else(world: World) -> None:
     world.kill(c)
     world.freeze(silent)
     world.advance(1)
-    assert run_reap(world, b) == [c.section]
-    b.read_all(s)
-    assert run_reap(world, b) == [a.section]
+    assert run_reap(world, b) == [a.section, c.section]
+    assert b.read_all(s)[0] == b"unread"
     asked: list[Seen] = []
 
     def yes(seen: Seen) -> bool:

@@ -37,6 +37,9 @@ RIGHT = [
     "slot G=2",
     "slot G=3",
     "slot DROP=1",
+    "reuse",
+    "reuse DROPS=0",
+    "reuse DROPS=0 N=3",
 ]
 
 WRONG = [
@@ -103,6 +106,12 @@ WRONG = [
     "slot DROP=1 NORECHECK",
     "slot FIN_APART",
     "slot EOF_AT_REL",
+    "reuse DROPS=0 CHECK_FIRST",
+    "reuse USERS_FIRST",
+    "reuse ACK_FIRST",
+    "reuse USERS_CLEARED",
+    "reuse TAG_CLEARED",
+    "reuse MAIL_LEFT",
 ]
 
 
