@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import logging
 import os
 import random
 import sys
@@ -19,7 +20,7 @@ from shmsock import address, region
 from shmsock.aio.driver import Loop, Node, slowness
 from shmsock.errors import region_error
 from shmsock.fabric import layout as lay
-from shmsock.fabric.attach import claim_section, name_taken, release_claim
+from shmsock.fabric.attach import PATIENCE_S, claim_section, name_taken, release_claim
 from shmsock.fabric.layout import Identity, Layout, format_region, is_blank, read_layout
 from shmsock.fabric.memory import Memory, native_core
 from shmsock.fabric.node import Engine
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["attach", "current_node", "prepare_region"]
 
 T = TypeVar("T")
+log = logging.getLogger("shmsock")
 # A task while the node is being made, then a weak reference: the loop itself keeps its node alive.
 _Mine = dict[str, "asyncio.Task[Node] | TrioFuture | weakref.ref[Node]"]
 _implicit: weakref.WeakKeyDictionary[Loop, _Mine] = weakref.WeakKeyDictionary()
@@ -125,7 +127,24 @@ async def _make(url: str | None, name: str | None, settings: Settings | None) ->
                 "set SHMSOCK_NAME or "
                 "name= to one of your own; was this VM cloned?",
             )
-        claim = await _follow(loop, claim_section(layout, opened, boot, machine, rng, path=opened.path))
+        claim = await _follow(
+            loop,
+            claim_section(
+                layout,
+                opened,
+                boot,
+                machine,
+                rng,
+                path=opened.path,
+                waits=lambda held: log.warning(
+                    "%s: all sections are taken, or still read: waiting until what was left in %s is read "
+                    "(%d s at most; `shmsock create --peers` makes more)",
+                    opened.url,
+                    ", ".join(held),
+                    PATIENCE_S,
+                ),
+            ),
+        )
         if other is not None:
             own, was = f"{own[:56]}-{claim.section}", own
             warnings.warn(

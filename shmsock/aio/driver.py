@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import errno
 import os
 import threading
 import time
@@ -77,8 +78,8 @@ def slowness(call: Callable[[], int]) -> int:
 class _Opening:
     """A connection that waits for its answer."""
 
-    def __init__(self, waiter: asyncio.Future[None]) -> None:
-        self.waiter = waiter
+    def __init__(self, waiter: asyncio.Future[None], by_name: bool) -> None:
+        self.waiter, self.by_name = waiter, by_name
         self.early = False
 
     def ready(self, bits: int) -> None:
@@ -95,6 +96,15 @@ class _Opening:
     def failed(self, error: OSError) -> None:
         if not self.waiter.done():
             self.waiter.set_exception(error)
+
+    def silent(self, conn: Connection) -> None:
+        """Another of that name may answer."""
+        if self.by_name:
+            self.failed(
+                ConnectionResetError(
+                    errno.ECONNRESET, f"peer {conn.remote[0]!r} (section {conn.peer}) is silent"
+                )
+            )
 
 
 class Node(Turn):  # type: ignore[misc]
@@ -190,6 +200,9 @@ class Node(Turn):  # type: ignore[misc]
             target.handler.connected()
         elif kind == "endpoint":
             target.happened()
+        elif kind == "silent":
+            if isinstance(target.handler, _Opening):
+                target.handler.silent(target)
         elif kind == "failed":
             target.handler.failed(arg)
         elif kind == "down":
@@ -232,7 +245,7 @@ class Node(Turn):  # type: ignore[misc]
             waiter = self.loop.create_future()
             local = (self.name, local_port or self.engine.listeners.ephemeral())
             conn = self.engine.connect(peer.section, port, local=local, remote=peer.name)
-            conn.handler = _Opening(waiter)
+            conn.handler = _Opening(waiter, not isinstance(host, int))
             if not self.scheduled:
                 self.begin_turn()
             try:
@@ -241,7 +254,10 @@ class Node(Turn):  # type: ignore[misc]
                 self.engine.check()  # closed just now?
                 return conn
             except (ConnectionRefusedError, ConnectionResetError) as error:
-                tried, refused = (*tried, peer.section), error  # reuse_port: another may take it
+                tried, refused = (*tried, peer.section), error  # another of that name may take it
+                conn.handler = None
+                if self.engine.alive:
+                    conn.close()  # of one that was silent
             except BaseException:
                 conn.handler = None
                 if not self.engine._failure:

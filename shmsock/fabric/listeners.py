@@ -3,6 +3,8 @@ streams share the table and the rules, and nothing else."""
 
 from __future__ import annotations
 
+import os
+import struct
 from collections.abc import Iterator
 from errno import EADDRINUSE
 from typing import TYPE_CHECKING, Any
@@ -19,7 +21,8 @@ __all__ = ["Listener", "Listeners"]
 
 USED, REUSE, LOCAL, TENTATIVE, DATAGRAM = 1, 2, 4, 8, 16
 EPHEMERAL = 32768
-PATIENCE = 20000
+PATIENCE, PATIENCE_NS = 20000, 3_000_000  # looks, and time: the loop stands still meanwhile
+ENTRY = struct.Struct("<Q")
 REMEMBERED = 256
 
 
@@ -117,15 +120,33 @@ class Listeners:
         return listener
 
     def _open_any(self, backlog: int, reuse: bool, local: bool, datagram: bool) -> Listener:
+        taken, end = self._taken(datagram), self.engine.lib.sh_clock() + PATIENCE_NS
         for _ in range(len(self._slice)):
+            port = self.ephemeral(datagram)
+            if port in taken:
+                continue
             try:
-                return self.open(self.ephemeral(datagram), backlog, reuse, local, datagram)
-            except OSError as error:
-                if error.errno != EADDRINUSE:  # a namesake asked for that very port
+                return self.open(port, backlog, reuse, local, datagram)
+            except OSError as error:  # a namesake asked for that very port
+                if error.errno != EADDRINUSE or self.engine.lib.sh_clock() > end:
                     raise
         raise port_taken(self.engine.name, 0)
 
+    def _taken(self, datagram: bool) -> set[int]:
+        """Ports that others of the own name have, or are about to have."""
+        memory, found = self.engine.memory, set[int]()
+        for peer in self._namesakes():
+            at = self.engine.layout.section(peer.section)
+            used = min(memory.load(at + lay.N_LISTENERS), lay.LISTENERS)
+            for (entry,) in ENTRY.iter_unpack(memory.read(at + lay.LISTENER, ENTRY.size * used)):
+                if entry >> 16 & USED and bool(entry >> 16 & DATAGRAM) == datagram:
+                    found.add(entry & 0xFFFF)
+        return found
+
     def _settle(self, port: int, reuse: bool, datagram: bool) -> bool:
+        """Is the port ours? Who is tentative decides within microseconds, unless it was stopped in the middle
+        of it, or lies: then it is not, and this is over within PATIENCE_NS."""
+        end = self.engine.lib.sh_clock() + PATIENCE_NS
         for _ in range(PATIENCE):
             undecided = False
             for peer in self._namesakes():
@@ -137,6 +158,9 @@ class Listeners:
                 undecided = True  # it is about to see our entry, or did not see it and is about to listen
             if not undecided:
                 return True
+            if self.engine.lib.sh_clock() > end:
+                break
+            os.sched_yield()
         return False
 
     def _namesakes(self) -> list[Peer]:
@@ -197,10 +221,13 @@ class Listeners:
     ) -> tuple[list[Peer], bool]:
         """Peers of that name (None: of this machine) that listen on `port`; and whether anybody has the name
         at all."""
-        engine = self.engine
-        engine.peers.refresh_all(engine.lib.sh_clock())
-        named = engine.peers.named(name)
-        found = [p for p in named if p.section not in exclude and self.reachable(p, port, datagram)]
+        engine, now_ns = self.engine, self.engine.lib.sh_clock()
+        engine.peers.refresh_all(now_ns)
+        while True:
+            named = engine.peers.named(name)
+            found = [p for p in named if p.section not in exclude and self.reachable(p, port, datagram)]
+            if found or not engine.peers.came_back(now_ns):
+                break
         if len(found) > 1:
             # whose beat moved last comes first: a dead namesake, until it is known to be dead, is tried last
             found.sort(key=lambda p: min(p.samples, 3))
@@ -211,7 +238,9 @@ class Listeners:
         one of this machine. Raises socket.gaierror, ConnectionRefusedError."""
         engine = self.engine
         if isinstance(host, int) and not isinstance(host, bool):
-            engine.peers.refresh_all(engine.lib.sh_clock())
+            now_ns = engine.lib.sh_clock()
+            engine.peers.refresh_all(now_ns)
+            engine.peers.came_back(now_ns)
             sections = {p.section: p for p in engine.peers.all if p.live}
             if host not in sections:
                 raise name_unknown(host, [str(section) for section in sections])

@@ -40,8 +40,9 @@ EVENTS_PER_PASS = 64
 
 class Event(NamedTuple):
     """`ready`: look at the connection (arg: LOOK bits). `connected`, `failed` (arg: OSError): the answer to
-    connect(). `accepted`: a listener has a new connection (arg). `endpoint`: call its happened(). `down`
-    (arg: OSError): this node is over; target is None."""
+    connect(). `silent`: who is to answer does not beat, and another of its name does. `accepted`: a listener
+    has a new connection (arg). `endpoint`: call its happened(). `down` (arg: OSError): this node is over;
+    target is None."""
 
     kind: str
     target: Any
@@ -389,7 +390,7 @@ class Engine:
                     False  # that was the former owner; this one is alive, and watched from the next sample on
                 )
             elif peer.here:
-                self.peers.declare_dead(peer)
+                self.peers.declare_dead(peer, now_ns)
                 self._lost(peer, now_ns)
 
     def _lost(self, peer: Peer, now_ns: int) -> None:
@@ -416,9 +417,32 @@ class Engine:
             self._events.append(Event("ready", conn, 0))
         if self.settings.reap_after_s is not None:
             self._reap_silent(now_ns, int(self.settings.reap_after_s * 1e9))
+        to_bury = self._bury(now_ns)
+        self._look_for_others(now_ns)
         # A loop that sleeps is woken for this: seldom, as long as all is well.
-        watchful = self._orphans or self._tags or self._strangers(now_ns) or self.peers.doubtful
+        watchful = self._orphans or self._tags or self._strangers(now_ns) or self.peers.doubtful or to_bury
         self._sample_at(now_ns + (SAMPLE_NS if watchful else self._sample_ns))
+
+    def _bury(self, now_ns: int) -> bool:
+        """Tell those under other kernels, who cannot see whose lock fell: else each of them has to wait until
+        it believes the beat. Is there somebody left to be buried?"""
+        dead, more = self.peers.to_bury(now_ns)
+        for peer in dead:
+            self.memory.cas(self.layout.section(peer.section) + lay.CLAIM, peer.claim, 0)
+            self.peers.refresh(peer, now_ns)
+        return more
+
+    def _look_for_others(self, now_ns: int) -> None:
+        """Who waits for the answer of a peer whose beat stands still is told so when another of that name
+        listens there whose beat moves: that one can be asked."""
+        for peer in self.peers.some:
+            if not self.peers.stale(peer, now_ns):
+                continue
+            for conn in [c for c in self.connections.values() if c.peer == peer.section]:
+                if conn.state is State.OPENING and conn.remote[1]:
+                    others, _ = self.listeners.elsewhere(peer.name, conn.remote[1], exclude=(peer.section,))
+                    if any(not other.samples for other in others):
+                        self.emit("silent", conn)
 
     def _strangers(self, now_ns: int) -> bool:
         """Is somebody about to attach, who does not say yet that it is there? (Or was killed meanwhile.)"""

@@ -18,6 +18,7 @@ __all__ = ["Peer", "Peers"]
 SAMPLES = 10
 BEAT_NS = 100_000_000
 FORSAKEN_SAMPLES, FORSAKEN_NS = 3, 425_000_000  # more than two beats of who is silent
+STALE_NS = 250_000_000  # more than one
 ADOPTIONS_PER_S = 10
 VIOLATIONS = 3
 
@@ -149,14 +150,45 @@ class Peers:
                     if silent or (peer.forsaken and still):
                         peer.live = False
                         self._tell(peer)
-            elif peer.who and peer.section != self.own and peer.claim and beat != peer.beat:
-                # thought dead, and beats again: a stopped process or VM was continued
-                peer.beat, peer.beat_ns, peer.samples = beat, now_ns, 0
-                self.refresh(peer, now_ns)
+            elif self._thought_dead(peer) and beat != peer.beat:
+                self._came_back(peer, beat, now_ns)
             if peer.here and not peer.live:  # whoever noticed first
                 peer.here = False
                 gone.append(peer)
         return gone
+
+    def _thought_dead(self, peer: Peer) -> bool:
+        return not peer.live and peer.who is not None and bool(peer.claim) and peer.section != self.own
+
+    def _came_back(self, peer: Peer, beat: int, now_ns: int) -> None:
+        """It beats again: a stopped process or VM was continued."""
+        peer.beat, peer.beat_ns, peer.samples = beat, now_ns, 0
+        self.refresh(peer, now_ns)
+
+    def came_back(self, now_ns: int) -> bool:
+        """Before somebody is refused: does one beat again that was thought dead at the last look?"""
+        found = False
+        for peer in filter(self._thought_dead, self.some):
+            beat = self.layout.memory.load(self.layout.section(peer.section) + lay.BEAT)
+            if beat != peer.beat:
+                self._came_back(peer, beat, now_ns)
+                found |= peer.live
+        return found
+
+    def stale(self, peer: Peer, now_ns: int) -> bool:
+        """Live, as far as is known, and its beat stands still for longer than it should."""
+        return peer.live and peer.samples >= FORSAKEN_SAMPLES and now_ns - peer.beat_ns >= STALE_NS
+
+    def to_bury(self, now_ns: int) -> tuple[list[Peer], bool]:
+        """Those whose lock fell and whose beat stands still besides: dead, whoever looks. And is there one
+        of which that is to be seen yet? (A lock that falls proves nothing where two VMs share a boot id.)"""
+        fallen = [
+            p
+            for p in filter(self._thought_dead, self.some)
+            if p.who and p.who.claim == p.claim and self.killed(p)
+        ]
+        dead = [p for p in fallen if now_ns - p.beat_ns >= FORSAKEN_NS]
+        return dead, len(dead) < len(fallen)
 
     def _moved(self, peer: Peer, beat: int, now_ns: int) -> None:
         """Looks may be further apart than beats. If there were fewer beats than there was time for, it fell
@@ -174,8 +206,9 @@ class Peers:
             self.refresh(peer, now_ns)
         self.refresh_all(now_ns)
 
-    def declare_dead(self, peer: Peer) -> None:
+    def declare_dead(self, peer: Peer, now_ns: int) -> None:
         """The kernel said so: its lock fell."""
+        peer.beat_ns = now_ns
         peer.beat = self.layout.memory.load(self.layout.section(peer.section) + lay.BEAT)
         peer.live, peer.here, peer.samples = False, False, max(peer.samples, 1)
         self._tell(peer)
@@ -212,4 +245,5 @@ class Peers:
         return peer.locked and self.locks is not None and not self.locks.section_locked(peer.section)
 
     def names(self) -> Iterable[str]:
-        return {p.name for p in self.some if p.live}
+        """Of all that can be talked to."""
+        return {p.name for p in self.some if p.live and not self.killed(p)}

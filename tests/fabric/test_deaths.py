@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -10,9 +12,10 @@ from shmsock.errors import NodeClosedError
 from shmsock.fabric import layout as lay
 from shmsock.fabric.connection import CLOSED, EOF, RESET, STALE, Connection, State
 from shmsock.fabric.settings import Settings
-from tests.fabric.world import Node, World, send
+from tests.fabric.world import SECOND, Node, World, send
 
 End = Callable[[World, Node], None]
+OTHER = b"kernel-of-host-B"
 
 
 def lost_at_once(world: World, node: Node) -> None:
@@ -489,3 +492,105 @@ def test_nobody_waits_for_a_peer_that_dies_during_the_handshake(world: World, di
     die(world, b)
     world.quiet()
     assert (c.state is State.OPEN and a.read(c) == RESET) or isinstance(a.failed(c), ConnectionResetError)
+
+
+def restarted(world: World, **how: Any) -> tuple[Node, Node]:
+    """A service in another kernel that was killed, and is there again under its name; nobody was watching."""
+    former = world.attach("service", kernel=OTHER, **how)
+    former.listen()
+    world.quiet()
+    world.kill(former)
+    again = world.attach("service", kernel=OTHER, **how)
+    if again.engine.peers.me.flags & lay.FLAG_LOCKED:  # else the former has the port, as far as can be known
+        again.listen()
+    return former, again
+
+
+def found(node: Node, name: str = "service", port: int = 7000, exclude: tuple[int, ...] = ()) -> int:
+    return node.call(node.engine.listeners.find, name, port, exclude=exclude).section
+
+
+def test_who_is_under_the_same_kernel_tells_others_that_a_peer_is_dead(world: World) -> None:
+    """To others its beat stands still, and that alone takes seconds to believe."""
+    former, again = restarted(world)
+    assert former.section != again.section
+    claim = world.layout.section(former.section) + lay.CLAIM
+    world.advance(0.7)
+    assert world.word(claim) == 0
+    newcomer = world.attach("newcomer")
+    for _ in range(20):
+        assert found(newcomer) == again.section
+    world.check()
+
+
+@pytest.mark.parametrize("why", ["it beats", "somebody is just claiming its section", "it cannot be locked"])
+def test_nobody_is_buried_alive(world: World, why: str) -> None:
+    """Two VMs of one snapshot share the boot id, and their locks are in two kernels."""
+    former, again = restarted(world, locked=why != "it cannot be locked")
+    at = world.layout.section(former.section)
+    if why == "somebody is just claiming its section":
+        world.poke(at + lay.CLAIM, 4711)
+    claim = world.word(at + lay.CLAIM)
+    for _ in range(20):
+        if why == "it beats":
+            world.poke(at + lay.BEAT, world.word(at + lay.BEAT) + 1)
+        world.advance(0.1)
+        assert world.word(at + lay.CLAIM) == claim
+    assert again.engine.alive
+
+
+def test_who_waits_for_the_silent_hears_of_another_of_its_name(world: World) -> None:
+    """One who comes just now cannot know which of two namesakes lives, and nobody can tell."""
+    silent, live = world.attach("service", kernel=OTHER), world.attach("service", kernel=b"a third kernel!!")
+    for node in (silent, live):
+        node.listen()
+    world.freeze(silent)
+    newcomer = world.attach("newcomer")
+    conn = newcomer.connect(silent)
+    other = newcomer.connect(live)
+    before = world.now
+    while not (told := newcomer.take("silent")):
+        world.advance(0.05)
+        assert world.now - before < SECOND
+    assert [event.target for event in told] == [conn]
+    assert newcomer.take("connected", other)
+    newcomer.close(conn)
+    assert found(newcomer, exclude=(silent.section,)) == live.section
+    world.advance(5)
+    assert not [event for event in newcomer.take("failed") if event.target is other]
+
+
+def test_who_is_silent_alone_is_waited_for(world: World) -> None:
+    silent = world.attach("service", kernel=OTHER)
+    silent.listen()
+    world.quiet()
+    newcomer = world.attach("newcomer")
+    conn = newcomer.connect(silent)
+    world.stop(silent)
+    world.advance(2.0)
+    assert not newcomer.take("silent")
+    world.resume(silent)
+    world.quiet()
+    assert newcomer.take("connected", conn)
+
+
+def test_who_was_stopped_is_found_again_with_its_first_beat(world: World) -> None:
+    a, b = world.pair()
+    b.listen()
+    world.stop(b)
+    world.advance(6.0)
+    with pytest.raises(socket.gaierror):
+        found(a, "b")
+    world.resume(b)
+    world._beat(b)
+    world.drain()
+    assert found(a, "b") == b.section
+
+
+def test_the_killed_are_not_named(world: World) -> None:
+    a, b = world.pair()
+    world.kill(b)
+    world.drain()
+    with pytest.raises(socket.gaierror, match=r"attached: a\)") as info:
+        found(a, "b")
+    assert "did you mean" not in str(info.value)

@@ -10,7 +10,7 @@ from shmsock.fabric import layout as lay
 from shmsock.fabric import listeners
 from shmsock.fabric.connection import Connection, State
 from shmsock.fabric.layout import LISTENERS
-from tests.fabric.world import Node, World
+from tests.fabric.world import MS, Node, World
 
 
 def sections(node: Node, name: str | None, port: int, exclude: tuple[int, ...] = ()) -> list[int]:
@@ -154,7 +154,7 @@ def test_who_was_found_is_not_asked_while_its_beat_stands_and_a_namesake_is_ther
     world.drain()
     assert a.call(a.engine.listeners.find, "host", 80).section == b.section
     world.kill(b)
-    c = world.attach("host", kernel=b"kernel-of-host-B")
+    c = world.attach("host", kernel=b"kernel-of-host-C")
     c.listen(80)
     world.advance(1.5)
     assert a.peer(b).live  # as far as is known
@@ -224,3 +224,54 @@ def test_two_listen_at_every_moment_of_each_other(monkeypatch: pytest.MonkeyPatc
             world.check()
     assert winners == {0, 1}
     assert errors == {errno.EADDRINUSE}
+
+
+def lie(world: World, liar: Node, ports: list[int], flags: int) -> None:
+    """Entries that no honest peer leaves as they are."""
+    at = world.layout.section(liar.section)
+    for index, port in enumerate(ports):
+        world.poke(at + lay.LISTENER + 8 * index, port | flags << 16)
+    world.poke(at + lay.N_LISTENERS, len(ports))
+
+
+@pytest.mark.parametrize("datagram", [False, True])
+@pytest.mark.parametrize("listeners_word", [LISTENERS, (1 << 64) - 1])
+def test_who_stays_tentative_for_ever_delays_nobody_for_long(datagram: bool, listeners_word: int) -> None:
+    world = World(peers=16)
+    honest, liar = world.attach("host"), world.attach("host")
+    world.quiet()
+    flags = listeners.USED | listeners.TENTATIVE | datagram * listeners.DATAGRAM
+    first = honest.engine.listeners.ephemeral(datagram)
+    lie(world, liar, [80, *range(first + 1, first + LISTENERS)], flags)
+    world.poke(world.layout.section(liar.section) + lay.N_LISTENERS, listeners_word)
+    clock = Clock(world)
+    with clock, pytest.raises(OSError, match="already in use") as info:
+        honest.call(honest.engine.listeners.open, 80, 1, False, False, datagram)
+    assert info.value.errno == errno.EADDRINUSE
+    assert clock.passed < 10 * MS
+    with clock:
+        for _ in range(3):
+            made = honest.call(honest.engine.listeners.open, 0, 1, False, False, datagram)
+            assert made.port not in range(first + 1, first + LISTENERS)
+    assert clock.passed < 10 * MS
+    world.check()
+
+
+class Clock:
+    """Time that passes with each access of shared memory: 50 ns."""
+
+    def __init__(self, world: World) -> None:
+        self.world, self.passed = world, 0
+        self.tick = world.ffi.callback("void(void)", self._tick)
+
+    def _tick(self) -> None:
+        self.passed += 50
+        self.world.lib.sh_fake_time(self.world.now + self.passed)
+        self.world.lib.sh_fake_hook(self.tick, 1)
+
+    def __enter__(self) -> None:
+        self.passed = 0
+        self.world.lib.sh_fake_hook(self.tick, 1)
+
+    def __exit__(self, *_: object) -> None:
+        self.world.lib.sh_fake_hook(self.world.ffi.NULL, 0)

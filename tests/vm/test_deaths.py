@@ -150,3 +150,26 @@ def test_guest_paused(two_guests: Pair, peers: Peers) -> None:
         assert paused.ask("echo", host=peer.name, port=PORT, count=10)["count"] == 10
         assert peer.statistics()["healed"] == 0
     assert paused.statistics()["healed"] == 0
+
+
+def test_restarted_service_is_found_before_its_former_life_is_over(two_guests: Pair, peers: Peers) -> None:
+    """Only the guest's own kernel knows that it was killed; to the others its beat stands still."""
+    url = format_region(two_guests.region, 6)
+    stays, former, again, fresh, late = peers(None, *[two_guests.a] * 2, None, two_guests.b)
+    stays.attach(url, name="stays")
+    former.attach(name="service")
+    former.ask("listen", port=PORT)
+    assert stays.ask("echo", host="service", port=PORT, count=3)["count"] == 3
+    former.kill()
+    again.attach(name="service")
+    again.ask("listen", port=PORT)
+    start = time.monotonic()
+    assert stays.ask("echo", host="service", port=PORT, count=3)["count"] == 3
+    fresh.attach(url, name="fresh")
+    assert fresh.ask("echo", host="service", port=PORT, count=3)["count"] == 3
+    took = time.monotonic() - start
+    assert took < DEAD_AFTER_S  # of a silent peer it takes that to be sure
+    wait_for(lambda: fresh.statistics()["peers"], 3)
+    late.attach(name="late")
+    assert late.statistics()["names"] == ["fresh", "late", "service", "stays"]
+    assert late.ask("echo", host="service", port=PORT, count=3)["count"] == 3
