@@ -378,7 +378,7 @@ class Node(Turn):  # type: ignore[misc]
         included."""
         counts: dict[str, Any] = dict(self.engine.statistics())
         counts["name"], counts["section"], counts["region"] = self.name, self.section, self.region.url
-        counts["names"] = sorted(self.engine.peers.names())
+        counts["names"] = sorted(self.engine.peers.names()) if self.engine.alive else []
         counts["state"] = "closed" if self.closed else "attached" if self.engine.alive else "down"
         counts["format"] = lay.VERSION
         bell = self.region.doorbell
