@@ -47,12 +47,14 @@ __all__ = [
     "name_unknown",
     "no_buffers",
     "node_closed",
+    "peer_silent",
     "port_refused",
     "port_taken",
     "region_error",
     "section_taken",
     "sections_full",
     "violation",
+    "went_away",
     "wrong_thread",
 ]
 
@@ -162,6 +164,21 @@ def port_refused(name: object, port: int) -> ConnectionRefusedError:
     """The peer is there and nobody listens, or what listens has its backlog full."""
     return ConnectionRefusedError(
         errno.ECONNREFUSED, f"connection to ({name!r}, {port}) refused: nobody there listens on port {port}"
+    )
+
+
+def went_away(name: object) -> ConnectionResetError:
+    """The peer left, or died, before it answered."""
+    return ConnectionResetError(errno.ECONNRESET, f"peer {name!r} went away while connecting: try again")
+
+
+def peer_silent(name: object, section: int) -> ConnectionRefusedError:
+    """Nobody has seen this peer alive since the own node is there, as when a VM was reset under it."""
+    return ConnectionRefusedError(
+        errno.ECONNREFUSED,
+        f"peer {name!r} (section {section}) has not shown a sign of life since this node attached: its "
+        "program was killed, or its VM is paused or gone; start it again (`shmsock reap --section "
+        f"{section}` frees what it left)",
     )
 
 

@@ -95,6 +95,7 @@ class Handshake:
                     engine.offence(peer.section)
                 return
             if status > 0:
+                peer.seen = True
                 kind, reason, slot, gen, dst_slot, dst_gen, port, src_port = engine.ffi.unpack(note, 8)
                 if kind == CONNECT:
                     self._on_connect(peer, slot, gen, port, src_port, now_ns)

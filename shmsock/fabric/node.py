@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from shmsock.errors import NodeClosedError, node_closed
+from shmsock.errors import NodeClosedError, node_closed, peer_silent, went_away
 from shmsock.fabric import layout as lay
 from shmsock.fabric.attach import Claim, Locks
 from shmsock.fabric.connection import STALE, Connection, State
@@ -342,13 +342,8 @@ class Engine:
             opening = conn.state is State.OPENING
             conn.gone(now_ns)
             if opening:
-                self._events.append(
-                    Event(
-                        "failed",
-                        conn,
-                        ConnectionResetError(104, f"peer {peer.name!r} went away while connecting"),
-                    )
-                )
+                why = went_away(peer.name) if peer.seen else peer_silent(peer.name, peer.section)
+                self._events.append(Event("failed", conn, why))
             elif conn.state is State.OPEN:
                 self._orphans.add(conn)
                 self._events.append(Event("ready", conn, conn.look()))

@@ -19,6 +19,7 @@ SAMPLES = 10
 BEAT_NS = 100_000_000
 FORSAKEN_SAMPLES, FORSAKEN_NS = 3, 425_000_000  # more than two beats of who is silent
 STALE_NS = 250_000_000  # more than one
+UNSEEN_NS = 1_000_000_000  # who was never seen to beat is not waited for as long as who was
 ADOPTIONS_PER_S = 10
 VIOLATIONS = 3
 
@@ -48,6 +49,7 @@ class Peer:
         self.forsaken = False  # the server says that its id is gone: dead, if its beat is still as well
         self.beat = -1
         self.beat_ns = 0
+        self.seen = False  # in this life: it has beaten, or said something
         self.samples = 0
         self.lagging = False
         # the link
@@ -107,7 +109,7 @@ class Peers:
                 and who.lock_tells(self.me.boot_id, self.locks.identity)
             )
             peer.beat, peer.beat_ns, peer.samples = load(at + lay.BEAT), now_ns, 0
-            peer.live = peer.watched = peer.forsaken = False
+            peer.live = peer.watched = peer.forsaken = peer.seen = False
         peer.coming = peer.who is not None and bool(peer.claim) and state == 0
         if peer.who is None or not peer.claim or state not in (lay.LIVE, lay.LEAVING):
             peer.live = False
@@ -145,7 +147,8 @@ class Peers:
                     self._moved(peer, beat, now_ns)
                 else:
                     peer.samples += 1
-                    silent = peer.samples >= SAMPLES and now_ns - peer.beat_ns >= self.dead_after_ns
+                    longest = self.dead_after_ns if peer.seen else min(self.dead_after_ns, UNSEEN_NS)
+                    silent = peer.samples >= SAMPLES and now_ns - peer.beat_ns >= longest
                     still = peer.samples >= FORSAKEN_SAMPLES and now_ns - peer.beat_ns >= FORSAKEN_NS
                     if silent or (peer.forsaken and still):
                         peer.live = False
@@ -162,7 +165,7 @@ class Peers:
 
     def _came_back(self, peer: Peer, beat: int, now_ns: int) -> None:
         """It beats again: a stopped process or VM was continued."""
-        peer.beat, peer.beat_ns, peer.samples = beat, now_ns, 0
+        peer.beat, peer.beat_ns, peer.samples, peer.seen = beat, now_ns, 0, True
         self.refresh(peer, now_ns)
 
     def came_back(self, now_ns: int) -> bool:
@@ -196,7 +199,7 @@ class Peers:
         beats, time = (beat - peer.beat) & 0xFFFFFFFFFFFFFFFF, now_ns - peer.beat_ns
         peer.lagging = peer.beat >= 0 and not peer.lagging and (beats + 3) * BEAT_NS < time
         peer.beat_ns = peer.beat_ns + beats * BEAT_NS if peer.lagging else now_ns
-        peer.beat, peer.samples, peer.forsaken = beat, 0, False
+        peer.beat, peer.samples, peer.forsaken, peer.seen = beat, 0, False, True
 
     def heard(self, peer: Peer, now_ns: int) -> None:
         """It has sent something, though it is not known to be there: it was thought dead, as it was stopped,
@@ -208,8 +211,9 @@ class Peers:
 
     def declare_dead(self, peer: Peer, now_ns: int) -> None:
         """The kernel said so: its lock fell."""
-        peer.beat_ns = now_ns
-        peer.beat = self.layout.memory.load(self.layout.section(peer.section) + lay.BEAT)
+        beat = self.layout.memory.load(self.layout.section(peer.section) + lay.BEAT)
+        peer.seen |= beat != peer.beat
+        peer.beat, peer.beat_ns = beat, now_ns
         peer.live, peer.here, peer.samples = False, False, max(peer.samples, 1)
         self._tell(peer)
 

@@ -21,8 +21,10 @@ class Settings:
     there is a peer that can ring neither a doorbell nor a futex: the worst wakeup, and its CPU cost.
     Four times that after a second in which nothing came.
     `doorbells`: False: neither ring nor be rung, by doorbells or futexes. Then all are such peers.
-    `dead_after_s`: A peer whose beat stands still so long, over at least ten looks of ours, is dead.
-    `linger_s`: How long the unread bytes of a dead peer are kept for a reader that does not come.
+    `dead_after_s`: A peer whose beat stands still so long, over at least ten looks of ours, is dead. One that
+    was never seen to beat, as it was gone before this node attached, after a second.
+    `linger_s`: How long the unread bytes of a dead peer are kept for a reader that does not come. (Above 60
+    its section may be reused before, when no other is free.)
     `flush_s`: How long a node that is detached waits for closed writers to get rid of what they hold.
     `reap_after_s`: A section silent so long is freed for reuse; None: never (by hand: `shmsock reap`).
     `ring_bytes`: Largest ring of one direction of a connection, a power of two from 4096 to 2**30;

@@ -124,6 +124,7 @@ def test_who_waits_is_told(world: World, die: End) -> None:
 
 def test_connect_to_the_gone_is_refused_at_once(world: World, die: End) -> None:
     a, b = world.pair()
+    world.advance(0.3)  # they beat
     section = a.section
     die(world, a)
     with pytest.raises(ConnectionRefusedError):
@@ -488,6 +489,7 @@ def test_a_silent_section_is_freed_after_reap_after_s() -> None:
 def test_nobody_waits_for_a_peer_that_dies_during_the_handshake(world: World, die: End) -> None:
     a, b = world.pair()
     b.listen()
+    world.advance(0.3)  # it beats
     c = a.connect(b)
     die(world, b)
     world.quiet()
@@ -560,11 +562,30 @@ def test_who_waits_for_the_silent_hears_of_another_of_its_name(world: World) -> 
     assert not [event for event in newcomer.take("failed") if event.target is other]
 
 
+def test_a_vm_that_is_back_without_its_program_is_not_waited_for_long(world: World) -> None:
+    """What is left of it says that it is there; nobody who comes later has ever seen it beat."""
+    gone_before = world.attach("vm-b", kernel=OTHER)
+    gone_before.listen()
+    world.quiet()
+    world.freeze(gone_before)
+    newcomer = world.attach("newcomer")
+    conn = newcomer.connect(gone_before)
+    before = world.now
+    while not newcomer.events:
+        world.advance(0.05)
+    error = newcomer.failed(conn)
+    assert isinstance(error, ConnectionRefusedError)
+    assert "has not shown a sign of life" in str(error)
+    assert world.now - before < 1.5 * SECOND
+    world.check()
+
+
 def test_who_is_silent_alone_is_waited_for(world: World) -> None:
     silent = world.attach("service", kernel=OTHER)
     silent.listen()
     world.quiet()
     newcomer = world.attach("newcomer")
+    world.advance(0.3)  # it beats
     conn = newcomer.connect(silent)
     world.stop(silent)
     world.advance(2.0)
