@@ -162,7 +162,7 @@ def test_anyio_echo(shm_region: Path, backend: str) -> None:
     assert run("anyio_echo.py", backend).stdout.split() == ["hello", "world"]
 
 
-@pytest.mark.parametrize(("host", "address"), [("localhost.shm", "198.18.0."), ("127.0.0.1", "127.0.0.1")])
+@pytest.mark.parametrize(("host", "address"), [("localhost.shm", "ff01:"), ("127.0.0.1", "127.0.0.1")])
 def test_unmodified_asyncio(shm_region: Path, host: str, address: str) -> None:
     assert run("unmodified_asyncio.py", host).stdout.startswith(f"HELLO from {address}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import errno
 import os
 import socket
 import threading
@@ -11,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from shmsock.address import port_number
+from shmsock.address import SUFFIX, port_number
 from shmsock.aio import names
 from shmsock.aio.attach import current_node
 from shmsock.aio.driver import Node
@@ -40,10 +41,11 @@ class ShmDatagramTransport(FlowControl, asyncio.DatagramTransport):
         waiter: asyncio.Future[None] | None = None,
         *,
         numeric: bool = False,
+        wide: bool = False,
     ) -> None:
         local, remote = endpoint.local, endpoint.remote
         if numeric:
-            local, remote = _number(node, endpoint)
+            local, remote = _number(node, endpoint, wide)
         self._socket = PseudoSocket(local, remote, lambda: -1, socket.SOCK_DGRAM)
         extra = {"sockname": local, "peername": remote, "socket": self._socket, "shmsock_node": node}
         super().__init__(extra, node.loop)
@@ -163,10 +165,12 @@ class ShmDatagramTransport(FlowControl, asyncio.DatagramTransport):
         self._check_thread()
         if not isinstance(data, (bytes, bytearray, memoryview)):
             raise TypeError(f"data argument must be a bytes-like object, not {type(data).__name__!r}")
-        if isinstance(addr, tuple) and len(addr) == 2 and isinstance(addr[0], (bytes, bytearray)):
-            addr = addr[0].decode("ascii", "replace"), addr[1]
+        if isinstance(addr, tuple) and addr and isinstance(addr[0], (bytes, bytearray)):
+            addr = addr[0].decode("ascii", "replace"), *addr[1:]
         if self.endpoint.remote is not None and addr not in self.endpoint.aliases:
-            raise ValueError(f"Invalid address: must be None or {self._extra['peername']}")
+            if not self._is_remote(addr):
+                raise ValueError(f"Invalid address: must be None or {self._extra['peername']}")
+            addr = None
         if len(data) > DATAGRAM_MAX or isinstance(data, memoryview):
             data = bytes(data)
         if self._closing:
@@ -190,6 +194,13 @@ class ShmDatagramTransport(FlowControl, asyncio.DatagramTransport):
             self._fatal_error(error, "Fatal write error on datagram transport")
         self._maybe_pause_protocol()
         self._pump_follows()
+
+    def _is_remote(self, addr: Any) -> bool:
+        """Is it who this is connected to, by an address that stands for the name, in any spelling?"""
+        try:
+            return (self.endpoint.host(addr[0]), addr[1]) in self.endpoint.aliases
+        except (OSError, TypeError, LookupError):
+            return False
 
     def get_write_buffer_size(self) -> int:
         return self.endpoint.unsent
@@ -266,25 +277,54 @@ class ShmDatagramTransport(FlowControl, asyncio.DatagramTransport):
             _warn(f"unclosed transport {self!r}", ResourceWarning, source=self)
 
 
-def _number(node: Node, endpoint: Endpoint) -> tuple[tuple[str, int], tuple[str, int] | None]:
-    """Have internet addresses stand for names (names.py): (local, remote)."""
+def _number(node: Node, endpoint: Endpoint, wide: bool) -> tuple[tuple[str, int], tuple[str, int] | None]:
+    """Have internet addresses stand for names (names.py): (local, remote). `wide`: who sent is told as an
+    AF_INET6 socket does, if nothing was sent there before."""
+    table, region = names.names_of(node.loop), node.region.url
 
     def host(given: Any) -> Any:
         if names.is_any_shm(given):
             return BROADCAST
-        region, known = names.host_of(given) if names.is_shm(given) else (None, given)
-        if region not in (None, node.region.url):
-            raise name_unknown(given, [names.numeric(node, node.section)])  # a number of another region
+        if not names.is_shm(given):
+            if _is_number(given):
+                raise OSError(
+                    errno.ENETUNREACH,
+                    f"{given} is not in shared memory, where this endpoint is: send to an address that "
+                    f"getaddrinfo gave for a name ending in {SUFFIX}, or bind "
+                    "an endpoint to a host of the network",
+                )
+            return given
+        where, known = names.host_of(node.loop, given)
+        if where not in (None, region):
+            raise name_unknown(given, list(node.engine.peers.names()))  # a name of another region
         return known
 
-    endpoint.host = host
-    endpoint.shown = lambda address, section: (names.numeric(node, section), address[1])
-    local, remote = (names.numeric(node, node.section), endpoint.local[1]), endpoint.remote
+    def shown(source: tuple[str, int], section: int) -> tuple[Any, ...]:
+        """As it was last sent to: programs compare."""
+        for to, route in endpoint.routes.items():
+            same = route.port == source[1] and route.link.conn.peer == section
+            if same and to is not None and names.is_address(to[0]):
+                return (table.canonical(to[0]), *to[1:])
+        plain = (table.address(region, source[0]), source[1])
+        return (*plain, 0, names.SCOPE) if wide else plain
+
+    endpoint.host, endpoint.shown = host, shown
+    local, remote = (table.address(region, node.name), endpoint.local[1]), endpoint.remote
     if remote is not None and remote[0] != BROADCAST:
-        peer = node.engine.datagrams.peer_of(endpoint.aliases[-1][0], remote[1])
-        remote = (names.numeric(node, peer.section), remote[1])
+        remote = (table.address(region, remote[0]), remote[1])
         endpoint.aliases.append(remote)
     return local, remote
+
+
+def _is_number(host: Any) -> bool:
+    """Is it an internet address?"""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            socket.inet_pton(family, str(host).partition("%")[0])
+        except (OSError, ValueError):
+            continue
+        return True
+    return False
 
 
 def _address(addr: Any) -> tuple[Any, int] | None:
@@ -310,6 +350,7 @@ async def create_datagram_endpoint(
     name: str | None = None,
     node: Node | None = None,
     numeric: bool = False,
+    wide: bool = False,
 ) -> tuple[ShmDatagramTransport, Any]:
     """loop.create_datagram_endpoint over shared memory: (transport, protocol).
 
@@ -317,8 +358,9 @@ async def create_datagram_endpoint(
     this machine; port 0, or no address: one is chosen. `remote_addr`: (host, port) to be connected to: it
     sends there, and takes only what comes from there. `reuse_port`: several endpoints of one host may share
     the port; a sender stays with one of them as long as that lives. `region`, `name`: see attach(); the
-    implicit node of this loop is used, or `node`. `numeric`: addresses are told as internet addresses.
-    `flags` and `allow_broadcast` are accepted and mean nothing: ("*", port) is allowed always.
+    implicit node of this loop is used, or `node`. `numeric`: addresses are told as internet addresses,
+    `wide`: those that datagrams come from as (address, port, flowinfo, scope). `flags` and `allow_broadcast`
+    are accepted and mean nothing: ("*", port) is allowed always.
 
     Datagrams have 0 to 65507 bytes, arrive whole, and in order between two peers. When one may be lost:
     fabric/datagrams.py. Raises OSError (EADDRINUSE, EADDRNOTAVAIL, ENOBUFS), socket.gaierror (nobody has the
@@ -338,7 +380,7 @@ async def create_datagram_endpoint(
         protocol = protocol_factory()
         waiter = node.loop.create_future()
         transport = ShmDatagramTransport(
-            node, endpoint, protocol, contextvars.copy_context(), waiter, numeric=numeric
+            node, endpoint, protocol, contextvars.copy_context(), waiter, numeric=numeric, wide=wide
         )
     except BaseException:
         endpoint.close()

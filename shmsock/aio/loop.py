@@ -5,24 +5,28 @@ of the region, all others what they always were.
     asyncio.Runner(loop_factory=shmsock.loop_factory(uvloop.Loop))
 
 To listen: the own name with `.shm`, `*.shm` (the same: all peers), or `localhost.shm` (this machine). Such
-transports tell internet addresses (names.py), as programs expect them; getaddrinfo and getnameinfo map both
-ways.
+transports tell internet addresses that stand for names (names.py), as programs expect them; getaddrinfo and
+getnameinfo map both ways. A kernel socket is never led anywhere by one: who connects a socket of its own
+learns that at once.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import functools
 import socket
+import ssl
 import weakref
 from collections.abc import Callable, Hashable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from shmsock.address import SUFFIX, port_number
 from shmsock.aio import endpoints, names
 from shmsock.aio.attach import current_node
 from shmsock.aio.datagram import create_datagram_endpoint
+from shmsock.aio.joint import JointTransport
 from shmsock.aio.tls import start_tls
 from shmsock.fabric.datagrams import BROADCAST
 
@@ -35,14 +39,47 @@ else:
 #: Sockets that were to be connected to a peer, and its address.
 _meant: weakref.WeakKeyDictionary[Any, weakref.WeakKeyDictionary[Any, Any]] = weakref.WeakKeyDictionary()
 _KINDS = ((socket.SOCK_STREAM, socket.IPPROTO_TCP), (socket.SOCK_DGRAM, socket.IPPROTO_UDP))
+_INTERNET = (socket.AF_INET, socket.AF_INET6)
 
 
-def _in_shm(hosts: list[Any]) -> bool:
-    """Raises ValueError for a mixture: one Server is of one kind."""
+def _all_in_shm(hosts: list[Any], what: str) -> bool:
+    """Raises ValueError for a mixture: a server, or an endpoint, is of one kind."""
     kinds = {names.is_shm(host) for host in hosts}
     if len(kinds) > 1:
-        raise ValueError(f"hosts in shared memory and others at once: {hosts!r}; make a server of each kind")
+        raise ValueError(f"hosts in shared memory and others at once: {hosts!r}; {what}")
     return kinds == {True}
+
+
+def _host_in(address: Any) -> Any:
+    """The host of a socket address, if it has one."""
+    return address[0] if isinstance(address, tuple) and len(address) in (2, 4) else None
+
+
+def _meant_by(loop: Any, sock: Any) -> Any:
+    """The address that a kernel socket was to be connected to, or None."""
+    mine = _meant.get(loop)
+    return mine.get(sock) if mine and isinstance(sock, socket.socket) else None
+
+
+async def _not_there(what: str, address: Any) -> NoReturn:
+    raise OSError(
+        errno.EOPNOTSUPP,
+        f"{what}: {address!r} is in shared memory, where no kernel socket leads: give the socket to "
+        "create_connection(sock=) once it is connected, or use asyncio.open_connection(host, port)",
+    )
+
+
+def _unless_meant(name: str) -> Any:
+    """The loop's method for a socket that has no transport: one that is connected to a peer in name only is
+    refused."""
+
+    def method(self: Any, sock: Any, *args: Any, **kwds: Any) -> Any:
+        address = _meant_by(self, sock)
+        if address is not None:
+            return _not_there(f"{name}()", address)
+        return getattr(super(_ShmLoop, self), name)(sock, *args, **kwds)
+
+    return method
 
 
 class _ShmLoop(_Base):
@@ -50,42 +87,69 @@ class _ShmLoop(_Base):
 
     async def sock_connect(self, sock: Any, address: Any) -> None:
         """Programs that resolve a name, connect a socket of their own, and give it to create_connection()
-        (aiohttp's client) are led to the peer there. The socket stays unconnected."""
-        if not (isinstance(address, tuple) and len(address) == 2 and names.is_shm(address[0])):
+        (aiohttp's client) are led to the peer there. The socket itself stays unconnected: sock_sendall() and
+        the like raise OSError (EOPNOTSUPP), as this does for one of datagrams. Else as asyncio's."""
+        host = _host_in(address)
+        if not names.is_shm(host):
+            if isinstance(sock, socket.socket):
+                _meant.get(self, weakref.WeakKeyDictionary()).pop(sock, None)
             return await super().sock_connect(sock, address)
-        region, peer = names.host_of(address[0])
+        if isinstance(sock, ssl.SSLSocket):
+            raise TypeError("Socket cannot be of type SSLSocket")
+        if self.get_debug() and sock.gettimeout() != 0:
+            raise ValueError("the socket must be non-blocking")
+        if sock.type != socket.SOCK_STREAM:
+            await _not_there("sock_connect() of datagrams (see create_datagram_endpoint())", address)
+        region, peer = names.host_of(self, host)
         node = await current_node(region)
         node.find(peer, port_number(address[1]), ())  # refused here, where it is expected
-        _meant.setdefault(self, weakref.WeakKeyDictionary())[sock] = address
+        _meant.setdefault(self, weakref.WeakKeyDictionary())[sock] = address[:2]
         return None
 
+    sock_recv = _unless_meant("sock_recv")
+    sock_recv_into = _unless_meant("sock_recv_into")
+    sock_sendall = _unless_meant("sock_sendall")
+    sock_sendfile = _unless_meant("sock_sendfile")
+
+    if hasattr(asyncio.AbstractEventLoop, "sock_sendto"):  # from Python 3.11 on
+
+        async def sock_sendto(self, sock: Any, data: Any, address: Any) -> int:
+            if names.is_shm(_host_in(address)):
+                await _not_there("sock_sendto() (see create_datagram_endpoint())", address)
+            sent: int = await super().sock_sendto(sock, data, address)  # type: ignore[misc]
+            return sent
+
     async def create_connection(
-        self, protocol_factory: Any, host: Any = None, port: Any = None, **kwds: Any
+        self, protocol_factory: Any, host: Any = None, port: Any = None, *scope: Any, **kwds: Any
     ) -> tuple[Any, Any]:
         sock: Any = kwds.get("sock")
-        address = None if sock is None or host is not None else _meant.get(self, {}).pop(sock, None)
+        address = _meant_by(self, sock) if host is None and port is None else None
         if address is not None:
-            made = await self.create_connection(protocol_factory, *address, **{**kwds, "sock": None})
-            sock.close()  # a transport owns its socket
-            return made
+            del _meant[self][sock]
+            try:
+                if kwds.get("ssl") and kwds.get("server_hostname") is None:
+                    raise ValueError("You must set server_hostname when using ssl without a host")
+                return await self.create_connection(protocol_factory, *address, **{**kwds, "sock": None})
+            finally:
+                sock.close()  # a transport owns its socket, and one that is not made closes it
         if not names.is_shm(host):
-            return await super().create_connection(protocol_factory, host, port, **kwds)
+            return await super().create_connection(protocol_factory, host, port, *scope, **kwds)
         if kwds.get("ssl") and kwds.get("server_hostname") is None:
             kwds["server_hostname"] = host
-        region, peer = names.host_of(host)
+        region, peer = names.host_of(self, host)
         return await endpoints.create_connection(
             protocol_factory, peer, port_number(port), region=region, numeric=True, **kwds
         )
 
     async def create_server(
-        self, protocol_factory: Any, host: Any = None, port: Any = None, **kwds: Any
+        self, protocol_factory: Any, host: Any = None, port: Any = None, *scope: Any, **kwds: Any
     ) -> Any:
-        if isinstance(host, Iterable) and not isinstance(host, (str, bytes)):
+        if isinstance(host, Iterable) and not isinstance(host, (str, bytes, bytearray)):
             host = list(host)
         several = host if isinstance(host, list) else [host]
-        if not _in_shm(several):
-            return await super().create_server(protocol_factory, host, port, **kwds)
-        found = [names.host_of(h) for h in several]
+        if not _all_in_shm(several, "make a server of each kind"):
+            return await super().create_server(protocol_factory, host, port, *scope, **kwds)
+        found = [names.host_of(self, h) for h in several]
         hosts, region = [h for _, h in found], found[0][0]
         return await endpoints.create_server(
             protocol_factory, hosts, port, region=region, numeric=True, **kwds
@@ -94,20 +158,37 @@ class _ShmLoop(_Base):
     async def create_datagram_endpoint(
         self, protocol_factory: Any, local_addr: Any = None, remote_addr: Any = None, **kwds: Any
     ) -> tuple[Any, Any]:
-        given = [addr for addr in (local_addr, remote_addr) if addr and isinstance(addr, tuple)]
-        if not any(names.is_shm(addr[0]) for addr in given):
-            return await super().create_datagram_endpoint(
-                protocol_factory, local_addr=local_addr, remote_addr=remote_addr, **kwds
-            )
-        regions = [names.host_of(addr[0])[0] for addr in given if names.is_shm(addr[0])]
-        local, remote = (
-            (names.host_of(addr[0])[1], *addr[1:]) if addr and names.is_shm(addr[0]) else addr
-            for addr in (local_addr, remote_addr)
+        hosts = [_host_in(local_addr), _host_in(remote_addr)]
+        if names.is_shm(hosts[0]) and hosts[1] is not None:
+            _all_in_shm(hosts, "make an endpoint of each kind")
+        if any(names.is_shm(host) for host in hosts):
+            return await self._shm_endpoint(protocol_factory, local_addr, remote_addr, kwds)
+        make: Any = functools.partial(
+            super().create_datagram_endpoint, local_addr=local_addr, remote_addr=remote_addr, **kwds
         )
-        if remote and names.is_any_shm(remote_addr[0]):
-            remote = (BROADCAST, *remote[1:])
+        if remote_addr or not _unconnected(kwds.get("sock"), kwds.get("family", 0)):
+            made: tuple[Any, Any] = await make(protocol_factory)
+            return made
+        _, joint = await make(lambda: JointTransport(self, protocol_factory()))
+        return joint, joint.get_protocol()
+
+    async def _shm_endpoint(self, factory: Any, local: Any, remote: Any, kwds: Any) -> tuple[Any, Any]:
+        region = None
+
+        def plain(address: Any) -> Any:
+            nonlocal region
+            host = _host_in(address)
+            if not names.is_shm(host):
+                return address if host is None else address[:2]
+            found, host = names.host_of(self, host)
+            region = region or found
+            return host, address[1]
+
+        local_addr, remote_addr = plain(local), plain(remote)
+        if remote_addr and names.is_any_shm(remote[0]):
+            remote_addr = (BROADCAST, remote_addr[1])
         made: tuple[Any, Any] = await create_datagram_endpoint(
-            protocol_factory, local, remote, region=regions[0], numeric=True, **kwds
+            factory, local_addr, remote_addr, region=region, numeric=True, **kwds
         )
         return made
 
@@ -116,26 +197,39 @@ class _ShmLoop(_Base):
     ) -> list[Any]:
         if not names.is_shm(host):
             return await super().getaddrinfo(host, port, family=family, type=type, proto=proto, flags=flags)
-        region, peer = names.host_of(host)
         kinds = [(t, p) for t, p in _KINDS if type in (0, t) and proto in (0, p)]
-        if family not in (0, socket.AF_INET) or not kinds:
-            raise socket.gaierror(socket.EAI_FAMILY, f"{host!r} is in shared memory: AF_INET stands for it")
-        node = await current_node(region)
-        number = port_number(port)
-        addresses = [names.numeric(node, section) for section in names.sections(node, peer, number)]
-        return [(socket.AF_INET, t, p, "", (address, number)) for address in addresses for t, p in kinds]
+        if family not in (0, *_INTERNET) or not kinds:
+            raise socket.gaierror(
+                socket.EAI_FAMILY,
+                f"{host!r} is in shared memory: internet addresses stand for it, of streams and datagrams",
+            )
+        table, number = names.names_of(self), port_number(port)
+        if names.is_address(host):
+            address = table.canonical(host)
+        elif flags & socket.AI_NUMERICHOST:
+            raise socket.gaierror(socket.EAI_NONAME, f"{host!r} is a name, and AI_NUMERICHOST was asked for")
+        else:
+            region, peer = names.host_of(self, host)
+            node = await current_node(region)
+            address = table.address(node.region.url, names.known(node, peer))
+        # Python's AF_INET sockets refuse such a string themselves.
+        found = (address, number) if family == socket.AF_INET else (address, number, 0, names.SCOPE)
+        canonical = f"{table.meant(address)[1]}{SUFFIX}" if flags & socket.AI_CANONNAME else ""
+        return [
+            (family or socket.AF_INET6, t, p, "" if i else canonical, found) for i, (t, p) in enumerate(kinds)
+        ]
 
     async def getnameinfo(self, sockaddr: Any, flags: int = 0) -> tuple[str, str]:
-        known = names.parse_numeric(sockaddr[0])
-        if known is None:
+        if not (isinstance(sockaddr, tuple) and sockaddr and names.is_address(sockaddr[0])):
             return await super().getnameinfo(sockaddr, flags)
-        region, section = known
+        table = names.names_of(self)
+        _, peer = table.meant(sockaddr[0])
+        port = str(sockaddr[1])
         if flags & socket.NI_NUMERICHOST:
-            return sockaddr[0], str(sockaddr[1])
-        peer, port = names.name_of(await current_node(region), section), str(sockaddr[1])
+            return table.canonical(sockaddr[0]), port
         if not flags & socket.NI_NUMERICSERV:
             with contextlib.suppress(OSError):
-                port = socket.getservbyport(sockaddr[1])
+                port = socket.getservbyport(sockaddr[1], "udp" if flags & socket.NI_DGRAM else "tcp")
         return f"{peer}{SUFFIX}", port
 
     async def start_tls(self, transport: Any, protocol: Any, sslcontext: Any, **kwds: Any) -> Any:
@@ -155,6 +249,19 @@ class _ShmLoop(_Base):
         return sent
 
     _sendfile_fallback = asyncio.BaseEventLoop._sendfile_fallback  # type: ignore[attr-defined]
+
+
+def _unconnected(sock: Any, family: int) -> bool:
+    """Is it to be an internet endpoint that decides at each sendto() where a datagram goes?"""
+    if sock is None:
+        return family in (0, *_INTERNET)
+    if getattr(sock, "family", 0) not in _INTERNET:
+        return False
+    try:
+        sock.getpeername()
+    except OSError:
+        return True
+    return False
 
 
 def _is_ours(transport: Any) -> bool:

@@ -1,95 +1,152 @@
-"""Names and numbers. A peer is addressed as (name, port); programs that must have an internet address get
-198.18.R.S: S is the peer's section, R counts the regions that this process has attached to.
+"""Names and addresses. A peer is addressed as (name, port); programs that must have an internet address get
+one that stands for a name, on the loop that gave it out and nowhere else:
 
-(198.18/15 is kept free for benchmarks, RFC 2544: no real host is there. Not 127/8: a remote peer is not
-local.)
+    ff01:5348:RRRR:RRRR:RRRR:RRRR:NNNN:NNNN     R: 64 random bits of the loop; N: which name
+
+Whoever connects or sends there is led to who has that name at that moment, as by the name itself. ff01::/16
+is interface-local multicast (RFC 4291, 2.7): no host has such an address, TCP cannot connect to one
+(ENETUNREACH), UDP neither, and what UDP sends there the kernel lets out of no interface, whatever its routes.
+With SCOPE, as getaddrinfo tells it, sending fails as well (ENETUNREACH). IPv4 has no range of that kind: its
+reserved ones leave by the default route.
 """
 
 from __future__ import annotations
 
+import errno
+import os
+import socket
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from shmsock.address import SUFFIX, is_local
 from shmsock.errors import name_unknown
-from shmsock.fabric import layout as lay
 
 if TYPE_CHECKING:
     from shmsock.aio.driver import Node
 
-__all__ = ["ANY", "host_of", "is_any_shm", "is_shm", "name_of", "numeric", "parse_numeric", "sections"]
+__all__ = ["ANY", "SCOPE", "Names", "host_of", "is_address", "is_any_shm", "is_shm", "known", "names_of"]
 
 ANY = "*" + SUFFIX
 """To listen on, where a name ending in `.shm` must be given: all peers."""
-_regions: list[str] = []  # one that comes after 256 others takes the oldest's place
-_next = 0
+SCOPE = 2130706433
+"""The scope id that goes with an address: that of no interface."""
+_MARK = bytes.fromhex("ff015348")  # "SH": addresses of ff01::/16 that are others' stay theirs
+_REMEMBERED = 4096
 
 
-def numeric(node: Node, section: int) -> str:
-    """The internet address that stands for that section of the node's region."""
-    global _next
-    url = node.region.url
-    if url not in _regions:
-        _regions[_next : _next + 1] = [url]
-        _next = (_next + 1) % 256
-    return f"198.18.{_regions.index(url)}.{section}"
+def _text(host: Any) -> str | None:
+    if isinstance(host, (bytes, bytearray)):
+        return host.decode("ascii", "replace")
+    return host if isinstance(host, str) else None
 
 
-def parse_numeric(host: str) -> tuple[str, int] | None:
-    """(region, section) of what numeric() gave; None for everything else."""
-    parts = host.split(".")
-    if len(parts) != 4 or parts[:2] != ["198", "18"] or not all(p.isdecimal() for p in parts[2:]):
+def _packed(text: str) -> bytes | None:
+    """The 16 bytes of an address of our form, in any spelling, with a scope or without; else None."""
+    if text[:5].lower() != "ff01:":
         return None
-    region, section = int(parts[2]), int(parts[3])
-    return (_regions[region], section) if region < len(_regions) and section < lay.MAX_PEERS else None
+    try:
+        packed = socket.inet_pton(socket.AF_INET6, text.partition("%")[0])
+    except (OSError, ValueError):
+        return None
+    return packed if packed.startswith(_MARK) else None
+
+
+class Names:
+    """The names that addresses of one loop stand for: the last 4096 that were used. No number is given to two
+    names."""
+
+    def __init__(self) -> None:
+        self._head = _MARK + os.urandom(8)
+        self._numbers: dict[tuple[str, str], int] = {}  # who was used last comes last
+        self._names: dict[int, tuple[str, str]] = {}
+        self._next = 1
+
+    def address(self, region: str, name: str) -> str:
+        """What stands for a peer's name, "localhost" or "*", in the region of that URL."""
+        key = region, name
+        number = self._numbers.pop(key, 0)
+        if not number:
+            number, self._next = self._next, self._next + 1
+            self._names[number] = key
+            if len(self._names) > _REMEMBERED:
+                del self._names[self._numbers.pop(next(iter(self._numbers)))]
+        self._numbers[key] = number
+        return socket.inet_ntop(socket.AF_INET6, self._head + number.to_bytes(4, "big"))
+
+    def meant(self, address: Any) -> tuple[str, str]:
+        """(region, name) for what address() gave, in any spelling, str or bytes. Raises OSError
+        (EADDRNOTAVAIL) for an address of another loop, or of an earlier process, or not among the last."""
+        packed = _packed(_text(address) or "")
+        number = int.from_bytes(packed[12:], "big") if packed and packed.startswith(self._head) else 0
+        key = self._names.get(number)
+        if key is None:
+            raise OSError(
+                errno.EADDRNOTAVAIL,
+                f"{_text(address)} was handed out by another loop, or is long out of use here: an address "
+                f"stands for a name ending in {SUFFIX} on one loop only; look the name up again",
+            )
+        self._numbers[key] = self._numbers.pop(key)
+        return key
+
+    def canonical(self, address: Any) -> str:
+        """The one spelling. Raises as meant() does."""
+        return self.address(*self.meant(address))
+
+
+_of_loops: weakref.WeakKeyDictionary[Any, Names] = weakref.WeakKeyDictionary()
+
+
+def names_of(loop: Any) -> Names:
+    """Those of that loop."""
+    found = _of_loops.get(loop)
+    if found is None:
+        found = _of_loops[loop] = Names()
+    return found
+
+
+def is_address(host: Any) -> bool:
+    """Is it an address that stands for a name, on this loop or any?"""
+    text = _text(host)
+    return text is not None and _packed(text) is not None
 
 
 def is_shm(host: Any) -> bool:
     """Does a host, as programs give it to a loop, lie in shared memory?"""
-    if isinstance(host, (bytes, bytearray)):
-        host = host.decode("ascii", "replace")
-    if not isinstance(host, str):
+    text = _text(host)
+    if text is None:
         return False
-    return host.lower().removesuffix(".").endswith(SUFFIX) or parse_numeric(host) is not None
+    return text.lower().removesuffix(".").endswith(SUFFIX) or _packed(text) is not None
 
 
 def is_any_shm(host: Any) -> bool:
     """Is it ANY, in any spelling?"""
-    text = host.decode("ascii", "replace") if isinstance(host, (bytes, bytearray)) else host
-    return isinstance(text, str) and text.removesuffix(".").lower() == ANY
+    text = _text(host)
+    return text is not None and text.removesuffix(".").lower() == ANY
 
 
-def host_of(host: Any) -> tuple[str | None, Any]:
-    """(region, host) as this package's functions take them, from a host for which is_shm() says yes.
-    None: the default region."""
-    text = host.decode("ascii", "replace") if isinstance(host, (bytes, bytearray)) else str(host)
-    known = parse_numeric(text)
-    if known is not None:
-        return known
+def host_of(loop: Any, host: Any) -> tuple[str | None, str | None]:
+    """(region, host) as this package's functions take them, from a host for which is_shm() says yes. Region
+    None: the default one; host None: all peers, or this machine. Raises as Names.meant() does."""
+    text = _text(host) or ""
+    if _packed(text) is not None:
+        region, name = names_of(loop).meant(text)
+        return region, None if name == "*" else name
     plain = text.lower().removesuffix(".")
     return None, {ANY: None, "localhost" + SUFFIX: "localhost"}.get(plain, text)
 
 
-def sections(node: Node, host: str | int | None, port: int) -> list[int]:
-    """Whom a host means: those of that name that listen on `port`; if nobody does, all of that name.
+def known(node: Node, host: str | None) -> str:
+    """The name that an address stands for when a host of host_of() is looked up: a peer's, "localhost" or
+    "*".
 
-    Raises socket.gaierror when there is nobody.
+    Raises socket.gaierror when nobody has it.
     """
-    if host is None or isinstance(host, int):
-        return [node.section if host is None else host]
-    engine = node.engine
-    name = None if is_local(host) else node.peer_name(host)
-    listening, _ = engine.listeners.elsewhere(name, port)
-    found = listening or engine.peers.named(name)
-    if not found:
-        raise name_unknown(host, list(engine.peers.names()))
-    return [peer.section for peer in found]
-
-
-def name_of(node: Node, section: int) -> str:
-    """The name that goes with numeric(). Raises socket.gaierror when nobody is there."""
-    engine = node.engine
+    if host is None:
+        return "*"
+    if is_local(host):
+        return "localhost"
+    name, engine = node.peer_name(host), node.engine
     engine.peers.refresh_all(engine.lib.sh_clock())
-    live = {peer.section: peer.name for peer in engine.peers.all if peer.live}
-    if section not in live:
-        raise name_unknown(section, [str(number) for number in live])
-    return live[section]
+    if not engine.peers.named(name):
+        raise name_unknown(host, list(engine.peers.names()))
+    return name

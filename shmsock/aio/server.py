@@ -48,7 +48,7 @@ class Server(asyncio.AbstractServer):
         self._node, self._factory, self._tls, self._numeric = node, factory, tls, numeric
         self._context = contextvars.copy_context()
         self._listener: Listener | None = node.listen(hosts, port, backlog=backlog, reuse_port=reuse_port)
-        name = names.numeric(node, node.section) if numeric else node.name
+        name = names.names_of(node.loop).address(node.region.url, node.name) if numeric else node.name
         self._socket = PseudoSocket((name, self._listener.port), None, lambda: -1)
         self._serving = self._listener.serving = False
         self._listener.handler = self._accept

@@ -85,8 +85,8 @@ class ShmTransport(ReadSide):
     ) -> None:
         local, remote = conn.local, conn.remote
         if numeric:
-            local = (names.numeric(node, node.section), local[1])
-            remote = (names.numeric(node, conn.peer), remote[1])
+            address, url = names.names_of(node.loop).address, node.region.url
+            local, remote = (address(url, local[0]), local[1]), (address(url, remote[0]), remote[1])
         super().__init__({"peername": remote, "sockname": local, "shmsock_node": node}, node.loop)
         self.node, self.conn, self.context, self._protocol = node, conn, context, protocol
         self.port = Port(node, conn, self)

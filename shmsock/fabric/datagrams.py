@@ -100,7 +100,7 @@ class Endpoint:
         if self.closed:
             raise node_closed(self.local, "the endpoint was closed")
         if self.remote is None:
-            if not isinstance(to, tuple) or len(to) != 2:
+            if not isinstance(to, tuple) or len(to) not in (2, 4):  # 4: with what AF_INET6 adds
                 raise TypeError(f"an address is needed, (host, port), not {to!r}: this is not connected")
             host, port = self.host(to[0]), check_port(to[1], "sendto")
         elif to not in self.aliases:

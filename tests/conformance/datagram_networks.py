@@ -122,8 +122,18 @@ class DotShmDatagrams(DatagramNetwork):
         return DotShm(self.loop).new_loop()
 
 
+class UdpOnDotShm(Udp):
+    """UDP itself, on a loop that knows `.shm`, where an endpoint that is not connected decides at each
+    sendto()."""
+
+    kind = "udp-on-dotshm"
+
+    def new_loop(self) -> asyncio.AbstractEventLoop:
+        return DotShm(self.loop).new_loop()
+
+
 DATAGRAMS: list[DatagramNetwork] = [
-    made(loop) for made in (Udp, ShmDatagrams, DotShmDatagrams) for loop in ("asyncio", "uvloop")
+    made(loop) for made in (Udp, ShmDatagrams, DotShmDatagrams, UdpOnDotShm) for loop in ("asyncio", "uvloop")
 ]
 
 

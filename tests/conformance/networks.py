@@ -2,7 +2,7 @@
 
 Shared memory may differ in this, and in nothing else:
 
-- addresses are names: ("vm-b", 7000), or stand-ins for names on a `.shm` loop;
+- addresses are names: ("vm-b", 7000), or internet addresses that stand for names, on a `.shm` loop;
 - there is no kernel socket behind get_extra_info("socket"): a pseudo-socket is there;
 - there is no urgent data;
 - a connect waits for a peer whose loop is blocked, where TCP's kernel would have answered;

@@ -37,7 +37,7 @@ def test_every_face(two_guests: Pair, server: str) -> None:
             else:
                 assert done[0] == "ShmStreamReader over ShmTransport"
                 assert "SSLProtocolTransport" in done[1]
-                address = "198.18.0." if client.startswith("stock") else "vm-b"
+                address = "ff01:" if client.startswith("stock") else "vm-b"
                 assert done[2].startswith(f"protocol with ('{address}")
         serving.close_stdin()
         serving.wait(PATIENCE, check=True)
