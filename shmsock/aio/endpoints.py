@@ -5,24 +5,29 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import operator
 import socket
 import ssl as _ssl
 from asyncio.streams import _DEFAULT_LIMIT  # type: ignore[attr-defined]
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any
+from typing import Any, SupportsIndex
 
 from shmsock.address import port_number
 from shmsock.aio.attach import current_node
 from shmsock.aio.driver import Node
+from shmsock.aio.pseudosocket import Duplicate
 from shmsock.aio.server import Server
 from shmsock.aio.streams import ShmStreamReader, ShmStreamReaderProtocol, ShmStreamWriter, adopt
-from shmsock.aio.tls import client_tls, server_tls
+from shmsock.aio.tls import Tls, client_tls, server_tls
 from shmsock.aio.transport import ShmTransport
 from shmsock.fabric.connection import Connection
 
 __all__ = ["create_connection", "create_server", "open_connection", "start_server"]
 
-_NO_SOCKETS = "sock= is for kernel sockets: give host and port, the name of a peer and a port of it"
+_NO_SOCKETS = (
+    "sock= is for kernel sockets: give host and port, the name of a peer and a port of it; a connection of "
+    'this package goes on with the dup() of its get_extra_info("socket")'
+)
 
 
 async def create_connection(
@@ -50,19 +55,20 @@ async def create_connection(
     """loop.create_connection over shared memory: (transport, protocol), connected to `port` of the peer named
     `host`.
 
-    `host`: a peer's name, a section number, or None / "localhost" for this machine. `local_addr`: only its
-    port counts. `region`, `name`: see attach(); the implicit node of this loop is used, or `node`. `numeric`:
-    the transport tells internet addresses instead of names. `family`, `proto`, `flags` and what is about
-    several addresses are accepted and mean nothing.
+    `host`: a peer's name, a section number, or None / "localhost" for this machine. `sock`, instead of host
+    and port: the dup() of a connection's get_extra_info("socket"), which goes on under this protocol; its
+    transport is closed. `local_addr`: only its port counts. `region`, `name`: see attach(); the implicit node
+    of this loop is used, or `node`. `numeric`: the transport tells internet addresses instead of names.
+    `family`, `proto`, `flags` and what is about several addresses are accepted and mean nothing.
 
     Raises socket.gaierror (nobody has the name), ConnectionRefusedError (nobody listens there), OSError
-    (ENOBUFS: no slot or no memory for a ring), ConnectionResetError (the peer went away), with `ssl` what
-    asyncio raises when hands cannot be shaken. A peer whose loop is blocked is waited for; cancel to give up:
-    nothing is left behind.
+    (ENOBUFS: no slot or no memory for a ring; EBADF: `sock` was closed or used), ConnectionResetError (the
+    peer went away), with `ssl` what asyncio raises when hands cannot be shaken. A peer whose loop is blocked
+    is waited for; cancel to give up: nothing is left behind.
     """
     tls = client_tls(ssl, host, server_hostname, ssl_handshake_timeout, ssl_shutdown_timeout)
     if sock is not None:
-        raise ValueError(_NO_SOCKETS)
+        return await _go_on(protocol_factory, sock, (host, port), tls)
     if port is None:
         if host is None:
             raise ValueError("host and port was not specified and no sock specified")
@@ -72,23 +78,61 @@ async def create_connection(
     conn = await node.connect(host, port_number(port), local_port)
     waiter = node.loop.create_future()
     try:
-        protocol = protocol_factory()
-        below: asyncio.BaseProtocol = protocol
-        if tls is not None:
-            below = tls.wrap(node.loop, protocol, waiter)
-        else:
-            adopt(protocol)
+        protocol, below = _protocols(protocol_factory, tls, waiter)
     except BaseException:
         conn.close()
         raise
     transport = ShmTransport(node, conn, below, contextvars.copy_context(), numeric=numeric)
+    return await _started(transport, protocol, tls, waiter)
+
+
+def _protocols(
+    factory: Callable[[], asyncio.BaseProtocol], tls: Tls | None, waiter: asyncio.Future[None]
+) -> tuple[asyncio.BaseProtocol, asyncio.BaseProtocol]:
+    """The user's, and the one that the transport gives bytes to."""
+    protocol = factory()
+    if tls is not None:
+        return protocol, tls.wrap(waiter.get_loop(), protocol, waiter)
+    adopt(protocol)
+    return protocol, protocol
+
+
+async def _started(
+    transport: ShmTransport, protocol: asyncio.BaseProtocol, tls: Tls | None, waiter: asyncio.Future[None]
+) -> tuple[Any, Any]:
+    below: Any = transport.get_protocol()
     transport.start(waiter if tls is None else None)
     try:
         await waiter
     except BaseException:
         transport.close()
         raise
-    return (transport if tls is None else below._app_transport), protocol  # type: ignore[attr-defined]
+    return (transport if tls is None else below._app_transport), protocol
+
+
+async def _go_on(
+    factory: Callable[[], asyncio.BaseProtocol], sock: Any, given: tuple[Any, Any], tls: Tls | None
+) -> tuple[Any, Any]:
+    """With the connection that a duplicate of its pseudo-socket keeps open."""
+    if given != (None, None):
+        raise ValueError("host/port and sock can not be specified at the same time")
+    if not isinstance(sock, Duplicate):
+        raise ValueError(_NO_SOCKETS)
+    before = sock.take(asyncio.get_running_loop())
+    waiter = before.node.loop.create_future()
+    protocol, below = _protocols(factory, tls, waiter)
+    transport = ShmTransport(before.node, before.conn, below, contextvars.copy_context())
+    transport.supersede(before)
+    sock.taken()
+    return await _started(transport, protocol, tls, waiter)
+
+
+def _c_int(number: SupportsIndex) -> int:
+    """As socket.listen() takes it. Raises TypeError and OverflowError."""
+    plain = operator.index(number)
+    if not -(1 << 31) <= plain < 1 << 31:
+        raise OverflowError("Python int too large to convert to C int")
+    return plain
 
 
 async def create_server(
@@ -119,11 +163,13 @@ async def create_server(
     `reuse_port`: several processes of one host may share the port. `numeric`: addresses are told as internet
     addresses. `family`, `flags`, `reuse_address` and `keep_alive` are accepted and mean nothing.
 
-    Raises OSError (EADDRINUSE, EADDRNOTAVAIL), and what attach() raises.
+    Raises TypeError and OverflowError (`backlog` is no C int), OSError (EADDRINUSE, EADDRNOTAVAIL), and what
+    attach() raises.
     """
     tls = server_tls(ssl, ssl_handshake_timeout, ssl_shutdown_timeout)
     if sock is not None:
         raise ValueError(_NO_SOCKETS)
+    backlog = _c_int(backlog)
     node = node or await current_node(region, name)
     several = isinstance(host, Iterable) and not isinstance(host, str)
     server = Server(
@@ -133,6 +179,8 @@ async def create_server(
         protocol_factory,
         backlog=backlog,
         reuse_port=bool(reuse_port),
+        reuse_address=reuse_address is None or bool(reuse_address),
+        keep_alive=bool(keep_alive),
         tls=tls,
         numeric=numeric,
     )

@@ -27,6 +27,7 @@ from shmsock.aio import endpoints, names
 from shmsock.aio.attach import current_node
 from shmsock.aio.datagram import create_datagram_endpoint
 from shmsock.aio.joint import JointTransport
+from shmsock.aio.pseudosocket import Duplicate
 from shmsock.aio.tls import start_tls
 from shmsock.fabric.datagrams import BROADCAST
 
@@ -123,6 +124,8 @@ class _ShmLoop(_Base):
         self, protocol_factory: Any, host: Any = None, port: Any = None, *scope: Any, **kwds: Any
     ) -> tuple[Any, Any]:
         sock: Any = kwds.get("sock")
+        if isinstance(sock, Duplicate):
+            return await endpoints.create_connection(protocol_factory, host, port, **kwds)
         address = _meant_by(self, sock) if host is None and port is None else None
         if address is not None:
             del _meant[self][sock]

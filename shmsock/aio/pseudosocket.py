@@ -1,7 +1,7 @@
 """What `get_extra_info("socket")` and `Server.sockets` give: no kernel socket, but what libraries ask of one.
 
-The model is asyncio.trsock.TransportSocket. Addresses are those of the transport; options can be set and
-are remembered, and mean nothing.
+The model is asyncio.trsock.TransportSocket. Addresses are those of the transport; options read as those of
+asyncio's sockets, can be set and are remembered, and mean nothing.
 """
 
 from __future__ import annotations
@@ -9,11 +9,19 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from shmsock.errors import wrong_thread
 from shmsock.wakeup import eventfd
 
-__all__ = ["PollFd", "PseudoSocket"]
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+    from shmsock.aio.transport import ShmTransport
+
+__all__ = ["Duplicate", "PollFd", "PseudoSocket"]
+
+_PROTOCOLS = {socket.SOCK_STREAM: socket.IPPROTO_TCP, socket.SOCK_DGRAM: socket.IPPROTO_UDP}
 
 
 class PollFd:
@@ -37,11 +45,11 @@ class PollFd:
 
 
 class PseudoSocket:
-    """`fileno` is asked for a descriptor to poll (POLLIN: data, or the end), -1 when there is none."""
+    """`fileno` is asked for a descriptor to poll (POLLIN: data, or the end), -1 when there is none.
+    `options`: what is set already, by (level, option). `duplicate` makes what dup() gives."""
 
-    __slots__ = ("_fileno", "_options", "_peername", "_sockname", "type")
+    __slots__ = ("_duplicate", "_fileno", "_options", "_peername", "_sockname", "type")
 
-    family = socket.AF_INET
     proto = 0
     timeout = 0.0
 
@@ -51,9 +59,23 @@ class PseudoSocket:
         peername: tuple[str, int] | None,
         fileno: Callable[[], int],
         kind: socket.SocketKind = socket.SOCK_STREAM,
+        *,
+        options: dict[tuple[int, int], Any] | None = None,
+        duplicate: Callable[[], Duplicate] | None = None,
     ) -> None:
         self._sockname, self._peername, self._fileno, self.type = sockname, peername, fileno, kind
-        self._options: dict[tuple[int, int], Any] = {(socket.SOL_SOCKET, socket.SO_TYPE): int(kind)}
+        self._duplicate = duplicate
+        self._options: dict[tuple[int, int], Any] = {
+            (socket.SOL_SOCKET, socket.SO_TYPE): int(kind),
+            (socket.SOL_SOCKET, socket.SO_DOMAIN): int(self.family),
+            (socket.SOL_SOCKET, socket.SO_PROTOCOL): _PROTOCOLS[kind],
+            **(options or {}),
+        }
+
+    @property
+    def family(self) -> socket.AddressFamily:
+        """That of the addresses that stand for names; AF_INET where the names themselves are told."""
+        return socket.AF_INET6 if ":" in self._sockname[0] else socket.AF_INET
 
     def __repr__(self) -> str:
         peer = f", raddr={self._peername}" if self._peername else ""
@@ -76,7 +98,7 @@ class PseudoSocket:
         return self._peername
 
     def getsockopt(self, level: int, option: int, buflen: int = 0) -> int | bytes:
-        """What setsockopt() was given, else 0."""
+        """What setsockopt() was given, else what asyncio's sockets have, else 0."""
         value = self._options.get((level, option), 0)
         if buflen:
             return value if isinstance(value, bytes) else int(value).to_bytes(buflen, "little")
@@ -108,5 +130,66 @@ class PseudoSocket:
             95, "there is no kernel socket to shut down: use the transport's write_eof() or abort()"
         )
 
-    def dup(self) -> NoReturn:
-        raise OSError(95, "there is no kernel socket behind a shmsock transport: it cannot be duplicated")
+    def dup(self) -> Duplicate:
+        """Something that keeps the connection open when its transport is closed, and with which
+        create_connection(sock=) of the same loop goes on: what drivers do that begin TLS on an open
+        connection.
+
+        Raises OSError: EBADF, the connection has ended; EOPNOTSUPP, there is none (of who listens, or of
+        datagrams)."""
+        if self._duplicate is None:
+            raise OSError(
+                95, "there is no kernel socket behind a shmsock transport: only a connection has a dup()"
+            )
+        return self._duplicate()
+
+
+class Duplicate(PseudoSocket):
+    """What dup() gives. One that is not used is closed by close(), or by the collector."""
+
+    __slots__ = ("_transport",)
+
+    def __init__(self, transport: ShmTransport, fileno: Callable[[], int]) -> None:
+        self._transport: ShmTransport | None = transport
+        address = transport.get_extra_info
+        super().__init__(address("sockname"), address("peername"), fileno, duplicate=transport.duplicate)
+        self._options = address("socket")._options
+
+    def take(self, loop: Any) -> ShmTransport:
+        """The transport whose connection it is: create_connection() goes on with that.
+
+        Raises OSError (EBADF) when it was closed or used, RuntimeError on another thread or loop."""
+        transport = self._transport
+        if transport is None or transport.superseded:
+            raise OSError(9, f"{self!r} was closed, or its connection goes on elsewhere: take another dup()")
+        transport.node.check()
+        if transport.node.loop is not loop:
+            raise wrong_thread(repr(self))
+        return transport
+
+    def taken(self) -> None:
+        """The connection goes on elsewhere: there is nothing left to close."""
+        self._transport = None
+
+    def detach(self) -> int:
+        """Closes it: there is no descriptor. -1."""
+        self.close()
+        return -1
+
+    def close(self) -> None:
+        """Ends the connection, if it is the last to hold it open; harmless when repeated."""
+        transport, self._transport = self._transport, None
+        if transport is not None:
+            transport.let_go()
+
+    def __enter__(self) -> Duplicate:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # Never into C from here: the collector may run on any thread.
+        transport = getattr(self, "_transport", None)
+        if transport is not None:
+            transport.node.call(transport.let_go)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import socket
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -42,6 +43,8 @@ class Server(asyncio.AbstractServer):
         *,
         backlog: int,
         reuse_port: bool,
+        reuse_address: bool = True,
+        keep_alive: bool = False,
         tls: Tls | None = None,
         numeric: bool = False,
     ) -> None:
@@ -49,7 +52,14 @@ class Server(asyncio.AbstractServer):
         self._context = contextvars.copy_context()
         self._listener: Listener | None = node.listen(hosts, port, backlog=backlog, reuse_port=reuse_port)
         name = names.names_of(node.loop).address(node.region.url, node.name) if numeric else node.name
-        self._socket = PseudoSocket((name, self._listener.port), None, lambda: -1)
+        #: Options of its pseudo-socket that those of connections have too.
+        self.inherited: dict[tuple[int, int], Any] = {
+            (socket.SOL_SOCKET, socket.SO_REUSEADDR): int(reuse_address),
+            (socket.SOL_SOCKET, socket.SO_REUSEPORT): int(reuse_port),
+            (socket.SOL_SOCKET, socket.SO_KEEPALIVE): int(keep_alive),
+        }
+        options = {**self.inherited, (socket.SOL_SOCKET, socket.SO_ACCEPTCONN): 1}
+        self._socket = PseudoSocket((name, self._listener.port), None, lambda: -1, options=options)
         self._serving = self._listener.serving = False
         self._listener.handler = self._accept
         self._forever: asyncio.Future[None] | None = None

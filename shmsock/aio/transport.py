@@ -20,7 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from shmsock.aio import names
-from shmsock.aio.pseudosocket import PseudoSocket
+from shmsock.aio.pseudosocket import Duplicate, PseudoSocket
 from shmsock.aio.reading import ReadSide
 from shmsock.aio.turn import Port, accelerator
 from shmsock.errors import forked, wrong_thread
@@ -58,6 +58,13 @@ def _fileno_of(transport: weakref.ref[ShmTransport]) -> int:
     return -1 if found is None else found.fileno()
 
 
+def _duplicate_of(transport: weakref.ref[ShmTransport]) -> Duplicate:
+    found = transport()
+    if found is None:
+        raise OSError(errno.EBADF, "the connection has ended: there is nothing to duplicate")
+    return found.duplicate()
+
+
 class ShmTransport(ReadSide):
     """A stream between two peers of a region. `get_extra_info` knows "peername" and "sockname", as (name,
     port), and "socket". `numeric`: internet addresses stand for the names."""
@@ -72,6 +79,8 @@ class ShmTransport(ReadSide):
     _writes_after_loss = 0
     _wrote_in_vain = False
     _broken: OSError | None = None  # the peer takes no more; what it wrote is still to be read
+    _duplicates = 0  # of the pseudo-socket: they keep the connection open
+    superseded = False  # the connection is another transport's
 
     def __init__(
         self,
@@ -145,8 +154,16 @@ class ShmTransport(ReadSide):
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         if name == "socket" and name not in self._extra:
+            me = weakref.ref(self)
             self._extra[name] = PseudoSocket(
-                self._extra["sockname"], self._extra["peername"], partial(_fileno_of, weakref.ref(self))
+                self._extra["sockname"],
+                self._extra["peername"],
+                partial(_fileno_of, me),
+                options={
+                    (socket.IPPROTO_TCP, socket.TCP_NODELAY): 1,
+                    **(self._server.inherited if self._server is not None else {}),
+                },
+                duplicate=partial(_duplicate_of, me),
             )
         return self._extra.get(name, default)
 
@@ -381,6 +398,8 @@ class ShmTransport(ReadSide):
         know that they were lost. A TCP socket closed with bytes in it does the same (RFC 2525, 2.17).
 
         A stream reader counts as having read what asyncio's would have: it reads ahead up to its limits."""
+        if self._duplicates:
+            return
         left = 0 if self._read_eof else self.conn.available()
         reader = self.reader() if self.reader is not None else None
         if reader is not None:
@@ -403,7 +422,7 @@ class ShmTransport(ReadSide):
             return
         self._closing, self.port.calm = True, False
         self._pending.clear()
-        if self.node.engine.alive:
+        if self.node.engine.alive and not self._duplicates:
             if self._linger() == NO_LINGER:
                 self.conn.abort()
             else:
@@ -437,7 +456,8 @@ class ShmTransport(ReadSide):
         try:
             self._protocol.connection_lost(error)  # type: ignore[arg-type]
         finally:
-            self.conn.handler = None
+            if self.conn.handler is self and not self._duplicates:
+                self.conn.handler = None
             self._protocol = None  # type: ignore[assignment]  # as over TCP: no cycle is left for the collector
             server, self._server = self._server, None
             if server is not None:
@@ -450,8 +470,45 @@ class ShmTransport(ReadSide):
             )
         self.force_close(error)
 
+    # -- duplicates of its pseudo-socket
+
+    def duplicate(self) -> Duplicate:
+        """What dup() gives. Raises OSError (EBADF) after the end."""
+        self._check_thread()
+        if (self._lost and not self._duplicates) or self.superseded:
+            raise OSError(errno.EBADF, f"{self!r} has ended: there is nothing to duplicate")
+        self._duplicates += 1
+        return Duplicate(self, partial(_fileno_of, weakref.ref(self)))
+
+    def let_go(self) -> None:
+        """A duplicate was closed: what this transport left open ends with the last of them."""
+        if self.superseded or self.node.closed:
+            return
+        self._check_thread()
+        self._duplicates -= 1
+        if self._lost and not self._duplicates:
+            self.conn.handler = None
+            self._hang_up()
+
+    def supersede(self, before: ShmTransport) -> None:
+        """Go on with the connection of `before`, which ends: with what it took from the ring and nobody has
+        read, and with what waits to be written. To be called ahead of start()."""
+        reader = before._undirect()
+        self._unread, before._unread = before._unread, b""
+        if reader is not None:
+            self._unread = bytes(reader._buffer) + self._unread
+            reader._buffer.clear()
+        self._pending, before._pending = before._pending, bytearray()
+        self._eof_wanted, self._broken = before._eof_wanted, before._broken
+        self._extra.update({name: before._extra[name] for name in ("peername", "sockname")})
+        self.get_extra_info("socket")._options = before.get_extra_info("socket")._options
+        before.superseded, before._closing, before.port.calm = True, True, False
+        before._end(None)
+        self._settle()
+
     def node_closed(self) -> None:
         """The node detaches: like a process's end, what is open is closed."""
+        self._duplicates = 0
         if not self._lost:
             self._closing, self.port.calm = True, False
             if self._pending:
