@@ -127,6 +127,20 @@ async def _go_on(
     return await _started(transport, protocol, tls, waiter)
 
 
+async def connect_accepted_socket(
+    protocol_factory: Callable[[], asyncio.BaseProtocol],
+    sock: Any,
+    *,
+    ssl: _ssl.SSLContext | None = None,
+    ssl_handshake_timeout: float | None = None,
+    ssl_shutdown_timeout: float | None = None,
+) -> tuple[Any, Any]:
+    """loop.connect_accepted_socket for the dup() of a connection's get_extra_info("socket"): with `ssl` the
+    server's side of TLS. Raises as create_connection(sock=) does."""
+    tls = server_tls(ssl, ssl_handshake_timeout, ssl_shutdown_timeout)
+    return await _go_on(protocol_factory, sock, (None, None), tls)
+
+
 def _c_int(number: SupportsIndex) -> int:
     """As socket.listen() takes it. Raises TypeError and OverflowError."""
     plain = operator.index(number)

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 from collections import deque
 from typing import Any
 
 from shmsock.aio import names
 from shmsock.aio.attach import current_node
 from shmsock.aio.datagram import DATAGRAM_MAX, ShmDatagramTransport, create_datagram_endpoint
-from shmsock.errors import datagram_too_long
+from shmsock.errors import datagram_too_long, wrong_thread
 from shmsock.fabric.datagram_links import OVERHEAD
 from shmsock.fabric.settings import Settings
 
@@ -52,7 +53,7 @@ class JointTransport(asyncio.DatagramTransport, asyncio.DatagramProtocol):
 
     def __init__(self, loop: Any, protocol: Any) -> None:
         super().__init__()
-        self._loop, self._protocol = loop, protocol
+        self._loop, self._protocol, self._ident = loop, protocol, threading.get_ident()
         self._shm: ShmDatagramTransport | None = None
         self._making: asyncio.Task[None] | None = None
         self._waiting: deque[tuple[bytes, Any]] = deque()
@@ -80,6 +81,8 @@ class JointTransport(asyncio.DatagramTransport, asyncio.DatagramProtocol):
             self._send_later(data, addr)
 
     def _send_later(self, data: Any, addr: Any) -> None:
+        if threading.get_ident() != self._ident:
+            raise wrong_thread(repr(self))
         if not isinstance(data, (bytes, bytearray, memoryview)):
             raise TypeError(f"data argument must be a bytes-like object, not {type(data).__name__!r}")
         data = bytes(data)

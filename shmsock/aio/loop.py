@@ -27,7 +27,7 @@ from shmsock.aio import endpoints, names
 from shmsock.aio.attach import current_node
 from shmsock.aio.datagram import create_datagram_endpoint
 from shmsock.aio.joint import JointTransport
-from shmsock.aio.pseudosocket import Duplicate
+from shmsock.aio.pseudosocket import PseudoSocket
 from shmsock.aio.tls import start_tls
 from shmsock.fabric.datagrams import BROADCAST
 
@@ -124,7 +124,7 @@ class _ShmLoop(_Base):
         self, protocol_factory: Any, host: Any = None, port: Any = None, *scope: Any, **kwds: Any
     ) -> tuple[Any, Any]:
         sock: Any = kwds.get("sock")
-        if isinstance(sock, Duplicate):
+        if isinstance(sock, PseudoSocket):  # a dup() of one
             return await endpoints.create_connection(protocol_factory, host, port, **kwds)
         address = _meant_by(self, sock) if host is None and port is None else None
         if address is not None:
@@ -143,6 +143,12 @@ class _ShmLoop(_Base):
         return await endpoints.create_connection(
             protocol_factory, peer, port_number(port), region=region, numeric=True, **kwds
         )
+
+    async def connect_accepted_socket(self, protocol_factory: Any, sock: Any, **kwds: Any) -> tuple[Any, Any]:
+        if isinstance(sock, PseudoSocket):
+            return await endpoints.connect_accepted_socket(protocol_factory, sock, **kwds)
+        made: tuple[Any, Any] = await super().connect_accepted_socket(protocol_factory, sock, **kwds)
+        return made
 
     async def create_server(
         self, protocol_factory: Any, host: Any = None, port: Any = None, *scope: Any, **kwds: Any

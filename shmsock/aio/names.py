@@ -57,21 +57,22 @@ class Names:
 
     def __init__(self) -> None:
         self._head = _MARK + os.urandom(8)
-        self._numbers: dict[tuple[str, str], int] = {}  # who was used last comes last
+        self._known: dict[tuple[str, str], tuple[int, str]] = {}  # who was used last comes last
         self._names: dict[int, tuple[str, str]] = {}
         self._next = 1
 
     def address(self, region: str, name: str) -> str:
         """What stands for a peer's name, "localhost" or "*", in the region of that URL."""
         key = region, name
-        number = self._numbers.pop(key, 0)
-        if not number:
+        found = self._known.pop(key, None)
+        if found is None:
             number, self._next = self._next, self._next + 1
+            found = number, socket.inet_ntop(socket.AF_INET6, self._head + number.to_bytes(4, "big"))
             self._names[number] = key
             if len(self._names) > _REMEMBERED:
-                del self._names[self._numbers.pop(next(iter(self._numbers)))]
-        self._numbers[key] = number
-        return socket.inet_ntop(socket.AF_INET6, self._head + number.to_bytes(4, "big"))
+                del self._names[self._known.pop(next(iter(self._known)))[0]]
+        self._known[key] = found
+        return found[1]
 
     def meant(self, address: Any) -> tuple[str, str]:
         """(region, name) for what address() gave, in any spelling, str or bytes. Raises OSError
@@ -85,7 +86,7 @@ class Names:
                 f"{_text(address)} was handed out by another loop, or is long out of use here: an address "
                 f"stands for a name ending in {SUFFIX} on one loop only; look the name up again",
             )
-        self._numbers[key] = self._numbers.pop(key)
+        self._known[key] = self._known.pop(key)
         return key
 
     def canonical(self, address: Any) -> str:

@@ -56,6 +56,7 @@ class Recorder(asyncio.Protocol):
 
     def connection_made(self, transport: Any) -> None:
         self.log.append("made")
+        self.transport: Any = transport
 
     def data_received(self, data: bytes) -> None:
         self.data += data
@@ -109,6 +110,29 @@ def test_tls_as_drivers_of_databases_begin_it(run_shm: Run, first: str) -> None:
             assert writer.is_closing()
             with contextlib.suppress(ConnectionError):
                 await writer.wait_closed()
+
+    run_shm(main())
+
+
+def test_tls_at_the_servers_side(run_shm: Run) -> None:
+    """connect_accepted_socket() takes a copy as well."""
+    tls = Contexts()
+
+    async def main() -> None:
+        async with pair() as ((_, writer), (_, peer_writer)):
+            copies = dup(writer), dup(peer_writer)
+            make: Any = asyncio.get_running_loop().connect_accepted_socket
+            got, sent = Recorder(), Recorder()
+            (_, client), _ = await asyncio.gather(
+                create_connection(lambda: sent, sock=copies[0], ssl=tls.client, server_hostname="127.0.0.1"),
+                make(lambda: got, copies[1], ssl=tls.server),
+            )
+            assert client is sent
+            sent.transport.write(b"encrypted")
+            await until(lambda: got.data == b"encrypted")
+            sent.transport.close()
+            await until(lambda: got.log[-1:] == sent.log[-1:] == [None])
+            peer_writer.close()
 
     run_shm(main())
 
@@ -223,6 +247,8 @@ def test_what_is_refused(run_shm: Run) -> None:
             assert isinstance(copy, Duplicate)
             with pytest.raises(ValueError, match="can not be specified at the same time"):
                 await create_connection(Recorder, "me.shm", 7000, sock=copy)
+            with pytest.raises(ValueError, match="goes on with the dup"):
+                await create_connection(Recorder, sock=writer.get_extra_info("socket"))
             with pytest.raises(ValueError, match="server_hostname"):
                 await create_connection(Recorder, sock=copy, ssl=ssl.create_default_context())
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import shmsock
 from shmsock import Settings
 from shmsock.aio import attach, names
 from shmsock.aio.datagram import DATAGRAM_MAX
@@ -194,6 +195,23 @@ def test_the_node_ends_before_the_endpoint(run_shm: Run) -> None:
             await until(lambda: inside.log[-1] == "lost")  # noqa: B023
             assert peer.is_closing()
         assert protocol.log == ["made"]
+        sending.close()
+        await until(lambda: protocol.log == ["made", "lost"])
+
+    run_shm(main())
+
+
+def test_another_thread(run_shm: Run) -> None:
+    """Is told so, as by all that is in shared memory."""
+
+    async def main() -> None:
+        sending, protocol = await datagrams(local_addr=("127.0.0.1", 0))
+        for _ in range(2):  # before there is an endpoint in shared memory, and then
+            with pytest.raises(shmsock.WrongThreadError):
+                await asyncio.to_thread(sending.sendto, b"x", ("me.shm", 9))
+            sending.sendto(b"x", ("me.shm", 9))
+            await until(node_of_this_loop)
+            await until(lambda: node_of_this_loop()[0].transports)
         sending.close()
         await until(lambda: protocol.log == ["made", "lost"])
 

@@ -72,7 +72,7 @@ def test_names_without_end() -> None:
         seen.add(table.address("file:/a", f"n{i}"))
         assert table.meant(kept) == ("file:/a", "kept")
     assert len(seen) == 3 * 4096 + 2
-    assert len(table._names) == len(table._numbers) == 4096
+    assert len(table._names) == len(table._known) == 4096
     with pytest.raises(OSError, match="look the name up again"):
         table.meant(dropped)
     assert table.address("file:/a", "dropped") not in seen
