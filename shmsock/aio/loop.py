@@ -112,13 +112,11 @@ class _ShmLoop(_Base):
     sock_sendall = _unless_meant("sock_sendall")
     sock_sendfile = _unless_meant("sock_sendfile")
 
-    if hasattr(asyncio.AbstractEventLoop, "sock_sendto"):  # from Python 3.11 on
-
-        async def sock_sendto(self, sock: Any, data: Any, address: Any) -> int:
-            if names.is_shm(_host_in(address)):
-                await _not_there("sock_sendto() (see create_datagram_endpoint())", address)
-            sent: int = await super().sock_sendto(sock, data, address)  # type: ignore[misc]
-            return sent
+    async def sock_sendto(self, sock: Any, data: Any, address: Any) -> int:
+        if names.is_shm(_host_in(address)):
+            await _not_there("sock_sendto() (see create_datagram_endpoint())", address)
+        sent: int = await super().sock_sendto(sock, data, address)  # type: ignore[misc]  # from 3.11 on
+        return sent
 
     async def create_connection(
         self, protocol_factory: Any, host: Any = None, port: Any = None, *scope: Any, **kwds: Any

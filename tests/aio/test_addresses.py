@@ -302,10 +302,8 @@ def test_sockets_without_a_transport(run_shm: Run, tmp_path: Path) -> None:
                         assert info.value.errno == errno.EOPNOTSUPP
             with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
                 sock.setblocking(False)
-                attempts = [loop.sock_connect(sock, address)]
-                if hasattr(loop, "sock_sendto"):
-                    attempts.append(loop.sock_sendto(sock, b"x", address))
-                for attempt in attempts:
+                send: Any = getattr(loop, "sock_sendto")  # noqa: B009  # asyncio's from 3.11 on
+                for attempt in (loop.sock_connect(sock, address), send(sock, b"x", address)):
                     with pytest.raises(OSError, match="create_datagram_endpoint") as info:
                         await attempt
                     assert info.value.errno == errno.EOPNOTSUPP

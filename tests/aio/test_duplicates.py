@@ -130,7 +130,8 @@ def test_tls_at_the_servers_side(run_shm: Run) -> None:
             assert client is sent
             sent.transport.write(b"encrypted")
             await until(lambda: got.data == b"encrypted")
-            sent.transport.close()
+            for end in (sent, got):
+                end.transport.close()
             await until(lambda: got.log[-1:] == sent.log[-1:] == [None])
             peer_writer.close()
 
