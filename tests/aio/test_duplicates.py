@@ -16,6 +16,7 @@ import pytest
 import shmsock
 from shmsock.aio.pseudosocket import Duplicate
 from tests.aio.conftest import until
+from tests.aio.processes import reset
 from tests.aio.test_addresses import Run, base, node_of_this_loop, run_shm
 from tests.conformance.certificates import Contexts
 
@@ -220,6 +221,24 @@ def test_the_peer_goes_meanwhile(run_shm: Run) -> None:
             await create_connection(lambda: protocol, sock=copy)
             await until(lambda: protocol.log == ["made", "eof", None])
             assert protocol.data == b"last words"
+
+    run_shm(main())
+
+
+def test_the_peer_resets_meanwhile(run_shm: Run) -> None:
+    async def main() -> None:
+        async with pair() as ((_, writer), (_, peer_writer)):
+            copy, unused = dup(writer), dup(writer)
+            writer.close()
+            reset(peer_writer.transport)
+            (node,) = node_of_this_loop()
+            await until(lambda: not node.engine.connections)
+            protocol = Recorder()
+            await create_connection(lambda: protocol, sock=copy)
+            await until(lambda: len(protocol.log) == 2)
+            assert protocol.log[0] == "made"
+            assert isinstance(protocol.log[1], ConnectionResetError)
+            unused.close()
 
     run_shm(main())
 
