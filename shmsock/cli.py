@@ -166,7 +166,7 @@ def info(region: str | None, as_json: bool) -> None:
                 found.append({**look.describe_region(opened), "content": look.look(opened)})
         except OSError as error:
             problem = _message(error)
-            found.append({"url": url, "error": problem})
+            found.append({"url": url, "error": problem, **_old_files(url)})
     shown = regions.find_devices() or devices  # once more: opening one enables it
     if region and not region.startswith(("pci:", "vfio:")):
         shown = []
@@ -181,7 +181,7 @@ def info(region: str | None, as_json: bool) -> None:
             )
         )
     else:
-        _print_info([look.describe_device(d) for d in shown], [f for f in found if "content" in f])
+        _print_info([look.describe_device(d) for d in shown], found)
     if problem and len(urls) == 1:
         raise Failed(problem)
     for bad in found:
@@ -191,16 +191,28 @@ def info(region: str | None, as_json: bool) -> None:
         sys.exit(1)
 
 
+def _old_files(url: str) -> dict[str, Any]:
+    """Of a region that cannot be opened: its file may have been removed under those who use it."""
+    try:
+        kind, path = regions.parse_url(url)
+    except RegionError:
+        kind, path = "", ""
+    return {"path": path, "old_files": look.old_files(path) if kind == "file" else []}
+
+
 def _print_info(devices: list[dict[str, Any]], found: list[dict[str, Any]]) -> None:
     console = show.console()
     for device in devices:
         for line in show.device_lines(device):
             click.echo(line)
     for region in found:
-        for line in (*show.region_lines(region), *show.content_lines(region["content"])):
-            click.echo(line)
-        if table := show.section_table(region["content"]):
-            console.print(table)
+        parts = [(show.region_lines(region), region["content"])] if "content" in region else []
+        parts += [(show.old_file_lines(region["path"], old), old.content) for old in region["old_files"]]
+        for title, content in parts:
+            for line in (*title, *(show.content_lines(content) if content else ())):
+                click.echo(line)
+            if content and (table := show.section_table(content)):
+                console.print(table)
 
 
 @cli.command("reap")

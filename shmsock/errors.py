@@ -44,6 +44,8 @@ __all__ = [
     "disk_full",
     "forked",
     "format_error",
+    "listing",
+    "name_malformed",
     "name_unknown",
     "no_buffers",
     "node_closed",
@@ -144,7 +146,7 @@ def disk_full(path: str, need: int = 0, hint: str = "") -> RegionError:
     return region_error(errno.ENOSPC, f"disk full: the file system of {path} has no {room}; {do}", path)
 
 
-def _listing(items: Iterable[object], *, nothing: str = "none") -> str:
+def listing(items: Iterable[object], *, nothing: str = "none") -> str:
     """'a, b, c and 4 more': bounded, since what is listed may come from other peers."""
     known = [str(item) for item in items]
     shown = ", ".join(known[:_LISTED])
@@ -152,18 +154,19 @@ def _listing(items: Iterable[object], *, nothing: str = "none") -> str:
     return nothing if not known else f"{shown} and {more} more" if more > 0 else shown
 
 
-def name_unknown(name: object, known: Sequence[str] = ()) -> socket.gaierror:
-    """No attached peer has this name: what getaddrinfo says about a host it does not know."""
-    message = f"no peer named {name!r} is attached to the region (attached: {_listing(sorted(known))})"
-    close = difflib.get_close_matches(name, known, n=1) if isinstance(name, str) else []
-    hint = f"did you mean {close[0]!r}?" if close else "start it, or see who is there with `shmsock info`"
-    return socket.gaierror(socket.EAI_NONAME, f"{message}; {hint}")
+def name_unknown(
+    name: object, others: Sequence[str] = (), region: str = "the region", hint: str = ""
+) -> socket.gaierror:
+    """No attached peer has this name: what getaddrinfo says about a host it does not know.
 
-
-def port_refused(name: object, port: int) -> ConnectionRefusedError:
-    """The peer is there and nobody listens, or what listens has its backlog full."""
-    return ConnectionRefusedError(
-        errno.ECONNREFUSED, f"connection to ({name!r}, {port}) refused: nobody there listens on port {port}"
+    `others`: who else is there, this node left out. `region`: its URL. `hint`: what else may be the reason.
+    """
+    seen = f"attached: {listing(sorted(others))}" if others else _alone(region)
+    close = difflib.get_close_matches(name, others, n=1) if isinstance(name, str) else []
+    do = f"did you mean {close[0]!r}?" if close else f"start it there, {_look_into(region)}"
+    return socket.gaierror(
+        socket.EAI_NONAME,
+        f"no peer named {name!r} is attached to {region} ({seen}); {do}{hint and '; ' + hint}",
     )
 
 
@@ -182,6 +185,32 @@ def peer_silent(name: object, section: int) -> ConnectionRefusedError:
     )
 
 
+def name_malformed(why: object) -> socket.gaierror:
+    """Not even a name. `why` says what was seen and what was expected."""
+    return socket.gaierror(socket.EAI_NONAME, str(why))
+
+
+def port_refused(
+    name: object, port: int, region: str = "the region", *, alone: bool = False, hint: str = ""
+) -> ConnectionRefusedError:
+    """The peer is there, and nobody listens. `region`, `hint`: see name_unknown(). `alone`: nobody else is
+    there at all."""
+    return ConnectionRefusedError(
+        errno.ECONNREFUSED,
+        f"connection to ({name!r}, {port}) refused: nobody there listens on port {port} "
+        f"({_alone(region) if alone else region}); start the server, {_look_into(region)}"
+        f"{hint and '; ' + hint}",
+    )
+
+
+def _alone(region: str) -> str:
+    return f"this process is alone on {region}"
+
+
+def _look_into(region: str) -> str:
+    return f"or see who is there with `shmsock info{' ' + region if ':' in region else ''}`"
+
+
 def port_taken(name: object, port: int) -> OSError:
     """EADDRINUSE: another process that goes by the same name listens on the port already."""
     return OSError(
@@ -195,7 +224,7 @@ def address_unavailable(host: object, own: Sequence[str] = ()) -> OSError:
     """EADDRNOTAVAIL: asked to listen under a name that is not the own one."""
     return OSError(
         errno.EADDRNOTAVAIL,
-        f"cannot listen on {host!r}: this node goes by {_listing(own)}; listen on None for all peers, "
+        f"cannot listen on {host!r}: this node goes by {listing(own)}; listen on None for all peers, "
         "on 'localhost' for those of this machine, or attach with name= (on a loop that knows .shm hosts: on "
         "'*.shm' or 'localhost.shm', or with SHMSOCK_NAME)",
     )
@@ -221,7 +250,7 @@ def sections_full(silent: Sequence[object] = (), total: int = 0, path: str | Non
     """ENOSPC: no section can be claimed. `silent`: the sections whose owner no longer beats."""
     count = f"all {total} sections" if total else "all sections"
     if silent:
-        do = f"silent are {_listing(silent)}: free them with `shmsock reap` if their owners are gone for good"
+        do = f"silent are {listing(silent)}: free them with `shmsock reap` if their owners are gone for good"
     else:
         do = "all their owners are alive; stop one, or create a region with more (`shmsock create --peers N`)"
     return region_error(errno.ENOSPC, f"{count} of the region are taken: {do}", path)

@@ -358,6 +358,41 @@ def test_info_does_not_fill_holes(path: Path) -> None:
     assert path.stat().st_blocks == 0
 
 
+def test_info_of_a_file_that_was_removed_while_in_use(path: Path, attach: Attach) -> None:
+    good("create", path, "--size", "32M")
+    processes = [attach(path, "vm-a"), attach(path, "vm-b")]
+    path.unlink()
+    said = bad("info", path)
+    assert f"region {path} does not exist: make it with `shmsock create {path} --size 64M`; " in said
+    for process in processes:
+        assert f"process {process.pid} (" in said
+    good("create", path, "--size", "32M")  # what that said
+    shown = good("info", path)
+    assert "sections: 16 free" in shown
+    assert f"the file at {path} was removed or replaced while process {processes[0].pid} (" in shown
+    assert "still use the old one: restart them" in shown
+    assert "sections: 14 free, 2 live" in shown
+    assert "vm-b" in shown
+    (old,) = json.loads(good("info", path, "--json"))["regions"][0]["old_files"]
+    assert [holder["pid"] for holder in old["held_by"]] == sorted(process.pid for process in processes)
+    assert [s["ports"] for s in old["content"]["sections"] if s["state"] == "live"] == [[7000], [7000]]
+    for process in processes:
+        process.kill()
+        process.wait()
+    assert "old one" not in good("info", path)
+
+
+def test_info_of_what_another_user_holds(shm: Path, attach: Attach) -> None:
+    shm.chmod(0o755)
+    path = shm / "region"
+    good("create", path, "--size", "32M", "--mode", "0666")
+    attach(path)
+    path.unlink()
+    code, said = in_child(lambda: (shmsock("info", path).exit_code, bad("info", path)), NOBODY)
+    assert code == 1
+    assert "restart" not in said  # nobody may look at root's processes
+
+
 def test_info_that_fails(shm: Path) -> None:
     assert "does not exist" in bad("info", shm / "nothing")
     assert "is a directory" in bad("info", shm)

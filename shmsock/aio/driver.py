@@ -119,6 +119,7 @@ class Node(Turn):  # type: ignore[misc]
         self.loop: Any = loop  # a Loop to the node; asyncio's transports know it as theirs
         self.lib, self.nd = engine.lib, engine.nd
         self.name, self.section = engine.name, engine.section
+        engine.url = region.url
         super().__init__(
             engine, keeper, loop, contextvars.Context(), threading.get_ident(), ready_queue(loop)
         )

@@ -19,7 +19,6 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from shmsock.address import SUFFIX, is_local
-from shmsock.errors import name_unknown
 
 if TYPE_CHECKING:
     from shmsock.aio.driver import Node
@@ -149,5 +148,5 @@ def known(node: Node, host: str | None) -> str:
     name, engine = node.peer_name(host), node.engine
     engine.peers.refresh_all(engine.lib.sh_clock())
     if not engine.peers.named(name):
-        raise name_unknown(host, list(engine.peers.names()))
+        raise engine.listeners.unknown(host)
     return name

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from shmsock.address import check_port
-from shmsock.errors import datagram_too_long, node_closed, port_refused
+from shmsock.errors import datagram_too_long, node_closed
 from shmsock.fabric.connection import Connection
 from shmsock.fabric.datagram_links import (
     OVERHEAD,
@@ -113,6 +113,7 @@ class Endpoint:
             self.send_to(data, to, host, port)
 
     def send_to(self, data: bytes, to: Any, host: Any, port: int) -> None:
+        refused: OSError | None = None
         for _ in range(2):  # again when the port changed hands, or the link was lost, just now
             route = self.routes.get(to)
             try:
@@ -122,14 +123,15 @@ class Endpoint:
                     link = self.owner.link(peer)
                     route = Route(link, port, entry, link.gate)
                     remember(self.routes, to, route)
-            except ConnectionRefusedError:
+            except ConnectionRefusedError as error:
+                refused = error
                 break
             if route.link.send(Waiting(self, (to, host, port), route, data)):
                 return
             self.routes.pop(to, None)
         self.engine.counts["datagrams_unreachable"] += 1
         if self.remote is not None:
-            self.soon(port_refused(self.remote[0], port))
+            self.soon(refused or self.engine.listeners.refused(self.remote[0], port))
 
     def _broadcast(self, data: bytes, port: int) -> None:
         """One copy to every peer that has the port; the own node is one if another of its endpoints has

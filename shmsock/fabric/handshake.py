@@ -9,7 +9,7 @@ from __future__ import annotations
 from errno import ECONNREFUSED
 from typing import TYPE_CHECKING
 
-from shmsock.errors import port_refused, violation
+from shmsock.errors import violation
 from shmsock.fabric.connection import EMPTY, OPENING, SPACE, VIOLATION, Connection
 from shmsock.fabric.peers import VIOLATIONS, Peer
 from shmsock.fabric.slots import NO_MEMORY, NO_SLOT
@@ -54,7 +54,7 @@ class Handshake:
         engine.check()
         engine.peers.refresh_all(now_ns)
         if not peer.live:
-            raise port_refused(remote, port)
+            raise engine.listeners.refused(remote, port)
         if adopted == EMPTY and now_ns < peer.ignore_until_ns:
             raise violation(
                 f"{remote!r} (section {peer.section})",
@@ -196,7 +196,7 @@ class Handshake:
                     f"{conn.remote} has its backlog full: try again, or listen with a larger backlog",
                 )
             else:
-                error = port_refused(*conn.remote)
+                error = engine.listeners.refused(*conn.remote)
             engine.emit("failed", conn, error)
             return
         if (old := peer.connections.get(slot)) is not None:

@@ -10,7 +10,7 @@ from errno import EADDRINUSE
 from typing import TYPE_CHECKING, Any
 
 from shmsock.address import is_local, normalize_name
-from shmsock.errors import name_unknown, no_buffers, port_refused, port_taken
+from shmsock.errors import name_malformed, name_unknown, no_buffers, port_refused, port_taken
 from shmsock.fabric import layout as lay
 
 if TYPE_CHECKING:
@@ -243,9 +243,9 @@ class Listeners:
             engine.peers.came_back(now_ns)
             sections = {p.section: p for p in engine.peers.all if p.live}
             if host not in sections:
-                raise name_unknown(host, [str(section) for section in sections])
+                raise self.unknown(host)
             if host in exclude or not self.entry(sections[host], port, datagram):
-                raise port_refused(host, port)
+                raise self.refused(host, port)
             return sections[host]
         key = None  # datagrams remember their addresses themselves
         if not exclude and not datagram and (host is None or type(host) is str):
@@ -255,7 +255,7 @@ class Listeners:
         name = None if self.is_own_machine(host) else self.peer_name(host)
         found, known = self.elsewhere(name, port, exclude=exclude, datagram=datagram)
         if not found:
-            raise port_refused(host, port) if known else name_unknown(host, list(engine.peers.names()))
+            raise self.refused(host, port) if known else self.unknown(host)
         peer, entry = found[0], self.entry(found[0], port, datagram)
         # Of several another is to be asked next. 0: it stopped listening just now.
         if key and len(found) == 1 and entry and not entry & REUSE:
@@ -286,6 +286,22 @@ class Listeners:
         try:
             return normalize_name(host)
         except ValueError as error:
-            unknown = name_unknown(host, list(self.engine.peers.names()))
-            unknown.strerror = f"{error}"
-            raise unknown from None
+            raise name_malformed(error) from None
+
+    # -- what is to be said when nobody is found
+
+    def _others(self) -> list[Peer]:
+        peers = self.engine.peers
+        peers.refresh_all(self.engine.lib.sh_clock())
+        return [p for p in peers.there() if p.section != peers.own]
+
+    def unknown(self, host: Any) -> OSError:
+        """Nobody has the name, or that section."""
+        number = isinstance(host, int)
+        known = {str(p.section) if number else p.name for p in self._others()}
+        return name_unknown(host, sorted(known), self.engine.url, self.engine.hint())
+
+    def refused(self, host: Any, port: int) -> ConnectionRefusedError:
+        """Somebody has the name, and nobody the port."""
+        engine = self.engine
+        return port_refused(host, port, engine.url, alone=not self._others(), hint=engine.hint())

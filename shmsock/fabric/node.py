@@ -74,6 +74,11 @@ class Engine:
         self.ffi, self.lib = self.memory.core
         self.section = claim.section
         self.name = identity.name
+        #: What messages call the region, and what else they say of where it is. Beside what is pure memory:
+        #: the driver's to set, as is what it wants to do once a second.
+        self.url = "the region"
+        self.hint: Callable[[], str] = str
+        self.once_a_second: Callable[[], object] = str
         self._watch = watch or (lambda peer, on: None)
         self.slots = Slots(self, ensure)
         self.arena, self.free_slots, self.connections = (
@@ -152,6 +157,7 @@ class Engine:
                 self._give_back()
             self._failure = node_closed(self.name)
         self.lib.sh_node_inert(self.nd)
+        self.peers.locks = None  # the region is closed next
         self.wakes.close()
 
     def _give_back(self) -> None:
@@ -173,6 +179,7 @@ class Engine:
         """In a forked child, or when the section was lost: every call fails from now on, nothing is
         stored."""
         self.lib.sh_node_inert(self.nd)
+        self.peers.locks = None  # they are the parent's, or another's
         self._failure = self._failure or why
 
     def failure(self) -> OSError:
@@ -254,6 +261,7 @@ class Engine:
             self._next_safety = now_ns + SAFETY_NS
             self._sample_at(self._next_sample)
             self.slots.sweep()
+            self.once_a_second()
             if self.lib.sh_safety(self.nd):
                 self.mail.update(range(self.layout.peers))
 

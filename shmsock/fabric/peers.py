@@ -248,6 +248,10 @@ class Peers:
         """Proven dead by its lock, whatever its beat says."""
         return peer.locked and self.locks is not None and not self.locks.section_locked(peer.section)
 
+    def there(self) -> list[Peer]:
+        """Live peers, own section included. Here too, a killed one is found out at once."""
+        return [p for p in self.some if p.live and not self.killed(p)]
+
     def names(self) -> Iterable[str]:
         """Of all that can be talked to."""
-        return {p.name for p in self.some if p.live and not self.killed(p)}
+        return {p.name for p in self.there()}

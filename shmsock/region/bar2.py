@@ -10,9 +10,10 @@ from shmsock.errors import RegionError, RegionPermissionError, region_error
 from shmsock.region.base import MINIMUM, Region, map_bytes
 from shmsock.region.file import owner_name
 from shmsock.region.pci import SYSFS, PciDevice, find_devices, read_device
+from shmsock.region.place import Place
 from shmsock.region.sizes import format_size
 
-__all__ = ["PciRegion", "open_pci", "the_device", "udev_rule"]
+__all__ = ["PciRegion", "open_pci", "place_of", "the_device", "udev_rule"]
 
 
 class PciRegion(Region):
@@ -31,9 +32,16 @@ class PciRegion(Region):
             write_combining=True,
         )
         self.device = device
+        self.place = place_of(device)
 
     def _device(self) -> PciDevice:
         return self.device
+
+
+def place_of(device: PciDevice) -> Place:
+    """Where the device is found in sysfs, as long as it is plugged in."""
+    status = os.lstat(device.directory)
+    return Place(device.directory, (status.st_dev, status.st_ino))
 
 
 def udev_rule(group: str = "shmsock") -> str:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from shmsock.region.pci import PciDevice
+    from shmsock.region.place import Place
 
 __all__ = ["MINIMUM", "Description", "Region", "check_size", "identity_of", "map_bytes"]
 
@@ -78,6 +79,8 @@ class Region:
     thing and see each other's locks. (Otherwise it may still be one device, through two sysfs mounts.)"""
     doorbell: Doorbell | None = None
     """How its owner is rung, and rings others; None: it has only memory. Closed together with the region."""
+    place: Place | None = None
+    """Where others find it; None: not by a path, or by one that cannot be looked at without waiting."""
 
     def __init__(
         self,
@@ -136,6 +139,15 @@ class Region:
             raise ValueError(
                 f"bytes {offset}..{offset + length} are outside of {self.url}, which has {self.size}"
             )
+
+    def displaced(self) -> str:
+        """Do others who name it get something else by now? "" if not, or if that cannot be told; else
+        "removed" or "moved" (there is nothing where it was), or "replaced" (there is something else).
+
+        Never waits. Raises ValueError when closed.
+        """
+        fd = self._open_fd()
+        return "" if self.place is None else self.place.lost(os.fstat(fd).st_nlink)
 
     # -- locks
 

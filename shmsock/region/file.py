@@ -11,6 +11,7 @@ import stat
 from shmsock.errors import RegionError, disk_full, format_error, region_error
 from shmsock.region import storage
 from shmsock.region.base import MINIMUM, Region, check_size, identity_of, map_bytes
+from shmsock.region.place import LOCAL, Place, holders, restart
 from shmsock.region.sizes import format_size
 
 __all__ = ["FileRegion", "check_regular", "explain_open", "open_file", "owner_name", "whose"]
@@ -24,6 +25,8 @@ _KINDS = {
     stat.S_IFLNK: "a symbolic link",
 }
 
+LOOK_S = 0.05
+"""For so long a message may look for processes that hold a removed file."""
 _OPEN_IT = "open it to a group: chgrp, chmod 0660 (`shmsock create --mode 0660`)"
 
 
@@ -47,6 +50,7 @@ class FileRegion(Region):
             sparse=not full,
         )
         self._fs = fs
+        self.place = Place(path, self.identity) if fs.type in LOCAL else None
 
     def ensure(self, offset: int, length: int) -> None:
         """Back the bytes [offset, offset + length) with storage; their values stay.
@@ -191,6 +195,8 @@ def explain_open(error: OSError, path: str, writable: bool = True) -> RegionErro
         text = f"region {path} does not exist, nor does the directory {directory}: make that first"
     elif code == errno.ENOENT:
         text = f"region {path} does not exist: make it with `shmsock create {path} --size 64M`"
+        if old := holders(path, LOOK_S):
+            text += f"; {restart(old, path)}, once there is a new one"
     elif code in (errno.EACCES, errno.EPERM):
         wish = "reading and writing" if writable else "reading"
         text = f"no permission to open region {path} for {wish}: {whose(path, _OPEN_IT)}"

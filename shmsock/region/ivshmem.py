@@ -60,6 +60,7 @@ class IvshmemRegion(FileRegion):
         super().__init__(path, mapping, fd, writable, fs)
         self.url, self.kind = f"ivshmem:{path}", "ivshmem"
         self._can_lock = self._can_lock and own
+        self.place = None  # the path is the server's
         self.doorbell = doorbell
 
 

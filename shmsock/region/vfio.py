@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from shmsock.errors import RegionError, region_error
 from shmsock.region import vfio_ioctl
-from shmsock.region.bar2 import the_device
+from shmsock.region.bar2 import place_of, the_device
 from shmsock.region.base import Region, map_bytes
 from shmsock.region.doorbell import Doorbell, Reach
 from shmsock.region.file import owner_name
@@ -130,6 +130,7 @@ class VfioRegion(Region):
         )
         self._can_lock = self._can_lock and can_lock
         self.device, self.doorbell = device, doorbell
+        self.place = place_of(device)
         self._fds = fds
 
     def _device(self) -> PciDevice:

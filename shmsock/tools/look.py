@@ -5,6 +5,7 @@ Nothing is written. What is read is somebody else's and may be nonsense or half 
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,12 +15,24 @@ from shmsock.fabric import layout as lay
 from shmsock.fabric.attach import Seen, survey
 from shmsock.fabric.layout import Layout, read_layout
 from shmsock.fabric.memory import Memory, native_core
-from shmsock.region.base import Region
+from shmsock.region.base import Region, map_bytes
 from shmsock.region.file import FileRegion
 from shmsock.region.ivshmem_protocol import MAX_ID, MAX_VECTORS
 from shmsock.region.pci import PciDevice
+from shmsock.region.place import Holder, holders
+from shmsock.region.storage import filesystem
 
-__all__ = ["Content", "Section", "busy_sections", "describe_device", "describe_region", "look", "sections"]
+__all__ = [
+    "Content",
+    "OldFile",
+    "Section",
+    "busy_sections",
+    "describe_device",
+    "describe_region",
+    "look",
+    "old_files",
+    "sections",
+]
 
 BEAT_S = 0.5
 """A beat moves five times a second at least: one that stands still so long is silent (or its machine very
@@ -200,6 +213,45 @@ def busy_sections(region: Region) -> list[str]:
     return busy
 
 
+@dataclass(frozen=True)
+class OldFile:
+    """A file that was removed from a region's path, and is in use still."""
+
+    held_by: list[Holder]
+    content: Content | None
+    """None: it cannot be looked at."""
+
+
+def old_files(path: str) -> list[OldFile]:
+    """As far as this process may see others."""
+    found: dict[int, list[Holder]] = {}
+    for holder in holders(path):
+        found.setdefault(holder.inode, []).append(holder)
+    return [OldFile(held_by, _content_of(held_by[0], path)) for held_by in found.values()]
+
+
+def _content_of(holder: Holder, path: str) -> Content | None:
+    """Looked at through one of those who have it open."""
+    directory = f"/proc/{holder.pid}/fd"
+    try:
+        for name in os.listdir(directory):
+            link = f"{directory}/{name}"
+            if os.readlink(link) != f"{path} (deleted)" or os.stat(link).st_ino != holder.inode:
+                continue
+            fd = os.open(link, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                size = os.fstat(fd).st_size
+                region = FileRegion(path, map_bytes(fd, size, False), fd, False, filesystem(fd))
+            except BaseException:
+                os.close(fd)
+                raise
+            with region:
+                return look(region)
+    except OSError:
+        pass  # it has ended, or is another user's
+    return None
+
+
 def describe_region(region: Region) -> dict[str, Any]:
     """How it is mapped."""
     known = region.describe()
@@ -217,6 +269,7 @@ def describe_region(region: Region) -> dict[str, Any]:
         "uid": known.uid,
         "gid": known.gid,
         "section_locks": known.can_lock,
+        "old_files": old_files(known.path) if known.kind == "file" else [],
         "doorbell": None if bell is None else {"id": bell.id, "vectors": bell.vectors, "lost": bell.lost},
     }
 

@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from shmsock.region.place import restart
 from shmsock.region.sizes import format_size
-from shmsock.tools.look import Content, Section
+from shmsock.tools.look import Content, OldFile, Section
 
 __all__ = [
     "console",
@@ -20,6 +21,7 @@ __all__ = [
     "device_lines",
     "human",
     "made_lines",
+    "old_file_lines",
     "qemu_options",
     "region_lines",
     "section_table",
@@ -76,6 +78,13 @@ def region_lines(region: dict[str, Any]) -> Iterator[str]:
     if bell := region["doorbell"]:
         lost = f"; {bell['lost']}" if bell["lost"] else ""
         yield f"    doorbell: we are peer {bell['id']}, with {_vectors(bell['vectors'])}{lost}"
+
+
+def old_file_lines(path: str, old: OldFile) -> Iterator[str]:
+    """Before what lies in it."""
+    yield restart(old.held_by, path)
+    if old.content is None:
+        yield "    it cannot be looked into: be root, or their user"
 
 
 def content_lines(content: Content) -> Iterator[str]:

@@ -174,6 +174,21 @@ def test_names(world: World) -> None:
     assert a.call(a.engine.listeners.elsewhere, "b", 80) == ([], False)
 
 
+def test_what_is_suggested_when_nobody_is_found(world: World) -> None:
+    a, b = world.pair()
+    unknown, refused = a.engine.listeners.unknown, a.engine.listeners.refused
+    assert "(attached: b)" in str(a.call(unknown, "c"))  # not the own name
+    assert f"(attached: {b.section})" in str(a.call(unknown, 63))
+    assert "alone" not in str(a.call(refused, "b", 80))
+    world.kill(b)
+    assert a.call(lambda: set(a.engine.peers.names())) == {"a"}  # proven by its lock, before its beat tells
+    a.engine.url, a.engine.hint = "file:/r", lambda: "that is why"
+    for error in (a.call(unknown, "b"), a.call(unknown, b.section), a.call(refused, "a", 80)):
+        assert "(this process is alone on file:/r)" in str(error)
+        assert str(error).endswith("; that is why")
+        assert "did you mean" not in str(error)
+
+
 def test_a_table_full_of_listeners() -> None:
     world = World(peers=1)
     a = world.attach("a")
