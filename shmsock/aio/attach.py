@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import logging
 import os
 import random
@@ -33,7 +34,7 @@ from shmsock.wakeup import Keeper
 if TYPE_CHECKING:
     from shmsock.aio.trio_loop import TrioFuture
 
-__all__ = ["attach", "current_node", "prepare_region"]
+__all__ = ["attach", "current_node", "on_current_node", "prepare_region"]
 
 T = TypeVar("T")
 log = logging.getLogger("shmsock")
@@ -244,21 +245,26 @@ async def _until_the_loop_ends(node: Node) -> AsyncGenerator[None, None]:
     try:
         yield
     finally:
-        _implicit.pop(node.loop, None)
+        if not node.watch.retired:
+            _implicit.pop(node.loop, None)
         await node.aclose()
 
 
-async def _make_implicit(url: str | None, name: str | None) -> Node:
+async def _make_implicit(url: str | None, name: str | None, former: Node | None) -> Node:
+    if former is not None and name is None:
+        name = former.watch.name
     node = await _make(url, name, None)
+    node.watch.name = name
+    node.watch.former = None if former is None else weakref.ref(former)
     guard = _until_the_loop_ends(node)
     await guard.__anext__()
     node.guard = guard
     return node
 
 
-async def current_node(url: str | None = None, name: str | None = None) -> Node:
-    """The node of the running loop for that region, attached at first use. Cancelling one of several that
-    wait stops no other."""
+async def current_node(url: str | None = None, name: str | None = None, *, listening: bool = False) -> Node:
+    """The node of the running loop for that region, attached at first use, and again when another file has
+    taken the place of the region's. Cancelling one of several that wait stops no other."""
     loop = _running_loop()
     shield: Callable[[Any], Awaitable[Node]] = getattr(loop, "shield", asyncio.shield)
     if url is not None:
@@ -273,10 +279,13 @@ async def current_node(url: str | None = None, name: str | None = None) -> Node:
         node = found()
     elif found is not None and not found.done():
         node = await shield(found)
-    if node is None or node.closed or not node.engine.alive:
-        task = loop.create_task(_make_implicit(url, name))
+    if node is not None and (node.closed or not node.engine.alive):
+        node = None
+    if node is None or node.watch.is_over(listening):
+        former = node
+        task = loop.create_task(_make_implicit(url, name, former))
         mine[key] = task
-        task.add_done_callback(lambda task: _made(task, mine, key))
+        task.add_done_callback(lambda task: _made(task, mine, key, former))
         node = await shield(task)
     if name is not None and address.node_name(name) != node.name:
         raise ValueError(
@@ -286,14 +295,43 @@ async def current_node(url: str | None = None, name: str | None = None) -> Node:
     return node
 
 
-def _made(task: asyncio.Task[Node] | TrioFuture, mine: _Mine, key: str) -> None:
+async def on_current_node(
+    given: Node | None, url: str | None, name: str | None, use: Callable[[Node], Awaitable[T]]
+) -> T:
+    """`use` the given node, or current_node(). Where that fails, and the region's file turns out to be
+    another one by now: once more on that one; or on the one before, as long as this loop still uses it.
+    (Not to listen, which is to be done where newcomers come.)"""
+    if given is not None:
+        return await use(given)
+    node = await current_node(url, name)
+    try:
+        return await use(node)
+    except OSError:
+        node.watch.look()
+        if not node.watch.is_over():
+            if (before := node.watch.before()) is None:
+                raise
+            with contextlib.suppress(OSError):
+                return await use(before)
+            raise
+    return await use(await current_node(url, name))
+
+
+def _made(task: asyncio.Task[Node] | TrioFuture, mine: _Mine, key: str, former: Node | None) -> None:
     if (
         task.cancelled() or task.exception() is not None
     ):  # looked at here: nobody else does when all were cancelled
         if mine.get(key) is task:
             del mine[key]
+            if former is not None:
+                mine[key] = weakref.ref(former)
     elif mine.get(key) is task:
         node = task.result()
+        if former is not None:
+            former.watch.retired = True
+            for alias, known in list(mine.items()):
+                if isinstance(known, weakref.ref) and known() is former:
+                    del mine[alias]
         mine[key] = weakref.ref(node)
         for alias in (node.region.url, node.region.path):  # the same region by other names
             other = mine.get(alias)

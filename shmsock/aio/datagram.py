@@ -373,7 +373,7 @@ async def create_datagram_endpoint(
     if proto not in (0, socket.IPPROTO_UDP):
         raise ValueError(f"proto is {proto!r}: there is none in shared memory, leave it out")
     local, remote = _address(local_addr), _address(remote_addr)
-    node = node or await current_node(region, name)
+    node = node or await current_node(region, name, listening=True)
     host, port = local or (None, 0)
     endpoint = node.bind_datagram(host, port, reuse_port=bool(reuse_port), remote=remote)
     try:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from shmsock.address import is_any, is_local, normalize_name
 from shmsock.aio.doorbells import Ear
 from shmsock.aio.turn import Port, Turn, accelerator, ready_queue, selector
+from shmsock.aio.watch import Watch
 from shmsock.errors import address_unavailable, forked, wrong_thread
 from shmsock.fabric import layout as lay
 from shmsock.fabric.connection import Connection
@@ -131,6 +132,7 @@ class Node(Turn):  # type: ignore[misc]
         self.servers: set[Any] = set()
         self._flushed: asyncio.Future[None] | None = None
         self.guard: Any = None  # what detaches an implicit node when its loop ends
+        self.watch = Watch(self)
         us = engine.settings
         one_cpu = len(os.sched_getaffinity(0)) == 1
         hot_turns = getattr(loop, "hot_turns", 1 << 62)
@@ -376,10 +378,13 @@ class Node(Turn):  # type: ignore[misc]
         "doorbell", "futex" or "polling"; `wakes`: how this node wakes each peer, "doorbell", "eventfd" (its
         loop's), "futex" or "nothing"; `doorbell`: the own id on the ivshmem server, or None;
         `doorbell_lost`: why there is none any more. `names`: who is there; `peers`: how many, this one
-        included."""
+        included. `region_replaced`: what became of the file or device, when who attaches now gets another one
+        or none; else ""."""
         counts: dict[str, Any] = dict(self.engine.statistics())
         counts["name"], counts["section"], counts["region"] = self.name, self.section, self.region.url
         counts["names"] = sorted(self.engine.peers.names()) if self.engine.alive else []
+        self.watch.look()
+        counts["region_replaced"] = str(self.watch)
         counts["state"] = "closed" if self.closed else "attached" if self.engine.alive else "down"
         counts["format"] = lay.VERSION
         bell = self.region.doorbell

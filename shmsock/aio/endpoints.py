@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, SupportsIndex
 
 from shmsock.address import port_number
-from shmsock.aio.attach import current_node
+from shmsock.aio.attach import current_node, on_current_node
 from shmsock.aio.driver import Node
 from shmsock.aio.pseudosocket import Duplicate
 from shmsock.aio.server import Server
@@ -73,16 +73,19 @@ async def create_connection(
         if host is None:
             raise ValueError("host and port was not specified and no sock specified")
         raise ValueError(f"no port of {host!r} was given: pass the one that a server of it listens on")
-    node = node or await current_node(region, name)
-    local_port = port_number(local_addr[1]) if local_addr else 0
-    conn = await node.connect(host, port_number(port), local_port)
-    waiter = node.loop.create_future()
+    local_port, number = port_number(local_addr[1]) if local_addr else 0, port_number(port)
+
+    async def connect(on: Node) -> tuple[Node, Connection]:
+        return on, await on.connect(host, number, local_port)
+
+    on, conn = await on_current_node(node, region, name, connect)
+    waiter = on.loop.create_future()
     try:
         protocol, below = _protocols(protocol_factory, tls, waiter)
     except BaseException:
         conn.close()
         raise
-    transport = ShmTransport(node, conn, below, contextvars.copy_context(), numeric=numeric)
+    transport = ShmTransport(on, conn, below, contextvars.copy_context(), numeric=numeric)
     return await _started(transport, protocol, tls, waiter)
 
 
@@ -184,7 +187,7 @@ async def create_server(
     if sock is not None:
         raise ValueError(_NO_SOCKETS)
     backlog = _c_int(backlog)
-    node = node or await current_node(region, name)
+    node = node or await current_node(region, name, listening=True)
     several = isinstance(host, Iterable) and not isinstance(host, str)
     server = Server(
         node,
@@ -219,25 +222,31 @@ async def open_connection(
 
     `limit`: bytes, as asyncio's. All else as create_connection() takes and raises it.
     """
-    node = kwds.pop("node", None) or await current_node(kwds.pop("region", None), kwds.pop("name", None))
-    loop = node.loop
+    given = kwds.pop("node", None), kwds.pop("region", None), kwds.pop("name", None)
     if kwds or port is None:
+        loop: Any = asyncio.get_running_loop()
+        kwds.update(zip(("node", "region", "name"), given, strict=True))
         reader = ShmStreamReader(limit=limit, loop=loop)
         protocol = ShmStreamReaderProtocol(reader, loop=loop)
-        transport, _ = await create_connection(lambda: protocol, host, port, node=node, **kwds)
+        transport, _ = await create_connection(lambda: protocol, host, port, **kwds)
         if isinstance(transport, ShmTransport):
             return reader, ShmStreamWriter(transport, protocol, reader, loop)._attach()
         return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
     made: list[Any] = []
+    number = port_number(port)
 
-    def make(conn: Connection) -> None:
-        reader = ShmStreamReader(limit=limit, loop=loop)
-        protocol = ShmStreamReaderProtocol(reader, loop=loop)
-        transport = ShmTransport(node, conn, protocol, contextvars.copy_context())
-        protocol.connection_made(transport)  # nobody's but ours
-        made[:] = reader, ShmStreamWriter(transport, protocol, reader, loop)._attach(), transport
+    async def connect(node: Node) -> Connection:
+        def make(conn: Connection) -> None:
+            loop = node.loop
+            reader = ShmStreamReader(limit=limit, loop=loop)
+            protocol = ShmStreamReaderProtocol(reader, loop=loop)
+            transport = ShmTransport(node, conn, protocol, contextvars.copy_context())
+            protocol.connection_made(transport)  # nobody's but ours
+            made[:] = reader, ShmStreamWriter(transport, protocol, reader, loop)._attach(), transport
 
-    conn = await node.connect(host, port_number(port), 0, make)
+        return await node.connect(host, number, 0, make)
+
+    conn = await on_current_node(*given, connect)
     reader, writer, transport = made
     transport.start_streams(conn.handler.early)
     return reader, writer
@@ -266,7 +275,9 @@ async def start_server(
 
     `limit`: bytes, as asyncio's. All else as create_server() takes and raises it.
     """
-    node = kwds.pop("node", None) or await current_node(kwds.pop("region", None), kwds.pop("name", None))
+    node = kwds.pop("node", None) or await current_node(
+        kwds.pop("region", None), kwds.pop("name", None), listening=True
+    )
     loop = node.loop
     callback = _with_fast_writer(client_connected_cb)
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from shmsock.address import SUFFIX, port_number
 from shmsock.aio import endpoints, names
-from shmsock.aio.attach import current_node
+from shmsock.aio.attach import on_current_node
 from shmsock.aio.datagram import create_datagram_endpoint
 from shmsock.aio.joint import JointTransport
 from shmsock.aio.pseudosocket import PseudoSocket
@@ -34,6 +34,8 @@ from shmsock.fabric.datagrams import BROADCAST
 __all__ = ["loop_factory", "new_event_loop"]
 
 if TYPE_CHECKING:
+    from shmsock.aio.driver import Node
+
     _Base = asyncio.BaseEventLoop
 else:
     _Base = object
@@ -102,8 +104,12 @@ class _ShmLoop(_Base):
         if sock.type != socket.SOCK_STREAM:
             await _not_there("sock_connect() of datagrams (see create_datagram_endpoint())", address)
         region, peer = names.host_of(self, host)
-        node = await current_node(region)
-        node.find(peer, port_number(address[1]), ())  # refused here, where it is expected
+        number = port_number(address[1])
+
+        async def find(node: Node) -> object:
+            return node.find(peer, number, ())
+
+        await on_current_node(None, region, None, find)  # refused here, where it is expected
         _meant.setdefault(self, weakref.WeakKeyDictionary())[sock] = address[:2]
         return None
 
@@ -217,8 +223,11 @@ class _ShmLoop(_Base):
             raise socket.gaierror(socket.EAI_NONAME, f"{host!r} is a name, and AI_NUMERICHOST was asked for")
         else:
             region, peer = names.host_of(self, host)
-            node = await current_node(region)
-            address = table.address(node.region.url, names.known(node, peer))
+
+            async def known(node: Node) -> Any:
+                return table.address(node.region.url, names.known(node, peer))
+
+            address = await on_current_node(None, region, None, known)
         # Python's AF_INET sockets refuse such a string themselves.
         found = (address, number) if family == socket.AF_INET else (address, number, 0, names.SCOPE)
         canonical = f"{table.meant(address)[1]}{SUFFIX}" if flags & socket.AI_CANONNAME else ""

@@ -19,7 +19,7 @@ from anyio.abc import ByteStreamConnectable
 from anyio.streams.tls import TLSStream
 
 from shmsock.address import check_port
-from shmsock.aio.attach import attach, current_node
+from shmsock.aio.attach import attach, current_node, on_current_node
 from shmsock.aio.driver import Node
 from shmsock.anyio.datagrams import ConnectedShmDatagramSocket, ShmDatagramSocket
 from shmsock.anyio.ends import ShmAttribute
@@ -101,8 +101,11 @@ async def connect_shm(
     (ENOBUFS: no slot or no memory for a ring), ConnectionResetError (the peer went away).
     """
     port, local_port = check_port(remote_port), check_port(local_port)
-    node = node or await current_node(region, name)
-    stream = ShmStream(node, await node.connect(_host(remote_host), port, local_port))
+
+    async def connect(on: Node) -> ShmStream:
+        return ShmStream(on, await on.connect(_host(remote_host), port, local_port))
+
+    stream = await on_current_node(node, region, name, connect)
     if not (tls or tls_hostname or ssl_context):
         return stream
     try:
@@ -135,7 +138,7 @@ async def create_shm_listener(
     raises.
     """
     port = check_port(local_port)
-    node = node or await current_node(region, name)
+    node = node or await current_node(region, name, listening=True)
     return ShmListener(node, [_host(local_host)], port, backlog, reuse_port)
 
 
@@ -150,7 +153,7 @@ async def create_shm_datagram_socket(
 ) -> ShmDatagramSocket:
     """anyio.create_udp_socket over shared memory. Raises as create_shm_listener() does."""
     port = check_port(local_port)
-    node = node or await current_node(region, name)
+    node = node or await current_node(region, name, listening=True)
     return ShmDatagramSocket(node, node.bind_datagram(_host(local_host), port, reuse_port=reuse_port))
 
 
@@ -168,7 +171,7 @@ async def create_connected_shm_datagram_socket(
     """anyio.create_connected_udp_socket over shared memory. Raises socket.gaierror (nobody has the name), and
     as create_shm_listener() does."""
     remote, port = (_host(remote_host), check_port(remote_port)), check_port(local_port)
-    node = node or await current_node(region, name)
+    node = node or await current_node(region, name, listening=True)
     return ConnectedShmDatagramSocket(
         node, node.bind_datagram(_host(local_host), port, reuse_port=reuse_port, remote=remote)
     )
