@@ -147,7 +147,7 @@ class Region:
         Never waits. Raises ValueError when closed.
         """
         fd = self._open_fd()
-        return "" if self.place is None else self.place.lost(os.fstat(fd).st_nlink)
+        return "" if self.place is None else self.place.lost(fd)
 
     # -- locks
 

@@ -43,12 +43,12 @@ class Place:
         self.path, self._identity = path, identity
         self._view = _view()
 
-    def lost(self, links: int) -> str:
+    def lost(self, fd: int) -> str:
         """What became of it: "" while the path leads to it, or while nobody can tell; "removed" or "moved":
         nothing is there; "replaced": something else is.
 
-        `links`: how many names the file has (st_nlink). One that has some can be somewhere else for this
-        process alone, which has changed its root or its mounts: that says nothing about the file.
+        `fd`: of the file. One that still has a name can be somewhere else for this process alone, which has
+        changed its root or its mounts: that says nothing about the file.
         """
         try:
             status = os.lstat(self.path)
@@ -56,12 +56,14 @@ class Place:
                 return ""
             seen = "replaced"
         except (FileNotFoundError, NotADirectoryError):
-            seen = "moved" if links else "removed"
+            seen = "moved"
         except OSError:  # a directory on the way is closed to us by now
             seen = ""
-        if seen and (os.path.normpath(self.path).startswith(_THROUGH_PROCESSES) or _view() != self._view):
-            seen = ""
-        return seen if links else seen or "removed"
+        through_process = os.path.normpath(self.path).startswith(_THROUGH_PROCESSES)
+        known = seen and not through_process and _view() == self._view
+        if os.fstat(fd).st_nlink == 0:
+            return "replaced" if known and seen == "replaced" else "removed"
+        return seen if known and _is_mounted(fd) else ""
 
 
 def _view() -> tuple[object, ...]:
@@ -72,6 +74,17 @@ def _view() -> tuple[object, ...]:
     except OSError:
         mounts = ""
     return root.st_dev, root.st_ino, mounts
+
+
+def _is_mounted(fd: int) -> bool:
+    """Is what `fd` was opened through still among the mounts of this thread?"""
+    try:
+        with open(f"/proc/thread-self/fdinfo/{fd}", "rb") as info:
+            number = next(line.split()[1] for line in info if line.startswith(b"mnt_id:"))
+        with open("/proc/thread-self/mountinfo", "rb") as table:
+            return any(line.split(None, 1)[0] == number for line in table)
+    except (OSError, StopIteration):
+        return True  # nobody says otherwise
 
 
 def holders(path: str, within_s: float | None = None) -> list[Holder]:

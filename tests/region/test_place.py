@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -156,6 +157,37 @@ def test_under_another_root(region: Path, forked: AsUser) -> None:
     assert forked(look) == ("", "", "removed")
 
 
+def mounting(*arguments: bytes | int | None) -> bool:
+    libc = ctypes.CDLL(None, use_errno=True)
+    return int((libc.umount2 if len(arguments) == 2 else libc.mount)(*arguments)) == 0
+
+
+def test_other_mounts(region: Path, forked: AsUser) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("takes root to mount")
+    other = region.parent.parent / "other"
+    other.mkdir()
+    clone_newns, ms_bind, rec_private, mnt_detach = 0x20000, 0x1000, 0x44000, 2
+
+    def look() -> list[str]:
+        seen = []
+        assert ctypes.CDLL(None, use_errno=True).unshare(clone_newns) == 0
+        assert mounting(b"none", b"/", None, rec_private, None)
+        assert mounting(bytes(region.parent), bytes(other), None, ms_bind, None)
+        with open_file(str(other / "region")) as opened, open_file(str(region)) as direct:
+            seen.append(opened.displaced())
+            assert mounting(bytes(other), mnt_detach)
+            seen.append(opened.displaced())  # others find it where it is
+            assert ctypes.CDLL(None, use_errno=True).unshare(clone_newns) == 0
+            assert mounting(b"tmpfs", bytes(region.parent), b"tmpfs", 0, None)
+            seen.append(direct.displaced())  # a mount of this process's own
+            assert mounting(bytes(region.parent), mnt_detach)
+            region.unlink()
+            return [*seen, opened.displaced(), direct.displaced()]
+
+    assert forked(look) == ["", "", "", "removed", "removed"]
+
+
 def test_without_permission_to_look(shared: Path, as_nobody: AsUser) -> None:
     directory = shared / "closed"
     directory.mkdir(mode=0o755)
@@ -254,6 +286,9 @@ def test_holders(region: Path, hold: Callable[[], subprocess.Popen[str]]) -> Non
 
 
 def test_a_place_of_anything(tmp_path: Path) -> None:
-    status = os.stat(tmp_path)
-    assert Place(str(tmp_path), (status.st_dev, status.st_ino)).lost(1) == ""
-    assert Place(str(tmp_path), (0, 0)).lost(1) == "replaced"
+    status, fd = os.stat(tmp_path), os.open(tmp_path, os.O_PATH)
+    try:
+        assert Place(str(tmp_path), (status.st_dev, status.st_ino)).lost(fd) == ""
+        assert Place(str(tmp_path), (0, 0)).lost(fd) == "replaced"
+    finally:
+        os.close(fd)
