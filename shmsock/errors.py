@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import shlex
 import socket
 from collections.abc import Iterable, Sequence
 
@@ -40,6 +41,7 @@ __all__ = [
     "RegionUrlError",
     "WrongThreadError",
     "address_unavailable",
+    "command",
     "datagram_too_long",
     "disk_full",
     "forked",
@@ -48,10 +50,12 @@ __all__ = [
     "name_malformed",
     "name_unknown",
     "no_buffers",
+    "no_listeners",
     "node_closed",
     "peer_silent",
     "port_refused",
     "port_taken",
+    "ports_exhausted",
     "region_error",
     "section_taken",
     "sections_full",
@@ -62,6 +66,7 @@ __all__ = [
 
 _LISTED = 8
 """So many names or numbers are spelled out in a message; the rest is counted."""
+_MOST_SECTIONS = 64
 
 
 class RegionError(OSError):
@@ -208,15 +213,30 @@ def _alone(region: str) -> str:
 
 
 def _look_into(region: str) -> str:
-    return f"or see who is there with `shmsock info{' ' + region if ':' in region else ''}`"
+    return f"or see who is there with `{command('info', region)}`"
 
 
-def port_taken(name: object, port: int) -> OSError:
-    """EADDRINUSE: another process that goes by the same name listens on the port already."""
+def command(name: str, region: str, rest: str = "") -> str:
+    """What to type; the region is left out where it is not known by its URL or path."""
+    known = shlex.quote(region) if ":" in region or "/" in region else ""
+    return " ".join(filter(None, ("shmsock", name, known, rest)))
+
+
+def port_taken(name: object, port: int, who: str = "another listener of that name") -> OSError:
+    """EADDRINUSE: `who`, this process or another that goes by the same name, listens on the port already."""
     return OSError(
         errno.EADDRINUSE,
-        f"address ({name!r}, {port}) is already in use: another listener of that name has the port; "
+        f"address ({name!r}, {port}) is already in use: {who} has the port; "
         "stop it, choose another port, or pass reuse_port=True on both sides",
+    )
+
+
+def ports_exhausted(name: object, first: int, last: int) -> OSError:
+    """EADDRINUSE: port 0 was asked for, and none is left of those that this section chooses from."""
+    return OSError(
+        errno.EADDRINUSE,
+        f"no port is left for {name!r} to choose: {first} to {last} are all in use; close some, or name a "
+        "port below 32768",
     )
 
 
@@ -238,28 +258,59 @@ def datagram_too_long(size: int, maximum: int) -> OSError:
 
 
 def no_buffers(what: str, region_size_hint: str = "") -> OSError:
-    """ENOBUFS: the own section has no `what` left. `region_size_hint`: a size that would do ("128M")."""
+    """ENOBUFS: the own section has no `what` left. `region_size_hint`: a size that would do ("128 MiB")."""
+    size = region_size_hint.replace(" ", "") or "SIZE"
     do = f"make a region of {region_size_hint}" if region_size_hint else "use a larger region"
     return OSError(
         errno.ENOBUFS,
-        f"no {what} left in this process's section: close connections, or {do} (`shmsock create`)",
+        f"no {what} left in this process's section: close connections, or {do} "
+        f"(`shmsock create /dev/shm/NAME --size {size}`), to be named by SHMSOCK_REGION or region=",
     )
 
 
-def sections_full(silent: Sequence[object] = (), total: int = 0, path: str | None = None) -> RegionError:
-    """ENOSPC: no section can be claimed. `silent`: the sections whose owner no longer beats."""
-    count = f"all {total} sections" if total else "all sections"
+def no_listeners(most: int) -> OSError:
+    """ENOBUFS: a section has `most` entries for listeners and ports of datagrams, whatever its size."""
+    return OSError(
+        errno.ENOBUFS,
+        f"no listener entries left in this process's section, which has {most}: close servers or datagram "
+        "ports, or let another process listen",
+    )
+
+
+def sections_full(
+    silent: Sequence[object] = (),
+    total: int = 0,
+    path: str | None = None,
+    region: str = "",
+    stopped: Sequence[int] = (),
+) -> RegionError:
+    """ENOSPC: no section can be claimed. `silent`: the sections whose owner no longer beats, as "3 (name)".
+    `region`: its URL. `stopped`: processes of this machine that do not beat, and hold their sections."""
+    do = []
     if silent:
-        do = f"silent are {listing(silent)}: free them with `shmsock reap` if their owners are gone for good"
-    else:
-        do = "all their owners are alive; stop one, or create a region with more (`shmsock create --peers N`)"
-    return region_error(errno.ENOSPC, f"{count} of the region are taken: {do}", path)
+        free = command("reap", region, f"--section {str(silent[0]).split()[0]}")
+        do.append(f"silent are {listing(silent)}: free one with `{free}`, if its owner is gone for good")
+    if stopped:
+        do.append(
+            f"stopped here are processes {listing(stopped)}: continue or kill one (`kill -9 {stopped[0]}`)"
+        )
+    if not do:
+        more = "`shmsock create /dev/shm/NAME --size SIZE --peers N`"
+        larger = (
+            "a second region" if total >= _MOST_SECTIONS else f"a region with more and name that ({more})"
+        )
+        do.append(f"all their owners are alive; stop one, or make {larger}")
+    count = f"all {total} sections" if total else "all sections"
+    return region_error(errno.ENOSPC, f"{count} of the region are taken: {'; '.join(do)}", path)
 
 
-def section_taken(section: int, name: str, silent: bool, path: str | None = None) -> RegionError:
+def section_taken(
+    section: int, name: str, silent: bool, path: str | None = None, region: str = ""
+) -> RegionError:
     """ENOSPC: the section that was asked for has an owner."""
+    free = command("reap", region, f"--section {section}")
     do = (
-        f"it is silent: free it with `shmsock reap --section {section}` if it is gone for good"
+        f"it is silent: free it with `{free}` if it is gone for good"
         if silent
         else "stop that one, or ask for another section"
     )

@@ -468,7 +468,7 @@ def test_reap_the_silent(path: Path, attach: Attach) -> None:
     alive = attach(path, "vm-b")
     said = good("reap", path, "--watch", 1)
     assert f"section 0 (vm-a, process {silent.pid}) is silent" in said
-    assert "`shmsock reap --section 0` frees it" in said
+    assert f"`shmsock reap file:{path} --section 0` frees it" in said
     assert states(path)[:2] == ["silent", "live"]
 
     assert "is alive" not in said

@@ -137,6 +137,7 @@ async def _make(url: str | None, name: str | None, settings: Settings | None) ->
                 machine,
                 rng,
                 path=opened.path,
+                url=opened.url,
                 waits=lambda held: log.warning(
                     "%s: all sections are taken, or still read: waiting until what was left in %s is read "
                     "(%d s at most; `shmsock create --peers` makes more)",

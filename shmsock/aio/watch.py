@@ -11,10 +11,10 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from shmsock.address import default_region
-from shmsock.errors import listing
+from shmsock.errors import command, listing
 from shmsock.fabric.connection import State
 from shmsock.fabric.listeners import DATAGRAM
-from shmsock.region.file import LOOK_S, owner_name
+from shmsock.region.file import LOOK_S, MEET, owner_name
 from shmsock.region.place import holders, restart
 
 if TYPE_CHECKING:
@@ -108,7 +108,8 @@ class Watch:
         """What is to be done about it."""
         node = self.node
         made = self.lost == "replaced" or node.region.path == default_region()
-        new = "" if made else f"make it anew (`shmsock create {node.region.path} --size 64M`), and "
+        how = command("create", node.region.path, "--size 64M")
+        new = "" if made else f"make it anew (`{how}`), and "
         others = "the processes that use the old one"
         return new + (
             f"restart {others}" if node.guard else f"attach again, as {others} must (or restart them)"
@@ -152,10 +153,7 @@ class Watch:
         if self.node.region.kind == "file" and (old := holders(path, LOOK_S)):
             hints.append(restart(old, path))
         if path == default_region() and (regions := _of_other_users(path)):
-            hints.append(
-                f"other users' regions exist: {listing(regions)}; to meet, make one for all (`shmsock create "
-                "/dev/shm/NAME --mode 0660 --size 64M`, chgrp it) and set SHMSOCK_REGION for all of them"
-            )
+            hints.append(f"other users' regions exist: {listing(regions)}; to be with theirs, {MEET}")
         return "; ".join(hints)
 
 

@@ -148,6 +148,7 @@ def claim_section(
     rng: random.Random,
     *,
     path: str | None = None,
+    url: str = "",
     only: int | None = None,
     waits: Callable[[list[str]], None] = lambda sections: None,
 ) -> Generator[float, None, Claim]:
@@ -195,11 +196,14 @@ def claim_section(
         if patience.waited == 2 * STILL_S:
             waits(held)
     silent = [s for s in wanted(now) if s.section not in alive]
-    names = [f"{s.section} ({s.who.name if s.who else 'no name'})" for s in silent]
+    stopped = {s.section: s.who.pid for s in silent if s.who and locks.section_locked(s.section)}
+    names = [
+        f"{s.section} ({s.who.name if s.who else 'no name'})" for s in silent if s.section not in stopped
+    ]
     if only is not None:
         who = now[only].who
-        raise section_taken(only, who.name if who else "", bool(silent), path)
-    raise sections_full(names, layout.peers, path)
+        raise section_taken(only, who.name if who else "", bool(names), path, url)
+    raise sections_full(names, layout.peers, path, url, list(stopped.values()))
 
 
 def name_taken(

@@ -203,7 +203,8 @@ def read_layout(memory: Memory) -> Layout:
     if magic != MAGIC:
         state = "not formatted, or zeroed by a guest's boot" if magic == 0 else "it holds something else"
         raise format_error(
-            f"the region has magic {magic:#x}, expected {MAGIC:#x}: {state}; run `shmsock create` on the host"
+            f"the region has magic {magic:#x}, expected {MAGIC:#x}: {state}; run "
+            "`shmsock create --force` on the host"
         )
     if version != VERSION:
         raise format_error(

@@ -10,7 +10,14 @@ from errno import EADDRINUSE
 from typing import TYPE_CHECKING, Any
 
 from shmsock.address import is_local, normalize_name
-from shmsock.errors import name_malformed, name_unknown, no_buffers, port_refused, port_taken
+from shmsock.errors import (
+    name_malformed,
+    name_unknown,
+    no_listeners,
+    port_refused,
+    port_taken,
+    ports_exhausted,
+)
 from shmsock.fabric import layout as lay
 
 if TYPE_CHECKING:
@@ -104,16 +111,17 @@ class Listeners:
         flags = USED | reuse * REUSE | local * LOCAL | datagram * DATAGRAM
         group = self.mine.get(_key(port, datagram), [])
         if any(not (reuse and other.flags & REUSE) for other in group):
-            raise port_taken(self.engine.name, port)
+            raise port_taken(self.engine.name, port, "this process")
         if not self._free:
-            raise no_buffers(f"listener entries (there are {lay.LISTENERS})")
+            raise no_listeners(lay.LISTENERS)
         index = self._free.pop()
         self._store(index, port | (flags | TENTATIVE) << 16)
         self.engine.memory.fence()
         if not self._settle(port, reuse, datagram):
             self._store(index, 0)
             self._free.append(index)
-            raise port_taken(self.engine.name, port)
+            others = [p for p in self._namesakes() if self.entry(p, port, datagram) and p.who]
+            raise port_taken(self.engine.name, port, *(f"process {p.who.pid}" for p in others[:1] if p.who))
         self._store(index, port | flags << 16)
         listener = Listener(self, index, port, backlog, flags)
         self.mine.setdefault(_key(port, datagram), []).append(listener)
@@ -130,7 +138,7 @@ class Listeners:
             except OSError as error:  # a namesake asked for that very port
                 if error.errno != EADDRINUSE or self.engine.lib.sh_clock() > end:
                     raise
-        raise port_taken(self.engine.name, 0)
+        raise ports_exhausted(self.engine.name, self._slice[0], self._slice[-1])
 
     def _taken(self, datagram: bool) -> set[int]:
         """Ports that others of the own name have, or are about to have."""

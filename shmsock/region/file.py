@@ -6,9 +6,10 @@ import errno
 import mmap
 import os
 import pwd
+import re
 import stat
 
-from shmsock.errors import RegionError, disk_full, format_error, region_error
+from shmsock.errors import RegionError, command, disk_full, format_error, region_error
 from shmsock.region import storage
 from shmsock.region.base import MINIMUM, Region, check_size, identity_of, map_bytes
 from shmsock.region.place import LOCAL, Place, holders, restart
@@ -25,6 +26,12 @@ _KINDS = {
     stat.S_IFLNK: "a symbolic link",
 }
 
+_DEFAULT = re.compile(r"/dev/shm/shmsock-\d+")
+MEET = (
+    "meet in a region that is nobody's own (`shmsock create /dev/shm/NAME --mode 0660 --size 64M`, chgrp it, "
+    "set SHMSOCK_REGION for all)"
+)
+"""Of a default region, which its owner's processes refuse once others may open it."""
 LOOK_S = 0.05
 """For so long a message may look for processes that hold a removed file."""
 _OPEN_IT = "open it to a group: chgrp, chmod 0660 (`shmsock create --mode 0660`)"
@@ -194,12 +201,13 @@ def explain_open(error: OSError, path: str, writable: bool = True) -> RegionErro
     if code == errno.ENOENT and not os.path.isdir(directory):
         text = f"region {path} does not exist, nor does the directory {directory}: make that first"
     elif code == errno.ENOENT:
-        text = f"region {path} does not exist: make it with `shmsock create {path} --size 64M`"
+        text = f"region {path} does not exist: make it with `{command('create', path, '--size 64M')}`"
         if old := holders(path, LOOK_S):
             text += f"; {restart(old, path)}, once there is a new one"
     elif code in (errno.EACCES, errno.EPERM):
         wish = "reading and writing" if writable else "reading"
-        text = f"no permission to open region {path} for {wish}: {whose(path, _OPEN_IT)}"
+        advice = MEET if _DEFAULT.fullmatch(path) else _OPEN_IT
+        text = f"no permission to open region {path} for {wish}: {whose(path, advice)}"
     elif code == errno.EROFS:
         text = f"region {path} lies on a read-only file system, expected a writable one: mount it so"
     elif code == errno.ELOOP:

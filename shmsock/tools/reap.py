@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from shmsock.address import boot_id
-from shmsock.errors import region_error
+from shmsock.errors import command, region_error
 from shmsock.fabric.attach import Seen, reap
 from shmsock.fabric.layout import read_layout
 from shmsock.fabric.memory import Memory, native_core
@@ -19,8 +19,9 @@ __all__ = ["Reaped", "reap_region"]
 
 @dataclass
 class Reaped:
-    """What came of it."""
+    """What came of it. `region`: its URL."""
 
+    region: str
     freed: list[Section] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     silent: list[Section] = field(default_factory=list)
@@ -34,7 +35,7 @@ class Reaped:
         for section in self.silent:
             yield (
                 f"section {section.number} ({section.title}) is silent, and nothing proves its owner dead: "
-                f"`shmsock reap --section {section.number}` frees it"
+                f"`{command('reap', self.region, f'--section {section.number}')}` frees it"
             )
         if not self.freed and not self.refused and not self.silent:
             yield "nothing to free: every section is free or has a living owner"
@@ -56,7 +57,7 @@ def reap_region(
             raise
         seen = sections(layout, region)
         chosen = _choose(seen, wanted)
-        done = Reaped()
+        done = Reaped(region.url)
         words = {}  # the claims that were confirmed: nobody else's, should a section change hands meanwhile
         for section in chosen:
             if section.state == "silent" and confirm is not None and not confirm(section):
