@@ -180,13 +180,13 @@ def went_away(name: object) -> ConnectionResetError:
     return ConnectionResetError(errno.ECONNRESET, f"peer {name!r} went away while connecting: try again")
 
 
-def peer_silent(name: object, section: int) -> ConnectionRefusedError:
+def peer_silent(name: object, section: int, region: str = "") -> ConnectionRefusedError:
     """Nobody has seen this peer alive since the own node is there, as when a VM was reset under it."""
     return ConnectionRefusedError(
         errno.ECONNREFUSED,
         f"peer {name!r} (section {section}) has not shown a sign of life since this node attached: its "
-        "program was killed, or its VM is paused or gone; start it again (`shmsock reap --section "
-        f"{section}` frees what it left)",
+        "program was killed, or its VM is paused or gone; start it again "
+        f"(`{command('reap', region, f'--section {section}')}` frees what it left)",
     )
 
 

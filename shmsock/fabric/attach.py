@@ -196,7 +196,11 @@ def claim_section(
         if patience.waited == 2 * STILL_S:
             waits(held)
     silent = [s for s in wanted(now) if s.section not in alive]
-    stopped = {s.section: s.who.pid for s in silent if s.who and locks.section_locked(s.section)}
+    stopped = {
+        s.section: s.who.pid
+        for s in silent
+        if s.who and s.who.lock_tells(boot_id, locks.identity) and locks.section_locked(s.section)
+    }
     names = [
         f"{s.section} ({s.who.name if s.who else 'no name'})" for s in silent if s.section not in stopped
     ]

@@ -350,7 +350,8 @@ class Engine:
             opening = conn.state is State.OPENING
             conn.gone(now_ns)
             if opening:
-                why = went_away(peer.name) if peer.seen else peer_silent(peer.name, peer.section)
+                silent = peer_silent(peer.name, peer.section, self.url)
+                why = went_away(peer.name) if peer.seen else silent
                 self._events.append(Event("failed", conn, why))
             elif conn.state is State.OPEN:
                 self._orphans.add(conn)

@@ -207,6 +207,19 @@ def test_silent_is_not_dead(world: World) -> None:
     assert info.value.filename == "region"
 
 
+def test_a_stopped_process_is_not_to_be_reaped(world: World) -> None:
+    """Its lock says that it is there, and nobody could claim its section: continue it, or kill it."""
+    a = world.attach("alpha")
+    crowd(world, 3)
+    world.freeze(a)
+    world.advance(100)
+    with pytest.raises(
+        RegionError, match=rf"stopped here are processes {a.who.pid}: continue or kill"
+    ) as info:
+        world.attach("e")
+    assert "reap" not in str(info.value)
+
+
 def test_all_alive(world: World) -> None:
     crowd(world, 4)
     with pytest.raises(RegionError, match="all their owners are alive"):
