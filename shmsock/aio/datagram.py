@@ -19,7 +19,7 @@ from shmsock.aio.driver import Node
 from shmsock.aio.flow import FlowControl
 from shmsock.aio.pseudosocket import PseudoSocket
 from shmsock.aio.turn import Outbox, accelerator
-from shmsock.errors import NodeClosedError, forked, name_unknown, wrong_thread
+from shmsock.errors import NodeClosedError, forked, wrong_thread
 from shmsock.fabric.datagrams import BROADCAST, DATAGRAM_MAX, Endpoint
 
 __all__ = ["DATAGRAM_MAX", "ShmDatagramTransport", "create_datagram_endpoint"]
@@ -296,7 +296,7 @@ def _number(node: Node, endpoint: Endpoint, wide: bool) -> tuple[tuple[str, int]
             return given
         where, known = names.host_of(node.loop, given)
         if where not in (None, region):
-            raise name_unknown(given, list(node.engine.peers.names()))  # a name of another region
+            raise node.engine.listeners.unknown(given)  # a name of another region
         return known
 
     def shown(source: tuple[str, int], section: int) -> tuple[Any, ...]:

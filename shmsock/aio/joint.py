@@ -109,7 +109,7 @@ class JointTransport(asyncio.DatagramTransport, asyncio.DatagramProtocol):
 
     async def _make(self, region: str | None) -> None:
         try:
-            node = await current_node(region)
+            node = await current_node(region, listening=True)
             wide = self.get_extra_info("socket").family == socket.AF_INET6
             self._shm, _ = await create_datagram_endpoint(
                 lambda: _Behind(self), node=node, numeric=True, wide=wide
