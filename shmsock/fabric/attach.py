@@ -182,15 +182,15 @@ def claim_section(
             for s in now
             if s.claim and s.section not in alive and (s.dead or _rebooted(s, boot_id, machine_id, machines))
         ]
-        left = _free(now)
-        for seen in wanted(left + dead):
-            if patience.is_over(seen) or not _is_read(layout, seen.section, _readers(now, alive)):
-                claim = yield from _take(
-                    layout, locks, boot_id, seen, rng, None if patience.is_over(seen) else alive
-                )
-                if claim:
-                    return claim
-        held = [f"{s.section} ({s.who.name if s.who else 'no name'})" for s in wanted(left + dead)]
+        readers, held = _readers(now, alive), []
+        for seen in wanted(_free(now) + dead):
+            late = patience.is_over(seen)
+            if not late and _is_read(layout, seen.section, readers):
+                held.append(f"{seen.section} ({seen.who.name if seen.who else 'no name'})")
+                continue
+            claim = yield from _take(layout, locks, boot_id, seen, rng, None if late else alive)
+            if claim:
+                return claim
         if not held:
             break
         if patience.waited == 2 * STILL_S:

@@ -450,6 +450,15 @@ def test_what_a_peer_said_last_is_heard_before_its_link_is_ended() -> None:
     assert steps > 20
 
 
+def test_a_section_whose_lock_is_held_though_nobody_owns_it_is_not_waited_for(world: World) -> None:
+    """It was freed by hand, and its owner is only stopped."""
+    nodes = crowd(world, 4)
+    world.leave(nodes[1])
+    nodes[0].locks.table[1] = nodes[0].locks
+    with pytest.raises(RegionError, match="stopped here are processes 4242"):
+        world.attach("e")
+
+
 def test_one_section_is_asked_for(world: World) -> None:
     world.attach("a")
     node, steps = claiming(world, "b", only=2)
