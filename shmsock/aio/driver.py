@@ -180,7 +180,8 @@ class Node(Turn):  # type: ignore[misc]
                 elif (handler := target.handler) is not None:
                     handler.ready(arg)
             except (SystemExit, KeyboardInterrupt):
-                engine.put_back(events[i + 1 :])  # the loop may be run again, by asyncio.run to clean up
+                # The loop may be run again, by asyncio.run to clean up. Where something is ready it still is.
+                engine.put_back(events[i + (kind != "ready") :])
                 raise
             except BaseException as error:
                 self.loop.call_exception_handler(

@@ -32,10 +32,13 @@ class PollFd:
         self._set = False
 
     def update(self, readable: bool) -> None:
-        if readable and not self._set:
-            os.eventfd_write(self.fd, 1)
-        elif self._set and not readable:
-            os.eventfd_read(self.fd)
+        try:
+            if readable and not self._set:
+                os.eventfd_write(self.fd, 1)
+            elif self._set and not readable:
+                os.eventfd_read(self.fd)
+        except OSError:
+            pass  # whoever was given it has read or closed it, and polls in vain: no bytes are lost for that
         self._set = readable
 
     def close(self) -> None:

@@ -60,8 +60,9 @@ class ReadSide(FlowControl, asyncio.Transport):
         self._protocol = protocol
         reader = self._undirect()
         if reader is not None and isinstance(protocol, SSLProtocol):
-            self._unread = bytes(reader._buffer)  # what the pump moved there unasked begins the handshake
-            reader._buffer.clear()
+            # What the pump moved there unasked begins the handshake. (A buffer of which somebody holds a
+            # memoryview cannot be emptied.)
+            self._unread, reader._buffer = bytes(reader._buffer), bytearray()
         self.reader = None
         if not self._lost:
             self._loop.call_soon(self._resumed, context=self.node.context)

@@ -80,6 +80,9 @@ class ShmStreamReader(asyncio.StreamReader):
                 self._late = exc
                 self._wakeup_waiter()
                 return
+        if self._waiter is not None and self._waiter.done():
+            self._exception = exc  # who was woken already looks at it next
+            return
         super().set_exception(exc)
 
     def _wakeup_waiter(self) -> None:
@@ -133,7 +136,7 @@ class ShmStreamReader(asyncio.StreamReader):
                 f"{func_name}() called while another coroutine is already waiting for incoming data"
             )
         node = self._node
-        room = max(2 * self._limit, 1 << 16)
+        room = self._room
         while self._direct:
             if not node.scheduled:
                 node.begin_turn()
@@ -150,6 +153,7 @@ class ShmStreamReader(asyncio.StreamReader):
                 # Others may have used up this turn as well: a turn without bytes is enough.
                 if self._direct and self._take_over(node.lib.sh_read_now(self._ep, min(room, COPY_MAX))) > 0:
                     return
+                self._check()
             elif status == EMPTY and not node.lib.sh_arm(self._ep):
                 await self._sleep(func_name)
                 self._check()
@@ -190,15 +194,10 @@ class ShmStreamReader(asyncio.StreamReader):
         return self._take_over(span)
 
     def _take_over(self, span: int) -> int:
-        if span > 0:
-            data = self._conn.take(span)
-            if isinstance(data, bytes):
-                self._buffer += data
-                return len(data)
-            span = data
-        else:
-            span = self._conn.ended_by(span)
+        if span > 0 and (span := self._append(span)) >= 0:
+            return span
         transport = self._transport
+        span = self._conn.ended_by(span)
         if span == EOF:
             if transport is not None:
                 transport.got_eof()
@@ -209,6 +208,40 @@ class ShmStreamReader(asyncio.StreamReader):
         elif span == RESET:
             self.feed_eof()
         return span
+
+    def _append(self, span: int) -> int:
+        """Move these bytes from the ring to the end of the buffer. Returns how many, or a status to be acted
+        upon. 0: the buffer could not take them (somebody holds a memoryview of it, say), and that has ended
+        the connection, as over TCP: behind a gap nothing is to be read."""
+        n = span & 0xFFFFFFFF
+        try:
+            self._buffer += self._conn.copy(span)
+            status = self._conn.taken(n)
+            if status:
+                del self._buffer[-n:]
+        except BaseException as error:
+            self.set_exception(error)
+            if self._transport is not None:
+                self._transport._raised(error, "data_received")
+            if isinstance(error, (SystemExit, KeyboardInterrupt)):
+                raise
+            return 0
+        return status or n
+
+    def read_ahead(self) -> None:
+        """What asyncio's reader would have in its buffer by now: what had arrived, up to its limits."""
+        while (
+            self._direct
+            and self._exception is None
+            and (room := self._room - len(self._buffer)) > 0
+            and (span := self._conn.span(room)) > 0
+        ):
+            self._append(span)
+
+    @property
+    def _room(self) -> int:
+        """So many bytes are taken into the buffer, at most."""
+        return max(2 * self._limit, 1 << 16)
 
     def _on_ready(self) -> None:
         """The pump has news. Wake who waits; with nobody there, take in a little, so that at_eof() and who

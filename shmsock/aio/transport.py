@@ -181,12 +181,17 @@ class ShmTransport(ReadSide):
         ):
             reader._on_ready()
             return
-        self._heed(bits)
-        if self._poll is not None:
-            self.update_poll()
+        try:
+            self._heed(bits)
+            if self._poll is not None:
+                self.update_poll()
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # no memory for what came, say, and no other news will come of it
+            self._fatal_error(error, "Fatal read error on shared-memory transport")
 
     def _heed(self, bits: int) -> None:
-        if self.conn.state is State.FREE:
+        if self.conn.state is State.FREE and not (self._unread and self._receiving()):
             self._ended()
             return
         if self._waits_for_space:
@@ -201,7 +206,7 @@ class ShmTransport(ReadSide):
             reader._on_ready()
         elif self.reader is not None:
             self._discard()  # its owner dropped the reader: as asyncio's reader would, read and forget
-        elif not self._reading_paused and not self._closing and not self._read_eof:
+        elif not (self._reading_paused or self._closing or (self._read_eof and not self._unread)):
             self._deliver()
         if self.conn.error is not None and not self._lost and reader is None:
             self._read_in_vain()
@@ -397,14 +402,13 @@ class ShmTransport(ReadSide):
         """FIN; or, when bytes are left that nobody will read, a reset behind what was written: the peer shall
         know that they were lost. A TCP socket closed with bytes in it does the same (RFC 2525, 2.17).
 
-        A stream reader counts as having read what asyncio's would have: it reads ahead up to its limits."""
+        A stream reader has read what asyncio's would have."""
         if self._duplicates:
             return
-        left = 0 if self._read_eof else self.conn.available()
         reader = self.reader() if self.reader is not None else None
-        if reader is not None:
-            left -= 2 * reader._limit - len(reader._buffer)
-        if left > 0:
+        if reader is not None and not self._read_eof:
+            reader.read_ahead()
+        if not self._read_eof and self.conn.available() > 0:
             self.conn.cut()
         else:
             self.conn.close()
@@ -464,11 +468,13 @@ class ShmTransport(ReadSide):
                 server._detach(self)
 
     def _fatal_error(self, error: BaseException, message: str = "Fatal error on transport") -> None:
-        if not isinstance(error, OSError):
-            self._loop.call_exception_handler(
-                {"message": message, "exception": error, "transport": self, "protocol": self._protocol}
-            )
-        self.force_close(error)
+        try:
+            if not isinstance(error, OSError):
+                self._loop.call_exception_handler(
+                    {"message": message, "exception": error, "transport": self, "protocol": self._protocol}
+                )
+        finally:  # also at Ctrl-C in there
+            self.force_close(error)
 
     # -- duplicates of its pseudo-socket
 

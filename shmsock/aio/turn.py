@@ -205,7 +205,11 @@ class _Port:
             turn.begin_turn()
         n = take(self._ep, self._room, most if most < COPY_MAX else COPY_MAX, least, len(turn.queue) < 2)
         if 0 < n <= SH_TAKE:
-            data: bytes = self._taken[:n]
+            try:
+                data: bytes = self._taken[:n]
+            except BaseException as error:  # the ring has them no more: what follows would follow a gap
+                self._conn.broke(error)
+                raise
             return data
         found = self._conn.take(n) if n > 0 else None
         return found if isinstance(found, bytes) else None

@@ -188,6 +188,11 @@ class Connection:
         self.error = error
         self.release()
 
+    def broke(self, why: BaseException) -> None:
+        """Bytes were taken, and could not be handed over: the peer gets a reset, the handler is told."""
+        self.fail(ConnectionAbortedError(errno.ECONNABORTED, f"bytes of {self.remote} were lost: {why!r}"))
+        self.engine.emit("ready", self, RESET_BIT)
+
     # -- moves of the user
 
     def finish(self) -> None:
@@ -242,15 +247,16 @@ class Connection:
 
     def read(self, want: int) -> bytes | int:
         """1 to `want` bytes that are there, or a status. Does not wait."""
-        span = self._span(want)
+        span = self.span(want)
         return self.take(span) if span > 0 else span
 
     def available(self) -> int:
         """How many bytes read() would give, or a status. Takes nothing."""
-        span = self._span(COPY_MAX)
+        span = self.span(COPY_MAX)
         return span & 0xFFFFFFFF if span > 0 else span
 
-    def _span(self, want: int) -> int:
+    def span(self, want: int) -> int:
+        """Where 1 to `want` bytes are that are there, for take(); or a status."""
         if self.state is not OPEN:
             return self.ended()
         span: int = self.engine.lib.sh_read_now(self.ep, min(want, COPY_MAX))
@@ -260,18 +266,29 @@ class Connection:
         return span if span > 0 else self.ended_by(span)
 
     def take(self, span: int, header: int = 0) -> bytes | int:
-        """Copy out what sh_read_now, sh_read_begin or, behind a header, sh_recv found. RESET when the slot
+        """Take out what sh_read_now, sh_read_begin or, behind a header, sh_recv found. RESET when the slot
         changed hands under the copy."""
-        n, at = span & 0xFFFFFFFF, span >> 32
-        end = at + n
+        data = self.copy(span)
+        status = self.taken(len(data) + header)
+        if status == GROW:  # a signal handler looked into the ring, and found a larger one
+            return self.read(len(data))
+        return self.ended_by(status) if status else data
+
+    def copy(self, span: int) -> bytes:
+        """The same bytes, which stay in the ring until taken() is called: nothing is lost with whoever has no
+        room for them."""
+        at, end = span >> 32, (span >> 32) + (span & 0xFFFFFFFF)
         if end <= self.rx_bytes:
             data: bytes = self.rx[at:end]
         else:
             data = self.rx[at:] + self.rx[: end - self.rx_bytes]
-        status: int = self.engine.lib.sh_read_end(self.ep, n + header)
-        if status == GROW:  # a signal handler looked into the ring, and found a larger one
-            return self.read(n)
-        return self.ended_by(status) if status else data
+        return data
+
+    def taken(self, n: int) -> int:
+        """So many bytes were copied: their space is the peer's again. 0; or a status, and the copy is
+        worthless, as the slot or the ring changed under it."""
+        status: int = self.engine.lib.sh_read_end(self.ep, n)
+        return status
 
     def ended(self) -> int:
         """What reading from a connection that is not open answers."""

@@ -23,7 +23,7 @@ from tests.conformance.networks import (
     port_of,
 )
 
-__all__ = ["ANYIO_STREAMS", "STREAMS", "AnyioStreams", "Stream", "StreamNetwork"]
+__all__ = ["ANYIO_STREAMS", "STREAMS", "AnyioStreams", "AsyncioStream", "Stream", "StreamNetwork"]
 
 
 class Stream:

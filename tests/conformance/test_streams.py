@@ -13,7 +13,7 @@ from anyio.lowlevel import checkpoint
 from shmsock.aio.transport import ShmTransport
 from shmsock.anyio import ShmStream
 from tests.conformance.networks import PATIENCE, fixture_for, pattern
-from tests.conformance.stream_networks import STREAMS, StreamNetwork
+from tests.conformance.stream_networks import STREAMS, AsyncioStream, StreamNetwork
 
 net = fixture_for(STREAMS)
 BIG = 3 << 20
@@ -209,6 +209,28 @@ async def test_closed_here_while_waiting(net: StreamNetwork) -> None:
                 await checkpoint()
             await c.aclose()
         assert outcome == [anyio.ClosedResourceError if net.is_anyio else b""]
+
+
+@pytest.mark.parametrize("size", [1, 4096, 9000, 60_000])
+@pytest.mark.parametrize("how", ["close", "abort"])
+async def test_what_had_arrived_is_readable_after_the_own_close(
+    net: StreamNetwork, size: int, how: str
+) -> None:
+    """asyncio's readers have it in their buffers by then; anyio's streams have nothing."""
+    async with net.pair() as (client, server), net.pair() as (beside, other):
+        data = pattern(1, size)
+        await server.send_all(data)
+        await other.send_all(b".")  # over TCP, too, this comes last
+        assert await beside.receive_some() == b"."
+        for _ in range(20):
+            await checkpoint()
+        if isinstance(client, AsyncioStream):
+            getattr(client.writer.transport, how)()
+            assert await client.receive_all() == data
+        else:
+            await client.aclose()
+            with pytest.raises(anyio.ClosedResourceError):
+                await client.receive_some()
 
 
 async def test_sending_after_send_eof(net: StreamNetwork) -> None:
