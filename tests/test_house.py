@@ -131,12 +131,47 @@ def long_files(folder: Path, suffixes: set[str], limit: int) -> list[str]:
     return [f"{file.relative_to(folder.parent)}: {n} lines" for file, n in counted.items() if n > limit]
 
 
+# What others can change is copied first, and then only the copy is looked at: in the core rings are named
+# where they are set, in calls that copy or prefetch, and nowhere else;
+# in Python they are sliced, which copies.
+RING = re.compile(r"->\s*[rt]x\b")
+COPIES = re.compile(
+    r"\b(sh_copy_in|sh_copy_out|sh_expect|sh_take_line)\([^;]*\);"
+    r"|->[rt]x = (?!ep->)[^;]*;|\(ep->rx - ep->nd->base\)"
+)
+
+
+def ring_breaches(package: Path) -> list[str]:
+    breaches = []
+    for file in sorted(package.rglob("*.[ch]")):
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            left = COPIES.sub("", line)
+            if RING.search(left):
+                breaches.append(f"{file.relative_to(package.parent)}:{number} uses a ring: {line.strip()}")
+    for name, file in modules(package).items():
+        nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"), file.name)))
+        sliced = {n.value for n in nodes if isinstance(n, ast.Subscript) and isinstance(n.slice, ast.Slice)}
+        breaches += [
+            f"{name}:{n.lineno} uses a ring"
+            for n in nodes
+            if isinstance(n, ast.Attribute)
+            and n.attr == "rx"
+            and isinstance(n.ctx, ast.Load)
+            and n not in sliced
+        ]
+    return breaches
+
+
 def test_imports_go_downward() -> None:
     assert floor_breaches(PACKAGE) == []
 
 
 def test_engine_knows_no_loop_and_no_clock() -> None:
     assert engine_breaches(PACKAGE) == []
+
+
+def test_nothing_is_decided_on_bytes_that_others_can_change() -> None:
+    assert ring_breaches(PACKAGE) == []
 
 
 def test_files_are_small() -> None:
@@ -220,6 +255,34 @@ def test_rooms_importing_each_other_are_found(package: Path) -> None:
 def test_impure_engine_is_found(package: Path, line: str) -> None:
     (package / "fabric" / "bad.py").write_text(line)
     assert len(engine_breaches(package)) == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "end = memchr(ep->rx + at, '\\n', n);",
+        "const uint8_t *from = p->ep->rx;",
+        "if (ep->rx[at] == '\\n')",
+        "sh_copy_in(to, ep->rx, n); return memcmp(ep->rx, to, n);",
+    ],
+)
+def test_a_look_into_a_ring_is_found_in_c(package: Path, line: str) -> None:
+    (package / "native" / "bad.c").write_text(f"{{\n    {line}\n}}\n")
+    assert len(ring_breaches(package)) == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "conn.rx.find(b'x')",
+        "re.search(b'x', conn.rx)",
+        "b'x' in conn.rx",
+        "self.rx[0:1] if self.rx == b'' else 0",
+    ],
+)
+def test_a_look_into_a_ring_is_found_in_python(package: Path, line: str) -> None:
+    (package / "fabric" / "connection.py").write_text(line)
+    assert len(ring_breaches(package)) == 1
 
 
 def test_long_file_is_found(package: Path) -> None:

@@ -28,14 +28,14 @@ int sh_send(sh_ep *ep, uint32_t src_port, uint32_t dst_port, uint32_t entry, con
     return 1;
 }
 
-/* n bytes of a ring from a position on. */
-static void get(const uint8_t *ring, uint32_t bytes, uint32_t position, void *to, uint32_t n)
+/* n bytes of the own ring from a position on. */
+static void get(const sh_ep *ep, uint32_t position, void *to, uint32_t n)
 {
-    uint32_t at = position & (bytes - 1), first = bytes - at < n ? bytes - at : n;
+    uint32_t at = position & (ep->tx_bytes - 1), first = ep->tx_bytes - at < n ? ep->tx_bytes - at : n;
 
-    sh_copy_in(to, ring + at, first);
+    sh_copy_in(to, ep->tx + at, first);
     if (first < n)
-        sh_copy_in((uint8_t *)to + first, ring, n - first);
+        sh_copy_in((uint8_t *)to + first, ep->tx, n - first);
 }
 
 /* The next datagram: where its bytes are, as sh_read_now says it (none is a datagram too), and source << 16 | destination; or
@@ -50,7 +50,7 @@ int64_t sh_recv(sh_ep *ep, uint32_t *ports)
         return found;
     if ((uint32_t)found < SH_RECORD_HEADER)
         return SH_VIOLATION;
-    get(ep->rx, ep->rx_bytes, ep->head, &h, SH_RECORD_HEADER);
+    sh_copy_ring(ep, &h, ep->head, SH_RECORD_HEADER);
     if (h.length > SH_DATAGRAM_MAX || h.length > left) { /* nonsense, unless the ring changed hands under the copy */
         sh_acquire(ep->nd->wc);
         return SH_GEN(sh_load(&ep->theirs->p, ep->nd->wc)) == ep->peer_gen ? SH_VIOLATION : SH_RESET;
@@ -70,7 +70,7 @@ uint32_t sh_unread(sh_ep *ep)
         || sh_see_head(ep) < 0)
         return 0; /* (a slot that is another life's does not tell) */
     for (left = ep->tail - ep->head_seen; left >= SH_RECORD_HEADER; left -= h.length, count++) {
-        get(ep->tx, ep->tx_bytes, ep->tail - left, &h, SH_RECORD_HEADER);
+        get(ep, ep->tail - left, &h, SH_RECORD_HEADER);
         left -= SH_RECORD_HEADER;
         if (h.length > left)
             break;

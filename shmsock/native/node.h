@@ -149,6 +149,7 @@ int sh_ring_of(sh_ep *ep, uint64_t ring, uint32_t least);
 int sh_follow(sh_ep *ep, uint64_t p);
 int64_t sh_now(sh_ep *ep, uint32_t want);
 int64_t sh_begin(sh_ep *ep, uint32_t want, uint32_t min, int spin);
+void sh_copy_ring(const sh_ep *ep, void *to, uint32_t at, uint32_t n);
 int sh_copy_taken(sh_ep *ep, void *to, uint32_t at, uint32_t n, uint32_t header);
 int sh_see_head(sh_ep *ep);
 int sh_writable(sh_ep *ep);

@@ -309,14 +309,22 @@ int sh_read_end(sh_ep *ep, uint32_t n)
     return 0;
 }
 
-/* Copy n bytes from there in the ring, and give their space back, and that of a header before them. As sh_read_end. */
-int sh_copy_taken(sh_ep *ep, void *to, uint32_t at, uint32_t n, uint32_t header)
+/* Copy n bytes from there in the ring. What they are is decided by the copy alone. */
+void sh_copy_ring(const sh_ep *ep, void *to, uint32_t at, uint32_t n)
 {
-    uint32_t first = ep->rx_bytes - at < n ? ep->rx_bytes - at : n;
+    uint32_t first;
 
+    at &= ep->rx_bytes - 1;
+    first = ep->rx_bytes - at < n ? ep->rx_bytes - at : n;
     sh_copy_in(to, ep->rx + at, first);
     if (first < n)
         sh_copy_in((uint8_t *)to + first, ep->rx, n - first);
+}
+
+/* The same, and give their space back, and that of a header before them. As sh_read_end. */
+int sh_copy_taken(sh_ep *ep, void *to, uint32_t at, uint32_t n, uint32_t header)
+{
+    sh_copy_ring(ep, to, at, n);
     return sh_read_end(ep, n + header);
 }
 

@@ -87,7 +87,7 @@ int sh_inbox_drain(Inbox *box);
 int sh_takes_part(Turn *t, uint64_t *last);
 int sh_share_is_used(Port *p);
 int sh_drained(Port *p);
-uint32_t sh_line_at(const Port *p, uint32_t at, uint32_t n);
+PyObject *sh_line_out(Port *p, uint32_t at, uint32_t n);
 
 /* To be called at the start of everything that uses the core. */
 static inline int sh_pump_follows(Turn *t) { return t->scheduled ? 0 : sh_begin_turn(t); }

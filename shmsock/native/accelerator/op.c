@@ -31,7 +31,8 @@ static PyObject *take(Op *op, int64_t *status)
     Port *p = op->port;
     sh_ep *ep = p->ep;
     uint32_t most = op->kind == SH_OP_LINE || op->n > (Py_ssize_t)COPY_MAX ? COPY_MAX : (uint32_t)op->n;
-    uint32_t least = op->kind == SH_OP_EXACTLY ? most : 1, n;
+    uint32_t least = op->kind == SH_OP_EXACTLY ? most : 1, at, n;
+    PyObject *data = NULL;
     int64_t span;
 
     if (op->state == YIELDED) /* others may use up every turn: one without bytes was enough */
@@ -52,16 +53,15 @@ static PyObject *take(Op *op, int64_t *status)
     *status = span;
     if (span <= 0)
         return NULL;
+    at = (uint32_t)(span >> 32);
     n = (uint32_t)span;
-    if (op->kind == SH_OP_EXACTLY && n < most)
-        n = 0;
-    else if (op->kind == SH_OP_LINE)
-        n = sh_line_at(p, (uint32_t)(span >> 32), n);
-    if (!n) {
+    if (op->kind == SH_OP_LINE)
+        data = sh_line_out(p, at, n);
+    else if (op->kind != SH_OP_EXACTLY || n == most)
+        data = sh_bytes_out(ep, at, n, 0);
+    if (!data)
         *status = SH_CLOSED; /* not for us */
-        return NULL;
-    }
-    return sh_bytes_out(ep, (uint32_t)(span >> 32), n, 0);
+    return data;
 }
 
 /* ---- waiting ---- */

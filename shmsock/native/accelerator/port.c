@@ -9,6 +9,7 @@ static PyObject *s_done, *s_set_result, *s_write_rest, *s_slot, *s_limit, *s_buf
  * time, and take page faults when they come again (measured: a third of the throughput). */
 #define PIECE (1u << 18)
 #define DELIVER_MAX (1u << 18) /* and in one pass */
+#define LINE 256u /* bytes of a ring in which a line is looked for first */
 
 /* The next pass is owed a look at this slot. */
 void sh_look_again(Turn *t, uint32_t slot) { t->nd->ready[SH_WORD(slot)] |= SH_BIT(slot); }
@@ -110,16 +111,40 @@ int sh_port_deliver(Port *p)
     return span > 0 || span == SH_EMPTY;
 }
 
-/* How long the line is that begins there; 0: no whole one is there, or it is longer than allowed. */
-uint32_t sh_line_at(const Port *p, uint32_t at, uint32_t n)
+/* Take the line out that begins there. It is looked for in a copy: whatever its writer does meanwhile, it has one end. The copies are small
+ * at first, since many lines may be there, and larger for long ones. NULL without an exception: no whole one is there, or it is longer than
+ * allowed. */
+PyObject *sh_line_out(Port *p, uint32_t at, uint32_t n)
 {
-    uint32_t first = p->ep->rx_bytes - at < n ? p->ep->rx_bytes - at : n;
-    const uint8_t *from = p->ep->rx, *end = memchr(from + at, '\n', first);
-    uint32_t length = end ? (uint32_t)(end - from) - at + 1 : 0;
+    char begin[LINE];
+    uint32_t done = 0, size = LINE, most = (Py_ssize_t)n <= p->limit + 1 ? n : (uint32_t)p->limit + 1;
+    PyObject *line = NULL;
+    char *copy = begin, *end;
 
-    if (!end && first < n && (end = memchr(from, '\n', n - first)))
-        length = first + (uint32_t)(end - from) + 1;
-    return (Py_ssize_t)length <= p->limit + 1 ? length : 0;
+    for (;;) {
+        if (size > most)
+            size = most;
+        sh_copy_ring(p->ep, copy + done, at + done, size - done);
+        if ((end = memchr(copy + done, '\n', size - done)) || size == most)
+            break;
+        done = size;
+        size *= 4;
+        if (!line) {
+            if (!(line = PyBytes_FromStringAndSize(NULL, size)))
+                return NULL;
+            memcpy(PyBytes_AS_STRING(line), begin, done);
+        } else if (_PyBytes_Resize(&line, size) < 0)
+            return NULL;
+        copy = PyBytes_AS_STRING(line);
+    }
+    size = end ? (uint32_t)(end - copy) + 1 : 0;
+    if (!line && size)
+        line = PyBytes_FromStringAndSize(begin, size);
+    else if (line && size && _PyBytes_Resize(&line, size) < 0)
+        return NULL;
+    if (line && (!size || sh_read_end(p->ep, size)))
+        Py_CLEAR(line);
+    return line;
 }
 
 /* Counts who takes something in this turn of the loop; `last` is its own note of that. 1: for the first time. */
