@@ -36,6 +36,7 @@ class ReadSide(FlowControl, asyncio.Transport):
     _closing: bool
     _lost: bool
     _broken: OSError | None
+    _pending: bytearray
 
     _reading_paused = False
     _read_eof = False
@@ -48,8 +49,6 @@ class ReadSide(FlowControl, asyncio.Transport):
         def force_close(self, error: BaseException | None) -> None: ...
         def _fatal_error(self, error: BaseException, message: str) -> None: ...
         def _write_failed(self) -> None: ...
-        @property
-        def _waits_for_space(self) -> bool: ...
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         """Ends direct mode for good: bytes that the reader took already stay in its buffer, the rest goes to
@@ -234,7 +233,7 @@ class ReadSide(FlowControl, asyncio.Transport):
             keep = self._guarded("eof_received", protocol.eof_received)
         if self._lost:
             return
-        if self.conn.state is State.FREE and self._waits_for_space:
+        if self.conn.state is State.FREE and self._pending:
             self._write_failed()  # that was the end of the connection, and nobody comes back to say so
         elif self._broken is not None:
             self.force_close(self._broken)

@@ -262,41 +262,40 @@ class ShmStreamReader(asyncio.StreamReader):
                 pass
 
 
-async def drain(transport: ShmTransport) -> None:
-    """Until the protocol may write again, or its connection is closing. Raises BrokenPipeError."""
+async def drain(transport: ShmTransport) -> bool:
+    """Until the protocol may write again, or its connection is closing. True: that was waited for, and what
+    was written has gone out: the connection may end before who waited runs. Raises BrokenPipeError."""
     node = transport.node
     if not node.closed:
         if not node.scheduled:
             node.begin_turn()
         if node.lib.sh_over(node.nd):
             await yield_once()
-    if not transport.port.calm:
-        await _wait_for_space(transport, node)
+    return not transport.port.calm and await _wait_for_space(transport, node)
 
 
-async def _wait_for_space(transport: ShmTransport, node: Node) -> None:
+async def _wait_for_space(transport: ShmTransport, node: Node) -> bool:
     transport._check_thread()
-    lib = node.lib
-    while transport._protocol_paused and not transport._closing and transport._broken is None:
+    lib, resumed = node.lib, False
+    while not resumed and transport.may_resume:
         is_open = transport.conn.state is State.OPEN
         space = lib.sh_wait_space(transport.conn.ep, node.may_spin()) if is_open else CLOSED
-        if space > 0:
-            transport._flush()
-            if lib.sh_over(node.nd):
-                await yield_once()
-        elif space == 0:
+        if space == 0:
             waiter = node.loop.create_future()
             transport.space_waiters.append(waiter)
             try:
-                await waiter
+                resumed = await waiter
             finally:
                 transport.space_waiters.remove(waiter)
         else:
-            transport._flush()  # finds out the same, and acts on it
+            resumed = transport._flush()  # or it finds out that there is none, and acts on it
+            if space > 0 and lib.sh_over(node.nd):
+                await yield_once()
         if not node.scheduled:
             node.begin_turn()
-    if transport._broken is not None:
+    if not resumed and transport._broken is not None:
         raise transport._broken
+    return resumed
 
 
 class ShmStreamWriter(asyncio.StreamWriter):
@@ -402,7 +401,8 @@ class ShmStreamReaderProtocol(asyncio.StreamReaderProtocol):
     async def _drain_slowly(self) -> None:
         transport = self._transport
         if isinstance(transport, ShmTransport):
-            await drain(transport)
+            if await drain(transport):
+                return
             if transport.is_closing():
                 await asyncio.sleep(0)  # connection_lost() comes first, and says what is to be raised
         await super()._drain_helper()  # type: ignore[misc]

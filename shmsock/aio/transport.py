@@ -107,7 +107,7 @@ class ShmTransport(ReadSide):
         self._closing = True  # or not started yet
         self._lost = True  # connection_lost() is on its way, or was called; or this has not started
         self._pending = bytearray()  # what the ring had no room for
-        self.space_waiters: list[asyncio.Future[None]] = []  # of drain()
+        self.space_waiters: list[asyncio.Future[bool]] = []  # of drain()
 
     def __repr__(self) -> str:
         state = "closed" if self._lost else "closing" if self._closing else "open"
@@ -194,10 +194,10 @@ class ShmTransport(ReadSide):
         if self.conn.state is State.FREE and not (self._unread and self._receiving()):
             self._ended()
             return
-        if self._waits_for_space:
+        if self._pending:
             if bits & SPACE:
                 self._flush()
-            if bits & REL or self.conn.orphaned_ns:
+            if self._pending and (bits & REL or self.conn.orphaned_ns):
                 self._write_failed()
             if self._lost:
                 return
@@ -224,7 +224,7 @@ class ShmTransport(ReadSide):
         if self.conn.error is not None:
             self._read_in_vain()
             return
-        if self._waits_for_space:
+        if self._pending:
             self._write_failed()
         if not (self._lost or self._closing) and (self.reader is not None or not self._reading_paused):
             self.got_eof()
@@ -320,7 +320,9 @@ class ShmTransport(ReadSide):
             self._resume_protocol()
             self._wake_writer()
 
-    def _flush(self) -> None:
+    def _flush(self) -> bool:
+        """Put what was kept into the ring, as far as it has room. Returns whether the protocol may write on
+        for that."""
         pending = self._pending
         if pending:
             view = self.node.engine.ffi.from_buffer(pending)
@@ -330,34 +332,38 @@ class ShmTransport(ReadSide):
                 self.node.engine.ffi.release(view)
             if taken < 0:
                 self._write_failed(taken)
-                return
+                return False
             del pending[:taken]
             self._settle()
             self._resume_protocol()
+        resumed = not self._protocol_paused
+        self._wake_writer(resumed)
         if not pending:
             if self._closing:
                 self._finish_close()
             elif self._eof_wanted:
                 self.conn.finish()
             self.node.flushed()
-        self._wake_writer()
+        return resumed
+
+    @property
+    def may_resume(self) -> bool:
+        """The protocol is paused, and waiting may help."""
+        return self._protocol_paused and not self._closing and self._broken is None
 
     def _resume_protocol(self) -> None:
         if self._protocol_paused:  # a copy: drain() may be inside of the connection's own context
             self.context.copy().run(self._maybe_resume_protocol)
 
-    @property
-    def _waits_for_space(self) -> bool:
-        return bool(self._pending or self.space_waiters)
-
     def _settle(self) -> None:
         is_open = self.conn.state is State.OPEN
         self.port.calm = is_open and not (self._pending or self._closing or self._eof_wanted or self._broken)
 
-    def _wake_writer(self) -> None:
+    def _wake_writer(self, resumed: bool = False) -> None:
+        """Each drain() that waits is told once: whether it may go on, or has to look what happened."""
         for waiter in self.space_waiters:
             if not waiter.done():
-                waiter.set_result(None)
+                waiter.set_result(resumed)
 
     def write_eof(self) -> None:
         """FIN behind what was written; reading goes on."""

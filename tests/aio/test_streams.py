@@ -532,6 +532,56 @@ def test_what_was_written_before_the_peer_closed_its_reading_side_is_readable(ru
     run(main())
 
 
+@pytest.mark.parametrize("how", ["close", "abort"])
+@pytest.mark.parametrize("wait", ["drain", "helper"])
+def test_a_drain_whose_bytes_were_all_taken_does_not_fail(
+    run: Run, world: World, how: str, wait: str
+) -> None:
+    """The peer takes the rest and closes, all before the one who waits runs again."""
+
+    async def main() -> None:
+        async with world.pair(settings=shmsock.Settings(ring_bytes=4096)) as (c, s):
+            protocol: Any = c.transport.get_protocol()
+            resume, got = protocol.resume_writing, bytearray()
+
+            async def take() -> None:
+                got.extend(await s.reader.readexactly(4096))
+
+            def resumed() -> None:
+                resume()
+                got.extend(s.transport.conn.read(1 << 16))
+                getattr(s.transport, how)()
+
+            protocol.resume_writing = resumed
+            c.transport.set_write_buffer_limits(0)
+            c.writer.write(pattern(1, 0, 8000))
+            waiting = asyncio.create_task(c.writer.drain() if wait == "drain" else protocol._drain_helper())
+            await asyncio.sleep(0)
+            await take()
+            await waiting
+            assert len(got) == 8000
+            assert await c.reader.read() == b""
+
+    run(main())
+
+
+@pytest.mark.parametrize("wait", ["drain", "helper"])
+def test_a_drain_that_waits_while_its_own_side_closes(run: Run, world: World, wait: str) -> None:
+    """As over TCP: what was written goes out, and that was waited for."""
+
+    async def main() -> None:
+        async with world.pair() as (c, s):
+            protocol: Any = c.transport.get_protocol()
+            c.writer.write(pattern(1, 0, BIG))
+            waiting = asyncio.create_task(c.writer.drain() if wait == "drain" else protocol._drain_helper())
+            await asyncio.sleep(0)
+            c.writer.close()
+            assert await s.reader.read() == pattern(1, 0, BIG)
+            await waiting
+
+    run(main())
+
+
 @pytest.mark.parametrize("size", [0, 1000, BIG])
 def test_abort_is_an_end(run: Run, world: World, size: int) -> None:
     """As over TCP: what the ring took arrives, what it had no room for is lost, and the end follows."""
