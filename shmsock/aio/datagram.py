@@ -70,7 +70,7 @@ class ShmDatagramTransport(FlowControl, asyncio.DatagramTransport):
     def _begin(self, waiter: asyncio.Future[None] | None) -> None:
         """connection_made() was called."""
         if not (self._reading_paused or self._closing):
-            self._resume()
+            self.endpoint.resume()
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
@@ -93,15 +93,7 @@ class ShmDatagramTransport(FlowControl, asyncio.DatagramTransport):
     def resume_reading(self) -> None:
         if self._reading_paused and not self._closing:
             self._reading_paused = False
-            self._resume()
-
-    def _resume(self) -> None:
-        self.endpoint.resume()
-        self._pump_follows()
-
-    def _pump_follows(self) -> None:
-        if not self.node.scheduled and not self.node.closed:  # a node that is down has that to tell
-            self.node.begin_turn()
+            self.endpoint.resume()
 
     # -- handler of the endpoint
 
@@ -158,8 +150,6 @@ class ShmDatagramTransport(FlowControl, asyncio.DatagramTransport):
             sent = False
         if not sent:
             self._send_slowly(data, addr)
-        elif not self.node.scheduled:
-            self.node.begin_turn()
 
     def _send_slowly(self, data: Any, addr: Any) -> None:
         self._check_thread()
@@ -193,7 +183,6 @@ class ShmDatagramTransport(FlowControl, asyncio.DatagramTransport):
         except BaseException as error:
             self._fatal_error(error, "Fatal write error on datagram transport")
         self._maybe_pause_protocol()
-        self._pump_follows()
 
     def _is_remote(self, addr: Any) -> bool:
         """Is it who this is connected to, by an address that stands for the name, in any spelling?"""

@@ -144,6 +144,7 @@ class Node(Turn):  # type: ignore[misc]
         self.context.run(loop.add_reader, keeper.fd, self._wake)
         self.ear = Ear(self, region.doorbell if engine.settings.doorbells else None)
         self.listens = self.ear.bell is not None
+        engine.stir = self.pump_follows
         self.begin_turn()
 
     def __repr__(self) -> str:
@@ -151,6 +152,11 @@ class Node(Turn):  # type: ignore[misc]
         return f"<shmsock.Node {self.name!r} {self.region.url} {state}>"
 
     # -- the pump
+
+    def pump_follows(self) -> None:
+        """What the engine has just done may be for this very node, which sleeps: nobody rings it for that."""
+        if not (self.scheduled or self.closed or self.loop.is_closed()):
+            self.begin_turn()
 
     def check(self) -> None:
         """Raises ForkedError, RuntimeError (another thread) or NodeClosedError, before anything in C is
@@ -250,8 +256,6 @@ class Node(Turn):  # type: ignore[misc]
             local = (self.name, local_port or self.engine.listeners.ephemeral())
             conn = self.engine.connect(peer.section, port, local=local, remote=peer.name)
             conn.handler = _Opening(waiter, not isinstance(host, int))
-            if not self.scheduled:
-                self.begin_turn()
             try:
                 meanwhile(conn)
                 await waiter

@@ -272,8 +272,6 @@ class ShmTransport(ReadSide):
             return
         if not self._pending:
             taken = self.conn.write(self.node.engine.ffi.from_buffer(data), size)
-            if not self.node.scheduled and self.node.engine.alive:
-                self.node.begin_turn()
             if taken == size:
                 return
             if taken < 0:
@@ -458,8 +456,6 @@ class ShmTransport(ReadSide):
         self._wake_writer()
         if not self._loop.is_closed():
             self._loop.call_soon(self._call_connection_lost, error, context=self.context)
-        if not node.scheduled and node.engine.alive and not node.closed:
-            node.begin_turn()
 
     def _call_connection_lost(self, error: BaseException | None) -> None:
         self.just_lost = False

@@ -46,7 +46,6 @@ class _DatagramEnd(End):
         if self._paused and not self.queue:
             self._paused = False
             self.endpoint.resume()
-            self.pump_follows()
         return found
 
     def space(self) -> None:
@@ -114,7 +113,6 @@ class _Datagrams(Resource):
             await checkpoint_if_cancelled()
             self._check()
             end.endpoint.send(data, to)
-            end.pump_follows()
             while end.endpoint.unsent > UNSENT_MAX and not end.closed and end.error is None:
                 await end.sleep(SENDER)
             if end.node.lib.sh_over(end.node.nd):

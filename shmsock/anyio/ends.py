@@ -106,10 +106,6 @@ class End:
     def end(self) -> None:
         """What closing means below."""
 
-    def pump_follows(self) -> None:
-        if not (self.node.scheduled or self.node.closed):
-            self.node.begin_turn()
-
     def freed(self) -> None:
         """In a forked child: whoever calls finds out."""
 

@@ -78,7 +78,6 @@ class _StreamEnd(End):
             self.poll.close()
         if self.node.engine.alive:
             self.conn.close()
-            self.pump_follows()
 
     def fileno(self) -> int:
         if self.closed:
@@ -190,8 +189,6 @@ class ShmStream(Resource, ByteStream):
                 raise _WriteAfterEof("send_eof() was called: nothing more can be sent")
             rest = data[sent:]
             taken = self._conn.write(node.engine.ffi.from_buffer(rest), len(rest)) if rest else 0
-            if not node.scheduled:
-                node.begin_turn()
             if taken < 0:
                 if fresh and not self._wrote_in_vain and not self._conn.orphaned_ns:
                     self._wrote_in_vain = True  # as over TCP: the first one after the peer closed is lost
@@ -232,7 +229,6 @@ class ShmStream(Resource, ByteStream):
                 self._node.check()
                 self._shut, self._port.calm = True, False
                 self._conn.finish()
-                self._end.pump_follows()
             await cancel_shielded_checkpoint()
         finally:
             self._sending = False

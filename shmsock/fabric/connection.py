@@ -199,6 +199,7 @@ class Connection:
         """write_eof: FIN behind what was written."""
         if self.state is OPEN:
             self.engine.lib.sh_ep_shut(self.ep, 1, 0, 0)
+            self.engine.stir()
 
     def close(self) -> None:
         """FIN and REL: what was written arrives, nothing more is read."""
@@ -218,6 +219,7 @@ class Connection:
         elif self.state is not FREE and (self.state is OPEN or rst):
             bits = self.engine.lib.sh_ep_shut(self.ep, fin and 1 - rst, 1, rst)
             self.state = CLOSING
+            self.engine.stir()
             self.looked(bits)
 
     def release(self) -> None:
@@ -243,6 +245,7 @@ class Connection:
             taken = self.engine.lib.sh_write_some(self.ep, data, size)
         if taken == VIOLATION:
             self.violated("its head went where nothing was written")
+        self.engine.stir()
         return taken
 
     def read(self, want: int) -> bytes | int:
@@ -288,6 +291,7 @@ class Connection:
         """So many bytes were copied: their space is the peer's again. 0; or a status, and the copy is
         worthless, as the slot or the ring changed under it."""
         status: int = self.engine.lib.sh_read_end(self.ep, n)
+        self.engine.stir()
         return status
 
     def ended(self) -> int:

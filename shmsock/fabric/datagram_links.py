@@ -108,6 +108,7 @@ class Outgoing:
             status = EOF
         else:
             status = conn.engine.lib.sh_send(conn.ep, endpoint.local[1], port, entry, data, len(data))
+            conn.engine.stir()
         if status == VIOLATION:
             conn.violated("its head went where nothing was written")
         if status < 0 and status != UNBOUND:

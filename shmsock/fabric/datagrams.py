@@ -88,6 +88,7 @@ class Endpoint:
         if route is None or type(data) is not bytes or not route[3].calm:
             return False
         sent: int = self._send(route[0].ep, self._port, route[1], route[2], data, len(data))
+        self.engine.stir()
         return sent == 1
 
     def _send_slowly(self, data: Any, to: Any) -> None:

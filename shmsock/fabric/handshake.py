@@ -80,6 +80,7 @@ class Handshake:
     def _sent(self, peer: Peer, status: int) -> bool:
         if status == VIOLATION:
             self.engine.offence(peer.section)
+        self.engine.stir()
         return status == 0
 
     def messages(self, peer: Peer, now_ns: int) -> None:

@@ -101,6 +101,9 @@ class Engine:
         self.handshake = Handshake(self)
         self.datagrams = Datagrams(self)
         self.counts = dict.fromkeys(OF_ENGINE, 0)
+        #: Called whenever something was published, or an event is to be told, maybe outside of a pass: one
+        #: should follow. A driver's own; the own node may be the peer, and nobody rings itself.
+        self.stir: Callable[[], object] = lambda: None
         self._out = self.ffi.new("uint64_t[]", EVENTS_PER_PASS)
         self._events: list[Event] = []
         self._failure: OSError | None = None
@@ -268,6 +271,7 @@ class Engine:
     def emit(self, kind: str, target: Any, arg: Any = None) -> None:
         # past the constructor: this is on the way of every connection, and of every byte that wakes somebody
         self._events.append(tuple.__new__(Event, (kind, target, arg)))
+        self.stir()
 
     def _take_events(self) -> list[Event]:
         events = self._events[:]
@@ -301,11 +305,11 @@ class Engine:
         self.lib.sh_node_inert(self.nd)
         for conn in list(self.connections.values()):
             conn.error = why
-            self._events.append(Event("failed" if conn.state is State.OPENING else "ready", conn, why))
+            self.emit("failed" if conn.state is State.OPENING else "ready", conn, why)
             conn.state = State.FREE
         self.connections.clear()
         self.datagrams.down(why)
-        self._events.append(Event("down", None, why))
+        self.emit("down", None, why)
 
     # -- links
 
@@ -352,10 +356,10 @@ class Engine:
             if opening:
                 silent = peer_silent(peer.name, peer.section, self.url)
                 why = went_away(peer.name) if peer.seen else silent
-                self._events.append(Event("failed", conn, why))
+                self.emit("failed", conn, why)
             elif conn.state is State.OPEN:
                 self._orphans.add(conn)
-                self._events.append(Event("ready", conn, conn.look()))
+                self.emit("ready", conn, conn.look())
         peer.connections.clear()
         peer.waiting.clear()
         peer.answers.clear()
@@ -370,6 +374,7 @@ class Engine:
         peer.violations += 1
         if peer.violations >= VIOLATIONS:
             self._condemned.add(section)
+            self.stir()
 
     def _punish(self, peer: Peer, now_ns: int) -> None:
         """Drop the link, and do not adopt the peer, that is not listen to it, for a while: longer each
@@ -418,7 +423,7 @@ class Engine:
                     104, f"peer {conn.remote} is gone, and its bytes were not read for linger_s"
                 )
             )
-            self._events.append(Event("ready", conn, 0))
+            self.emit("ready", conn, 0)
         if self.settings.reap_after_s is not None:
             self._reap_silent(now_ns, int(self.settings.reap_after_s * 1e9))
         to_bury = self._bury(now_ns)
@@ -470,6 +475,7 @@ class Engine:
 
     def released(self, conn: Connection) -> None:
         """Give slot and ring back. Called once per connection."""
+        self.stir()
         peer = self.peers.all[conn.peer]
         self._orphans.discard(conn)
         if conn.peer_slot < 0:

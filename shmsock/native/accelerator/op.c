@@ -35,11 +35,11 @@ static PyObject *take(Op *op, int64_t *status)
     PyObject *data = NULL;
     int64_t span;
 
+    if (sh_pump_follows(p->turn) < 0)
+        return NULL;
     if (op->state == YIELDED) /* others may use up every turn: one without bytes was enough */
         span = sh_now(ep, most);
     else {
-        if (sh_pump_follows(p->turn) < 0)
-            return NULL;
         if (sh_share_is_used(p))
             span = SH_YIELD;
         else
