@@ -48,9 +48,15 @@ static uint32_t space_of(const sh_ep *ep) { return ep->tx_bytes - (ep->tail - ep
 
 int sh_writable(sh_ep *ep)
 {
+    uint64_t p;
+
     if (SH_UNLIKELY(!sh_may_write(ep->nd)))
         return SH_STALE;
-    if (SH_UNLIKELY(!ep->theirs || ep->orphan || (ep->flags & (SH_FIN | SH_RST | SH_REL)) || (ep->p_last & (SH_REL | SH_RST))))
+    if (SH_UNLIKELY(!ep->theirs || ep->orphan || (ep->flags & (SH_FIN | SH_RST | SH_REL))))
+        return SH_CLOSED;
+    /* Its last word, and not what a pass has seen of it: the next pass may be many writes away. */
+    p = sh_peek(&ep->theirs->p);
+    if (SH_UNLIKELY((p & (SH_REL | SH_RST)) || SH_GEN(p) != ep->peer_gen || (ep->p_last & SH_REL)))
         return SH_CLOSED;
     return 0;
 }

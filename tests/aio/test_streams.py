@@ -582,6 +582,31 @@ def test_a_drain_that_waits_while_its_own_side_closes(run: Run, world: World, wa
     run(main())
 
 
+@pytest.mark.parametrize("how", ["close", "abort", "reset"])
+def test_writes_to_who_has_closed_fail_before_a_pass_tells(run: Run, world: World, how: str) -> None:
+    """In a row, while this loop looks after nothing else. Over TCP one is lost silently, or two."""
+
+    written = 0
+
+    async def write(end: End) -> None:
+        nonlocal written
+        for written in range(100):  # noqa: B007
+            end.writer.write(b"foo")
+            await end.writer.drain()
+
+    async def main() -> None:
+        async with world.pair() as (c, s):
+            if how == "reset":
+                reset(s.transport)
+            else:
+                getattr(s.transport, how)()
+            with pytest.raises(ConnectionError):
+                await write(c)
+            assert written <= 2
+
+    run(main())
+
+
 @pytest.mark.parametrize("size", [0, 1000, BIG])
 def test_abort_is_an_end(run: Run, world: World, size: int) -> None:
     """As over TCP: what the ring took arrives, what it had no room for is lost, and the end follows."""

@@ -413,3 +413,32 @@ def test_a_dropped_stream_is_closed(run: Run, world: World) -> None:
             await until(lambda: not a.engine.connections)
 
     run(main)
+
+
+@pytest.mark.parametrize("before", ["sent", "fresh"])
+@pytest.mark.parametrize("unread", [False, True])
+def test_sends_to_who_has_closed_fail_before_a_pass_tells(
+    run: Run, world: World, before: str, unread: bool
+) -> None:
+    """In a row, while this loop looks after nothing else. Over TCP one is lost silently, or two."""
+
+    sent = 0
+
+    async def send(stream: shm.ShmStream) -> None:
+        nonlocal sent
+        for sent in range(100):  # noqa: B007
+            await stream.send(b"foo")
+
+    async def main() -> None:
+        async with world.pair() as (c, s):
+            if before == "sent":
+                await c.send(b"x")
+                assert await s.receive() == b"x"
+            if unread:
+                await c.send(b"nobody reads this")
+            s._end.close()  # and no turn of the loop
+            with pytest.raises(anyio.BrokenResourceError):
+                await send(c)
+            assert sent <= 2
+
+    run(main)
