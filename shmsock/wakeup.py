@@ -25,54 +25,57 @@ def eventfd() -> int:
 
 
 class Keeper:
-    """The keeper thread of one node. Owns the eventfd `fd`."""
+    """The keeper thread of one node. Owns the eventfd `fd`. After stop() calls do nothing."""
 
     def __init__(self, core: Core, nd: Any, *, lock_fd: int, look_cap_us: int, futex: bool = False) -> None:
         """`futex`: rings can be waited for. `look_cap_us`: for who rings nothing."""
-        self._core, self._lib, self._nd = core, core.lib, nd
+        self._core, self._lib, self._nd = core, core.lib, nd  # the thread looks at `nd`
         self.fd = eventfd()
-        error = core.ffi.new("int *")
-        self._keeper = core.lib.sh_keeper_start(
-            nd, self.fd, lock_fd, BEAT_NS, look_cap_us * 1000, int(futex), error
+        #: What `native` points to; whoever keeps that keeps this.
+        self.private = core.ffi.new("uint8_t[]", core.lib.sh_keeper_bytes())
+        self.native = core.ffi.cast("sh_keeper *", self.private)
+        error = core.lib.sh_keeper_start(
+            self.native, nd, self.fd, lock_fd, BEAT_NS, look_cap_us * 1000, int(futex)
         )
-        if not self._keeper:
+        if error:
             os.close(self.fd)
-            raise OSError(error[0], f"cannot start the keeper thread: {os.strerror(error[0])}")
+            raise OSError(error, f"cannot start the keeper thread: {os.strerror(error)}")
 
     def arm(self, hurry: bool) -> bool:
         """Fall asleep: `fd` becomes readable once, when a bell moved, or at the first beat after the engine
         wants a pass (`hurry`: at the next beat). False: a bell has moved, pump again."""
-        return bool(self._lib.sh_keeper_arm(self._keeper, hurry))
+        return bool(self._lib.sh_keeper_arm(self.native, hurry))
 
     def heard(self) -> int:
         """Empty the eventfd. Before the pump looks, never after: what comes in between must make it readable
         again. Returns what is to be asked besides: LOCK (see unlocked()), DOUBT (a doorbell may be lost)."""
-        bits: int = self._lib.sh_keeper_heard(self._keeper)
+        bits: int = self._lib.sh_keeper_heard(self.native)
         return bits
 
     @property
     def address(self) -> int:
-        """Of what C calls sh_keeper."""
-        return int(self._core.ffi.cast("uintptr_t", self._keeper))
+        """Of `native`, what C calls sh_keeper."""
+        return int(self._core.ffi.cast("uintptr_t", self.native))
 
     def watch(self, section: int, locked: bool) -> None:
         """Watch the lock of that section, or stop watching it."""
-        self._lib.sh_keeper_watch(self._keeper, section, int(locked))
+        self._lib.sh_keeper_watch(self.native, section, int(locked))
 
     def unlocked(self) -> int:
         """Mask of watched sections whose lock fell."""
-        mask: int = self._lib.sh_keeper_unlocked(self._keeper)
+        mask: int = self._lib.sh_keeper_unlocked(self.native)
         return mask
 
     def stop(self) -> None:
         """Join the thread (it is never in the way for longer than a millisecond) and close the eventfd."""
-        keeper, self._keeper = self._keeper, None
-        if keeper:
-            self._lib.sh_keeper_stop(keeper)
-            os.close(self.fd)
+        self._end(join=True)
 
     def forget(self) -> None:
         """In a forked child there is no thread to join."""
-        if self._keeper:
-            self._keeper = None
-            os.close(self.fd)
+        self._end(join=False)
+
+    def _end(self, join: bool) -> None:
+        self._lib.sh_keeper_stop(self.native, join)
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)

@@ -4,6 +4,7 @@ listens and closes."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import errno
 import os
@@ -19,7 +20,7 @@ from shmsock.address import is_any, is_local, normalize_name
 from shmsock.aio.doorbells import Ear
 from shmsock.aio.turn import Port, Turn, accelerator, ready_queue, selector
 from shmsock.aio.watch import Watch
-from shmsock.errors import address_unavailable, forked, wrong_thread
+from shmsock.errors import NodeClosedError, address_unavailable, forked, wrong_thread
 from shmsock.fabric import layout as lay
 from shmsock.fabric.connection import Connection
 from shmsock.fabric.datagrams import Endpoint
@@ -223,7 +224,9 @@ class Node(Turn):  # type: ignore[misc]
     # -- names
 
     def find(self, host: Any, port: int, tried: tuple[int, ...]) -> Peer:
-        """Who is to be asked for (host, port). Raises socket.gaierror, ConnectionRefusedError."""
+        """Who is to be asked for (host, port). Raises socket.gaierror, ConnectionRefusedError,
+        NodeClosedError."""
+        self.check()
         return self.engine.listeners.find(host, port, exclude=tried)
 
     def peer_name(self, host: str) -> str:
@@ -242,20 +245,20 @@ class Node(Turn):  # type: ignore[misc]
 
         Cancelled, it takes the request back; nothing is left.
         """
-        self.check()
         tried: tuple[int, ...] = ()
         refused: OSError | None = None
         while True:
             try:
                 peer = self.find(host, port, tried)
-            except OSError:
-                if refused is None:
+            except OSError as error:
+                if refused is None or isinstance(error, NodeClosedError):
                     raise
                 raise refused from None  # the last one there was
             waiter = self.loop.create_future()
             local = (self.name, local_port or self.engine.listeners.ephemeral())
             conn = self.engine.connect(peer.section, port, local=local, remote=peer.name)
             conn.handler = _Opening(waiter, not isinstance(host, int))
+            self.check()  # a signal handler may have closed it under all this: then nobody answers
             try:
                 meanwhile(conn)
                 await waiter
@@ -335,11 +338,23 @@ class Node(Turn):  # type: ignore[misc]
         if os.getpid() != self.pid:
             return
         self.lib.sh_node_own(self.nd)  # at exit, the thread of the loop may be gone
-        if not self.loop.is_closed():
-            self.loop.remove_reader(self.keeper.fd)
-            self.ear.close()
+        # From the last to the first, whatever one of them raises (Ctrl-C, say): nobody may look for memory
+        # that is not there any more.
+        with contextlib.ExitStack() as steps:
+            steps.callback(self.region.close)
+            steps.callback(lambda: self.engine.memory.release(self.engine.failure()))
+            steps.callback(self.keeper.stop)
+            steps.callback(self._leave)
+            steps.callback(self._end_transports)
+            if not self.loop.is_closed():
+                steps.callback(self.ear.close)
+                steps.callback(self.loop.remove_reader, self.keeper.fd)
+
+    def _end_transports(self) -> None:
         for transport in list(self.transports):
             transport.node_closed()
+
+    def _leave(self) -> None:
         opening = [c.handler for c in self.engine.connections.values() if isinstance(c.handler, _Opening)]
         self.engine.leave()
         if not self.loop.is_closed():
@@ -347,9 +362,6 @@ class Node(Turn):  # type: ignore[misc]
                 server.close()
             for waiting in opening:
                 waiting.failed(self.engine.failure())
-        self.keeper.stop()
-        self.engine.memory.release()
-        self.region.close()
 
     def inherited(self) -> None:
         """In a forked child: everything of the parent's is inert here."""

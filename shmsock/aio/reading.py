@@ -223,10 +223,10 @@ class ReadSide(FlowControl, asyncio.Transport):
 
     def got_eof(self) -> None:
         """FIN was read. The protocol says whether the write side stays open."""
-        if self._read_eof:
+        protocol: Any = self._protocol
+        if self._read_eof or protocol is None:
             return
         self._read_eof = True
-        protocol: Any = self._protocol
         if self.reader is not None:  # called by a reader, maybe from within this very context (an eager task)
             keep = protocol.eof_received()
         else:

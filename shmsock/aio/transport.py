@@ -459,6 +459,7 @@ class ShmTransport(ReadSide):
 
     def _call_connection_lost(self, error: BaseException | None) -> None:
         self.just_lost = False
+        self._wake_writer()
         try:
             self._protocol.connection_lost(error)  # type: ignore[arg-type]
         finally:

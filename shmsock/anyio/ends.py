@@ -73,7 +73,8 @@ class End:
         """Until wake()."""
         waiter = self._waiters[side] = self.node.loop.create_future()
         try:
-            await waiter
+            if not self.closed:  # by a signal handler, just now: then nobody wakes us
+                await waiter
         finally:
             self._waiters[side] = None
             if self._woken[side]:

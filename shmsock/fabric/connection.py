@@ -146,6 +146,10 @@ class Connection:
         off = engine.lib.sh_ep_follow(self.ep, size)
         self.rx, self.rx_bytes = engine.memory.view(off, size[0]), size[0]
 
+    def let_go(self) -> None:
+        """The peer's ring is not read any more: it may be unmapped. What a read has found in it is void."""
+        self.rx, self.rx_bytes = b"", 0
+
     def look(self) -> int:
         """Take in what the peer did; returns LOOK bits for the driver, 0 when there is nothing for it. May
         end the connection."""
@@ -227,6 +231,7 @@ class Connection:
         if self.state is not FREE:
             notify = self.state is not OPENING
             self.state = FREE
+            self.let_go()
             if self.handler is not None:
                 self.handler.freed()  # `ep` may be another connection's after this
             self.engine.lib.sh_ep_release(self.ep, int(notify))

@@ -178,9 +178,8 @@ class Handshake:
         conn = engine.connections.get(dst_slot)
         if conn is None or conn.gen != dst_gen or conn.state is not OPENING or conn.peer != peer.section:
             if kind == ACCEPT:
-                engine.lib.sh_notify_slot(
-                    engine.nd, peer.section, slot
-                )  # it shall look, and find our generation gone
+                # it shall look, and find our generation gone
+                engine.lib.sh_notify(engine.nd, peer.section, slot)
             return
         if kind == REFUSE:
             conn.release()

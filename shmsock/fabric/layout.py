@@ -87,11 +87,15 @@ class Layout:
         """A look at all sections, as cheap as can be: it returns a mask of those where who is there, and in
         what state, is not as at the look before. And what tells a section's beat at that look."""
         ffi, lib = self.memory.core
-        base, wc, geometry = self.memory.base, self.memory.wc, self.geometry
+        memory, wc, geometry = self.memory, self.memory.wc, self.geometry
         step, first = int(lib.SH_GLANCE), int(lib.SH_GLANCE_BEAT)
         words = ffi.new("uint64_t[]", self.peers * step)
 
-        return lambda: lib.sh_glance(base, geometry, words, wc), lambda section: words[section * step + first]
+        def glance() -> int:
+            changed: int = lib.sh_glance(memory.base, geometry, words, wc)
+            return changed
+
+        return glance, lambda section: words[section * step + first]
 
     def identity(self, index: int) -> Identity | None:
         """Who owns the section; None when nobody does, or when what it says is no identity (half written,

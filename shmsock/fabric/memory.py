@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from shmsock.errors import node_closed
+
 __all__ = ["Core", "Memory", "native_core"]
 
 
@@ -21,12 +23,18 @@ def native_core() -> Core:
 
 
 class Memory:
-    """A mapped region. Offsets and sizes in bytes, words are aligned 64-bit."""
+    """A mapped region. Offsets and sizes in bytes, words are aligned 64-bit.
+
+    After release() whatever needs the mapping raises NodeClosedError. So nobody keeps `base`, or a pointer
+    made of it, where no look at the node's end comes before each use."""
+
+    base: Any
+    _ended: OSError
 
     def __init__(self, core: Core, mapping: Any, *, write_combining: bool = False) -> None:
         self.core = core
         self.buffer = core.ffi.from_buffer("uint8_t[]", mapping)
-        self.base = core.ffi.cast("void *", self.buffer)
+        self.base = core.ffi.cast("void *", self.buffer)  # until release(): then __getattr__ is asked
         self.size = len(self.buffer)
         self.wc = int(write_combining)
         room = core.ffi.new("char[]", core.lib.SH_TAKE)
@@ -57,9 +65,18 @@ class Memory:
         self.core.lib.sh_write_bytes(self.base, offset, data, len(data))
 
     def view(self, offset: int, n: int) -> Any:
-        """A buffer whose slices are copies (bytes): how ring bytes come out."""
+        """A buffer whose slices are copies (bytes): how ring bytes come out. It is not to be kept beyond
+        release()."""
         return self.core.ffi.buffer(self.core.ffi.cast("uint8_t *", self.base) + offset, n)
 
-    def release(self) -> None:
-        """Let go of the mapping, so that it can be closed. No call into C may follow."""
+    def release(self, why: OSError | None = None) -> None:
+        """Let go of the mapping, so that it can be closed. `why`: what is raised from here on. A node on it
+        must be inert: C does not ask here."""
+        self._ended = why or node_closed("?", "its region was closed")
+        self.__dict__.pop("base", None)
         self.core.ffi.release(self.buffer)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "base":
+            raise self._ended
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")

@@ -86,12 +86,11 @@ class Engine:
             self.slots.free,
             self.slots.connections,
         )
-        self.nd = self.ffi.gc(
-            self.lib.sh_node_new(self.memory.base, layout.geometry, self.section, self.memory.wc),
-            self.lib.sh_node_free,
+        #: What `nd` points to; whoever keeps that keeps this.
+        self.private = self.ffi.new("uint8_t[]", self.lib.sh_node_bytes(layout.geometry))
+        self.nd = self.lib.sh_node_new(
+            self.private, self.memory.base, layout.geometry, self.section, self.memory.wc
         )
-        if not self.nd:
-            raise MemoryError("no memory for a node's private state")
         us = self.settings
         self._sample_ns = int(min(max(us.dead_after_s / 3 * 1e9, SAMPLE_NS), SAFETY_NS))
         self.peers = Peers(
@@ -155,13 +154,12 @@ class Engine:
     def leave(self) -> None:
         """Close what is open as a process's end would, and give the section back. What was published stays
         readable."""
-        if self._failure is None:
-            if not self.lib.sh_node_is_inert(self.nd):
+        try:
+            if self._failure is None and not self.lib.sh_node_is_inert(self.nd):
                 self._give_back()
-            self._failure = node_closed(self.name)
-        self.lib.sh_node_inert(self.nd)
-        self.peers.locks = None  # the region is closed next
-        self.wakes.close()
+        finally:  # whatever happens: the region may be unmapped from here on
+            self.abandon(node_closed(self.name))
+            self.wakes.close()
 
     def _give_back(self) -> None:
         memory, at = self.memory, self.layout.section(self.section)
@@ -184,6 +182,8 @@ class Engine:
         self.lib.sh_node_inert(self.nd)
         self.peers.locks = None  # they are the parent's, or another's
         self._failure = self._failure or why
+        for conn in self.connections.values():
+            conn.let_go()
 
     def failure(self) -> OSError:
         """Why this node may not touch the region any more."""
@@ -307,6 +307,7 @@ class Engine:
             conn.error = why
             self.emit("failed" if conn.state is State.OPENING else "ready", conn, why)
             conn.state = State.FREE
+            conn.let_go()
         self.connections.clear()
         self.datagrams.down(why)
         self.emit("down", None, why)

@@ -78,8 +78,9 @@ class Slots:
             try:
                 if self._ensure:
                     self._back(self._ensure, *ring)
-            except OSError:
+            except (OSError, ValueError):
                 self.arena.give(*ring)
+                self.engine.check()  # closed just now, by a signal handler, and its region with it?
                 raise
         return ring
 

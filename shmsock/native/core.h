@@ -68,8 +68,8 @@ int sh_geometry_of(uint64_t region_id, uint64_t region_bytes, sh_geometry *out);
 int sh_listen_find(const void *base, const sh_geometry *g, uint32_t section, uint32_t port, int datagram, int wc);
 
 /* node */
-sh_node *sh_node_new(void *base, const sh_geometry *g, uint32_t self, int wc);
-void sh_node_free(sh_node *nd);
+uint64_t sh_node_bytes(const sh_geometry *g);
+sh_node *sh_node_new(void *memory, void *base, const sh_geometry *g, uint32_t self, int wc);
 void sh_node_claim(sh_node *nd, uint64_t claim);
 void sh_node_inert(sh_node *nd);
 int sh_node_is_inert(sh_node *nd);
@@ -103,7 +103,7 @@ int sh_futex_works(void *base, uint64_t offset);
 void sh_restart(sh_node *nd, uint32_t peer, uint32_t pair_inc);
 uint32_t sh_adopt(sh_node *nd, uint32_t peer);
 int sh_adopted(sh_node *nd, uint32_t peer);
-void sh_notify_slot(sh_node *nd, uint32_t peer, uint32_t slot);
+void sh_notify(sh_node *nd, uint32_t peer, uint32_t slot);
 int sh_connect(sh_ep *ep, uint32_t peer, uint32_t port, uint32_t src_port);
 int sh_answer(sh_node *nd, uint32_t peer, int reason, uint32_t slot, uint32_t gen, uint32_t dst_slot, uint32_t dst_gen);
 int sh_message_recv(sh_node *nd, uint32_t peer, uint32_t *note);
@@ -139,12 +139,13 @@ int64_t sh_recv(sh_ep *ep, uint32_t *ports);
 uint32_t sh_unread(sh_ep *ep);
 
 /* keeper */
-sh_keeper *sh_keeper_start(sh_node *nd, int event_fd, int lock_fd, uint64_t beat_ns, uint64_t cap_ns, int futexes, int *error);
+uint64_t sh_keeper_bytes(void);
+int sh_keeper_start(sh_keeper *k, sh_node *nd, int event_fd, int lock_fd, uint64_t beat_ns, uint64_t cap_ns, int futexes);
 int sh_keeper_arm(sh_keeper *k, int hurry);
 int sh_keeper_heard(sh_keeper *k);
 void sh_keeper_watch(sh_keeper *k, uint32_t peer, int locked);
 uint64_t sh_keeper_unlocked(sh_keeper *k);
-void sh_keeper_stop(sh_keeper *k);
+void sh_keeper_stop(sh_keeper *k, int join);
 /* cdef-end */
 
 #ifdef SHMSOCK_FAKE_MEMORY

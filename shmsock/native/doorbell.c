@@ -31,7 +31,8 @@ static void ring_eventfd(sh_node *nd, struct sh_link *l)
     (void)done;
 }
 
-/* By the keeper, at each beat: has the loop been at the same ring since the last one? */
+/* By the keeper, at each beat: has the loop been at the same ring since the last one? As long as it is, the descriptor is that of the ring: either
+ * we see that the ring has ended, or it sees us here, and waits. */
 void sh_unstick(sh_node *nd, uint64_t *seen)
 {
     uint64_t ringing = __atomic_load_n(&nd->ringing, __ATOMIC_ACQUIRE), taken;
@@ -189,6 +190,8 @@ int sh_rung(sh_node *nd, uint64_t times)
 {
     uint64_t now;
 
+    if (!sh_may_write(nd))
+        return 0;
     __atomic_fetch_add(&nd->n[SH_N_RECEIVED], times, __ATOMIC_RELAXED);
     for (uint32_t j = 0; j < nd->g.peers; j++) { /* whose doorbells did not come, and who says to have rung for this sleep: they come again */
         struct sh_link *l = &nd->links[j];
@@ -257,6 +260,8 @@ uint64_t sh_lost(sh_node *nd)
 {
     uint64_t now = sh_clock(), lost = 0;
 
+    if (!sh_may_write(nd))
+        return 0;
     for (uint32_t j = 0; nd->doubts && j < nd->g.peers; j++) {
         struct sh_link *l = &nd->links[j];
 

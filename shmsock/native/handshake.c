@@ -94,6 +94,13 @@ void sh_message_done(sh_node *nd, uint32_t peer)
         acknowledge(nd, &nd->links[peer]);
 }
 
+/* Have that peer look at its slot. */
+void sh_notify(sh_node *nd, uint32_t peer, uint32_t slot)
+{
+    if (sh_may_write(nd))
+        sh_notify_slot(nd, peer, slot);
+}
+
 /* ---- slots ---- */
 
 sh_ep *sh_ep_at(sh_node *nd, uint32_t slot) { return slot < nd->g.slots ? &nd->eps[slot] : NULL; }
@@ -116,6 +123,8 @@ uint32_t sh_ep_take(sh_ep *ep, uint64_t ring_off, uint32_t ring_bytes, int accep
     ep->spun_ns = 0;
     ep->flow = 0;
     ep->misses = ep->patience = 0;
+    if (!sh_may_write(nd))
+        return ep->gen;
     sh_put(&ep->mine->ring, sh_ring_word(ep, ring_off));
     sh_put(&ep->mine->c, (uint64_t)ep->gen << SH_GEN_SHIFT);
     sh_store(&ep->mine->p, (uint64_t)ep->gen << SH_GEN_SHIFT, nd->wc);
@@ -132,15 +141,20 @@ static void users(sh_node *nd, uint32_t peer, int more)
 }
 
 /* taken -> OPEN with that slot of that peer. Its descriptor is read once and checked; who accepted may have grown its ring already.
- * What a first look at the slot finds (SH_LOOK_*), SH_RESET when the slot is not of that generation (any more), SH_VIOLATION when the descriptor is impossible. */
+ * What a first look at the slot finds (SH_LOOK_*), SH_RESET when the slot is not of that generation (any more), SH_VIOLATION when the descriptor is
+ * impossible, SH_STALE. */
 int sh_ep_open(sh_ep *ep, uint32_t peer, uint32_t peer_slot, uint32_t peer_gen)
 {
     sh_node *nd = ep->nd;
     const sh_geometry *g = &nd->g;
     uint8_t *section = sh_section_at(nd->base, g, peer);
     const struct sh_slot *theirs = (const struct sh_slot *)(section + g->slot_off) + peer_slot;
-    uint64_t ring = sh_load(&theirs->ring, nd->wc), p = sh_load(&theirs->p, nd->wc);
+    uint64_t ring, p;
 
+    if (!sh_may_write(nd))
+        return SH_STALE;
+    ring = sh_load(&theirs->ring, nd->wc);
+    p = sh_load(&theirs->p, nd->wc);
     if (SH_GEN(p) != peer_gen || SH_GEN(ring) != peer_gen)
         return SH_RESET;
     ep->peer = peer;

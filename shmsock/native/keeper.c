@@ -10,7 +10,6 @@
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
@@ -29,6 +28,7 @@ struct sh_keeper {
     int futexes;       /* peers may wake us by futexes */
     uint32_t wake;     /* futex: bumped by the owner to end a sleep */
     int armed, stop;   /* atomic */
+    int ended;         /* joined, or (in a forked child) never there */
     uint64_t deadline; /* atomic: when the loop wants to be woken at the latest, be it by a beat */
     uint64_t moved;    /* sh_moved() when the loop last fell asleep */
     int fresh;         /* atomic: something has moved since: look often at first */
@@ -232,14 +232,15 @@ static void *run(void *arg)
     return NULL;
 }
 
-sh_keeper *sh_keeper_start(sh_node *nd, int event_fd, int lock_fd, uint64_t beat_ns, uint64_t cap_ns, int futexes, int *error)
-{
-    sh_keeper *k = calloc(1, sizeof *k);
-    sigset_t all, old;
+/* How much memory one takes: the caller's, all zeros, as that of a node. */
+uint64_t sh_keeper_bytes(void) { return sizeof(sh_keeper); }
 
-    *error = ENOMEM;
-    if (!k)
-        return NULL;
+/* 0 or an errno. */
+int sh_keeper_start(sh_keeper *k, sh_node *nd, int event_fd, int lock_fd, uint64_t beat_ns, uint64_t cap_ns, int futexes)
+{
+    sigset_t all, old;
+    int error;
+
     k->nd = nd;
     k->event_fd = event_fd;
     k->lock_fd = lock_fd;
@@ -249,15 +250,11 @@ sh_keeper *sh_keeper_start(sh_node *nd, int event_fd, int lock_fd, uint64_t beat
     k->beat = sh_peek(&((const struct sh_section *)nd->claim_at)->beat);
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &old); /* a thread inherits the mask: Python's signals stay Python's */
-    *error = pthread_create(&k->thread, NULL, run, k);
+    error = pthread_create(&k->thread, NULL, run, k);
     pthread_sigmask(SIG_SETMASK, &old, NULL);
-    if (!*error)
+    if (!error)
         pthread_setname_np(k->thread, "shmsock-keeper"); /* from here, as others look for it as soon as they are told of our eventfd */
-    if (*error) {
-        free(k);
-        return NULL;
-    }
-    return k;
+    return error;
 }
 
 static void wake(sh_keeper *k)
@@ -292,7 +289,7 @@ int sh_keeper_arm(sh_keeper *k, int hurry)
 /* Empty the eventfd; before the pump looks, never after: what comes in between must fill it again. Returns SH_HEARD_*: what else is due. */
 int sh_keeper_heard(sh_keeper *k)
 {
-    uint64_t rings = sh_drain(k->event_fd) / SH_RING;
+    uint64_t rings = k->ended ? 0 : sh_drain(k->event_fd) / SH_RING;
 
     if (rings) { /* by who is under the same kernel, past the keeper */
         SET(k->armed, 0);
@@ -319,12 +316,16 @@ void sh_keeper_watch(sh_keeper *k, uint32_t peer, int locked)
 
 uint64_t sh_keeper_unlocked(sh_keeper *k) { return GET(k->unlocked) & GET(k->watched); }
 
-void sh_keeper_stop(sh_keeper *k)
+/* The thread ends; `join` is 0 in a forked child, which has none. The eventfd is the caller's again. What is called from here on does nothing. */
+void sh_keeper_stop(sh_keeper *k, int join)
 {
-    if (!k)
+    if (k->ended)
         return;
-    SET(k->stop, 1);
-    wake(k);
-    pthread_join(k->thread, NULL);
-    free(k);
+    k->ended = 1;
+    if (join) {
+        SET(k->stop, 1);
+        wake(k);
+        pthread_join(k->thread, NULL);
+    }
+    k->event_fd = k->lock_fd = -1;
 }

@@ -2,22 +2,21 @@
  * idle and O(active slots) under load. */
 #include "node.h"
 
-#include <stdlib.h>
-
 /* ---- life of a node ---- */
 
-sh_node *sh_node_new(void *base, const sh_geometry *g, uint32_t self, int wc)
+/* How much memory one takes: the caller's, all zeros. (No destructor comes with it: the collector would call that before those of who still
+ * uses the node.) */
+uint64_t sh_node_bytes(const sh_geometry *g)
 {
-    sh_node *nd = calloc(1, sizeof *nd);
+    return sizeof(sh_node) + g->peers * sizeof(struct sh_link) + g->slots * sizeof(sh_ep);
+}
 
-    if (!nd)
-        return NULL;
-    nd->links = calloc(g->peers, sizeof *nd->links);
-    nd->eps = calloc(g->slots, sizeof *nd->eps);
-    if (!nd->links || !nd->eps) {
-        sh_node_free(nd);
-        return NULL;
-    }
+sh_node *sh_node_new(void *memory, void *base, const sh_geometry *g, uint32_t self, int wc)
+{
+    sh_node *nd = memory;
+
+    nd->links = (struct sh_link *)(nd + 1);
+    nd->eps = (sh_ep *)(nd->links + g->peers);
     nd->base = base;
     nd->g = *g;
     nd->self = self;
@@ -48,15 +47,6 @@ sh_node *sh_node_new(void *base, const sh_geometry *g, uint32_t self, int wc)
         nd->eps[s].mine = (struct sh_slot *)(sh_section_at(base, g, self) + g->slot_off) + s;
     }
     return nd;
-}
-
-void sh_node_free(sh_node *nd)
-{
-    if (!nd)
-        return;
-    free(nd->links);
-    free(nd->eps);
-    free(nd);
 }
 
 /* The section is ours: step every generation past what a former owner left, so that who still holds its slots sees them gone. */
@@ -225,6 +215,8 @@ int sh_safety(sh_node *nd)
 {
     int found = 0;
 
+    if (!sh_may_write(nd))
+        return 0;
     for (uint32_t j = 0; j < nd->g.peers; j++) {
         struct sh_link *l = &nd->links[j];
         uint64_t bell = sh_load(&l->in->bell, nd->wc), box;
@@ -304,10 +296,11 @@ void sh_restart(sh_node *nd, uint32_t peer, uint32_t pair_inc)
 uint32_t sh_adopt(sh_node *nd, uint32_t peer)
 {
     struct sh_link *l = &nd->links[peer];
-    uint64_t bell = sh_load(&l->in->bell, nd->wc);
+    uint64_t bell;
 
     if (!sh_may_write(nd))
         return 0;
+    bell = sh_load(&l->in->bell, nd->wc);
     l->peer_inc = SH_HIGH(bell);
     sh_know(nd, peer, 1);
     l->users_tag = l->peer_inc;

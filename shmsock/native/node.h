@@ -138,6 +138,7 @@ void sh_ring_bell(sh_node *nd, struct sh_link *l);
 void sh_wake_up(sh_node *nd);
 void sh_unstick(sh_node *nd, uint64_t *seen);
 void sh_doubt(sh_node *nd, struct sh_link *l, uint64_t now);
+void sh_notify_slot(sh_node *nd, uint32_t peer, uint32_t slot);
 int sh_bells_differ(const sh_node *nd, uint64_t of);
 uint64_t sh_drain(int fd);
 void sh_know(sh_node *nd, uint32_t peer, int known);
@@ -212,7 +213,8 @@ static inline int sh_flows(const sh_ep *ep, uint32_t least)
 /* Is it time to let the loop turn? */
 static inline int sh_over_at(sh_node *nd, uint64_t now) { return SH_UNLIKELY(now >= nd->ask_ns) && sh_asked(nd, now); }
 
-/* May this call write the section? Not from another thread: it ends here, before anything is touched. */
+/* May this call write the section? Not from another thread: it ends here, before anything is touched. And may it read the region? When the node
+ * was closed that is not mapped any more: whatever Python may call asks this first. */
 static inline int sh_may_write(const sh_node *nd)
 {
     return SH_LIKELY(sh_thread() == nd->owner) && sh_holds(nd);

@@ -80,9 +80,12 @@ static void connect_ends(uint32_t peers, uint32_t ring_bytes)
         fail("a ring that cannot be", r);
     sh_store64(base, offsetof(struct sh_header, region_id), region_id, 0);
     for (uint32_t i = 0; i < peers; i++) {
+        void *memory = calloc(1, sh_node_bytes(&g));
+
         sh_store64(base, SH_PAGE + i * g.section_bytes + offsetof(struct sh_section, claim), i + 1, 0);
-        if (!(nodes[i] = sh_node_new(base, &g, i, 0)))
+        if (!memory)
             fail("no memory for a node", -1);
+        nodes[i] = sh_node_new(memory, base, &g, i, 0);
         sh_node_claim(nodes[i], i + 1);
         sh_node_settings(nodes[i], 1ull << 60, 200000, 1000); /* as the engine, and one turn for all */
         for (uint32_t j = 0; j < PEERS; j++)

@@ -760,7 +760,7 @@ def test_a_tail_that_is_no_end_of_a_record(tail: int) -> None:
     world.quiet()
     at = slot_word(world, link(a).conn, 0x40)
     world.poke(at, world.word(at) + tail)
-    a.call(world.lib.sh_notify_slot, a.engine.nd, b.section, link(b, Incoming).conn.slot)
+    a.call(world.lib.sh_notify, a.engine.nd, b.section, link(b, Incoming).conn.slot)
     b.pump()
     assert sink.got == [b"fine"]
     assert b.statistic("violations") == 1

@@ -19,6 +19,7 @@ typedef struct {
     PyObject_HEAD
     sh_node *nd;
     sh_keeper *keeper;
+    PyObject *memory; /* tuple of what these two belong to: it is held as long as there is anybody to ask them */
     PyObject *owed;   /* tuple of containers: while one of them is not empty, the engine is owed a pass */
     PyObject *queue;  /* what the loop runs next, or a list that stands for it */
     PyObject *call_soon, *create_future, *context, *pump;

@@ -291,7 +291,7 @@ static PyObject *port_receive(Port *p, PyObject *args)
     Py_RETURN_NONE;
 }
 
-/* Of a node whose memory is gone, maybe: the collector ends things in any order. */
+/* The collector ends things in any order. */
 static void let_go(Port *p)
 {
     p->fast = 0;

@@ -36,7 +36,7 @@ int sh_begin_turn(Turn *t)
         Py_XDECREF(r);
         return r ? 0 : -1;
     }
-    if (t->call_soon) /* else its memory may be gone */
+    if (t->nd) /* else it was never attached, and call_soon is not to be had either */
         sh_turn(t->nd);
     if (sh_call_soon(t, t->pump) < 0) /* no memory; Ctrl-C in there: not marked, so that the next call tries again */
         return -1;
@@ -236,15 +236,17 @@ static PyObject *turn_wake(Turn *t, PyObject *unused)
     return none_unless(t->scheduled ? 0 : pump(t));
 }
 
-static int address_of(PyObject *owner, const char *name, void *to)
+/* What it has in C, and into memory[] what that lies in. */
+static int borrow(PyObject *owner, void *to, PyObject *memory, Py_ssize_t i)
 {
-    PyObject *number = PyObject_GetAttrString(owner, name);
+    PyObject *number = PyObject_GetAttrString(owner, "address"), *private = number ? PyObject_GetAttrString(owner, "private") : NULL;
 
-    if (!number)
-        return -1;
-    *(void **)to = PyLong_AsVoidPtr(number);
-    Py_DECREF(number);
-    return *(void **)to || !PyErr_Occurred() ? 0 : -1;
+    if (private) {
+        PyTuple_SET_ITEM(memory, i, private);
+        *(void **)to = PyLong_AsVoidPtr(number);
+    }
+    Py_XDECREF(number);
+    return private && !PyErr_Occurred() ? 0 : -1;
 }
 
 /* Detached until it is attached. */
@@ -264,15 +266,16 @@ static int turn_init(Turn *t, PyObject *args, PyObject *kwargs)
     static char *names[] = {"engine", "keeper", "loop", "context", "ident", "queue", NULL};
     PyObject *engine, *keeper, *loop, *context, *queue;
 
-    if (t->nd) {
+    if (t->memory) {
         PyErr_SetString(PyExc_RuntimeError, "a node is made once");
         return -1;
     }
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOkO", names, &engine, &keeper, &loop, &context, &t->ident, &queue)
-        || address_of(keeper, "address", &t->keeper) < 0 || !(t->owed = PyObject_GetAttrString(engine, "owed"))
+        || !(t->memory = PyTuple_New(2)) || borrow(keeper, &t->keeper, t->memory, 0) < 0 || !(t->owed = PyObject_GetAttrString(engine, "owed"))
         || !(t->call_soon = PyObject_GetAttrString(loop, "call_soon"))
         || !(t->create_future = PyObject_GetAttrString(loop, "create_future"))
-        || !(t->pump = PyObject_GetAttrString((PyObject *)t, "_pump")) || address_of(engine, "address", &t->nd) < 0)
+        || !(t->pump = PyObject_GetAttrString((PyObject *)t, "_pump"))
+        || borrow(engine, &t->nd, t->memory, 1) < 0)
         return -1;
     t->context = Py_NewRef(context);
     t->known = queue != Py_None;
@@ -291,6 +294,7 @@ static int turn_init(Turn *t, PyObject *args, PyObject *kwargs)
 static int turn_traverse(Turn *t, visitproc visit, void *arg)
 {
     Py_VISIT(Py_TYPE(t));
+    Py_VISIT(t->memory);
     Py_VISIT(t->owed);
     Py_VISIT(t->queue);
     Py_VISIT(t->call_soon);
@@ -318,6 +322,7 @@ static void turn_dealloc(Turn *t)
 
     PyObject_GC_UnTrack(t);
     turn_clear(t);
+    Py_CLEAR(t->memory); /* not before: ports, inboxes and awaitables that end with us, or later, still look at it */
     PyMem_Free(t->ports);
     PyMem_Free(t->inboxes);
     type->tp_free(t);
