@@ -207,19 +207,21 @@ class Node(Turn):  # type: ignore[misc]
                 arg.abort()
             else:
                 target.handler(arg)
-        elif kind == "connected":
-            target.handler.connected()
         elif kind == "endpoint":
             target.happened()
         elif kind == "silent":
             if isinstance(target.handler, _Opening):
                 target.handler.silent(target)
-        elif kind == "failed":
-            target.handler.failed(arg)
         elif kind == "down":
             self.loop.call_exception_handler(
                 {"message": f"shmsock: {self!r} is down", "exception": arg, "node": self}
             )
+        elif target.handler is None:
+            pass  # whoever asked for this connection has been cancelled
+        elif kind == "connected":
+            target.handler.connected()
+        elif kind == "failed":
+            target.handler.failed(arg)
 
     # -- names
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -146,6 +147,58 @@ def test_connects_cancelled_at_every_step(run: Run, world: World) -> None:
             server.close()
 
     run(main())
+
+
+class _Buffered(asyncio.BufferedProtocol):
+    def __init__(self, told: Callable[[], object]) -> None:
+        self.buffer, self.told = bytearray(10), told
+
+    def get_buffer(self, sizehint: int) -> bytearray:
+        return self.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.told()
+
+
+def test_a_connect_cancelled_by_what_came_with_its_answer(run: Run, region: str) -> None:
+    """One pass of the pump finds bytes and the answer; who is given the bytes gives the connect up."""
+
+    async def main() -> None:
+        async with shmsock.attach(region, name="a") as a, shmsock.attach(region, name="b") as b:
+            protocols: list[asyncio.Protocol] = []
+            answered: list[bool] = []
+
+            def first() -> asyncio.Protocol:
+                protocols.append(asyncio.Protocol())
+                return protocols[-1]
+
+            def second() -> asyncio.Protocol:  # right behind the ACCEPT
+                transports[0].write(b"x")
+                answered.append(True)
+                return asyncio.Protocol()
+
+            servers = [
+                await shmsock.create_server(factory, None, 7000 + i, node=b)
+                for i, factory in enumerate((first, second))
+            ]
+            given_up = asyncio.Event()
+
+            def give_up() -> None:
+                connecting.close()
+                given_up.set()
+
+            await shmsock.create_connection(lambda: _Buffered(give_up), "b", 7000, node=a)
+            await until(lambda: protocols and len(b.transports) == 1)
+            transports: list[Any] = list(b.transports)
+            connecting = a.connect("b", 7001)
+            connecting.send(None)
+            await given_up.wait()
+            assert answered
+            await asyncio.sleep(0.01)
+            for server in servers:
+                server.close()
+
+    run(main())  # and nothing was reported
 
 
 def test_many_connects_and_some_are_cancelled(run: Run, world: World) -> None:
