@@ -6,6 +6,7 @@
 #include <limits.h>
 #include <linux/futex.h>
 #include <poll.h>
+#include <sched.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -27,7 +28,9 @@ static void ring_eventfd(sh_node *nd, struct sh_link *l)
     __atomic_store_n(&nd->ringing, ++nd->rings << 8 | (uint64_t)(l - nd->links), __ATOMIC_RELEASE);
     if (poll(&(struct pollfd){.fd = l->reach_fd, .events = POLLOUT}, 1, 0) == 1)
         done = write(l->reach_fd, &value, sizeof value);
-    __atomic_store_n(&nd->ringing, 0, __ATOMIC_RELEASE);
+    __atomic_store_n(&nd->ringing, 0, __ATOMIC_SEQ_CST);
+    while (__atomic_load_n(&nd->unsticking, __ATOMIC_SEQ_CST)) /* it does not wait; and the descriptor may be closed, and be another's, once we return */
+        sched_yield();
     (void)done;
 }
 
@@ -41,8 +44,15 @@ void sh_unstick(sh_node *nd, uint64_t *seen)
         struct sh_link *l = &nd->links[ringing & 0xff];
         struct iovec v = {.iov_base = &taken, .iov_len = sizeof taken};
 
-        __atomic_store_n(&l->stuck, 1, __ATOMIC_RELAXED);
-        if (preadv2(l->reach_fd, &v, 1, -1, RWF_NOWAIT) < 0)
+        ssize_t got = 0;
+
+        __atomic_store_n(&nd->unsticking, 1, __ATOMIC_SEQ_CST);
+        if (__atomic_load_n(&nd->ringing, __ATOMIC_SEQ_CST) == ringing) {
+            __atomic_store_n(&l->stuck, 1, __ATOMIC_RELAXED);
+            got = preadv2(l->reach_fd, &v, 1, -1, RWF_NOWAIT);
+        }
+        __atomic_store_n(&nd->unsticking, 0, __ATOMIC_RELEASE);
+        if (got < 0)
             return; /* somebody else has made room */
     }
     *seen = ringing;
@@ -146,7 +156,7 @@ int sh_polled(sh_node *nd, uint32_t peer) { return (__atomic_load_n(&nd->polled,
 int sh_bells_differ(const sh_node *nd, uint64_t of)
 {
     for (uint32_t j = 0; j < nd->g.peers && of >> j; j++)
-        if ((of >> j & 1) && !__atomic_load_n(&nd->links[j].muted, __ATOMIC_ACQUIRE)
+        if ((of >> j & 1) && !sh_muted(&nd->links[j])
             && sh_peek(&nd->links[j].in->bell) != __atomic_load_n(&nd->links[j].last, __ATOMIC_RELAXED))
             return 1;
     return 0;

@@ -76,7 +76,7 @@ static void beat(sh_keeper *k, uint64_t now, uint64_t tenths)
         return;
     }
     sh_unstick(nd, &k->ringing);
-    sh_put(&mine->pumps, nd->n[SH_N_PUMPS]);
+    sh_put(&mine->pumps, __atomic_load_n(&nd->n[SH_N_PUMPS], __ATOMIC_RELAXED));
     sh_store(&mine->beat, k->beat += tenths, nd->wc);
     if (look_at_locks(k) || !GET(k->armed) || now >= GET(k->deadline))
         ring_owner(k); /* the loop's only clock: its pump samples peers, and counts, so that others see a loop that stands still */
@@ -120,7 +120,7 @@ static uint32_t take_rings(const sh_keeper *k, uint32_t seen, struct waiter *w)
     w[1] = (struct waiter){.val = SH_LOW(sh_peek(k->nd->sleeping_at)), .uaddr = (uintptr_t)k->nd->sleeping_at, .flags = WAIT_32};
     for (uint64_t m = GET(k->nd->by_futex); k->futexes && m; m &= m - 1) {
         const struct sh_link *l = &k->nd->links[__builtin_ctzll(m)];
-        if (!GET(l->muted))
+        if (!sh_muted(l))
             w[n++] = (struct waiter){.val = SH_LOW(sh_load(&l->in->rang, k->nd->wc)), .uaddr = (uintptr_t)&l->in->rang, .flags = WAIT_32};
     }
     return n;

@@ -37,7 +37,7 @@ struct sh_header {
 };
 
 struct sh_section { /* first page of a section */
-    uint64_t claim; /* nonce of the owner, 0 = nobody; the only word that is compare-and-swapped */
+    uint64_t claim; /* nonce of the owner, 0 = nobody; beside the region id the only word that is compare-and-swapped */
     uint8_t pad0[56];
     uint64_t beat;  /* keeper: +1 for each tenth of a second */
     uint64_t pumps; /* keeper: copy of the owner's pump counter */
@@ -55,7 +55,7 @@ struct sh_section { /* first page of a section */
     uint64_t pid;
     uint64_t dev; /* st_dev and st_ino of what the owner mapped: where its lock is */
     uint64_t ino;
-    uint64_t left; /* reserved */
+    uint64_t left; /* departures counted over the region: the smaller, the longer ago */
     uint64_t doorbell; /* id:32 | vectors:32 of the owner's ivshmem doorbell; 0: it has none */
     uint64_t loop;     /* descriptor:32 | id:32 of the eventfd that the owner's loop waits for; 0: it is not to be had */
     uint64_t owner;    /* claim word under which this identity was written */

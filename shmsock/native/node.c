@@ -145,7 +145,7 @@ int sh_pass(sh_node *nd, uint64_t *out, int max, uint64_t look, uint64_t now)
 
         if (!(look >> j & 1))
             continue;
-        if (!l->muted && sh_peek(&l->in->bell) != l->last) {
+        if (!sh_muted(l) && sh_peek(&l->in->bell) != l->last) {
             if (nd->woke)
                 sh_doubt(nd, l, now);
             if (!sh_collect(nd, l) && !l->acknowledged)
@@ -182,6 +182,15 @@ void sh_take_later(sh_node *nd)
     }
 }
 
+/* The keeper tells of it beside the beat. */
+static uint64_t count_pump(sh_node *nd)
+{
+    uint64_t pumps = nd->n[SH_N_PUMPS] + 1;
+
+    __atomic_store_n(&nd->n[SH_N_PUMPS], pumps, __ATOMIC_RELAXED);
+    return pumps;
+}
+
 /* One pass, which begins a turn. Returns what sh_pass() does, or SH_STALE. */
 int sh_pump(sh_node *nd, uint64_t *out, int max)
 {
@@ -190,7 +199,7 @@ int sh_pump(sh_node *nd, uint64_t *out, int max)
     if (!sh_may_write(nd))
         return SH_STALE;
     now = sh_turn(nd);
-    if (++nd->n[SH_N_PUMPS] % 16 && !nd->attention && !__atomic_load_n(&nd->strangers, __ATOMIC_RELAXED))
+    if (count_pump(nd) % 16 && !nd->attention && !__atomic_load_n(&nd->strangers, __ATOMIC_RELAXED))
         look = nd->known; /* each bell is on a page of its own, and cold ones cost more than all the rest */
     else
         __atomic_store_n(&nd->strangers, 0, __ATOMIC_RELAXED);
@@ -222,7 +231,7 @@ int sh_safety(sh_node *nd)
         uint64_t bell = sh_load(&l->in->bell, nd->wc), box;
         int suspect = 0;
 
-        if (l->muted) {
+        if (sh_muted(l)) {
             __atomic_store_n(&l->muted, 0, __ATOMIC_RELEASE);
             nd->kick = 1;
             l->second_ns = 0;

@@ -105,7 +105,7 @@ struct sh_node {
     uint32_t start;               /* peer the next pump begins with: nobody is always last */
     uint64_t *sleeping_at;
     uint64_t sleep;               /* the sleeping word as published; the keeper reads it too, hence atomic */
-    uint64_t known;               /* peers whose bells are looked at each time; those of strangers now and then; atomic */
+    uint64_t known;               /* peers whose bells are looked at each time; those of strangers now and then; written by the owner alone; atomic */
     int strangers;                /* one of them has moved its bell, or may have: look at all; atomic */
     int doubts;                   /* links with a doubt */
     uint64_t by_futex;            /* peers that wake us by a futex; atomic */
@@ -114,6 +114,7 @@ struct sh_node {
     uint64_t slept_received;      /* n[SH_N_RECEIVED] when it fell asleep */
     uint64_t polled;              /* peers that do not ring: the keeper looks at their bells; atomic */
     uint64_t ringing;             /* count << 8 | peer of the ring being written to an eventfd, 0: none; atomic */
+    int unsticking;               /* the keeper is at the descriptor of that ring; atomic */
     uint64_t rings;
     uint64_t storm_ns;            /* when counting of spurious doorbells began */
     uint32_t storm;
@@ -209,6 +210,9 @@ static inline int sh_flows(const sh_ep *ep, uint32_t least)
 {
     return ep->flow == SH_FLOWS && ep->tail_seen - ep->head < least && ep->nd->spin_max_ns;
 }
+
+/* The keeper mutes, too. */
+static inline int sh_muted(const struct sh_link *l) { return __atomic_load_n(&l->muted, __ATOMIC_ACQUIRE); }
 
 /* Is it time to let the loop turn? */
 static inline int sh_over_at(sh_node *nd, uint64_t now) { return SH_UNLIKELY(now >= nd->ask_ns) && sh_asked(nd, now); }

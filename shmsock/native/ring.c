@@ -3,7 +3,7 @@
  * The rules' names (F1, R1, W) are those of LAYOUT.md, "Ordering". Each comment "SYNC X" has its partner of the same name. */
 #include "node.h"
 
-#define COPY_MAX (1u << 20) /* bytes per memcpy: a signal or a claim check is never further away than this */
+#define COPY_MAX (1u << 20) /* bytes in one piece: a look at whether the section is still ours is never further away than this */
 #define FLOW_BYTES 4096u    /* smaller pieces than these may gather */
 
 /* ---- telling the peer ---- */
@@ -134,6 +134,8 @@ int64_t sh_write_some(sh_ep *ep, const void *data, uint64_t n)
         sh_commit(ep, m);
         from += m;
         left -= m;
+        if (left && SH_UNLIKELY(!sh_may_write(ep->nd)))
+            return SH_STALE;
     }
     ep->nd->n[SH_N_WRITES]++;
     ep->nd->n[SH_N_BYTES_OUT] += n - left;

@@ -381,6 +381,25 @@ def test_dying_while_attaching() -> None:
 # -- zombies
 
 
+def test_a_zombie_in_the_middle_of_a_long_write_stores_no_further_piece() -> None:
+    """Its section is taken while it copies: it finds out before the next piece, of 1 MiB."""
+    world = World(size=128 << 20, peers=2)
+    large = Settings(ring_bytes=4 << 20, first_ring_bytes=4 << 20)
+    a, b = world.attach("a", settings=large), world.attach("b", settings=large)
+    world.quiet()
+    c, _ = world.open(a, b)
+    assert c.ring[1] == 4 << 20
+    at = world.layout.section(a.section)
+    tail = at + int(world.layout.geometry.slot_off) + 192 * c.slot + 0x40
+    taken = world.ffi.callback("void(void)", lambda: world.poke(at + lay.CLAIM, 12345))
+    world.lib.sh_fake_hook(taken, 4)
+    assert a.write(c, bytes(3 << 20)) == STALE
+    world.drain()
+    assert world.word(tail) & 0xFFFFFFFF <= 1 << 20
+    with pytest.raises(NodeClosedError):
+        a.engine.check()
+
+
 def test_a_lost_claim_stops_the_node_and_it_stores_nothing_more(world: World) -> None:
     a, b = world.pair()
     b.listen()
