@@ -18,7 +18,7 @@ from shmsock.aio.driver import Node
 from shmsock.aio.pseudosocket import Duplicate
 from shmsock.aio.server import Server
 from shmsock.aio.streams import ShmStreamReader, ShmStreamReaderProtocol, ShmStreamWriter, adopt
-from shmsock.aio.tls import Tls, client_tls, server_tls
+from shmsock.aio.tls import Tls, client_tls, server_tls, without_transport
 from shmsock.aio.transport import ShmTransport
 from shmsock.fabric.connection import Connection
 
@@ -110,7 +110,12 @@ async def _started(
     except BaseException:
         transport.close()
         raise
-    return (transport if tls is None else below._app_transport), protocol
+    if tls is None:
+        return transport, protocol
+    above = below._app_transport
+    if above is None:
+        raise without_transport(transport)
+    return above, protocol
 
 
 async def _go_on(

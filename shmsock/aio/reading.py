@@ -63,6 +63,7 @@ class ReadSide(FlowControl, asyncio.Transport):
             # memoryview cannot be emptied.)
             self._unread, reader._buffer = bytes(reader._buffer), bytearray()
         self.reader = None
+        self._read_eof = False  # it was told to the one before
         if not self._lost:
             self._loop.call_soon(self._resumed, context=self.node.context)
 

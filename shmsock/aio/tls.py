@@ -8,9 +8,10 @@ import ssl
 import sys
 from asyncio.sslproto import SSLProtocol
 from dataclasses import dataclass
+from errno import ECONNRESET
 from typing import Any
 
-__all__ = ["Tls", "client_tls", "server_tls", "start_tls"]
+__all__ = ["Tls", "client_tls", "server_tls", "start_tls", "without_transport"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,16 @@ def server_tls(
     return Tls(ssl_argument, True, None, handshake_timeout, shutdown_timeout)
 
 
+def without_transport(below: Any) -> OSError:
+    """Why there is no TLS over that transport. asyncio's code has its waiter succeed when this side closes
+    the connection under the handshake, and has no transport to show then."""
+    node = below.get_extra_info("shmsock_node")
+    if node is not None and (node.closed or not node.engine.alive):
+        failure: OSError = node.engine.failure()
+        return failure
+    return ConnectionResetError(ECONNRESET, f"connection lost, hands cannot be shaken: {below!r} is closed")
+
+
 async def start_tls(
     loop: Any,
     transport: Any,
@@ -91,12 +102,17 @@ async def start_tls(
     ssl_shutdown_timeout: float | None = None,
 ) -> Any:
     """loop.start_tls() for our transports, on any loop. Returns the transport that `protocol` should use from
-    now on. Cancelled or failed, it closes `transport`."""
+    now on. Cancelled or failed, it closes `transport`.
+
+    Raises ConnectionResetError when either side has closed the connection, or does before hands are shaken,
+    NodeClosedError when the node was closed."""
+    if transport.is_closing():
+        raise without_transport(transport)
     timeouts = {"ssl_handshake_timeout": ssl_handshake_timeout}
     if sys.version_info >= (3, 11):
         timeouts["ssl_shutdown_timeout"] = ssl_shutdown_timeout
     start: Any = asyncio.BaseEventLoop.start_tls
-    return await start(
+    made = await start(
         loop,
         transport,
         protocol,
@@ -105,3 +121,6 @@ async def start_tls(
         server_hostname=server_hostname,
         **timeouts,
     )
+    if made is None:
+        raise without_transport(transport)
+    return made

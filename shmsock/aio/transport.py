@@ -221,6 +221,9 @@ class ShmTransport(ReadSide):
 
     def _ended(self) -> None:
         """The engine released the connection: a reset, or the peer closed it and all of it was read."""
+        if self._unread and self._receiving():
+            self._deliver()  # and finds the end behind it
+            return
         if self.conn.error is not None:
             self._read_in_vain()
             return

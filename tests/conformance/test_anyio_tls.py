@@ -11,7 +11,7 @@ from anyio.streams.tls import TLSAttribute, TLSStream
 
 from tests.aio.processes import pattern as endless
 from tests.conformance.certificates import Contexts
-from tests.conformance.networks import fixture_for
+from tests.conformance.networks import PATIENCE, fixture_for
 from tests.conformance.stream_networks import ANYIO_STREAMS, AnyioStreams
 
 net = fixture_for(ANYIO_STREAMS)
@@ -105,3 +105,37 @@ async def test_cut_off(net: AnyioStreams, tls: Contexts) -> None:
         with pytest.raises(anyio.BrokenResourceError):
             await stream.receive()
         await anyio.aclose_forcefully(stream)
+
+
+@pytest.mark.parametrize("server_side", [True, False], ids=["server", "client"])
+@pytest.mark.parametrize("when", ["before", "during"])
+@pytest.mark.parametrize("how", ["aclose", "forcefully", "own"])
+async def test_a_handshake_that_somebody_ends(
+    net: AnyioStreams, tls: Contexts, how: str, when: str, server_side: bool
+) -> None:
+    errors: list[BaseException] = []
+
+    async def shake(stream: Any) -> None:
+        context, name = (tls.server, None) if server_side else (tls.client, "server")
+        try:
+            with anyio.fail_after(PATIENCE / 4):
+                await TLSStream.wrap(stream, server_side=server_side, hostname=name, ssl_context=context)
+        except Exception as error:
+            errors.append(error)
+
+    async with net.pair() as (client, server):
+        mine, other = (server.stream, client.stream) if server_side else (client.stream, server.stream)
+        async with anyio.create_task_group() as group:
+            if when == "during":
+                group.start_soon(shake, mine)
+                for _ in range(5):
+                    await anyio.lowlevel.checkpoint()
+            if how == "forcefully":
+                await anyio.aclose_forcefully(other)
+            else:
+                await (mine if how == "own" else other).aclose()
+            if when == "before":
+                await shake(mine)
+    (error,) = errors
+    ended = (anyio.BrokenResourceError, anyio.ClosedResourceError, anyio.EndOfStream, ssl.SSLError)
+    assert isinstance(error, ended), repr(error)
