@@ -41,7 +41,13 @@ log = logging.getLogger("shmsock")
 # A task while the node is being made, then a weak reference: the loop itself keeps its node alive.
 _Mine = dict[str, "asyncio.Task[Node] | TrioFuture | weakref.ref[Node]"]
 _implicit: weakref.WeakKeyDictionary[Loop, _Mine] = weakref.WeakKeyDictionary()
-_nodes: weakref.WeakSet[Node] = weakref.WeakSet()
+# Loops in several threads share it, and a WeakSet that one adds to cannot be gone through by another. What is
+# done to this, and list() of it, no other thread comes in between.
+_nodes: set[weakref.ref[Node]] = set()
+
+
+def _all_nodes() -> list[Node]:
+    return [node for known in list(_nodes) if (node := known()) is not None]
 
 
 def _running_loop() -> Any:
@@ -85,7 +91,7 @@ def _holds_a_region(device: region.PciDevice) -> bool:
 
 
 async def _follow(loop: Loop, steps: Generator[float, None, T]) -> T:
-    """Drive a claim: sleep what it says."""
+    """Drive what opens or claims: sleep what it says."""
     sleep = getattr(loop, "sleep", asyncio.sleep)
     try:
         while True:
@@ -103,10 +109,12 @@ async def _make(url: str | None, name: str | None, settings: Settings | None) ->
     explicit = name is not None or bool(os.environ.get("SHMSOCK_NAME"))
     own = address.node_name(name) if name is not None else address.default_name()
     loop, rng = _running_loop(), random.SystemRandom()
-    for old in list(_nodes):
+    for old in _all_nodes():
         if old.loop.is_closed():
             old.close()  # without shutdown_asyncgens(), and something still holds it
-    opened = region.open(url, create_default=True, prepare=prepare_region, probe=_holds_a_region)
+    opened = await _follow(
+        loop, region.opening(url, create_default=True, prepare=prepare_region, probe=_holds_a_region)
+    )
     memory = None
     claim = layout = None
     try:
@@ -205,7 +213,7 @@ async def _make(url: str | None, name: str | None, settings: Settings | None) ->
             memory.release()
         opened.close()
         raise
-    _nodes.add(node)
+    _nodes.add(weakref.ref(node, _nodes.discard))
     return node
 
 
@@ -341,7 +349,7 @@ def _made(task: asyncio.Task[Node] | TrioFuture, mine: _Mine, key: str, former: 
 
 
 def _at_exit() -> None:
-    for node in list(_nodes):
+    for node in _all_nodes():
         # A daemon thread may be inside C at this moment, where nothing may be taken from under it: such a
         # node ends as a killed process's does.
         if node.ident == threading.get_ident() or not node.loop.is_running():
@@ -349,7 +357,7 @@ def _at_exit() -> None:
 
 
 def _after_fork() -> None:
-    for node in list(_nodes):
+    for node in _all_nodes():
         node.inherited()
     _nodes.clear()
     _implicit.clear()

@@ -88,7 +88,8 @@ class PseudoSocket:
         raise TypeError("Cannot serialize shmsock.PseudoSocket object")
 
     def fileno(self) -> int:
-        """A descriptor to poll, never to read from: readable while there is data, or the end."""
+        """A descriptor to poll, never to read from: readable while there is data, or the end. Raises
+        WrongThreadError on another thread than the loop's."""
         return self._fileno()
 
     def getsockname(self) -> tuple[str, int]:

@@ -46,6 +46,7 @@ class ReadSide(FlowControl, asyncio.Transport):
     if TYPE_CHECKING:  # the other half's
 
         def ready(self, bits: int) -> None: ...
+        def _check_thread(self) -> None: ...
         def force_close(self, error: BaseException | None) -> None: ...
         def _fatal_error(self, error: BaseException, message: str) -> None: ...
         def _write_failed(self) -> None: ...
@@ -83,9 +84,11 @@ class ReadSide(FlowControl, asyncio.Transport):
         return not self._reading_paused and not self._closing
 
     def fileno(self) -> int:
-        """A descriptor that is readable while there is something to read, or the end; -1 after the end."""
+        """A descriptor that is readable while there is something to read, or the end; -1 after the end.
+        Raises WrongThreadError."""
         if self._lost or self.node.closed:
             return -1
+        self._check_thread()
         if self._poll is None:
             self._poll = PollFd()
             self.port.fast = False  # the short cuts tell nobody that they have emptied the ring

@@ -7,6 +7,7 @@ that cancelling loses none.
 from __future__ import annotations
 
 import errno
+import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,6 +21,7 @@ from shmsock.aio.driver import Node
 from shmsock.aio.pseudosocket import PollFd
 from shmsock.aio.turn import Port
 from shmsock.anyio.ends import RECEIVER, SENDER, End, Resource, ShmAttribute, broken, checkpoints
+from shmsock.errors import wrong_thread
 from shmsock.fabric.connection import (
     COPY_MAX,
     EMPTY,
@@ -82,6 +84,8 @@ class _StreamEnd(End):
     def fileno(self) -> int:
         if self.closed:
             return -1
+        if threading.get_ident() != self.node.ident:
+            raise wrong_thread(repr(self.conn))
         self.poll, self.port.fast = self.poll or PollFd(), False  # each receive() tells it
         self.update_poll()
         return self.poll.fd

@@ -32,7 +32,7 @@ import errno
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from shmsock.errors import violation
+from shmsock.errors import violation, wrong_thread
 
 if TYPE_CHECKING:
     from shmsock.fabric.node import Engine
@@ -318,6 +318,8 @@ class Connection:
             if self.engine.lib.sh_look(self.ep) & REL or self.orphaned_ns:
                 self.release()  # read to FIN, and the peer reads nothing any more
         elif status == STALE:
+            if self.engine.alive and not self.engine.lib.sh_node_is_inert(self.engine.nd):
+                raise wrong_thread(repr(self))
             self.error = self.error or self.engine.failure()
             return RESET
         elif status == GROW:

@@ -10,7 +10,16 @@ from typing import Any
 from shmsock.errors import RegionFormatError, format_error, region_error
 from shmsock.fabric.memory import Memory
 
-__all__ = ["MAX_PEERS", "Identity", "Layout", "default_slots", "format_region", "read_layout", "region_for"]
+__all__ = [
+    "MAX_PEERS",
+    "Identity",
+    "Layout",
+    "default_slots",
+    "format_region",
+    "read_layout",
+    "region_for",
+    "too_small",
+]
 
 MAGIC = int.from_bytes(b"SHMSOCK1", "little")
 VERSION = 4
@@ -155,6 +164,16 @@ def default_slots(memory: Memory, size: int, peers: int) -> int:
     return 0
 
 
+def too_small(memory: Memory, peers: int = 1) -> str:
+    """Why there cannot be a region of so many peers in so few bytes; empty: there can."""
+    if memory.size >= HEADER and default_slots(memory, memory.size, peers):
+        return ""
+    need = next(s for s in (1 << k for k in range(12, 40)) if default_slots(memory, s, peers))
+    count = f"{peers} peers" if peers > 1 else "even one peer"
+    fewer = ", or ask for fewer peers" if peers > 1 else ""
+    return f"{memory.size} bytes are too few for a region of {count}: make it {need} or more{fewer}"
+
+
 def format_region(memory: Memory, *, peers: int = 16, rng: random.Random | None = None) -> Layout:
     """Format a zeroed region; harmless if it is formatted already, or being formatted by another at this
     moment.
@@ -165,12 +184,8 @@ def format_region(memory: Memory, *, peers: int = 16, rng: random.Random | None 
     """
     if not 1 <= peers <= MAX_PEERS:
         raise region_error(22, f"a region of {peers} peers was asked for, expected 1 to {MAX_PEERS}")
-    if memory.size < HEADER or not (slots := default_slots(memory, memory.size, peers)):
-        need = next(s for s in (1 << k for k in range(12, 40)) if default_slots(memory, s, peers))
-        raise format_error(
-            f"{memory.size} bytes are too few for a region of {peers} peers: make it {need} or more, or ask "
-            "for fewer peers"
-        )
+    if small := too_small(memory, peers):
+        raise format_error(small)
     magic = memory.load(H_MAGIC)
     if magic == MAGIC:
         return read_layout(memory)
@@ -183,7 +198,7 @@ def format_region(memory: Memory, *, peers: int = 16, rng: random.Random | None 
             "something else; `shmsock create --force` overwrites it"
         )
     draw = rng or random.SystemRandom()
-    log2_slots = slots.bit_length() - 1
+    log2_slots = default_slots(memory, memory.size, peers).bit_length() - 1
     memory.cas(H_ID, 0, draw.getrandbits(39) << 24 | 1 << 63 | log2_slots << 8 | peers)
     region_id = memory.load(H_ID)
     layout = Layout(memory, region_id, memory.size)
@@ -205,6 +220,8 @@ def read_layout(memory: Memory) -> Layout:
         raise format_error(f"the region has {memory.size} bytes, expected at least {HEADER}: truncated?")
     magic, version = memory.load(H_MAGIC), memory.load(H_VERSION)
     if magic != MAGIC:
+        if small := too_small(memory):
+            raise format_error(small)
         state = "not formatted, or zeroed by a guest's boot" if magic == 0 else "it holds something else"
         raise format_error(
             f"the region has magic {magic:#x}, expected {MAGIC:#x}: {state}; run "

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from typing import Any
 
 from shmsock.address import default_region
 from shmsock.errors import RegionUrlError, format_error
@@ -20,7 +21,7 @@ from shmsock.region.bar2 import PciRegion, open_pci, udev_rule
 from shmsock.region.base import Description, Region
 from shmsock.region.create import DEFAULT_SIZE, Prepare, create_file, open_default
 from shmsock.region.file import FileRegion, open_file
-from shmsock.region.ivshmem import IvshmemRegion, open_ivshmem
+from shmsock.region.ivshmem import IvshmemRegion, open_ivshmem, opening_ivshmem
 from shmsock.region.pci import Bar, PciDevice, find_devices
 from shmsock.region.sizes import format_size, parse_size
 from shmsock.region.vfio import VfioRegion, open_vfio
@@ -46,12 +47,14 @@ __all__ = [
     "open_pci",
     "open_region",
     "open_vfio",
+    "opening",
     "parse_size",
     "parse_url",
     "udev_rule",
 ]
 
 Url = str | os.PathLike[str]
+LOOK_S = 0.002  # between two looks whether a server has answered; it does at once
 
 _ACCEPTED = "expected /path, file:/path, pci:auto, pci:0000:00:04.0, vfio:0000:00:04.0 or ivshmem:/path"
 
@@ -130,6 +133,23 @@ def open(
     if argument == default_region():
         return open_default(argument, prepare=prepare, create=create_default and writable, writable=writable)
     return open_file(argument, writable=writable)
+
+
+def opening(url: Url | None = None, **how: Any) -> Generator[float, None, Region]:
+    """open() for event loops: what takes longer than a moment comes in steps. Yields seconds to wait. Closed
+    in between, it leaves nothing behind."""
+    kind, argument = parse_url(url) if url is not None else _parse_default(how.get("sysfs", pci.SYSFS))
+    if kind != "ivshmem":
+        return open(url, **how)
+    steps = opening_ivshmem(argument, writable=how.get("writable", True))
+    try:
+        while True:
+            yield min(next(steps).seconds, LOOK_S)
+    except StopIteration as end:
+        region: Region = end.value
+        return region
+    finally:
+        steps.close()
 
 
 def open_region(url: Url | None = None, *, size: int | None = None, writable: bool = True) -> memoryview:

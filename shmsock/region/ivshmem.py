@@ -14,7 +14,9 @@ import select
 import socket
 import stat
 import time
+from collections.abc import Generator
 from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 from shmsock.errors import ProtocolViolation, RegionError, format_error, region_error, violation
 from shmsock.region import storage
@@ -24,7 +26,9 @@ from shmsock.region.file import FileRegion, whose
 from shmsock.region.ivshmem_protocol import MAX_ID, MAX_VECTORS, MEMORY, PROTOCOL_VERSION, Receiver
 from shmsock.region.sizes import format_size
 
-__all__ = ["IvshmemDoorbell", "IvshmemRegion", "open_ivshmem"]
+__all__ = ["IvshmemDoorbell", "IvshmemRegion", "Wait", "open_ivshmem", "opening_ivshmem"]
+
+_T = TypeVar("_T")
 
 PATIENCE_S = 2.0
 """Connecting and the first messages may take so long together. A server answers at once."""
@@ -38,6 +42,16 @@ _EVENTFD = "anon_inode:[eventfd]"
 _SERVER = "ivshmem server"
 
 _log = logging.getLogger("shmsock")
+
+
+class Wait(NamedTuple):
+    """What opening waits for: until `sock` is readable (None: nothing but time), `seconds` at most."""
+
+    sock: socket.socket | None
+    seconds: float
+
+
+_Waits = Generator[Wait, None, _T]
 
 
 class IvshmemRegion(FileRegion):
@@ -133,7 +147,7 @@ class IvshmemDoorbell(Doorbell):
 
     # -- the first messages
 
-    def greet(self, deadline: float) -> int:
+    def greet(self, deadline: float) -> _Waits[int]:
         """Take in what a newcomer is told. Returns the descriptor of the memory, the caller's to close.
 
         Nothing marks the end. Our own vectors come last, and the first is enough to go on, unless the other
@@ -141,11 +155,11 @@ class IvshmemDoorbell(Doorbell):
         """
         memory = -1
         try:
-            self._hear_version(deadline)
-            self._hear_id(deadline)
+            yield from self._hear_version(deadline)
+            yield from self._hear_id(deadline)
             common = 0
             while memory < 0 or self.vectors < max(common, 1):
-                number, fd = self._hear(deadline, self._missing(memory, common))
+                number, fd = yield from self._hear(deadline, self._missing(memory, common))
                 if number == MEMORY and memory < 0 <= fd:
                     memory = fd
                     continue
@@ -165,8 +179,8 @@ class IvshmemDoorbell(Doorbell):
             if memory >= 0:
                 os.close(memory)
 
-    def _hear_version(self, deadline: float) -> None:
-        version, fd = self._hear(deadline, "the version of its protocol")
+    def _hear_version(self, deadline: float) -> _Waits[None]:
+        version, fd = yield from self._hear(deadline, "the version of its protocol")
         if fd >= 0:
             os.close(fd)
             raise violation(_SERVER, "a descriptor beside the version", "none")
@@ -179,8 +193,8 @@ class IvshmemDoorbell(Doorbell):
         seen = f"it began with {data!r}, expected a protocol version, {PROTOCOL_VERSION}"
         raise self._refuse(errno.EPROTO, f"{seen}; not an ivshmem server? Name the socket of one")
 
-    def _hear_id(self, deadline: float) -> None:
-        number, fd = self._hear(deadline, "our id")
+    def _hear_id(self, deadline: float) -> _Waits[None]:
+        number, fd = yield from self._hear(deadline, "our id")
         if fd >= 0:
             os.close(fd)
         if fd >= 0 or not 0 <= number <= MAX_ID:
@@ -188,13 +202,13 @@ class IvshmemDoorbell(Doorbell):
             raise violation(_SERVER, seen, f"one of 0 to {MAX_ID}, alone (servers before QEMU 2.5 differ)")
         self.id = number
 
-    def _hear(self, deadline: float, wanted: str) -> tuple[int, int]:
+    def _hear(self, deadline: float, wanted: str) -> _Waits[tuple[int, int]]:
         """The next message, whenever it comes until `deadline`. Raises RegionError, ProtocolViolation."""
         while (left := deadline - time.monotonic()) > 0:
             try:
                 return self._receiver.receive()
             except BlockingIOError:
-                _wait_readable(self._sock, left)
+                yield Wait(self._sock, left)
             except ProtocolViolation:
                 raise
             except OSError as error:
@@ -334,11 +348,29 @@ def open_ivshmem(path: str, *, writable: bool = True) -> IvshmemRegion:
     RegionPermissionError, ECONNREFUSED (nobody listens), ETIMEDOUT, ECONNRESET, EPROTO and EPROTONOSUPPORT
     (what listens is no ivshmem server, or one that does not work), RegionFormatError (too little memory), ...
     """
+    steps = opening_ivshmem(path, writable=writable)
+    try:
+        while True:
+            wait = next(steps)
+            if wait.sock is not None:
+                _wait_readable(wait.sock, wait.seconds)
+            else:
+                time.sleep(wait.seconds)
+    except StopIteration as end:
+        region: IvshmemRegion = end.value
+        return region
+    finally:
+        steps.close()
+
+
+def opening_ivshmem(path: str, *, writable: bool = True) -> _Waits[IvshmemRegion]:
+    """The same in steps: yields what is waited for, and never waits itself. Closed in between, it leaves
+    nothing behind."""
     path = os.path.join(os.getcwd(), path)
     deadline = time.monotonic() + PATIENCE_S
-    doorbell = IvshmemDoorbell(path, _connect(path, deadline))
+    doorbell = IvshmemDoorbell(path, (yield from _connect(path, deadline)))
     try:
-        memory = doorbell.greet(deadline)
+        memory = yield from doorbell.greet(deadline)
         try:
             own = _reopen(memory, writable)
             try:
@@ -354,7 +386,7 @@ def open_ivshmem(path: str, *, writable: bool = True) -> IvshmemRegion:
         raise
 
 
-def _connect(path: str, deadline: float) -> socket.socket:
+def _connect(path: str, deadline: float) -> _Waits[socket.socket]:
     """A stream socket, non-blocking, connected to `path`. Raises RegionError."""
     if len(os.fsencode(path)) > _LONGEST:
         seen = f"the path of the socket has {len(os.fsencode(path))} bytes, expected at most {_LONGEST}"
@@ -379,7 +411,7 @@ def _connect(path: str, deadline: float) -> socket.socket:
                     raise region_error(
                         errno.ETIMEDOUT, f"the ivshmem server at {path} lets nobody in: it hangs", path
                     ) from None
-                time.sleep(0.01)
+                yield Wait(None, 0.01)
             except RegionError:
                 raise
             except OSError as error:

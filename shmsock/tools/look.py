@@ -13,7 +13,7 @@ from typing import Any
 from shmsock.address import boot_id
 from shmsock.fabric import layout as lay
 from shmsock.fabric.attach import Seen, survey
-from shmsock.fabric.layout import Layout, read_layout
+from shmsock.fabric.layout import Layout, read_layout, too_small
 from shmsock.fabric.memory import Memory, native_core
 from shmsock.region.base import Region, map_bytes
 from shmsock.region.file import FileRegion
@@ -70,7 +70,7 @@ class Content:
     """`problem` says why there are no sections."""
 
     state: str
-    """formatted, unformatted, foreign, or broken."""
+    """formatted, unformatted, foreign, or broken (too small, too)."""
     problem: str = ""
     version: int | None = None
     region_id: str | None = None
@@ -86,19 +86,21 @@ def look(region: Region, watch_s: float = BEAT_S) -> Content:
     """Read a region that others may be using. Takes `watch_s` seconds when it is formatted."""
     head = _head(region)
     word = int.from_bytes(head[:8], "little")
-    if not any(head):
-        return Content(
-            "unformatted", "its first page is all zero: nobody formatted it yet, or a boot zeroed it"
-        )
-    if word not in (0, lay.MAGIC):
-        return Content("foreign", f"it begins with {head[:16].hex(' ')}: it holds something else")
-    if word == 0:
-        return Content(
-            "unformatted",
-            "somebody began to format it, or zeroed its first word, and did not come to the end",
-        )
     memory = Memory(native_core(), region.mmap, write_combining=region.write_combining)
     try:
+        if word not in (0, lay.MAGIC):
+            return Content("foreign", f"it begins with {head[:16].hex(' ')}: it holds something else")
+        if word == 0 and (small := too_small(memory)):
+            return Content("broken", small)
+        if not any(head):
+            return Content(
+                "unformatted", "its first page is all zero: nobody formatted it yet, or a boot zeroed it"
+            )
+        if word == 0:
+            return Content(
+                "unformatted",
+                "somebody began to format it, or zeroed its first word, and did not come to the end",
+            )
         version = memory.load(lay.H_VERSION)
         try:
             layout = read_layout(memory)

@@ -277,7 +277,7 @@ def node_of_this_loop() -> list[shmsock.Node]:
     from shmsock.aio import attach
 
     loop = asyncio.get_running_loop()
-    return [node for node in attach._nodes if node.loop is loop and not node.closed]
+    return [node for node in attach._all_nodes() if node.loop is loop and not node.closed]
 
 
 def test_sockets_without_a_transport(run_shm: Run, tmp_path: Path) -> None:

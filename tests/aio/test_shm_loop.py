@@ -45,7 +45,7 @@ def run_shm(request: pytest.FixtureRequest, shm_region: Path, monkeypatch: pytes
 
 def nodes() -> list[shmsock.Node]:
     loop = asyncio.get_running_loop()
-    return [node for node in attach._nodes if node.loop is loop and not node.closed]
+    return [node for node in attach._all_nodes() if node.loop is loop and not node.closed]
 
 
 async def ask(host: Any, port: int) -> str:

@@ -12,7 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def all_said(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that listens when the server has said everything."""
     greet = IvshmemDoorbell.greet
 
-    def late(doorbell: IvshmemDoorbell, deadline: float) -> int:
+    def late(doorbell: IvshmemDoorbell, deadline: float) -> Generator[Any, None, int]:
         assert server.said_all.wait(20)
         return greet(doorbell, deadline)
 
