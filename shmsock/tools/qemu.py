@@ -69,6 +69,10 @@ __all__ = [
 
 BOOT_SECONDS = 90.0
 
+KERNEL_WORDS = "console=ttyS0 panic=-1 quiet mitigations=off random.trust_cpu=on no_timer_check"
+"""(The last: the kernel would look whether the timer's interrupts come within a few ticks, which an emulated
+one's may not on a busy host, and panic; under KVM it does not look either.)"""
+
 log = logging.getLogger("shmsock.qemu")
 
 
@@ -148,7 +152,7 @@ class Fleet:
             *("-numa", "node,memdev=ram"),
             *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
             *("-kernel", str(self.kernel.image), "-initrd", str(self._initramfs(stem, marker))),
-            *("-append", f"console=ttyS0 panic=-1 quiet mitigations=off random.trust_cpu=on {append}"),
+            *("-append", f"{KERNEL_WORDS} {append}"),
             *(["-device", "intel-iommu,intremap=on"] if iommu else []),
             *(argument for index, device in enumerate(devices) for argument in device.arguments(index)),
             *extra,
