@@ -31,7 +31,7 @@ SIZE = 100_000
 def test_a_thousand_clients_that_are_gone_before_they_are_read(
     run: Run, make: Callable[..., str], end: str, code: int, after: str
 ) -> None:
-    processes, each = 10, 100
+    processes, each = 5, 200
     ends: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
     async def read(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> tuple[int, str]:

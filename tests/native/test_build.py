@@ -17,6 +17,7 @@ from shmsock.native import build
 
 ROOT = Path(build.__file__).resolve().parents[2]
 ARM64 = "aarch64-linux-gnu-gcc"
+NOT_OPTIMISED = "-O0"  # where only what is compiled matters
 
 
 Done = subprocess.CompletedProcess[str]
@@ -66,7 +67,8 @@ def test_headers_stand_alone(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
 
 
-def test_variant_is_compiled_once(tmp_path: Path) -> None:
+def test_variant_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CFLAGS", NOT_OPTIMISED)
     ffi, lib = build.build_variant("_core_fake", [build.FAKE_MEMORY], tmp_path)
     assert ffi.typeof("void(*)(void)") == ffi.typeof(lib.sh_fake_reset)
     (built,) = tmp_path.glob("_core_fake-*/*.so")
@@ -87,7 +89,10 @@ def test_sdist_and_wheel_are_whole(tmp_path: Path) -> None:
 
     def backend(cwd: Path, hook: str) -> Path:
         script = f"from setuptools import build_meta; build_meta.{hook}({str(tmp_path)!r})"
-        done = subprocess.run([sys.executable, "-c", script], cwd=cwd, text=True, capture_output=True)
+        environment = {**os.environ, "CFLAGS": NOT_OPTIMISED}
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=cwd, env=environment, text=True, capture_output=True
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         (made,) = tmp_path.glob("*.tar.gz" if hook == "build_sdist" else "*.whl")
         return made
