@@ -11,11 +11,14 @@ node is pumped).
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import mmap
 import os
 import random
 import struct
+import sys
+import zlib
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,7 +51,11 @@ SETTINGS = Settings(ring_bytes=16384)
 @functools.cache
 def fake_core(*defines: str) -> Core:
     """The core over lazy memory, compiled once."""
-    return Core(*build_variant("_core_fake", [FAKE_MEMORY, *defines], CACHE))
+    CACHE.mkdir(parents=True, exist_ok=True)
+    variant = zlib.crc32(repr((sys.version, defines, os.environ.get("CFLAGS"))).encode())
+    with open(CACHE / f"lock-{variant}", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # by one of the processes that run tests side by side
+        return Core(*build_variant("_core_fake", [FAKE_MEMORY, *defines], CACHE))
 
 
 class FakeLocks:
