@@ -7,6 +7,8 @@ BIN := .venv/bin
 # Most tests wait more than they compute: one at a time more than there are CPUs.
 AT_ONCE := -n $(shell expr $$(nproc) + 1)
 QUICK := $(AT_ONCE) -m "not vm and not slow"
+# The tests of a file share guests, and so does one process. Files in their order: the long ones are not the last.
+GUESTS := -n 2 --dist loadfile --no-loadscope-reorder -m "vm or slow"
 # What depends on the Python version: asyncio's contract, its loops, anyio. The rest runs on one.
 ACROSS := $(AT_ONCE) -m "not vm and not slow and not control" tests/conformance tests/anyio_face tests/aio/test_streams.py tests/aio/test_datagram.py \
 	tests/aio/test_cpython.py tests/aio/test_cpython_loop.py tests/aio/test_loop.py \
@@ -45,7 +47,7 @@ instructions: ## instructions per operation of the core; fails where they have b
 .PHONY: test
 test: lint ## everything: checks, all Python versions there are, real guests
 	@$(BIN)/python -m pytest -q $(QUICK)
-	@.ci/both '.ci/matrix $(ACROSS)' '$(BIN)/python -m pytest -m "vm or slow" -n 2 --dist loadgroup'
+	@.ci/both '.ci/matrix $(ACROSS)' '$(BIN)/python -m pytest $(GUESTS)'
 
 .PHONY: test-quick
 test-quick: setup ## the tests without guests, on one Python

@@ -13,14 +13,6 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `--dist loadgroup` one process runs all tests that share guests, and others what merely takes
-    long."""
-    for item in items:
-        if item.get_closest_marker("vm"):
-            item.add_marker(pytest.mark.xdist_group("guests"))
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _collecting_is_cheap() -> Iterator[None]:
     """Many tests collect: only what they made themselves is looked at then."""
