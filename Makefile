@@ -10,9 +10,9 @@ QUICK := $(AT_ONCE) -m "not vm and not slow"
 # The tests of a file share guests, and so does one process. Files in their order: the long ones are not the last.
 GUESTS := -n 2 --dist loadfile --no-loadscope-reorder -m "vm or slow"
 # What depends on the Python version: asyncio's contract, its loops, anyio. The rest runs on one.
-ACROSS := $(AT_ONCE) -m "not vm and not slow and not control" tests/conformance tests/anyio_face tests/aio/test_streams.py tests/aio/test_datagram.py \
-	tests/aio/test_cpython.py tests/aio/test_cpython_loop.py tests/aio/test_loop.py \
-	tests/aio/test_protocols.py tests/aio/test_shm_loop.py
+ACROSS := -n $(shell nproc) -m "not vm and not slow and not control" tests/conformance tests/anyio_face \
+	tests/aio/test_streams.py tests/aio/test_datagram.py tests/aio/test_cpython.py tests/aio/test_cpython_loop.py \
+	tests/aio/test_loop.py tests/aio/test_protocols.py tests/aio/test_shm_loop.py
 
 .PHONY: help
 help: ## list the targets

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import signal
+import sys
+import zlib
+from collections import defaultdict
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +14,37 @@ import pytest
 # A test run that was started in the background may have been told to ignore SIGINT, and children inherit
 # that: those that a test sends one must get it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--across",
+        action="store_true",
+        help="run each test in all of its cases, but those on uvloop in one: for the other Python versions",
+    )
+
+
+def _one_case_on_uvloop(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect the other cases. Each version takes another one, so that together they have more of them.
+
+    uvloop has its own loop and transports, whatever the version; asyncio's are the version's.
+    """
+    cases = defaultdict(list)
+    for item in items:
+        test, _, case = item.nodeid.partition("[")
+        if "uvloop" in case and not {"control", "slow", "vm"} & {mark.name for mark in item.iter_markers()}:
+            cases[test].append(item)
+    dropped = set()
+    for test, found in cases.items():
+        del found[(zlib.crc32(test.encode()) + sys.version_info[1]) % len(found)]
+        dropped |= set(found)
+    config.hook.pytest_deselected(items=[item for item in items if item in dropped])
+    items[:] = [item for item in items if item not in dropped]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("across"):
+        _one_case_on_uvloop(config, items)
 
 
 @pytest.fixture(scope="module", autouse=True)
