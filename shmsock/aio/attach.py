@@ -28,7 +28,6 @@ from shmsock.fabric.node import Engine
 from shmsock.fabric.peers import Peer
 from shmsock.fabric.settings import Settings
 from shmsock.region.base import Region
-from shmsock.region.descriptors import copy_eventfd, eventfd_id
 from shmsock.wakeup import Keeper
 
 if TYPE_CHECKING:
@@ -186,7 +185,6 @@ async def _make(url: str | None, name: str | None, settings: Settings | None) ->
             locks=opened,
             doorbell=opened.doorbell if us.doorbells else None,
             futex=futex,
-            copy_eventfd=copy_eventfd,
             now_ns=memory.core.lib.sh_clock(),
         )
         try:
@@ -199,7 +197,6 @@ async def _make(url: str | None, name: str | None, settings: Settings | None) ->
                     futex=futex,
                 )
             )
-            engine.wakes.offer(keepers[0].fd, eventfd_id(keepers[0].fd))
             node = Node(opened, engine, keepers[0], loop, slow)
         except BaseException:
             for keeper in keepers:

@@ -394,8 +394,8 @@ class Node(Turn):  # type: ignore[misc]
         """Counters since attach, and what is so now. Of waking: `rung` and `suppressed` (not rung, as the
         peer was awake, or had been rung), `received` and `spurious`, doorbells and futexes alike; `healed`:
         lost, or forgotten, and found by a slow look; `woken_by`: by name, how each peer wakes this node,
-        "doorbell", "futex" or "polling"; `wakes`: how this node wakes each peer, "doorbell", "eventfd" (its
-        loop's), "futex" or "nothing"; `doorbell`: the own id on the ivshmem server, or None;
+        "doorbell", "futex" or "polling"; `wakes`: how this node wakes each peer, "doorbell", "futex" or
+        "nothing"; `doorbell`: the own id on the ivshmem server, or None;
         `doorbell_lost`: why there is none any more. `names`: who is there; `peers`: how many, this one
         included. `region_replaced`: what became of the file or device, when who attaches now gets another one
         or none; else ""."""

@@ -29,18 +29,8 @@ LISTENERS = 448
 # offsets in the header, then in a section, then in a pair
 H_MAGIC, H_VERSION, H_ID, H_BYTES = 0, 8, 16, 24
 CLAIM, BEAT, PUMPS, INCARNATION, STATE, N_LISTENERS, FLAGS = 0x00, 0x40, 0x48, 0xC0, 0xC8, 0xD0, 0xD8
-NAME, MACHINE, BOOT, PID, DEV, INO, LEFT, DOORBELL, LOOP, OWNER = (
-    0x100,
-    0x140,
-    0x150,
-    0x160,
-    0x168,
-    0x170,
-    0x178,
-    0x180,
-    0x188,
-    0x190,
-)
+NAME, MACHINE, BOOT, PID, DEV, INO = 0x100, 0x140, 0x150, 0x160, 0x168, 0x170
+LEFT, DOORBELL, RESERVED, OWNER = 0x178, 0x180, 0x188, 0x190
 LISTENER = 0x200
 BELL, OUTBOX, INBOX, USERS = 0x00, 0x40, 0x80, 0xC0
 LIVE, LEAVING, GONE = 1, 2, 3
@@ -144,7 +134,7 @@ class Layout:
         memory.store(at + DEV, who.file[0])
         memory.store(at + INO, who.file[1])
         memory.store(at + FLAGS, who.flags)
-        memory.store(at + LOOP, 0)  # offered later, when there is one
+        memory.store(at + RESERVED, 0)
         memory.store(at + OWNER, who.claim)
         memory.store(at + INCARNATION, incarnation)
 

@@ -65,7 +65,6 @@ class Engine:
         locks: Locks | None = None,
         doorbell: Doorbell | None = None,
         futex: bool = False,
-        copy_eventfd: Callable[[int, int, int], int] | None = None,
         now_ns: int = 0,
     ) -> None:
         self.layout, self.memory, self.claim = layout, layout.memory, claim
@@ -115,7 +114,7 @@ class Engine:
         self._reap: dict[int, tuple[int, int, int]] = {}
         self._next_safety = now_ns + SAFETY_NS
         self._sample_at(now_ns)
-        self._attach(identity, Wakes(self, doorbell, futex, copy_eventfd), now_ns)
+        self._attach(identity, Wakes(self, doorbell, futex), now_ns)
 
     # -- life
 
@@ -159,7 +158,6 @@ class Engine:
                 self._give_back()
         finally:  # whatever happens: the region may be unmapped from here on
             self.abandon(node_closed(self.name))
-            self.wakes.close()
 
     def _give_back(self) -> None:
         memory, at = self.memory, self.layout.section(self.section)

@@ -39,13 +39,8 @@ class Peer:
         self.here = False  # was live, and sample() has not told yet that it is gone
         self.watched = False  # its lock: somebody was asked to
         self.doorbell = 0  # id << 32 | vectors, as it says
-        self.loop = 0  # descriptor << 32 | id of the eventfd that its loop waits for, as it says
-        self.told = (
-            0,
-            False,
-            0,
-            0,
-        )  # life, live or coming, and how to ring it, as `changed` was last told of
+        #: life, live or coming, and its doorbell, as `changed` was last told of
+        self.told = (0, False, 0)
         self.forsaken = False  # the server says that its id is gone: dead, if its beat is still as well
         self.beat = -1
         self.beat_ns = 0
@@ -97,7 +92,7 @@ class Peers:
         if not claim and not peer.claim:
             return  # nobody was there, and nobody is
         life, state = load(at + lay.INCARNATION), load(at + lay.STATE)
-        peer.claim, peer.doorbell, peer.loop = claim, load(at + lay.DOORBELL), load(at + lay.LOOP)
+        peer.claim, peer.doorbell = claim, load(at + lay.DOORBELL)
         if life != peer.incarnation:
             peer.incarnation = life
             peer.who = who = self.layout.identity(peer.section)
@@ -124,7 +119,7 @@ class Peers:
             self.some.append(peer)
 
     def _tell(self, peer: Peer) -> None:
-        now = (peer.incarnation, peer.live or peer.coming, peer.doorbell, peer.loop)
+        now = (peer.incarnation, peer.live or peer.coming, peer.doorbell)
         if now != peer.told:
             peer.told = now
             self.changed(peer)

@@ -1,8 +1,7 @@
 """Who wakes whom, pair by pair: by a doorbell where both have one, by a futex where both run under one
 kernel, else by nobody, and the keeper looks.
 
-A futex wakes the keeper, which wakes the loop. Who may take a copy of the eventfd that the loop waits for
-rings that instead.
+A futex wakes the keeper, which wakes the loop.
 
 A doorbell that was rung and never came is found out by the core (doorbell.c, sh_lost): such a peer is looked
 at as one that cannot ring, until a doorbell of its comes through.
@@ -10,7 +9,6 @@ at as one that cannot ring, until a doorbell of its comes through.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -23,26 +21,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Wakes"]
 
-NONE, FUTEX, EVENTFD, REGISTER, LOST, LOOP = range(6)
+NONE, FUTEX, EVENTFD, REGISTER, LOST = range(5)
 BY_FUTEX, BY_DOORBELL = 1, 2
 MAX_ID, MAX_VECTORS = 65535, 64
-MASK = 0xFFFFFFFF
 
 
 class Wakes:
     """The ways in and out of one node. `doorbell`: ours, if any; `futex`: words of this mapping can be waited
-    for. `copy`: what gives a copy of another process's eventfd, by its pid, number and id; -1: none."""
+    for."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        doorbell: Doorbell | None,
-        futex: bool,
-        copy: Callable[[int, int, int], int] | None = None,
-    ) -> None:
-        self.engine, self.futex, self._copy = engine, futex, copy
-        self._loops: dict[int, tuple[tuple[int, int], int]] = {}  # by section: whose, and our copy
-        self.doorbell = doorbell
+    def __init__(self, engine: Engine, doorbell: Doorbell | None, futex: bool) -> None:
+        self.engine, self.doorbell, self.futex = engine, doorbell, futex
 
     def announce(self) -> None:
         """Say in our section how we are rung."""
@@ -68,37 +57,6 @@ class Wakes:
             and who.file == me.file
         )
 
-    def offer(self, fd: int, ident: int) -> None:
-        """Those under the same kernel may ring this eventfd, on which our loop waits."""
-        if self.futex and ident:
-            engine = self.engine
-            engine.memory.store(engine.layout.section(engine.section) + lay.LOOP, fd << 32 | ident)
-
-    def _loop(self, peer: Peer) -> int:
-        """Our copy of the eventfd that the peer's loop waits for. -1: not to be had."""
-        wanted = (peer.who.pid if peer.who else 0, peer.loop)
-        known, fd = self._loops.get(peer.section, ((0, 0), -1))
-        if known != wanted:
-            self._forget_loop(peer.section)
-            fd = -1
-            if self._copy and peer.loop and self._runs_here(peer):
-                fd = self._copy(wanted[0], peer.loop >> 32, peer.loop & MASK)
-            self._loops[peer.section] = (wanted, fd)
-        return fd
-
-    def _runs_here(self, peer: Peer) -> bool:
-        """Under this kernel, by the lock of its section: who says so may be a VM that has read it."""
-        return peer.locked and not self.engine.peers.killed(peer)
-
-    def _forget_loop(self, section: int) -> None:
-        if (fd := self._loops.pop(section, ((0, 0), -1))[1]) >= 0:
-            os.close(fd)
-
-    def close(self) -> None:
-        """Nobody is rung any more."""
-        for section in list(self._loops):
-            self._forget_loop(section)
-
     def way(self, peer: Peer) -> str:
         """How the peer wakes us: "doorbell", "futex" or "polling"."""
         if self.engine.lib.sh_polled(self.engine.nd, peer.section):
@@ -106,12 +64,10 @@ class Wakes:
         return "doorbell" if self._id(peer) is not None else "futex"
 
     def way_out(self, peer: Peer) -> str:
-        """How we wake the peer: "doorbell", "eventfd", "futex" or "nothing"."""
+        """How we wake the peer: "doorbell", "futex" or "nothing"."""
         if self._id(peer) is not None:
             return "doorbell"
-        if not self._by_futex(peer):
-            return "nothing"
-        return "futex" if self._loops.get(peer.section, ((0, 0), -1))[1] < 0 else "eventfd"
+        return "futex" if self._by_futex(peer) else "nothing"
 
     def of_all(self, way: Callable[[Peer], str]) -> dict[str, str]:
         """way() or way_out() of all others that are there, by name."""
@@ -130,17 +86,13 @@ class Wakes:
         there = peer.live or peer.coming
         if not there:
             lib.sh_reach(nd, peer.section, NONE, -1, 0, 0)
-            self._forget_loop(peer.section)
         elif reach is not None:
             kind = EVENTFD if reach.kind == "eventfd" else REGISTER
             lib.sh_reach(nd, peer.section, kind, reach.fd, reach.offset, reach.value)
         elif number is not None:  # of another server, or not announced to us yet
             lib.sh_reach(nd, peer.section, LOST, -1, 0, 0)
-        elif not self._by_futex(peer):
-            lib.sh_reach(nd, peer.section, NONE, -1, 0, 0)
         else:
-            fd = self._loop(peer)
-            lib.sh_reach(nd, peer.section, FUTEX if fd < 0 else LOOP, fd, 0, 0)
+            lib.sh_reach(nd, peer.section, FUTEX if self._by_futex(peer) else NONE, -1, 0, 0)
         rings = (BY_DOORBELL if number is not None else 0) | (BY_FUTEX if self._by_futex(peer) else 0)
         lib.sh_rings(nd, peer.section, rings, int(there))
 

@@ -26,7 +26,7 @@ enum sh_listen {
 };
 enum sh_flag { SH_FLAG_LOCKED = 1, SH_FLAG_FUTEX = 2 };
 /* how a sleeping peer is woken */
-enum sh_reach { SH_REACH_NONE, SH_REACH_FUTEX, SH_REACH_EVENTFD, SH_REACH_REGISTER, SH_REACH_LOST, SH_REACH_LOOP };
+enum sh_reach { SH_REACH_NONE, SH_REACH_FUTEX, SH_REACH_EVENTFD, SH_REACH_REGISTER, SH_REACH_LOST };
 /* and how it wakes us; both may be, as it changes over when it hears of our doorbell, or of its end */
 enum sh_heard { SH_HEARD_LOCK = 1, SH_HEARD_DOUBT = 2 };
 enum sh_rings { SH_RINGS_NOT, SH_RINGS_FUTEX, SH_RINGS_DOORBELL };
@@ -48,7 +48,7 @@ enum sh_bits {
 };
 enum sh_event { SH_EV_SLOT = 0, SH_EV_ADOPT = 1, SH_EV_MESSAGE = 2 };
 enum sh_sizes { SH_TAKE = 4096 }; /* bytes that sh_take() copies */
-enum sh_glance { SH_GLANCE_BEAT = 5, SH_GLANCE }; /* words per section */
+enum sh_glance { SH_GLANCE_BEAT = 4, SH_GLANCE }; /* words per section */
 enum sh_counter {
     SH_N_PUMPS, SH_N_READS, SH_N_WRITES, SH_N_BYTES_IN, SH_N_BYTES_OUT, SH_N_NOTIFY, SH_N_PENDING, SH_N_SPIN_HIT, SH_N_SPIN_MISS,
     SH_N_WAKEUPS, SH_N_HEALED, SH_N_BELLS, SH_N_DATAGRAMS_IN, SH_N_DATAGRAMS_OUT, SH_N_RUNG, SH_N_SUPPRESSED,

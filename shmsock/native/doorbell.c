@@ -20,14 +20,14 @@
  * with its next beats, and makes room (sh_unstick). Looking first keeps honest accidents from getting there. */
 static void ring_eventfd(sh_node *nd, struct sh_link *l)
 {
-    uint64_t value = l->reach == SH_REACH_LOOP ? SH_RING : 1;
+    uint64_t one = 1;
     ssize_t done = 0;
 
     if (__atomic_load_n(&l->stuck, __ATOMIC_RELAXED))
         return;
     __atomic_store_n(&nd->ringing, ++nd->rings << 8 | (uint64_t)(l - nd->links), __ATOMIC_RELEASE);
     if (poll(&(struct pollfd){.fd = l->reach_fd, .events = POLLOUT}, 1, 0) == 1)
-        done = write(l->reach_fd, &value, sizeof value);
+        done = write(l->reach_fd, &one, sizeof one);
     __atomic_store_n(&nd->ringing, 0, __ATOMIC_SEQ_CST);
     while (__atomic_load_n(&nd->unsticking, __ATOMIC_SEQ_CST)) /* it does not wait; and the descriptor may be closed, and be another's, once we return */
         sched_yield();
@@ -66,7 +66,7 @@ static void ring(sh_node *nd, struct sh_link *l)
         done = syscall(SYS_futex, &l->out->rang, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
         if (SH_HIGH(sh_peek(&l->in->outbox)) != l->my_inc) /* it does not know us yet, and does not wait for that */
             done = syscall(SYS_futex, l->sleeping, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
-    } else if (l->reach == SH_REACH_EVENTFD || l->reach == SH_REACH_LOOP)
+    } else if (l->reach == SH_REACH_EVENTFD)
         ring_eventfd(nd, l);
     else if (l->reach == SH_REACH_REGISTER) /* else LOST: it relies on a doorbell that we cannot ring, and rang tells it so */
         done = pwrite(l->reach_fd, &l->reach_value, sizeof l->reach_value, (off_t)l->reach_at);

@@ -253,7 +253,7 @@ int sh_keeper_start(sh_keeper *k, sh_node *nd, int event_fd, int lock_fd, uint64
     error = pthread_create(&k->thread, NULL, run, k);
     pthread_sigmask(SIG_SETMASK, &old, NULL);
     if (!error)
-        pthread_setname_np(k->thread, "shmsock-keeper"); /* from here, as others look for it as soon as they are told of our eventfd */
+        pthread_setname_np(k->thread, "shmsock-keeper");
     return error;
 }
 
@@ -289,17 +289,8 @@ int sh_keeper_arm(sh_keeper *k, int hurry)
 /* Empty the eventfd; before the pump looks, never after: what comes in between must fill it again. Returns SH_HEARD_*: what else is due. */
 int sh_keeper_heard(sh_keeper *k)
 {
-    uint64_t rings = k->ended ? 0 : sh_drain(k->event_fd) / SH_RING;
-
-    if (rings) { /* by who is under the same kernel, past the keeper */
-        SET(k->armed, 0);
-        __atomic_fetch_add(&k->nd->n[SH_N_RECEIVED], rings, __ATOMIC_RELAXED);
-        if (!sh_bells_differ(k->nd, k->nd->known)) {
-            __atomic_store_n(&k->nd->strangers, 1, __ATOMIC_RELAXED);
-            if (!sh_bells_differ(k->nd, SH_ALL))
-                __atomic_fetch_add(&k->nd->n[SH_N_SPURIOUS], rings, __ATOMIC_RELAXED);
-        }
-    }
+    if (!k->ended)
+        sh_drain(k->event_fd);
     return (sh_keeper_unlocked(k) ? SH_HEARD_LOCK : 0) | (k->nd->doubts ? SH_HEARD_DOUBT : 0);
 }
 

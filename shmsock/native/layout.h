@@ -57,8 +57,8 @@ struct sh_section { /* first page of a section */
     uint64_t ino;
     uint64_t left; /* departures counted over the region: the smaller, the longer ago */
     uint64_t doorbell; /* id:32 | vectors:32 of the owner's ivshmem doorbell; 0: it has none */
-    uint64_t loop;     /* descriptor:32 | id:32 of the eventfd that the owner's loop waits for; 0: it is not to be had */
-    uint64_t owner;    /* claim word under which this identity was written */
+    uint64_t reserved1;
+    uint64_t owner; /* claim word under which this identity was written */
     uint8_t pad4[104];
     uint64_t listener[SH_LISTENERS]; /* port:16 | SH_LISTEN_* << 16 */
 };
@@ -130,7 +130,6 @@ SH_AT(sh_section, dev, 0x168);
 SH_AT(sh_section, ino, 0x170);
 SH_AT(sh_section, left, 0x178);
 SH_AT(sh_section, doorbell, 0x180);
-SH_AT(sh_section, loop, 0x188);
 SH_AT(sh_section, owner, 0x190);
 SH_AT(sh_section, listener, 0x200);
 SH_ASSERT(sizeof(struct sh_section) == SH_PAGE);

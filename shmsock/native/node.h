@@ -143,7 +143,6 @@ void sh_notify_slot(sh_node *nd, uint32_t peer, uint32_t slot);
 int sh_bells_differ(const sh_node *nd, uint64_t of);
 uint64_t sh_drain(int fd);
 void sh_know(sh_node *nd, uint32_t peer, int known);
-#define SH_RING (1u << 16) /* what a peer adds to the eventfd that our loop waits for, and the keeper 1 */
 #define SH_ALL (~0ull)
 int sh_collect(sh_node *nd, struct sh_link *l);
 int sh_refresh(sh_ep *ep);

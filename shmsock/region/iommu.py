@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from shmsock.errors import RegionError, region_error
-from shmsock.region.descriptors import copy_descriptor
 from shmsock.region.pci import SYSFS, PciDevice, read_device
 
 __all__ = ["DEV", "NOIOMMU_SWITCH", "Group", "borrow", "no_iommu", "not_viable", "read_group", "users"]
@@ -20,6 +20,8 @@ NOIOMMU_SWITCH = "module/vfio/parameters/enable_unsafe_noiommu_mode"
 
 VFIO_DEVICE = "anon_inode:[vfio-device]"
 """What a descriptor of a device looks like in /proc."""
+
+_PIDFD_GETFD = 438  # the number is the same on every machine
 
 _HARMLESS = ("vfio", "pci-stub", "pcieport", "shpchp")
 """Drivers that vfio bears beside itself in a group."""
@@ -124,8 +126,21 @@ def borrow(group: Group, proc: str = "/proc") -> int:
         devices = [number for number, link in links.items() if link == VFIO_DEVICE]
         if devices and groups - {f"{directory}/vfio"} == {group.path}:
             with contextlib.suppress(OSError):
-                return copy_descriptor(int(pid), int(devices[0]))
+                return _copy_descriptor(int(pid), int(devices[0]))
     return -1
+
+
+def _copy_descriptor(pid: int, fd: int) -> int:
+    """Another process's descriptor: pidfd_getfd (Linux 5.6), for who may trace it. Raises OSError."""
+    process = os.pidfd_open(pid)
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        taken: int = libc.syscall(_PIDFD_GETFD, process, fd, 0)
+        if taken < 0:
+            raise OSError(ctypes.get_errno(), f"pidfd_getfd: {os.strerror(ctypes.get_errno())}")
+        return taken
+    finally:
+        os.close(process)
 
 
 def _processes(proc: str) -> list[str]:

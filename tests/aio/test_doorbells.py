@@ -26,7 +26,7 @@ import shmsock
 import shmsock.anyio as shm
 from shmsock.errors import RegionFormatError
 from shmsock.fabric import layout as lay
-from tests.aio.conftest import LIMIT, Run, until
+from tests.aio.conftest import LIMIT, Run, open_files, until
 from tests.aio.processes import Child, pattern
 from tests.anyio_face.conftest import run_on
 from tests.anyio_face.processes import Child as AnyChild
@@ -200,21 +200,15 @@ def test_every_loop(server: Server, backend: str) -> None:
     run_on(backend, main)
 
 
-@pytest.mark.parametrize("way", ["eventfd", "futex"])
-def test_with_and_without_doorbells(
-    run: Run, make: Any, directory: Path, way: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The same memory by the server and by its file: the kernel wakes both. By futexes, where a process may
-    not take a copy of the other's eventfd."""
+def test_with_and_without_doorbells(run: Run, make: Any, directory: Path) -> None:
+    """The same memory by the server and by its file: the kernel wakes both, by futexes."""
     file = make(size=SIZE)
-    if way == "futex":
-        monkeypatch.setattr("shmsock.aio.attach.copy_eventfd", lambda *which: -1)
 
     async def main() -> None:
         async with nodes(serving.url, file) as ends:
             await ends.are_woken_by("futex", "futex")
             assert ends.counts("doorbell") == (0, None)
-            await until(lambda: ends.wakes() == (way, way), f"{ends.wakes()}")
+            assert ends.wakes() == ("futex", "futex")
             async with ends.connection() as (reader, writer):
                 await ping(reader, writer, 100)
             assert min(*ends.counts("rung"), *ends.counts("received")) > 50
@@ -227,13 +221,9 @@ def test_with_and_without_doorbells(
         serving.close()
 
 
-@pytest.mark.parametrize("way", ["futex", "eventfd", "doorbell"])
-def test_few_are_rung_when_hot(
-    run: Run, server: Server, region: str, way: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("way", ["futex", "doorbell"])
+def test_few_are_rung_when_hot(run: Run, server: Server, region: str, way: str) -> None:
     """Between two processes, with the default settings: under one in a hundred writes."""
-    if way == "futex":
-        monkeypatch.setattr("shmsock.aio.attach.copy_eventfd", lambda *which: -1)
 
     async def main() -> None:
         url = server.url if way == "doorbell" else region
@@ -320,6 +310,28 @@ def test_idle_is_idle(server: Server, region: str, make: Any) -> None:
         loop.run_until_complete(asyncio.wait_for(main(), 60))
     finally:
         loop.close()
+
+
+@pytest.mark.parametrize("way", ["futex", "doorbell"])
+def test_a_forked_child_keeps_no_way_to_ring(run: Run, server: Server, region: str, way: str) -> None:
+    """Neither the eventfds by which peers are woken, nor our own."""
+
+    def eventfds() -> int:
+        return sum("eventfd" in what for what in open_files().values())
+
+    async def main() -> None:
+        before = eventfds()
+        async with nodes(server.url if way == "doorbell" else region) as ends:
+            await ends.are_woken_by(way, way)
+            async with ends.connection() as (reader, writer):
+                await ping(reader, writer, 3)
+                assert eventfds() > before
+                if not (child := os.fork()):
+                    os._exit(eventfds() - before)
+                assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+                await ping(reader, writer, 3)
+
+    run(main())
 
 
 # -- doorbells that do not come, or come for nothing
