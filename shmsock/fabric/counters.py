@@ -23,6 +23,7 @@ OF_CORE = (  # in the order of enum sh_counter
     "suppressed",
     "received",
     "spurious",
+    "muted",
 )
 OF_ENGINE = (
     "accepted",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from shmsock.errors import NodeClosedError, node_closed, peer_silent, went_away
@@ -93,7 +94,14 @@ class Engine:
         us = self.settings
         self._sample_ns = int(min(max(us.dead_after_s / 3 * 1e9, SAMPLE_NS), SAFETY_NS))
         self.peers = Peers(
-            layout, self.section, identity, us.max_connects, us.dead_after_s, locks, self._changed
+            layout,
+            self.section,
+            identity,
+            us.max_connects,
+            us.dead_after_s,
+            locks,
+            self._changed,
+            partial(self.lib.sh_inspect, self.nd),
         )
         self.listeners = Listeners(self)
         self.handshake = Handshake(self)

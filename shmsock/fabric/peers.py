@@ -73,8 +73,12 @@ class Peers:
         dead_after_s: float,
         locks: Locks | None = None,
         changed: Callable[[Peer], None] | None = None,
+        inspect: Callable[[int], int] | None = None,
     ) -> None:
+        """`inspect`: may that section be read once more, or has it been too often for nothing?"""
         self.changed = changed or (lambda peer: None)
+        self._inspect = inspect or (lambda section: 1)
+        self._unread = 0  # mask of sections that looked different and were not read yet
         self.layout, self.own, self.locks = layout, own, locks
         self.me = own_identity
         self.dead_after_ns = int(dead_after_s * 1e9)
@@ -128,13 +132,20 @@ class Peers:
         if changed := self._glance():
             for peer in self.all:
                 if changed >> peer.section & 1:
-                    self.refresh(peer, now_ns)
+                    if self._inspect(peer.section):
+                        self.refresh(peer, now_ns)
+                    else:
+                        self._unread |= 1 << peer.section
 
     def sample(self, now_ns: int) -> list[Peer]:
         """One look at every beat. Returns the peers that are gone since the last: left, or silent too
         long."""
         gone = []
         self.refresh_all(now_ns)
+        unread, self._unread = self._unread, 0
+        for peer in self.all if unread else ():
+            if unread >> peer.section & 1:
+                self.refresh(peer, now_ns)
         for peer in self.some[:]:
             beat = self._beat(peer.section)
             if peer.section != self.own and peer.live:

@@ -52,7 +52,7 @@ enum sh_glance { SH_GLANCE_BEAT = 4, SH_GLANCE }; /* words per section */
 enum sh_counter {
     SH_N_PUMPS, SH_N_READS, SH_N_WRITES, SH_N_BYTES_IN, SH_N_BYTES_OUT, SH_N_NOTIFY, SH_N_PENDING, SH_N_SPIN_HIT, SH_N_SPIN_MISS,
     SH_N_WAKEUPS, SH_N_HEALED, SH_N_BELLS, SH_N_DATAGRAMS_IN, SH_N_DATAGRAMS_OUT, SH_N_RUNG, SH_N_SUPPRESSED,
-    SH_N_RECEIVED, SH_N_SPURIOUS, SH_N_COUNTERS
+    SH_N_RECEIVED, SH_N_SPURIOUS, SH_N_MUTED, SH_N_COUNTERS
 };
 
 /* memory, for the cold paths; offsets in bytes from base, 8-byte aligned */
@@ -88,6 +88,7 @@ int sh_pump(sh_node *nd, uint64_t *out, int max);
 int sh_pump_on(sh_node *nd, uint64_t *out, int max, uint64_t now, uint64_t ns);
 int sh_quiet(sh_node *nd);
 int sh_safety(sh_node *nd);
+int sh_inspect(sh_node *nd, uint32_t peer);
 
 /* sleep, and waking others */
 void sh_reach(sh_node *nd, uint32_t peer, int kind, int fd, uint64_t offset, uint32_t value);

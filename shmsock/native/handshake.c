@@ -71,8 +71,9 @@ int sh_message_recv(sh_node *nd, uint32_t peer, uint32_t *note)
     l->unread = 0;
     acknowledge(nd, l);
     box = sh_load(&l->in->outbox, nd->wc);
-    if (!l->peer_inc || SH_HIGH(box) != l->my_inc || SH_LOW(box) == l->msg_head)
+    if (!l->peer_inc || SH_HIGH(box) != l->my_inc || SH_LOW(box) == l->msg_head || sh_muted(l))
         return 0;
+    sh_caused(nd, l, 1);
     if (SH_LOW(box) - l->msg_head > SH_MESSAGES)
         return SH_VIOLATION;
     sh_copy_in(&in, &l->m_in[l->msg_head % SH_MESSAGES], sizeof in);
@@ -83,7 +84,7 @@ int sh_message_recv(sh_node *nd, uint32_t peer, uint32_t *note)
     memcpy(note, (uint32_t[]){in.kind, in.reason, in.slot, in.gen, in.dst_slot, in.dst_gen, in.port, in.src_port}, 8 * sizeof *note);
     l->msg_head++;
     l->unread = SH_LOW(box) != l->msg_head;
-    l->acknowledged = 1; /* its bell may come only now */
+    l->moved += in.kind == SH_CONNECT || (nd->eps[in.dst_slot].gen == in.dst_gen && !nd->eps[in.dst_slot].theirs);
     nd->moved_messages++;
     return 1 + l->unread;
 }
@@ -162,7 +163,8 @@ int sh_ep_open(sh_ep *ep, uint32_t peer, uint32_t peer_slot, uint32_t peer_gen)
         return SH_VIOLATION;
     ep->peer_slot = peer_slot;
     ep->peer_gen = peer_gen;
-    ep->p_last = (uint64_t)peer_gen << SH_GEN_SHIFT;
+    ep->p_last = ep->p_noted = (uint64_t)peer_gen << SH_GEN_SHIFT;
+    ep->head_noted = 0;
     ep->theirs = theirs;
     nd->links[peer].open[SH_WORD(ep->slot)] |= SH_BIT(ep->slot);
     sh_put(&ep->mine->link, (uint64_t)ep->gen << SH_GEN_SHIFT | (uint64_t)peer << 32 | (uint64_t)peer_slot << 16 | 1u << 8);

@@ -10,7 +10,6 @@
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
-#include <string.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -35,7 +34,13 @@ struct sh_keeper {
     uint64_t watched;  /* peers whose section lock lives under this kernel */
     uint64_t unlocked; /* of those: the lock is gone, hence the process */
     uint64_t beat, ringing;
-    uint32_t beats, vain, nothing[SH_MAX_PEERS]; /* in this second: wakes, and rings by peer, for nothing */
+    uint32_t beats, vain;
+    struct rings { /* of one peer, in this second */
+        uint32_t rang;    /* the word when it was last seen */
+        uint32_t changes; /* of it: one for each of our sleeps, at most */
+        uint32_t nothing; /* rings for a sleep, and for nothing */
+    } rings[SH_MAX_PEERS];
+    uint64_t slept; /* our sleeping word when this second began */
 };
 
 #define GET(x) __atomic_load_n(&(x), __ATOMIC_ACQUIRE)
@@ -112,16 +117,25 @@ int sh_futex_works(void *base, uint64_t offset)
 }
 
 /* What to wait for: the owner, the rings of others as they are now, and strangers, who wake whoever waits for the own sleeping word. */
-static uint32_t take_rings(const sh_keeper *k, uint32_t seen, struct waiter *w)
+static uint32_t take_rings(sh_keeper *k, uint32_t seen, struct waiter *w)
 {
-    uint32_t n = 2;
+    uint32_t n = 2, sleeps = (uint32_t)(GET(k->nd->sleep) - k->slept) / 2;
 
     w[0] = (struct waiter){.val = seen, .uaddr = (uintptr_t)&k->wake, .flags = WAIT_32 | WAIT_PRIVATE};
     w[1] = (struct waiter){.val = SH_LOW(sh_peek(k->nd->sleeping_at)), .uaddr = (uintptr_t)k->nd->sleeping_at, .flags = WAIT_32};
     for (uint64_t m = GET(k->nd->by_futex); k->futexes && m; m &= m - 1) {
-        const struct sh_link *l = &k->nd->links[__builtin_ctzll(m)];
-        if (!sh_muted(l))
-            w[n++] = (struct waiter){.val = SH_LOW(sh_load(&l->in->rang, k->nd->wc)), .uaddr = (uintptr_t)&l->in->rang, .flags = WAIT_32};
+        struct sh_link *l = &k->nd->links[__builtin_ctzll(m)];
+        struct rings *r = &k->rings[__builtin_ctzll(m)];
+        uint32_t rang;
+
+        if (sh_muted(l))
+            continue;
+        rang = SH_LOW(sh_load(&l->in->rang, k->nd->wc));
+        r->changes += rang != r->rang;
+        r->rang = rang;
+        if (r->changes > sleeps + STORM / 2) /* before the others have to be looked for because of it */
+            sh_mute(k->nd, l);
+        w[n++] = (struct waiter){.val = rang, .uaddr = (uintptr_t)&l->in->rang, .flags = WAIT_32};
     }
     return n;
 }
@@ -146,8 +160,8 @@ static int rung_for(sh_keeper *k, const struct waiter *w, uint32_t n, uint64_t w
             if (sh_peek(&l->in->bell) != GET(l->last))
                 continue;
             count(k, SH_N_SPURIOUS);
-            if (++k->nothing[j] >= STORM)
-                SET(l->muted, 1);
+            if (++k->rings[j].nothing >= STORM)
+                sh_mute(k->nd, l);
         }
     }
     return found;
@@ -165,6 +179,14 @@ static uint64_t sleep_until(sh_keeper *k, const struct waiter *w, uint32_t n, ui
     }
     syscall(SYS_futex, &k->wake, FUTEX_WAIT_BITSET_PRIVATE, w[0].val, &t, NULL, FUTEX_BITSET_MATCH_ANY); /* its clock is absolute */
     return 0;
+}
+
+static void new_second(sh_keeper *k)
+{
+    k->vain = 0;
+    k->slept = GET(k->nd->sleep);
+    for (uint32_t j = 0; j < SH_MAX_PEERS; j++)
+        k->rings[j].changes = k->rings[j].nothing = 0;
 }
 
 static void *run(void *arg)
@@ -188,7 +210,7 @@ static void *run(void *arg)
             next_beat = now + tenths * k->beat_ns;
             stranger = 1; /* who can ring nobody is found now */
             if (++k->beats % 10 == 0)
-                memset(k->nothing, 0, sizeof k->nothing), k->vain = 0;
+                new_second(k);
         }
         /* First what others rang for, then whether and how the loop sleeps, as it does not wake us when it falls asleep: who rings for a
          * sleep has seen it, so it is either seen here, or no longer as in w, and the kernel does not let us wait. */
@@ -248,6 +270,7 @@ int sh_keeper_start(sh_keeper *k, sh_node *nd, int event_fd, int lock_fd, uint64
     k->futexes = futexes;
     k->cap_ns = cap_ns > LOOK_MIN_NS ? cap_ns : LOOK_MIN_NS;
     k->beat = sh_peek(&((const struct sh_section *)nd->claim_at)->beat);
+    k->slept = nd->sleep;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &old); /* a thread inherits the mask: Python's signals stay Python's */
     error = pthread_create(&k->thread, NULL, run, k);

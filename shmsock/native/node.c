@@ -90,19 +90,23 @@ uint64_t sh_node_counter(sh_node *nd, int which)
 int sh_collect(sh_node *nd, struct sh_link *l)
 {
     uint64_t bell = sh_load(&l->in->bell, nd->wc), box, any = 0; /* SYNC BELL: bell before toggles */
+    uint32_t looks = 0;
     int acked = 0;
 
     __atomic_store_n(&l->last, bell, __ATOMIC_RELAXED);
     if (SH_HIGH(bell) != l->peer_inc) {
         l->news |= SH_NEWS_TAG;
         nd->attention = 1;
+        sh_caused(nd, l, 1);
         return 1;
     }
     for (uint32_t w = 0; w < nd->words; w++) {
         uint64_t diff = sh_load(&l->t_in[w], nd->wc) ^ l->a[w], held = diff & nd->touched[w] & l->open[w];
 
-        if (held)
-            l->acknowledged = 1; /* as good as: its slot is looked at itself, and this bell spoke of it */
+        for (uint64_t m = diff & l->open[w]; m; m &= m - 1)
+            looks++;
+        for (uint64_t m = held; m; m &= m - 1) /* they are looked at themselves, and this bell spoke of it */
+            sh_note(&nd->eps[w * 64 + (uint32_t)__builtin_ctzll(m)]);
         if (!(diff &= ~held))
             continue;
         l->a[w] ^= diff;
@@ -118,19 +122,45 @@ int sh_collect(sh_node *nd, struct sh_link *l)
         l->news |= SH_NEWS_MAIL;
         nd->attention = 1;
     }
+    sh_caused(nd, l, looks ? looks : 1);
     return any || l->news;
 }
 
-/* A bell that spoke of nothing. Bells cost their listener more than their ringer: a thousand of these in a second, and the peer is heard
- * by the safety look only. */
-static void fruitless(struct sh_link *l, uint64_t now)
+/* From here on until the next safety look, no word of this peer makes us do anything. */
+void sh_mute(sh_node *nd, struct sh_link *l)
 {
-    if (now - l->second_ns > 1000000000u) {
-        l->second_ns = now;
-        l->fruitless = 0;
-    }
-    if (++l->fruitless >= 1000)
-        __atomic_store_n(&l->muted, 1, __ATOMIC_RELEASE);
+    if (!__atomic_exchange_n(&l->muted, 1, __ATOMIC_ACQ_REL))
+        __atomic_fetch_add(&nd->n[SH_N_MUTED], 1, __ATOMIC_RELAXED);
+}
+
+/* A store costs a peer less than the look that it causes. So a thousand looks are weighed: did they take more than a second, or did something
+ * move? Who rings for something has moved it, though it may be seen before its bell is, and some of it at once: of the looks at honest peers
+ * every second one may be in vain. One in four that is not is enough. */
+void sh_weigh(sh_node *nd, struct sh_link *l)
+{
+    uint64_t now = sh_clock();
+    uint32_t due = 0; /* looks that are still to come: a pass reports only so many */
+
+    for (uint32_t w = 0; w < nd->words; w++)
+        for (uint64_t m = nd->ready[w] & l->open[w]; m; m &= m - 1)
+            due++;
+    if (l->looks < due + SH_LOOKS)
+        return;
+    if (now - l->weighed_ns < 1000000000u && l->moved < (l->looks - due) / 4)
+        sh_mute(nd, l);
+    l->weighed_ns = now;
+    l->looks = due;
+    l->moved = 0;
+}
+
+/* May the caller read what that peer says of itself? It looked different. 0: later, the peer is muted. */
+int sh_inspect(sh_node *nd, uint32_t peer)
+{
+    struct sh_link *l = &nd->links[peer];
+
+    if (!sh_muted(l))
+        sh_caused(nd, l, 1);
+    return !sh_muted(l);
 }
 
 /* What the bells of `look` and the ready slots have to say. Fills out[] with what a look at the slot found << 32 | kind << 24 | (slot or
@@ -148,9 +178,7 @@ int sh_pass(sh_node *nd, uint64_t *out, int max, uint64_t look, uint64_t now)
         if (!sh_muted(l) && sh_peek(&l->in->bell) != l->last) {
             if (nd->woke)
                 sh_doubt(nd, l, now);
-            if (!sh_collect(nd, l) && !l->acknowledged)
-                fruitless(l, now);
-            l->acknowledged = 0;
+            sh_collect(nd, l);
         }
         if (!l->news)
             continue;
@@ -168,6 +196,8 @@ int sh_pass(sh_node *nd, uint64_t *out, int max, uint64_t look, uint64_t now)
         for (; nd->ready[w] && n < max; nd->ready[w] &= nd->ready[w] - 1) {
             uint32_t slot = w * 64 + (uint32_t)__builtin_ctzll(nd->ready[w]);
             out[n++] = (uint64_t)sh_look_at(&nd->eps[slot], now) << 32 | SH_EV_SLOT << 24 | slot;
+            if (nd->eps[slot].theirs)
+                sh_note(&nd->eps[slot]);
         }
     }
     return n;
@@ -234,7 +264,8 @@ int sh_safety(sh_node *nd)
         if (sh_muted(l)) {
             __atomic_store_n(&l->muted, 0, __ATOMIC_RELEASE);
             nd->kick = 1;
-            l->second_ns = 0;
+            l->weighed_ns = sh_clock();
+            l->looks = l->moved = 0;
             sh_collect(nd, l);
             continue;
         }
@@ -311,6 +342,7 @@ uint32_t sh_adopt(sh_node *nd, uint32_t peer)
         return 0;
     bell = sh_load(&l->in->bell, nd->wc);
     l->peer_inc = SH_HIGH(bell);
+    l->moved++;
     sh_know(nd, peer, 1);
     l->users_tag = l->peer_inc;
     l->msg_tail = l->msg_head = l->msg_acked = 0;

@@ -28,10 +28,10 @@ struct sh_link { /* towards one peer */
     int unread;                /* mail was reported, and the caller has not yet seen that there is no more */
     uint64_t suspect;          /* bell at a safety look that found something; still the same at the next: healed */
     int suspected;
-    uint64_t second_ns;        /* when counting of fruitless bells began */
-    uint32_t fruitless;
-    int acknowledged;          /* a toggle, by who read its slot, or a message: the bell that spoke of it comes yet, and is not fruitless */
-    int muted;                 /* rang a thousand times a second for nothing: until the next safety look; atomic */
+    uint64_t weighed_ns;       /* sh_weigh(): the last time, and since then: */
+    uint32_t looks;            /* how often its words made us look at something, */
+    uint32_t moved;            /* and what came of it: bytes, space, an end, a message, a life */
+    int muted;                 /* nothing came of a thousand looks within a second: until the next safety look; atomic */
     const uint64_t *sleeping;  /* the peer's word */
     uint64_t rung;             /* value of it that the peer was rung for */
     int reach, reach_fd;       /* SH_REACH_*, and by what */
@@ -64,6 +64,8 @@ struct sh_ep {
 #define SH_NOT_READING (~0u)
     uint64_t flags;               /* epoch and FIN RST REL WANT as published in P */
     uint64_t p_last;              /* the peer's P as last taken over */
+    uint64_t p_noted;             /* and it, and head_seen, when it was last noted that something moved */
+    uint32_t head_noted;
     uint32_t peer, peer_slot, slot;
     uint8_t orphan;               /* the peer is gone: what it published may still be read */
     uint8_t accepted;             /* the peer opened the connection */
@@ -126,6 +128,7 @@ struct sh_node {
 };
 
 #define SH_FLOWS 32 /* so many in a row: bytes flow one way */
+#define SH_LOOKS 1000u /* so many at a peer are weighed against what moved */
 
 #define SH_NEWS_TAG 1  /* the bell carries another pair_inc than the adopted one */
 #define SH_NEWS_MAIL 2 /* messages wait */
@@ -145,6 +148,8 @@ uint64_t sh_drain(int fd);
 void sh_know(sh_node *nd, uint32_t peer, int known);
 #define SH_ALL (~0ull)
 int sh_collect(sh_node *nd, struct sh_link *l);
+void sh_weigh(sh_node *nd, struct sh_link *l);
+void sh_mute(sh_node *nd, struct sh_link *l);
 int sh_refresh(sh_ep *ep);
 int sh_ring_of(sh_ep *ep, uint64_t ring, uint32_t least);
 int sh_follow(sh_ep *ep, uint64_t p);
@@ -178,6 +183,27 @@ static inline uint64_t sh_p_word(const sh_ep *ep)
 static inline uint64_t sh_ring_word(const sh_ep *ep, uint64_t ring_off)
 {
     return (uint64_t)ep->gen << SH_GEN_SHIFT | (ep->flags & SH_EPOCHS) | (uint64_t)__builtin_ctz(ep->tx_bytes) << 30 | ring_off / SH_MIN_RING;
+}
+
+/* Bits of P that never change without others, unless to keep its reader busy. */
+#define SH_IDLE_BITS (SH_WANT | SH_EPOCHS)
+
+/* The peer makes us look so often. What came of the looks before is noted by now. */
+static inline void sh_caused(sh_node *nd, struct sh_link *l, uint32_t looks)
+{
+    if (SH_UNLIKELY(l->looks >= SH_LOOKS))
+        sh_weigh(nd, l);
+    l->looks += looks;
+}
+
+/* Has anything moved in this slot since the last note, whoever took it over? */
+static inline void sh_note(sh_ep *ep)
+{
+    if (!((ep->p_last ^ ep->p_noted) & ~SH_IDLE_BITS) && ep->head_seen == ep->head_noted)
+        return;
+    ep->p_noted = ep->p_last;
+    ep->head_noted = ep->head_seen;
+    ep->nd->links[ep->peer].moved++;
 }
 
 /* The lines of the next bytes come with the word that tells of them, not after it. */

@@ -200,7 +200,7 @@ static int gave_up(const sh_ep *ep)
 /* Take over the peer's P: copied once, checked, and only the copy is used. 0, SH_RESET or SH_VIOLATION. */
 int sh_refresh(sh_ep *ep)
 {
-    uint64_t p = sh_load(&ep->theirs->p, ep->nd->wc); /* SYNC P */
+    uint64_t p = sh_load(&ep->theirs->p, ep->nd->wc), ended; /* SYNC P */
     int r;
 
     if (p == ep->p_last)
@@ -214,7 +214,7 @@ int sh_refresh(sh_ep *ep)
     if (SH_UNLIKELY((p ^ ep->p_last) & SH_EPOCHS) && (r = sh_follow(ep, p)) < 0)
         return r;
     if (SH_LOW(p) - ep->head > ep->rx_bytes || SH_LOW(p) - ep->head < ep->tail_seen - ep->head
-        || ((ep->p_last & SH_FIN) && SH_LOW(p) != ep->tail_seen))
+        || ((ended = ep->p_last & (SH_FIN | SH_REL)) && ((p & ended) != ended || ((ended & SH_FIN) && SH_LOW(p) != ep->tail_seen))))
         return SH_VIOLATION;
     if (p & SH_RST)
         return SH_RESET;
@@ -381,7 +381,7 @@ int sh_acknowledge(sh_node *nd, sh_ep *ep)
         return 0;
     l->a[w] ^= SH_BIT(ep->slot);
     sh_put(&l->a_out[w], l->a[w]);
-    l->acknowledged = 1;
+    sh_note(ep); /* its bell may come only now */
     return 1;
 }
 

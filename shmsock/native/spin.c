@@ -80,14 +80,14 @@ int sh_spin_on(sh_ep *ep, const uint64_t *word, uint64_t seen, uint64_t now)
     }
     yield_at = sh_yield_at(nd, now);
     nd->touched[SH_WORD(ep->slot)] |= SH_BIT(ep->slot); /* this slot is polled: its toggle may stay unacknowledged */
-    for (uint32_t k = 1; sh_peek(word) == seen; k++) {
+    for (uint32_t k = 1; !((sh_peek(word) ^ seen) & ~SH_IDLE_BITS); k++) {
         sh_expect_bytes(ep);
         if ((nd->spin_yield_ns || nd->alone) && k % 8) {
             sh_pause();
             continue;
         }
         now = spin_step(ep, &yield_at);
-        if (sh_peek(word) != seen)
+        if ((sh_peek(word) ^ seen) & ~SH_IDLE_BITS)
             break;
         if (!now)
             return 0;

@@ -52,6 +52,34 @@ async def serve(region: str, name: str, port: int = 7000) -> None:
         server.close()
 
 
+async def honest(region: str, name: str, still: bool) -> None:
+    """Echoes streams at 7000 and datagrams at 8000, sends without end to who connects to 7001, and reads to
+    the end what comes to 7002. Says at the end how often it muted somebody."""
+
+    async def reads(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(1 << 16):
+            pass
+        writer.close()
+
+    async def writes(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while True:
+                writer.write(bytes(50_000))
+                await writer.drain()
+        except ConnectionError:
+            writer.close()
+
+    settings = Settings(busy_poll_us=0, hot_us=0) if still else Settings()
+    async with shmsock.attach(region, name=name, settings=settings) as node:
+        await shmsock.start_server(echo, None, 7000, node=node)
+        await shmsock.start_server(writes, None, 7001, node=node)
+        await shmsock.start_server(reads, None, 7002, node=node)
+        await create_datagram_endpoint(Datagrams, (None, 8000), node=node)
+        say("ready")
+        await hear()
+        say(node.statistics()["muted"])
+
+
 async def growing(region: str, sizes: list[int], chunk: int) -> None:
     """Fresh connections to "server", which echoes: so many bytes through each, both ways at once. Says what
     an idle connection takes of the arena, and whether all that was taken came back."""
