@@ -17,9 +17,12 @@ __all__ = [
     "NAME_BYTES",
     "SUFFIX",
     "boot_id",
+    "check_pin",
     "check_port",
     "default_name",
+    "default_pin",
     "default_region",
+    "default_section",
     "is_any",
     "is_local",
     "machine_id",
@@ -31,6 +34,8 @@ __all__ = [
 NAME_BYTES = 63
 """The longest name, in bytes (they are ASCII, so in characters as well)."""
 SUFFIX = ".shm"
+MAX_SECTIONS = 64
+"""Of a region, at most."""
 
 _ANY = frozenset(("", "0.0.0.0", "::"))
 _LOCAL = frozenset(("localhost", "127.0.0.1", "::1"))
@@ -147,6 +152,43 @@ def default_name(environ: Mapping[str, str] | None = None, hostname: str | None 
     if plain.isdigit() or is_any(plain) or is_local(plain):
         plain = _trimmed(f"host-{plain}") if plain else "host"
     return plain
+
+
+def check_pin(pin: Mapping[str, int]) -> dict[str, int]:
+    """Sections by name, each name in its one spelling. Raises TypeError, ValueError for what is none."""
+    found: dict[str, int] = {}
+    for name, section in pin.items():
+        plain, number = normalize_name(name), operator.index(section)
+        if not 0 <= number < MAX_SECTIONS:
+            raise ValueError(f"{name!r} is pinned to section {number}, expected 0 to {MAX_SECTIONS - 1}")
+        if found.setdefault(plain, number) != number:
+            raise ValueError(f"{name!r} is pinned to section {number}, and to {found[plain]} as well")
+    return found
+
+
+def default_pin(environ: Mapping[str, str] | None = None) -> dict[str, int]:
+    """What SHMSOCK_PIN says: "vm-b=3,vm-c=5". Raises ValueError when that is no such list."""
+    found: dict[str, int] = {}
+    for part in (os.environ if environ is None else environ).get("SHMSOCK_PIN", "").split(","):
+        name, equals, section = (word.strip() for word in part.partition("="))
+        if not part.strip():
+            continue
+        if not equals or not (section.isascii() and section.isdecimal()):
+            raise ValueError(f"SHMSOCK_PIN: {part.strip()!r} is not NAME=SECTION, as in vm-b=3,vm-c=5")
+        if found.setdefault(name, int(section)) != int(section):
+            raise ValueError(f"SHMSOCK_PIN: {name!r} is pinned to two sections")
+    try:
+        return check_pin(found)
+    except ValueError as error:
+        raise ValueError(f"SHMSOCK_PIN: {error}") from None
+
+
+def default_section(environ: Mapping[str, str] | None = None) -> int | None:
+    """What SHMSOCK_SECTION says; None: any. Raises ValueError when that is no number."""
+    chosen = (os.environ if environ is None else environ).get("SHMSOCK_SECTION", "").strip()
+    if chosen and not (chosen.isascii() and chosen.isdecimal()):
+        raise ValueError(f"SHMSOCK_SECTION is {chosen!r}, expected the number of a section")
+    return int(chosen) if chosen else None
 
 
 def _trimmed(name: str) -> str:

@@ -52,7 +52,9 @@ __all__ = [
     "no_buffers",
     "no_listeners",
     "node_closed",
+    "not_local",
     "peer_silent",
+    "pinned",
     "port_refused",
     "port_taken",
     "ports_exhausted",
@@ -187,6 +189,28 @@ def peer_silent(name: object, section: int, region: str = "") -> ConnectionRefus
         f"peer {name!r} (section {section}) has not shown a sign of life since this node attached: its "
         "program was killed, or its VM is paused or gone; start it again "
         f"(`{command('reap', region, f'--section {section}')}` frees what it left)",
+    )
+
+
+def pinned(name: str, section: int, owner: str | None) -> ConnectionRefusedError:
+    """The name is believed of that section only, and its owner, if any, has another."""
+    seen = "nobody is there" if owner is None else f"who is there calls itself {owner!r}"
+    return ConnectionRefusedError(
+        errno.ECONNREFUSED,
+        f"{name!r} is pinned to section {section}, and {seen}: start it there "
+        f"(shmsock.attach(section={section}), or SHMSOCK_SECTION={section}), or change the pin "
+        "(Settings(pin=), or SHMSOCK_PIN)",
+    )
+
+
+def not_local(name: object, port: int, locks: bool) -> ConnectionRefusedError:
+    """Who listens does so for its own machine, and it is not proven that we are on it."""
+    why = "its section has no lock under this kernel" if locks else "the region's file knows no locks here"
+    return ConnectionRefusedError(
+        errno.ECONNREFUSED,
+        f"connection to ({name!r}, {port}) refused: it listens there for its own machine only, which is "
+        f"proven by locks, and {why}: have it listen for all peers (host None), or attach both to one file "
+        "under one kernel",
     )
 
 

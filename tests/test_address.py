@@ -198,3 +198,37 @@ def test_machine_id_prefers_the_firmware(tmp_path: Path) -> None:
     file.write_text("3d1219c7c4c5404aaa1f6d2a48adfda4\n")
     assert address.machine_id(str(dmi), str(file)).hex() == "0b1d8b4c5d5f4b579a4e4d1c3f5a7e90"
     assert len(address.machine_id()) == 16
+
+
+def test_pins() -> None:
+    assert address.check_pin({"VM-b.shm": 3, "vm-c": 63}) == {"vm-b": 3, "vm-c": 63}
+    assert address.default_pin({}) == address.default_pin({"SHMSOCK_PIN": " , "}) == {}
+    assert address.default_pin({"SHMSOCK_PIN": "vm-b=3, VM-C = 5,"}) == {"vm-b": 3, "vm-c": 5}
+
+
+@pytest.mark.parametrize("pin", [{"7": 1}, {"a b": 1}, {"a": -1}, {"a": 64}, {"a": 1, "A": 2}])
+def test_no_pins(pin: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"name|section"):
+        address.check_pin(pin)
+
+
+@pytest.mark.parametrize("kind", ["3", None, 3.0])
+def test_a_pin_is_a_number(kind: Any) -> None:
+    with pytest.raises(TypeError):
+        address.check_pin({"a": kind})
+
+
+@pytest.mark.parametrize(
+    "text", ["vm-b", "vm-b=", "vm-b=x", "=3", "vm-b=-1", "vm-b=64", "a=1,a=2", "a=1,A=2"]
+)
+def test_what_is_no_list_of_pins(text: str) -> None:
+    with pytest.raises(ValueError, match="SHMSOCK_PIN: "):
+        address.default_pin({"SHMSOCK_PIN": text})
+
+
+def test_section_from_the_environment() -> None:
+    assert address.default_section({}) is address.default_section({"SHMSOCK_SECTION": ""}) is None
+    assert address.default_section({"SHMSOCK_SECTION": " 3"}) == 3
+    for text in ("x", "-1", "3.0"):
+        with pytest.raises(ValueError, match="SHMSOCK_SECTION is"):
+            address.default_section({"SHMSOCK_SECTION": text})

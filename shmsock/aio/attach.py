@@ -7,6 +7,7 @@ import asyncio
 import atexit
 import contextlib
 import logging
+import operator
 import os
 import random
 import sys
@@ -14,6 +15,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -102,11 +104,17 @@ async def _follow(loop: Loop, steps: Generator[float, None, T]) -> T:
         steps.close()
 
 
-async def _make(url: str | None, name: str | None, settings: Settings | None) -> Node:
+async def _make(
+    url: str | None, name: str | None, settings: Settings | None, section: int | None = None
+) -> Node:
     """Open, format if it is a blank BAR2, claim, start. Everything is undone when a step fails or is
     cancelled."""
     explicit = name is not None or bool(os.environ.get("SHMSOCK_NAME"))
     own = address.node_name(name) if name is not None else address.default_name()
+    us = settings or Settings()
+    if us.pin is None:
+        us = replace(us, pin=address.default_pin())
+    section = address.default_section() if section is None else operator.index(section)
     loop, rng = _running_loop(), random.SystemRandom()
     for old in _all_nodes():
         if old.loop.is_closed():
@@ -126,6 +134,8 @@ async def _make(url: str | None, name: str | None, settings: Settings | None) ->
             error.strerror = f"{opened.url}: {error.strerror}"
             raise
         _back_fixed_part(opened, layout)
+        if section is not None and not 0 <= section < layout.peers:
+            raise ValueError(f"section {section} was asked for, and {opened.url} has 0 to {layout.peers - 1}")
         boot, machine = address.boot_id(), address.machine_id()
         other = await _follow(loop, name_taken(layout, opened, boot, own))
         if other is not None and explicit:
@@ -145,6 +155,7 @@ async def _make(url: str | None, name: str | None, settings: Settings | None) ->
                 rng,
                 path=opened.path,
                 url=opened.url,
+                only=section,
                 waits=lambda held: log.warning(
                     "%s: all sections are taken, or still read: waiting until what was left in %s is read "
                     "(%d s at most; `shmsock create --peers` makes more)",
@@ -161,7 +172,7 @@ async def _make(url: str | None, name: str | None, settings: Settings | None) ->
                 RuntimeWarning,
                 stacklevel=2,
             )
-        us, slow = settings or Settings(), slowness(memory.core.lib.sh_clock)
+        slow = slowness(memory.core.lib.sh_clock)
         # Not on memory of a device, before Linux 5.16, or where a container forbids it.
         bell = layout.pair(claim.section, claim.section) + lay.BELL
         futex = us.doorbells and memory.core.lib.sh_futex_works(memory.base, bell) == 0
@@ -221,13 +232,20 @@ class attach:
     `region`: a URL; None: SHMSOCK_REGION, else the one ivshmem device there is, else this user's own in
     /dev/shm. `name`: what others call this node; None: SHMSOCK_NAME, else the host's name. Raises
     RegionError, OSError (ENOSPC) when no section is free, OSError (EADDRINUSE) when an explicit name is
-    another machine's. Cancelled, it leaves nothing behind.
+    another machine's. `section`: the one to take, as others may have pinned it; None: SHMSOCK_SECTION, else
+    any that is free. Raises OSError (ENOSPC) that says who has it, ValueError when the region has no such
+    section. Cancelled, it leaves nothing behind.
     """
 
     def __init__(
-        self, region: str | None = None, *, name: str | None = None, settings: Settings | None = None
+        self,
+        region: str | None = None,
+        *,
+        name: str | None = None,
+        settings: Settings | None = None,
+        section: int | None = None,
     ) -> None:
-        self._args = (None if region is None else os.fspath(region), name, settings)
+        self._args = (None if region is None else os.fspath(region), name, settings, section)
         self._node: Node | None = None
 
     def __await__(self) -> Generator[Any, None, Node]:

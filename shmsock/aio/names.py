@@ -148,5 +148,8 @@ def known(node: Node, host: str | None) -> str:
     name, engine = node.peer_name(host), node.engine
     engine.peers.refresh_all(engine.lib.sh_clock())
     if not engine.peers.named(name):
+        missing = engine.listeners.not_pinned(name)
+        if missing is not None:
+            raise socket.gaierror(socket.EAI_NONAME, missing.strerror)
         raise engine.listeners.unknown(host)
     return name

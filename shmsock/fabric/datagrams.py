@@ -280,7 +280,10 @@ class Datagrams:
             if isinstance(host, int):
                 return peers[host]
             own = listeners.is_own_machine(host)
-            return peers[self.engine.section] if own else peers.named(listeners.peer_name(host))[0]
+            named = [peers[self.engine.section]] if own else peers.named(listeners.peer_name(host))
+            if not named:  # who is pinned is not there
+                raise
+            return named[0]
 
     def link(self, peer: Peer) -> Outgoing:
         """The one to that peer. Raises what Engine.connect() raises."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from shmsock.address import MAX_SECTIONS
 from shmsock.errors import RegionFormatError, format_error, region_error
 from shmsock.fabric.memory import Memory
 
@@ -24,7 +25,7 @@ __all__ = [
 MAGIC = int.from_bytes(b"SHMSOCK1", "little")
 VERSION = 4
 HEADER = 4096
-MAX_PEERS = 64
+MAX_PEERS = MAX_SECTIONS
 LISTENERS = 448
 # offsets in the header, then in a section, then in a pair
 H_MAGIC, H_VERSION, H_ID, H_BYTES = 0, 8, 16, 24

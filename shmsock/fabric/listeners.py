@@ -14,6 +14,8 @@ from shmsock.errors import (
     name_malformed,
     name_unknown,
     no_listeners,
+    not_local,
+    pinned,
     port_refused,
     port_taken,
     ports_exhausted,
@@ -263,7 +265,7 @@ class Listeners:
         name = None if self.is_own_machine(host) else self.peer_name(host)
         found, known = self.elsewhere(name, port, exclude=exclude, datagram=datagram)
         if not found:
-            raise self.refused(host, port) if known else self.unknown(host)
+            raise self._not_found(host, name, port, known, datagram)
         peer, entry = found[0], self.entry(found[0], port, datagram)
         # Of several another is to be asked next. 0: it stopped listening just now.
         if key and len(found) == 1 and entry and not entry & REUSE:
@@ -272,6 +274,24 @@ class Listeners:
             self._found[key] = peer, peer.incarnation, entry
         best = [p for p in found if p.samples <= peer.samples]
         return engine.rng.choice(best) if len(best) > 1 else peer
+
+    def _not_found(self, host: Any, name: str | None, port: int, known: bool, datagram: bool) -> OSError:
+        peers = self.engine.peers
+        if not known:
+            return self.not_pinned(name) or self.unknown(host)
+        same = [p for p in peers.some if p.live and (name is None or p.name == name)]
+        if any(self.entry(p, port, datagram) & LOCAL and not peers.same_kernel(p) for p in same):
+            return not_local(host, port, bool(peers.me.flags & lay.FLAG_LOCKED))
+        return self.refused(host, port)
+
+    def not_pinned(self, name: str | None) -> ConnectionRefusedError | None:
+        """What there is to be said of a pinned name that nobody has who may."""
+        peers = self.engine.peers
+        section = None if name is None else peers.pin.get(name)
+        if name is None or section is None:
+            return None
+        there = peers[section] if section < len(peers.all) else None
+        return pinned(name, section, there.name if there and there.live else None)
 
     def _still(self, key: Any) -> Peer | None:
         """Who was found before, if it has the port as it did, and lives: while its beat stands, a namesake

@@ -102,6 +102,7 @@ class Engine:
             locks,
             self._changed,
             partial(self.lib.sh_inspect, self.nd),
+            us.pin,
         )
         self.listeners = Listeners(self)
         self.handshake = Handshake(self)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from shmsock.fabric import layout as lay
@@ -74,8 +74,11 @@ class Peers:
         locks: Locks | None = None,
         changed: Callable[[Peer], None] | None = None,
         inspect: Callable[[int], int] | None = None,
+        pin: Mapping[str, int] | None = None,
     ) -> None:
-        """`inspect`: may that section be read once more, or has it been too often for nothing?"""
+        """`inspect`: may that section be read once more, or has it been too often for nothing? `pin`: the
+        only section that is believed to have that name."""
+        self.pin = pin or {}
         self.changed = changed or (lambda peer: None)
         self._inspect = inspect or (lambda section: 1)
         self._unread = 0  # mask of sections that looked different and were not read yet
@@ -100,7 +103,8 @@ class Peers:
         if life != peer.incarnation:
             peer.incarnation = life
             peer.who = who = self.layout.identity(peer.section)
-            peer.name = who.name if who else f"section-{peer.section}"
+            believed = who is not None and self.pin.get(who.name, peer.section) == peer.section
+            peer.name = who.name if who and believed else f"section-{peer.section}"
             peer.locked = (
                 who is not None
                 and self.locks is not None
@@ -234,8 +238,14 @@ class Peers:
         return any(p.live and (p.samples or p.lagging or p.forsaken) for p in self.some)
 
     def same_kernel(self, peer: Peer) -> bool:
-        known = peer.who is not None and peer.who.boot_id == self.me.boot_id != bytes(16)
-        return known or peer.section == self.own
+        """Proven, by the lock of its section that somebody holds: a boot id can be copied by who has read
+        it. Where the file knows no locks that is nobody but the own node."""
+        return self._may_be_here(peer) and not self.killed(peer)
+
+    def _may_be_here(self, peer: Peer) -> bool:
+        return peer.section == self.own or (
+            peer.locked and peer.who is not None and peer.who.claim == peer.claim
+        )
 
     def named(self, name: str | None, *, local: bool = False) -> list[Peer]:
         """Live peers by name (None: any of the own machine), own section included. Here a killed one is found
@@ -246,7 +256,7 @@ class Peers:
             for p in self.some
             if p.live
             and (name is None or p.name == name)
-            and (not here or self.same_kernel(p))
+            and (not here or self._may_be_here(p))
             and not self.killed(p)
         ]
 

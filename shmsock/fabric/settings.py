@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from shmsock.address import check_pin
 
 __all__ = ["Settings"]
 
@@ -34,6 +37,9 @@ class Settings:
     `datagram_queue_bytes`: What an endpoint for datagrams keeps at most, of those that wait to be sent
     and of those that wait while it is paused; each counts 64 bytes more than it has. At least 2**18: more
     than pause_writing lets come up.
+    `pin`: Names that are believed of one section only, {"vm-b": 3}: who says elsewhere that this is its name
+    goes by "section-N" here. A program asks for its section with attach(section=). None: SHMSOCK_PIN
+    ("vm-b=3,vm-c=5"), else none.
     `max_connects`: CONNECTs per peer without an answer; more wait here. At most 32 (two directions share
     64 messages).
     """
@@ -51,8 +57,11 @@ class Settings:
     first_ring_bytes: int = 4096
     datagram_queue_bytes: int = 4 << 20
     max_connects: int = 32
+    pin: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
+        if self.pin is not None:
+            object.__setattr__(self, "pin", check_pin(self.pin))
         for name in ("ring_bytes", "first_ring_bytes"):
             size = getattr(self, name)
             if size < 4096 or size > 1 << 30 or size & (size - 1):

@@ -452,4 +452,4 @@ def test_bad_attachments(
 
 
 def test_default_arguments(run: Run) -> None:
-    assert list(inspect.signature(shmsock.attach).parameters) == ["region", "name", "settings"]
+    assert list(inspect.signature(shmsock.attach).parameters) == ["region", "name", "settings", "section"]
