@@ -143,7 +143,7 @@ void sh_fake_omit(const char *function)
 int sh_fake_bells_differ(sh_node *nd)
 {
     for (uint32_t j = 0; j < nd->g.peers; j++)
-        if (nd->links[j].in->bell != nd->links[j].last)
+        if (!nd->links[j].muted && nd->links[j].in->bell != nd->links[j].last)
             return 1;
     return 0;
 }
