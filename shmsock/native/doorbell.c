@@ -22,15 +22,19 @@ static void ring_eventfd(sh_node *nd, struct sh_link *l)
 {
     uint64_t one = 1;
     ssize_t done = 0;
+    void *held;
 
     if (__atomic_load_n(&l->stuck, __ATOMIC_RELAXED))
         return;
+    held = nd->let_go ? nd->let_go() : NULL;
     __atomic_store_n(&nd->ringing, ++nd->rings << 8 | (uint64_t)(l - nd->links), __ATOMIC_RELEASE);
     if (poll(&(struct pollfd){.fd = l->reach_fd, .events = POLLOUT}, 1, 0) == 1)
         done = write(l->reach_fd, &one, sizeof one);
     __atomic_store_n(&nd->ringing, 0, __ATOMIC_SEQ_CST);
     while (__atomic_load_n(&nd->unsticking, __ATOMIC_SEQ_CST)) /* it does not wait; and the descriptor may be closed, and be another's, once we return */
         sched_yield();
+    if (held)
+        nd->take_back(held);
     (void)done;
 }
 

@@ -118,6 +118,8 @@ struct sh_node {
     uint64_t ringing;             /* count << 8 | peer of the ring being written to an eventfd, 0: none; atomic */
     int unsticking;               /* the keeper is at the descriptor of that ring; atomic */
     uint64_t rings;
+    void *(*let_go)(void);        /* before such a write, which may wait: whoever runs Python lets other threads run; NULL: none does */
+    void (*take_back)(void *);
     uint64_t storm_ns;            /* when counting of spurious doorbells began */
     uint32_t storm;
     uint64_t ready[SH_MAX_WORDS];   /* slots the pump owes a look */

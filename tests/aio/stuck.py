@@ -1,7 +1,8 @@
 """A process whose ring of a peer waits in write(2), until its test lets it go on: what the test does to the
-eventfd meanwhile comes after the look that found room in it. `python -m tests.aio.stuck URL FD`
+eventfd meanwhile comes after the look that found room in it. `python -m tests.aio.stuck URL FD THREAD HOW`
 
-FD is a socket, for the descriptor by which the kernel tells of that write: seccomp_unotify(2).
+FD is a socket, for the descriptor by which the kernel tells of that write: seccomp_unotify(2). THREAD is one
+that another thread echoes, as long as it can run. HOW says what rings: "write", or "read", which makes space.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ import select
 import socket
 import struct
 import sys
+import threading
 
+import shmsock
+from tests.aio.conftest import until
 from tests.aio.test_doorbells import nodes, ping
 
 WRITE, SECCOMP = {"x86_64": (1, 317), "aarch64": (64, 277)}[platform.machine()]
@@ -61,27 +65,51 @@ def held(listener: int, seconds: float) -> int | None:
     return number
 
 
+def echoes(channel: socket.socket) -> None:
+    with channel:
+        while data := channel.recv(16):
+            channel.send(data)
+
+
 def let_go(listener: int, number: int) -> None:
     """That write goes on as if nothing had been."""
     fcntl.ioctl(listener, NOTIF_SEND, struct.pack("=QqiI", number, 0, 0, CONTINUE))
 
 
-async def main(url: str, channel: socket.socket) -> None:
+MUCH = 4 << 20
+
+
+async def fills(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """More than any ring holds: it waits for space, and its node sleeps meanwhile."""
+    writer.write(bytes(MUCH))
+    await writer.drain()
+    writer.close()
+
+
+async def main(url: str, channel: socket.socket, how: str) -> None:
     async with nodes(url) as ends:
         await ends.are_woken_by("doorbell", "doorbell")
         async with ends.connection() as (reader, writer):
             await ping(reader, writer)
+            await shmsock.start_server(fills, None, 7001, node=ends.b)
+            much, end = await shmsock.open_connection("b", 7001, node=ends.a)
+            sleeping = ends.b.engine.layout.section(ends.b.section) + 0x80
+            await until(
+                lambda: ends.b.engine.memory.load(sleeping) & 1 and ends.b.statistics()["accepted"] == 2
+            )
             reach = ends.a.region.doorbell.reach(ends.b.region.doorbell.id)
             listener = hold_writes(reach.fd)
             socket.send_fds(channel, [b"held"], [listener])
             os.close(listener)
-            for _ in range(2):
+            for action in how, "write":
                 rung = ends.a.statistics()["rung"]
                 while ends.a.statistics()["rung"] == rung:
-                    await ping(reader, writer)
+                    await (ping(reader, writer) if action == "write" else much.read(4096))
                 channel.send(b"rung")
+            end.close()
 
 
 if __name__ == "__main__":
     with socket.socket(fileno=int(sys.argv[2])) as end:
-        asyncio.run(main(sys.argv[1], end))
+        threading.Thread(target=echoes, args=(socket.socket(fileno=int(sys.argv[3])),), daemon=True).start()
+        asyncio.run(main(sys.argv[1], end, sys.argv[4]))

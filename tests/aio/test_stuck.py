@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.aio.processes import ROOT
 from tests.aio.stuck import held, let_go
 from tests.region.fake_ivshmem import FakeServer
@@ -16,16 +18,22 @@ from tests.region.fake_ivshmem import FakeServer
 SECONDS = 20.0
 
 
-def test_the_keeper_ends_a_ring_that_is_stuck(tmp_path: Path) -> None:
-    """With two beats. All goes on, and that peer is not rung any more."""
+@pytest.mark.parametrize("how", ["write", "read"])
+def test_the_keeper_ends_a_ring_that_is_stuck(tmp_path: Path, how: str) -> None:
+    """With two beats. All goes on, other threads meanwhile, and that peer is not rung any more."""
     fake = FakeServer(str(tmp_path / "s"), 32 << 20)
     ours, theirs = socket.socketpair()
     ours.settimeout(SECONDS)
-    words = [f"ivshmem:{fake.path}", str(theirs.fileno())]
+    thread, other = socket.socketpair()
+    thread.settimeout(SECONDS)
+    words = [f"ivshmem:{fake.path}", str(theirs.fileno()), str(other.fileno()), how]
     child = subprocess.Popen(
-        [sys.executable, "-W", "error", "-m", "tests.aio.stuck", *words], cwd=ROOT, pass_fds=[theirs.fileno()]
+        [sys.executable, "-W", "error", "-m", "tests.aio.stuck", *words],
+        cwd=ROOT,
+        pass_fds=[theirs.fileno(), other.fileno()],
     )
     theirs.close()
+    other.close()
     try:
         fake.accept()
         b = fake.accept()
@@ -33,6 +41,8 @@ def test_the_keeper_ends_a_ring_that_is_stuck(tmp_path: Path) -> None:
         try:
             ring = held(listener, SECONDS)
             assert ring is not None
+            thread.send(b"?")
+            assert thread.recv(1) == b"?"
             fake.rung(b)
             (eventfd,) = fake.peers[b]
             os.eventfd_write(eventfd, 2**64 - 2)
@@ -48,4 +58,5 @@ def test_the_keeper_ends_a_ring_that_is_stuck(tmp_path: Path) -> None:
         child.kill()
         child.wait()
         ours.close()
+        thread.close()
         fake.close()

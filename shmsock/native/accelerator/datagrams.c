@@ -163,14 +163,7 @@ static int send_now(Outbox *box, PyObject *data, PyObject *address)
     n = PyBytes_GET_SIZE(data);
     if (!gate->calm || gate->turn != box->turn || PyErr_Occurred() || n > (Py_ssize_t)SH_DATAGRAM_MAX)
         return PyErr_Occurred() ? -1 : 0;
-    if (gate->turn->nd->links[gate->ep->peer].reach == SH_REACH_EVENTFD) { /* as in Port.write */
-        Py_INCREF(gate);
-        Py_BEGIN_ALLOW_THREADS
-        sent = sh_send(gate->ep, box->port, port, entry, PyBytes_AS_STRING(data), (uint32_t)n);
-        Py_END_ALLOW_THREADS
-        Py_DECREF(gate);
-    } else
-        sent = sh_send(gate->ep, box->port, port, entry, PyBytes_AS_STRING(data), (uint32_t)n);
+    sent = sh_send(gate->ep, box->port, port, entry, PyBytes_AS_STRING(data), (uint32_t)n); /* may let others run, at the end */
     return sent == 1;
 }
 

@@ -201,8 +201,7 @@ static int64_t write_out(Port *p, PyObject *data)
     Py_ssize_t n = PyBytes_GET_SIZE(data);
     int64_t taken;
 
-    /* Whoever shares an eventfd with us can make writing to it wait. */
-    if (n > (Py_ssize_t)KEEP_GIL_MAX || p->turn->nd->links[p->ep->peer].reach == SH_REACH_EVENTFD) {
+    if (n > (Py_ssize_t)KEEP_GIL_MAX) {
         Py_BEGIN_ALLOW_THREADS
         taken = sh_write(p->ep, PyBytes_AS_STRING(data), (uint64_t)n);
         Py_END_ALLOW_THREADS

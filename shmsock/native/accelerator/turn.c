@@ -261,6 +261,16 @@ static PyObject *turn_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     return (PyObject *)t;
 }
 
+/* Whoever shares an eventfd with us can make writing to it wait. The GIL is held by what is called here, and not by what cffi calls. */
+static void *let_others_run(void)
+{
+    PyThreadState *mine = PyGILState_GetThisThreadState();
+
+    return mine && mine == _PyThreadState_UncheckedGet() ? PyEval_SaveThread() : NULL;
+}
+
+static void go_on(void *mine) { PyEval_RestoreThread(mine); }
+
 static int turn_init(Turn *t, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"engine", "keeper", "loop", "context", "ident", "queue", NULL};
@@ -287,6 +297,8 @@ static int turn_init(Turn *t, PyObject *args, PyObject *kwargs)
         PyErr_NoMemory();
         return -1;
     }
+    t->nd->let_go = let_others_run;
+    t->nd->take_back = go_on;
     t->closed = 0;
     return 0;
 }
