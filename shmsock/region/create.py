@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import secrets
 import stat
 from collections.abc import Callable, Iterator
 
 from shmsock.errors import RegionError, RegionExistsError, RegionNotFoundError, disk_full, region_error
-from shmsock.region import storage
-from shmsock.region.base import MINIMUM, Region
+from shmsock.region import locks, storage
+from shmsock.region.base import MINIMUM, Region, identity_of
 from shmsock.region.file import FileRegion, check_regular, explain_open, open_file, owner_name
+from shmsock.region.processes import open_elsewhere, users_of
 from shmsock.region.sizes import format_size, round_up
 
 __all__ = ["DEFAULT_SIZE", "create_file", "open_default"]
+
+log = logging.getLogger("shmsock.region")
 
 DEFAULT_SIZE = 256 << 20
 """Bytes of the default region. It is sparse: only what is used takes memory."""
@@ -45,11 +49,12 @@ def create_file(
     """Make a region file with all its storage, format it with `prepare`, and return its size in bytes.
 
     `size` is rounded up to whole pages, on hugetlbfs to whole huge pages. `mode`: permissions, whatever the
-    umask. `force`: there may be a file already, and `check(old)`, given it, may raise to keep it. Of the same
-    size, it is formatted in place, zeroed, as QEMU may have it mapped; of another size, it is replaced: a
-    mapped file must not shrink, and who has it mapped keeps the old one until restarted.
+    umask. `force`: there may be a file already, and `check(old)`, given it, may raise to keep it. It is
+    replaced, never written to: what others have open, or by another name, stays as it is. The new one has its
+    group, where that is allowed.
 
-    Raises RegionError: RegionExistsError (without `force`), ENOSPC (nothing is left behind), ... and what
+    Raises RegionError: RegionExistsError (without `force`), RegionPermissionError (the old one is another
+    user's), EBUSY (somebody has it mapped, or locked), ENOSPC (nothing is left behind), ... and what
     `prepare` and `check` raise.
     """
     directory = os.path.dirname(path) or "."
@@ -60,23 +65,77 @@ def create_file(
     if size <= 0:
         raise ValueError(f"a region cannot have {size} bytes")
     size = round_up(size, fs.unit)
-    replace = False
-    if _exists(path):
-        if not force:
-            raise _already(path)
-        if _reuse(path, size, mode, prepare, check):
-            return size
-        replace = True
-    with _temporary(directory, path, size, mode) as temporary:
-        with open_file(temporary) as region:
-            region.allocate()
-            if prepare:
-                prepare(region)
-        if replace:
-            os.rename(temporary, path)
-        else:
-            _publish(temporary, path)
+    if not _exists(path):
+        with _temporary(directory, path, size, mode) as made:
+            _fill(made, prepare)
+            _publish(made, path)
+        return size
+    if not force:
+        raise _already(path)
+    with _to_be_replaced(path) as old:
+        _check_unused(old, path, check)
+        with _temporary(directory, path, size, mode, os.fstat(old).st_gid) as made:
+            _fill(made, prepare)
+            _check_unused(old, path)  # once more: that took its time
+            if _identity(path) != identity_of(old):
+                raise _swapped(path)
+            os.rename(made.path, path)
+            _check_published(made, path)
     return size
+
+
+def _fill(made: FileRegion, prepare: Prepare | None) -> None:
+    made.allocate()
+    if prepare:
+        prepare(made)
+
+
+@contextlib.contextmanager
+def _to_be_replaced(path: str) -> Iterator[int]:
+    """A descriptor of the file that is there. Raises RegionPermissionError unless it is ours."""
+    try:
+        before = os.lstat(path)  # first: opening a device may already do something
+        check_regular(path, before.st_mode)
+        _check_owner(path, before.st_uid)
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+        fd = os.open(path, flags)
+    except RegionError:
+        raise
+    except OSError as error:
+        raise explain_open(error, path) from None
+    try:
+        opened = os.fstat(fd)  # once more, of what was opened: the name may have moved on
+        check_regular(path, opened.st_mode)
+        _check_owner(path, opened.st_uid)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _check_unused(old: int, path: str, check: Check | None = None) -> None:
+    """Raises RegionError, EBUSY, when somebody has the file mapped, or holds a lock of it; before that, what
+    `check` does."""
+    if check and os.fstat(old).st_size >= MINIMUM:
+        with open_file(path, writable=False) as region:
+            if region.identity != identity_of(old):
+                raise _swapped(path)
+            check(region)
+    elsewhere, users = open_elsewhere(old), users_of(old)
+    seen = users.mapped[:]
+    if not seen and locks.supported(old):
+        held = [str(index) for index in range(locks.SECTIONS) if locks.is_locked(old, index)]
+        seen += [f"whoever holds the lock of section {', '.join(held)}"] if held else []
+        seen += ["an ivshmem server"] if locks.is_locked(old, locks.SERVER_LOCK) else []
+    if not seen and users.hidden and elsewhere and not users.opened:
+        seen = ["somebody who could not be seen, a process of another user (try as root)"]
+    if seen:
+        raise region_error(
+            errno.EBUSY,
+            f"region {path} is in use by {', '.join(seen)}: stop them, or make another region",
+            path,
+        )
+    if users.hidden and elsewhere is not False:
+        log.warning("%d processes of other users could not be seen: have they %s mapped?", users.hidden, path)
 
 
 def open_default(
@@ -100,12 +159,11 @@ def open_default(
         except RegionNotFoundError:
             if not create or not os.path.isdir(os.path.dirname(path)):
                 raise
-        with _temporary(os.path.dirname(path), path, size, 0o600) as temporary:
+        with _temporary(os.path.dirname(path), path, size, 0o600) as made:
             if prepare:
-                with open_file(temporary) as region:
-                    prepare(region)
+                prepare(made)
             try:
-                _publish(temporary, path)
+                _publish(made, path)
             except RegionExistsError:
                 pass  # somebody else was faster: theirs it is
     raise region_error(
@@ -132,14 +190,7 @@ def _open_own(path: str, writable: bool) -> FileRegion:
 
 def _check_own(path: str, uid: int, mode: int) -> None:
     """Raises RegionPermissionError unless a file of this owner and mode is ours alone."""
-    me = os.geteuid()
-    if uid != me:
-        raise region_error(
-            errno.EACCES,
-            f"region {path} is owned by somebody else: {owner_name(uid)}, expected {owner_name(me)}; have it "
-            "removed, or name another region with SHMSOCK_REGION or region=",
-            path,
-        )
+    _check_owner(path, uid)
     if mode & 0o077:
         raise region_error(
             errno.EACCES,
@@ -149,9 +200,23 @@ def _check_own(path: str, uid: int, mode: int) -> None:
         )
 
 
+def _check_owner(path: str, uid: int) -> None:
+    me = os.geteuid()
+    if uid != me:
+        raise region_error(
+            errno.EACCES,
+            f"region {path} is owned by somebody else: {owner_name(uid)}, expected {owner_name(me)}; have it "
+            "removed, or name another region with SHMSOCK_REGION or region=",
+            path,
+        )
+
+
 @contextlib.contextmanager
-def _temporary(directory: str, path: str, size: int, mode: int) -> Iterator[str]:
-    """A file of `size` bytes, sparse, beside `path`. Afterwards its temporary name is gone in any case."""
+def _temporary(
+    directory: str, path: str, size: int, mode: int, group: int | None = None
+) -> Iterator[FileRegion]:
+    """A file of `size` bytes, sparse, beside `path`, opened. Afterwards its temporary name is gone in any
+    case."""
     temporary = os.path.join(directory, f".shmsock-{secrets.token_hex(8)}.tmp")
     try:
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -160,6 +225,9 @@ def _temporary(directory: str, path: str, size: int, mode: int) -> Iterator[str]
     try:
         try:
             os.ftruncate(fd, size)
+            if group is not None:
+                with contextlib.suppress(PermissionError):  # a group that we are not in
+                    os.fchown(fd, -1, group)
             os.fchmod(fd, mode)
         except OSError as error:
             if error.errno == errno.ENOSPC:
@@ -169,62 +237,62 @@ def _temporary(directory: str, path: str, size: int, mode: int) -> Iterator[str]
                 f"cannot make {path} {format_size(size)} long: {error.strerror}",
                 path,
             ) from None
-        finally:
-            os.close(fd)
         try:
-            yield temporary
+            with open_file(temporary) as made:
+                if made.identity != identity_of(fd):
+                    raise _swapped(path)
+                yield made
         except RegionError as error:  # people know the name that they asked for
-            made = type(error)(error.errno or errno.EIO, (error.strerror or "").replace(temporary, path))
-            made.filename = path
-            raise made from None
+            named = type(error)(error.errno or errno.EIO, (error.strerror or "").replace(temporary, path))
+            named.filename = path
+            raise named from None
     finally:
+        os.close(fd)
         try:
             os.unlink(temporary)
         except FileNotFoundError:
             pass  # renamed
 
 
-def _publish(temporary: str, path: str) -> None:
+def _publish(made: FileRegion, path: str) -> None:
     """Give the file its name. Raises RegionExistsError when the name is taken."""
     try:
-        os.link(temporary, path, follow_symlinks=False)
-        return
+        os.link(made.path, path, follow_symlinks=False)
     except FileExistsError:
         raise _already(path) from None
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise _explain_create(error, path, os.path.dirname(path)) from None
-    # A file system without hard links: take the name with an empty file, then put ours in its place.
+        # A file system without hard links: take the name with an empty file, then put ours in its place.
+        try:
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+        except FileExistsError:
+            raise _already(path) from None
+        os.rename(made.path, path)
+    _check_published(made, path)
+
+
+def _check_published(made: FileRegion, path: str) -> None:
+    """Names can be moved by whoever may write to the directory: see what has this one now."""
+    if _identity(path) != made.identity:
+        raise _swapped(path)
+
+
+def _identity(path: str) -> tuple[int, int] | None:
     try:
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
-    except FileExistsError:
-        raise _already(path) from None
-    os.rename(temporary, path)
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
-def _reuse(path: str, size: int, mode: int, prepare: Prepare | None, check: Check | None) -> bool:
-    """Format the existing file in place, if it has the right size; False: replace it."""
-    status = os.lstat(path)
-    check_regular(path, status.st_mode)
-    if status.st_size < MINIMUM:
-        return False  # nothing that anyone could use
-    with open_file(path) as region:
-        if check:
-            check(region)
-        if region.size != size:
-            return False
-        region.allocate()
-        # From back to front: whoever attaches meanwhile finds out when the format word, at the front, goes
-        # last. The other way round it could format anew what is then cleared.
-        step = 1 << 20
-        zeros = bytes(step)
-        for start in range((size - 1) // step * step, -1, -step):
-            length = min(step, size - start)
-            region.mmap[start : start + length] = zeros[:length]
-        os.chmod(path, mode)
-        if prepare:
-            prepare(region)
-    return True
+def _swapped(path: str) -> RegionError:
+    return region_error(
+        errno.ESTALE,
+        f"region {path} was removed or replaced by somebody else meanwhile: try again, or choose a directory "
+        "that others cannot write to",
+        path,
+    )
 
 
 def _exists(path: str) -> bool:

@@ -110,6 +110,29 @@ class FileRegion(Region):
         """The first `length` bytes, not through the mapping: there even looking at a hole takes a page."""
         return os.pread(self._open_fd(), length, 0)
 
+    def reopen(self) -> int:
+        """A descriptor from an open() of its own, whatever has the name by now; as writable as the region.
+        The caller closes it. Raises OSError."""
+        flags = os.O_RDWR if self.writable else os.O_RDONLY
+        return os.open(f"/proc/self/fd/{self._open_fd()}", flags | os.O_CLOEXEC)
+
+    def is_zero(self, start: int = 0) -> bool:
+        """Is there no other byte from `start` on? Holes are skipped, and stay."""
+        fd, step, at = self._open_fd(), 1 << 20, start
+        while at < self.size:
+            try:
+                at = os.lseek(fd, at, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    return True  # nothing but a hole from here
+                if error.errno != errno.EINVAL:
+                    raise
+            data = os.pread(fd, step, at)
+            if data.count(0) != len(data):
+                return False
+            at += len(data) or step
+        return True
+
     def _filesystem_type(self) -> str:
         return self._fs.type
 

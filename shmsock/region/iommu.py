@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from shmsock.errors import RegionError, region_error
 from shmsock.region.pci import SYSFS, PciDevice, read_device
+from shmsock.region.processes import name_of, pids
 
 __all__ = ["DEV", "NOIOMMU_SWITCH", "Group", "borrow", "no_iommu", "not_viable", "read_group", "users"]
 
@@ -99,16 +100,9 @@ def not_viable(device: PciDevice, group: Group) -> RegionError:
 def users(*paths: str, proc: str = "/proc") -> list[str]:
     """Which processes have one of these files open or mapped: 'process 17 (python3)'. Those that one may
     look into."""
-    found = []
-    for pid in _processes(proc):
-        if any(file in paths for file in _files(f"{proc}/{pid}")):
-            try:
-                with open(f"{proc}/{pid}/comm", encoding="utf-8", errors="replace") as file:
-                    name = file.read(80).strip()
-            except OSError:
-                name = "ending"
-            found.append(f"process {pid} ({name}{', this one' if int(pid) == os.getpid() else ''})")
-    return found
+    return [
+        name_of(pid, proc) for pid in pids(proc) if any(file in paths for file in _files(f"{proc}/{pid}"))
+    ]
 
 
 def borrow(group: Group, proc: str = "/proc") -> int:
@@ -120,7 +114,7 @@ def borrow(group: Group, proc: str = "/proc") -> int:
     if any(other.vfio for other in group.others):
         return -1
     directory = os.path.dirname(group.path)
-    for pid in _processes(proc):
+    for pid in pids(proc):
         links = dict(_links(f"{proc}/{pid}/fd"))
         groups = {link for link in links.values() if os.path.dirname(link) == directory}
         devices = [number for number, link in links.items() if link == VFIO_DEVICE]
@@ -141,10 +135,6 @@ def _copy_descriptor(pid: int, fd: int) -> int:
         return taken
     finally:
         os.close(process)
-
-
-def _processes(proc: str) -> list[str]:
-    return sorted((name for name in _names(proc) if name.isdigit()), key=int)
 
 
 def _files(directory: str) -> Iterator[str]:

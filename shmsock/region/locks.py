@@ -13,8 +13,10 @@ import functools
 import os
 import struct
 
-__all__ = ["SERVER_LOCK", "is_locked", "supported", "try_lock", "unlock"]
+__all__ = ["SECTIONS", "SERVER_LOCK", "is_locked", "supported", "try_lock", "unlock"]
 
+SECTIONS = 64
+"""So many a region has at most: their bytes come first."""
 SERVER_LOCK = 4096
 """The byte of the ivshmem server that serves this file; those of the sections are below."""
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import shutil
 import stat
+import subprocess
+import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,11 +22,12 @@ from shmsock.errors import (
     RegionNotFoundError,
     RegionPermissionError,
 )
-from shmsock.region import create
+from shmsock.region import create, locks
 from shmsock.region.base import Region
 from shmsock.region.create import create_file, open_default
 from shmsock.region.file import open_file
-from tests.region.conftest import AsUser, failing
+from shmsock.region.processes import Users
+from tests.region.conftest import NOBODY, AsUser, failing
 
 MIB = 1 << 20
 
@@ -88,14 +95,152 @@ def test_create_without_hard_links(tmp_path: Path, taken: bool, monkeypatch: pyt
     assert os.listdir(tmp_path) == ["new"]
 
 
-def test_force_keeps_the_file_that_qemu_may_have_mapped(path: str) -> None:
+# What opens a file, and maps it or not, until its input ends.
+USER = """
+import mmap, os, sys
+fd = os.open(sys.argv[1], os.O_RDWR)
+mapping = mmap.mmap(fd, 4096) if sys.argv[2] == "map" else None
+if mapping:
+    os.close(fd)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def user_of(path: str, how: str, uid: int | None = None) -> Iterator[int]:
+    """Another process that uses a file: its number. `how`: "map" or "open"."""
+    argv = [sys.executable, "-c", USER, path, how]
+    with subprocess.Popen(
+        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, user=uid
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield process.pid
+        process.communicate()
+
+
+@pytest.mark.parametrize("size", [MIB, 2 * MIB])
+@pytest.mark.parametrize("content", [b"", b"x" * MIB], ids=["blank", "full"])
+def test_force_refuses_a_file_that_is_mapped(path: str, content: bytes, size: int) -> None:
+    Path(path).write_bytes(content or bytes(MIB))
+    before = os.stat(path)
+    with user_of(path, "map") as pid:
+        with pytest.raises(RegionError, match=rf"in use by process {pid} \(python.*\): stop") as caught:
+            create_file(path, size, force=True)
+        assert caught.value.errno == errno.EBUSY
+        assert os.path.samestat(os.stat(path), before)
+        assert os.listdir(os.path.dirname(path)) == ["region"]
+    create_file(path, size, force=True)
+
+
+def test_force_refuses_a_file_that_is_mapped_meanwhile(path: str) -> None:
+    with contextlib.ExitStack() as later:
+
+        def prepare(region: Region) -> None:
+            later.enter_context(user_of(path, "map"))
+
+        with pytest.raises(RegionError, match="in use by process"):
+            create_file(path, MIB, force=True, prepare=prepare)
+    assert os.listdir(os.path.dirname(path)) == ["region"]
+
+
+@pytest.mark.parametrize("how", ["section", "server"])
+def test_force_refuses_a_file_that_is_locked(path: str, how: str) -> None:
+    fd = os.open(path, os.O_RDWR)
+    try:
+        assert locks.try_lock(fd, 5 if how == "section" else locks.SERVER_LOCK)
+        with pytest.raises(RegionError, match="lock of section 5" if how == "section" else "ivshmem server"):
+            create_file(path, MIB, force=True)
+    finally:
+        os.close(fd)
+    create_file(path, MIB, force=True)
+
+
+@pytest.mark.parametrize("size", [4096, MIB, 2 * MIB])
+def test_force_never_takes_the_old_file(path: str, size: int) -> None:
+    """Who has it open, or by another name, keeps that and does not come into the new one."""
     Path(path).write_bytes(b"x" * MIB)
-    inode = os.stat(path).st_ino
-    with open_file(path) as user:
-        assert create_file(path, MIB, mode=0o644, force=True) == MIB
-        assert user.mmap[:] == bytes(MIB)
-    assert os.stat(path).st_ino == inode
+    os.link(path, f"{path}-too")
+    with user_of(path, "open"):
+        create_file(path, size, mode=0o644, force=True)
+    assert not os.path.samestat(os.stat(path), os.stat(f"{path}-too"))
+    assert Path(f"{path}-too").read_bytes() == b"x" * MIB
+    assert Path(path).read_bytes() == bytes(size)
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o644
+
+
+@pytest.mark.parametrize("mode", [0o666, 0o600])
+@pytest.mark.parametrize("size", [0, MIB])
+def test_force_refuses_a_file_of_somebody_else(shared: Path, mode: int, size: int) -> None:
+    name = shared / "region"
+    name.write_bytes(bytes(size))
+    name.chmod(mode)
+    if os.geteuid():
+        pytest.skip("takes root to give a file away")
+    os.chown(name, NOBODY, NOBODY)
+    with pytest.raises(RegionPermissionError, match=rf"owned by somebody else: uid {NOBODY}"):
+        create_file(str(name), MIB, force=True)
+    assert (name.stat().st_uid, name.stat().st_size) == (NOBODY, size)
+    assert os.listdir(shared) == ["region"]
+
+
+def test_force_keeps_the_group(shared: Path) -> None:
+    name = shared / "region"
+    name.write_bytes(bytes(MIB))
+    if os.geteuid():
+        pytest.skip("takes root to give a file to any group")
+    os.chown(name, -1, 4242)
+    create_file(str(name), MIB, force=True, mode=0o660)
+    assert (name.stat().st_gid, stat.S_IMODE(name.stat().st_mode)) == (4242, 0o660)
+
+
+def test_force_says_whom_it_could_not_see(shared: Path, as_nobody: AsUser) -> None:
+    """Nobody may not look into root's processes, and is refused when one has the file open."""
+    name = shared / "region"
+    name.write_bytes(bytes(MIB))
+    os.chown(name, NOBODY, NOBODY)
+    before = os.stat(name)
+    with user_of(str(name), "map"):
+        error, code = as_nobody(lambda: create_file(str(name), MIB, force=True))
+        assert code == errno.EBUSY
+        assert "somebody who could not be seen" in str(error)
+        assert os.path.samestat(os.stat(name), before)
+    assert as_nobody(lambda: create_file(str(name), MIB, force=True)) == MIB
+
+
+@pytest.mark.parametrize("seen", [False, None])
+def test_force_where_the_kernel_does_not_tell(
+    path: str, seen: bool | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(create, "open_elsewhere", lambda fd: seen)
+    monkeypatch.setattr(create, "users_of", lambda fd: Users([], [], 7))
+    create_file(path, MIB, force=True)
+    said = "7 processes of other users could not be seen"
+    assert (said in caplog.text) == (seen is None)
+
+
+@pytest.mark.parametrize("step", ["open_file", "_publish"])
+@pytest.mark.parametrize("force", [False, True])
+def test_names_that_are_swapped(
+    shared: Path, step: str, force: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a directory that others may write to, what has a name need not be what was given it."""
+    theirs, name = shared / "theirs", shared / "region"
+    theirs.write_bytes(bytes(MIB))
+    if force:
+        name.write_bytes(bytes(MIB))
+    real = getattr(create, step) if step == "open_file" else os.rename if force else os.link
+
+    def swapping(temporary: str, *args: Any, **kwargs: Any) -> Any:
+        os.unlink(temporary)
+        shutil.copy(theirs, temporary)
+        return real(temporary, *args, **kwargs)
+
+    monkeypatch.setattr(create if step == "open_file" else os, real.__name__, swapping)
+    with pytest.raises(RegionError, match="replaced by somebody else") as caught:
+        create_file(str(name), MIB, force=force)
+    assert caught.value.errno == errno.ESTALE
 
 
 @pytest.mark.parametrize("size", [4096, 2 * MIB])

@@ -1,0 +1,100 @@
+"""Who uses a file, as far as /proc and the kernel tell."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+from typing import NamedTuple
+
+__all__ = ["Users", "name_of", "open_elsewhere", "pids", "users_of"]
+
+
+class Users(NamedTuple):
+    """What users_of() found."""
+
+    mapped: list[str]
+    """Other processes that have it mapped: 'process 17 (python3)', by number."""
+    opened: list[str]
+    """Those that have it open, and not mapped; and this one, if it has either."""
+    hidden: int
+    """So many processes may not be looked into: other users'."""
+
+
+def pids(proc: str = "/proc") -> list[str]:
+    """All processes that this one sees, by number."""
+    try:
+        return sorted((name for name in os.listdir(proc) if name.isdigit()), key=int)
+    except OSError:
+        return []
+
+
+def name_of(pid: str, proc: str = "/proc") -> str:
+    """'process 17 (python3)', also when it has ended just now."""
+    try:
+        with open(f"{proc}/{pid}/comm", encoding="utf-8", errors="replace") as file:
+            name = file.read(80).strip()
+    except OSError:
+        name = "ending"
+    return f"process {pid} ({name}{', this one' if int(pid) == os.getpid() else ''})"
+
+
+def users_of(fd: int, proc: str = "/proc") -> Users:
+    """Which processes use the file of `fd`, which may be open here for this question."""
+    wanted, identity = _as_in_maps(fd), os.fstat(fd)
+    mapped: list[str] = []
+    opened: list[str] = []
+    hidden = 0 if os.path.isdir(f"{proc}/1") else 1  # mounted with hidepid=
+    for pid in pids(proc):
+        try:
+            with open(f"{proc}/{pid}/maps", "rb") as file:
+                found = any(tuple(line.split(None, 5)[3:5]) in wanted for line in file)
+            own = int(pid) == os.getpid()
+            if found or _times_open(f"{proc}/{pid}/fd", identity) > own:
+                (mapped if found and not own else opened).append(name_of(pid, proc))
+        except PermissionError:
+            hidden += 1
+        except OSError:
+            pass  # it has ended
+    return Users(mapped, opened, hidden)
+
+
+def _times_open(directory: str, identity: os.stat_result) -> int:
+    count = 0
+    for number in os.listdir(directory):
+        with contextlib.suppress(FileNotFoundError):  # closed just now
+            count += os.path.samestat(os.stat(f"{directory}/{number}"), identity)
+    return count
+
+
+def _as_in_maps(fd: int) -> set[tuple[bytes, ...]]:
+    """(device, inode) of the file as maps shows it. On btrfs and overlayfs that is another device than
+    fstat() tells, so a mapping of our own is looked up too."""
+    status = os.fstat(fd)
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+    found: set[tuple[bytes, ...]] = {(device.encode(), str(status.st_ino).encode())}
+    with contextlib.suppress(OSError, ValueError):  # an empty file; hugetlbfs, where fstat() is right
+        before = _own_maps()
+        with mmap.mmap(fd, mmap.PAGESIZE, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ):
+            new = _own_maps() - before
+        inode = str(status.st_ino).encode()
+        found |= {(line[3], line[4]) for line in new if line[4] == inode}
+    return found
+
+
+def _own_maps() -> set[tuple[bytes, ...]]:
+    with open("/proc/self/maps", "rb") as file:
+        return {tuple(line.split(None, 5)[:5]) for line in file}
+
+
+def open_elsewhere(fd: int) -> bool | None:
+    """Has anybody else the file of `fd` open or mapped, whoever may not be seen included? `fd` must be the
+    only descriptor of it here. None: this kernel, or file system, does not tell."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)  # to be had by who is alone with it
+    except OSError as error:
+        return True if error.errno == errno.EAGAIN else None
+    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return False
