@@ -127,7 +127,7 @@ def create(path: str, size: int, peers: int, mode: int, force: bool) -> None:
         path, size, mode=mode, force=force, prepare=partial(prepare_region, peers=peers), check=_unused
     )
     with regions.open_file(path, writable=False) as region:
-        for line in show.made_lines(path, look.look(region, 0), mode):
+        for line in show.made_lines(path, look.look(region, 0), region.describe().mode):
             click.echo(line)
 
 

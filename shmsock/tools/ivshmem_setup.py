@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 from shmsock import region as regions
 from shmsock.aio.attach import prepare_region
-from shmsock.errors import RegionExistsError, disk_full, format_error, region_error
+from shmsock.errors import RegionError, RegionExistsError, disk_full, format_error, region_error
 from shmsock.fabric import layout as lay
 from shmsock.fabric.memory import Memory, native_core
-from shmsock.region import locks, storage
+from shmsock.region import locks
 from shmsock.region.base import Region, map_bytes
 from shmsock.region.file import FileRegion, owner_name
 from shmsock.region.sizes import format_size, round_up
@@ -89,8 +89,10 @@ def make_store(region: str, size: int | None, *, peers: int = 16, mode: int = 0o
 
 
 def _serve_file(opened: FileRegion, size: int | None, peers: int, state: str) -> Store:
-    path = opened.path
-    wanted = opened.size if size is None else round_up(size, storage.filesystem(path).unit)
+    """All that follows is about what was opened, whatever has its name by now."""
+    path, known = opened.path, opened.describe()
+    _check_owner(f"region {path}", known.uid, path)
+    wanted = opened.size if size is None else round_up(size, known.page_size)
     if opened.size != wanted:
         raise region_error(
             errno.EINVAL,
@@ -99,46 +101,53 @@ def _serve_file(opened: FileRegion, size: int | None, peers: int, state: str) ->
             path,
         )
     _check_power(opened.size, f"region {path}", path)
-    if any(opened.peek(lay.HEADER)):
-        _check_formatted(opened)
-    elif not _all_zero(path):
-        raise format_error(
-            f"region {path} begins with zeros and holds something else further on: make it anew with "
-            "`shmsock create --force`, or name another file",
-            path,
-        )
-    else:
-        state = "formatted"
-    opened.allocate()  # a hole would be a SIGBUS in somebody's QEMU when the disk is full
-    if state == "formatted":
-        prepare_region(opened, peers)
-    # Of an open() of its own: file locks belong to that, and everybody gets this one.
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    status = os.fstat(fd)
-    if (status.st_dev, status.st_ino) != opened.identity:
-        os.close(fd)
-        raise region_error(errno.ESTALE, f"region {path} was replaced while it was opened: try again", path)
+    lock_fd = _lock(opened)
     try:
-        lock_fd = _lock(path)
+        if any(opened.peek(lay.HEADER)):
+            _check_formatted(opened)
+        elif not opened.is_zero():
+            raise format_error(
+                f"region {path} begins with zeros and holds something else further on: make it anew with "
+                "`shmsock create --force`, or name another file",
+                path,
+            )
+        else:
+            state = "formatted"
+        opened.allocate()  # a hole would be a SIGBUS in somebody's QEMU when the disk is full
+        if state == "formatted":
+            prepare_region(opened, peers)
+        fd = opened.reopen()  # file locks belong to an open(), and everybody gets this one
     except BaseException:
-        os.close(fd)
+        os.close(lock_fd)
         raise
-    if status.st_uid not in (0, os.geteuid()):
-        state += f", owned by {owner_name(status.st_uid)}, who can do anything with it"
+    if known.mode & 0o007:
+        state += f", mode {known.mode:04o}: everybody can open it"
     return Store(fd, lock_fd, opened.size, f"{path}, {format_size(opened.size)}, {state}")
 
 
-def _lock(path: str) -> int:
+def _check_owner(what: str, uid: int, path: str) -> None:
+    """Raises RegionPermissionError when somebody else made it: who owns a file can truncate it, or open it to
+    others, at any time."""
+    if uid not in (0, os.geteuid()):
+        raise region_error(
+            errno.EACCES,
+            f"{what} is owned by {owner_name(uid)}, expected {owner_name(os.geteuid())}: have it removed, "
+            "choose another path, or run the server as its owner",
+            path,
+        )
+
+
+def _lock(opened: FileRegion) -> int:
     """One server for each file: peers of two would take each other's ids for those of their own server. The
     descriptor is nobody else's, so that the lock falls with this process."""
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    fd = opened.reopen()
     try:
         if locks.supported(fd) and not locks.try_lock(fd, locks.SERVER_LOCK):
             raise region_error(
                 errno.EBUSY,
-                f"region {path} is served by another ivshmem server already: stop that one, or name another "
-                "file",
-                path,
+                f"region {opened.path} is served by another ivshmem server already: stop that one, or name "
+                "another file",
+                opened.path,
             )
     except BaseException:
         os.close(fd)
@@ -171,27 +180,6 @@ def _check_power(size: int, what: str, path: str | None = None) -> None:
             f"{what}: {format_size(size)}, expected a power of two, as a PCI BAR must be, such as {larger}",
             path,
         )
-
-
-def _all_zero(path: str) -> bool:
-    """Is there no other byte in the file? Holes are skipped."""
-    step = 1 << 20
-    with open(path, "rb", buffering=0) as file:
-        end = os.fstat(file.fileno()).st_size
-        at = 0
-        while at < end:
-            try:
-                at = os.lseek(file.fileno(), at, os.SEEK_DATA)
-            except OSError as error:
-                if error.errno == errno.ENXIO:
-                    return True  # nothing but a hole from here
-                if error.errno != errno.EINVAL:
-                    raise
-            data = os.pread(file.fileno(), step, at)
-            if data.count(0) != len(data):
-                return False
-            at += len(data) or step
-    return True
 
 
 def _make_memfd(size: int, peers: int) -> Store:
@@ -252,7 +240,8 @@ class Listener(NamedTuple):
 
 
 def listen(path: str, mode: int = 0o600) -> Listener:
-    """Listen at `path`, never open wider than `mode`. A socket file that nobody listens on is replaced.
+    """Listen at `path`, never open wider than `mode`. A socket file of ours that nobody listens on is
+    replaced.
 
     Raises RegionError: EADDRINUSE when somebody listens there, EEXIST when something else has that name, ...
     """
@@ -301,6 +290,7 @@ def _remove_stale(path: str) -> None:
                 f"{path} is there already and is no socket: remove it, or choose another path",
                 path,
             )
+        _check_owner(f"socket {path}", before.st_uid, path)
         if _answers(path):
             raise region_error(
                 errno.EADDRINUSE,
@@ -312,6 +302,8 @@ def _remove_stale(path: str) -> None:
             os.unlink(path)
     except FileNotFoundError:
         return  # gone by itself
+    except RegionError:
+        raise
     except PermissionError as error:
         raise _explain_bind(error, path) from None
 

@@ -26,9 +26,11 @@ from typing import IO, Any
 import pytest
 from click.testing import CliRunner
 
+from shmsock import region as regions
 from shmsock.cli import cli
 from shmsock.errors import RegionError
 from shmsock.fabric import layout as lay
+from shmsock.region import FileRegion
 from shmsock.region.ivshmem_protocol import Receiver, send_message
 from shmsock.testing import make_region
 from shmsock.tools import ivshmem_server, ivshmem_setup
@@ -450,16 +452,83 @@ def test_a_file_of_zeros_is_formatted(start: Start, joined: Join, place: Path) -
     file = place / "region"
     file.touch()
     os.truncate(file, 4 << 20)
-    if os.geteuid() == 0:
-        os.chown(file, NOBODY, -1)
+    file.chmod(0o640)
     server = start("--peers", 5, region=file, size=None)
     line = server.log_until("listening on")
-    assert "4 MiB, formatted" in line
-    assert (f"owned by uid {NOBODY}" in line) == (os.geteuid() == 0)
+    assert line.endswith("4 MiB, formatted\n")
     assert file.stat().st_blocks * 512 == 4 << 20
     with mmap.mmap(joined(server).memory, 0) as memory:
         assert memory[:8] == lay.MAGIC.to_bytes(8, "little")
         assert memory[lay.H_ID] == 5  # the low byte of the id: for so many peers
+
+
+@pytest.mark.parametrize("formatted", [False, True])
+@pytest.mark.parametrize("size", ["4M", None])
+def test_a_file_that_somebody_else_made(place: Path, formatted: bool, size: str | None) -> None:
+    """It could be truncated under all that have it, or opened to everybody."""
+    if os.geteuid():
+        pytest.skip("takes root to give a file away")
+    file = Path(make_region(place, size=4 << 20))
+    if not formatted:
+        file.write_bytes(bytes(4 << 20))
+    before = file.read_bytes()
+    os.chown(file, NOBODY, -1)
+    status, said = run(place, region=file, size=size)
+    assert (status, f"region {file} is owned by uid {NOBODY}" in said, "expected uid 0" in said) == (
+        1,
+        True,
+        True,
+    )
+    assert file.read_bytes() == before
+
+
+def test_a_file_of_root_is_trusted(place: Path) -> None:
+    if os.geteuid():
+        pytest.skip("takes root to become another user")
+    file = Path(make_region(place, size=4 << 20))
+    place.chmod(0o755)
+    file.chmod(0o666)
+
+    def title() -> str:
+        store = ivshmem_setup.make_store(str(file), None)
+        store.close()
+        return store.title
+
+    assert in_child(title, NOBODY).endswith("as it was, mode 0666: everybody can open it")
+
+
+def test_a_name_that_moves_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was checked is what is served, formatted and locked, though another file has its name by then."""
+    file, other = place / "region", place / "other"
+    for name in (file, other):
+        name.write_bytes(bytes(4 << 20))
+    identity = (file.stat().st_dev, file.stat().st_ino)
+    opening = regions.open_file
+
+    def moving(path: str) -> FileRegion:
+        opened = opening(path)
+        os.rename(other, path)
+        return opened
+
+    monkeypatch.setattr(regions, "open_file", moving)
+    store = ivshmem_setup.make_store(str(file), None)
+    try:
+        for fd in (store.fd, store.lock_fd):
+            assert (os.fstat(fd).st_dev, os.fstat(fd).st_ino) == identity
+        assert os.pread(store.fd, 8, 0) == lay.MAGIC.to_bytes(8, "little")
+    finally:
+        store.close()
+    assert file.read_bytes() == bytes(4 << 20)
+
+
+def test_a_stale_socket_of_somebody_else(place: Path) -> None:
+    if os.geteuid():
+        pytest.skip("takes root to give a file away")
+    listening(place / "s").close()
+    os.chown(place / "s", NOBODY, -1)
+    status, said = run(place)
+    assert (status, f"s is owned by uid {NOBODY}" in said) == (1, True)
+    assert (place / "s").exists()
 
 
 def test_a_memfd_is_all_there_and_sealed(start: Start, joined: Join) -> None:
