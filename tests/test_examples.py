@@ -174,6 +174,18 @@ def test_raw_bar2(tmp_path: Path) -> None:
     assert run("raw_bar2.py", region, 1000).stdout == "byte 1000 of 65536: 42\n"
 
 
+def test_raw_bar2_keeps_a_region_that_is_used(start: Start, shm_region: Path) -> None:
+    server = start("echo_server.py", 7100)
+    before = shm_region.read_bytes()[:64]
+    assert f"process {server.pid}" in refused("raw_bar2.py", shm_region, 0, 7)
+    assert refused("raw_bar2.py", shm_region, 9000, 7, "please").startswith("region file:")
+    assert shm_region.read_bytes()[:64] == before
+    assert "hello  (" in run("echo_client.py", "localhost", 7100, text="hello\n").stdout
+    assert run("raw_bar2.py", shm_region, 0).stdout.endswith(": 83\n")
+    server.kill()
+    assert run("raw_bar2.py", shm_region, 0, 7, "force").stdout.endswith(": 7\n")
+
+
 def test_every_example_is_tested() -> None:
     here = Path(__file__).read_text()
     assert [p.name for p in EXAMPLES.glob("*.py") if here.count(f'"{p.name}"') < 2] == []

@@ -10,6 +10,7 @@ from typing import Any
 from shmsock.address import MAX_SECTIONS
 from shmsock.errors import RegionFormatError, format_error, region_error
 from shmsock.fabric.memory import Memory
+from shmsock.region import occupants
 
 __all__ = [
     "MAX_PEERS",
@@ -22,7 +23,7 @@ __all__ = [
     "too_small",
 ]
 
-MAGIC = int.from_bytes(b"SHMSOCK1", "little")
+MAGIC = int.from_bytes(occupants.MAGIC, "little")
 VERSION = 4
 HEADER = 4096
 MAX_PEERS = MAX_SECTIONS
@@ -216,7 +217,7 @@ def read_layout(memory: Memory) -> Layout:
         state = "not formatted, or zeroed by a guest's boot" if magic == 0 else "it holds something else"
         raise format_error(
             f"the region has magic {magic:#x}, expected {MAGIC:#x}: {state}; run "
-            "`shmsock create --force` on the host"
+            "`shmsock create --force` on the host when nobody has it mapped, no QEMU either"
         )
     if version != VERSION:
         raise format_error(

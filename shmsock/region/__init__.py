@@ -15,13 +15,14 @@ from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 from shmsock.address import default_region
-from shmsock.errors import RegionUrlError, format_error
+from shmsock.errors import RegionUrlError, format_error, region_error
 from shmsock.region import pci
 from shmsock.region.bar2 import PciRegion, open_pci, udev_rule
 from shmsock.region.base import Description, Region
 from shmsock.region.create import DEFAULT_SIZE, Prepare, create_file, open_default
 from shmsock.region.file import FileRegion, open_file
 from shmsock.region.ivshmem import IvshmemRegion, open_ivshmem, opening_ivshmem
+from shmsock.region.occupants import claimed_by, is_formatted
 from shmsock.region.pci import Bar, PciDevice, find_devices
 from shmsock.region.sizes import format_size, parse_size
 from shmsock.region.vfio import VfioRegion, open_vfio
@@ -152,22 +153,37 @@ def opening(url: Url | None = None, **how: Any) -> Generator[float, None, Region
         steps.close()
 
 
-def open_region(url: Url | None = None, *, size: int | None = None, writable: bool = True) -> memoryview:
+def open_region(
+    url: Url | None = None, *, size: int | None = None, writable: bool = True, force: bool = False
+) -> memoryview:
     """The raw bytes of a region, for people who want nothing else.
 
         with open_region("pci:auto") as memory:
             memory[0] = 1
 
-    `size`: only the first so many bytes. The mapping goes when the view and all slices of it are released or
-    collected. Nothing is kept from others, no lock is taken. On a file with holes a full disk is a SIGBUS
-    (`shmsock create` makes files without).
+    `size`: only the first so many bytes. `force`: writable though shmsock formatted it, when a byte written
+    takes the region from all who use it for sockets. The mapping goes when the view and all slices of it are
+    released or collected. Nothing is kept from others, no lock is taken. On a file with holes a full disk is
+    a SIGBUS (`shmsock create` makes files without).
 
-    Raises what open() raises, and RegionFormatError when the region has fewer than `size` bytes.
+    Raises what open() raises, RegionFormatError when the region has fewer than `size` bytes, and
+    RegionExistsError for a formatted one, unless with `force` or without `writable`.
     """
     with open(url, writable=writable) as region:
         if size is not None and not 0 < size <= region.size:
             raise format_error(
                 f"region {region.url} has {format_size(region.size)}, expected the {size} bytes asked for",
+                region.path,
+            )
+        if writable and not force and is_formatted(region):
+            owners = claimed_by(region)
+            raise region_error(
+                errno.EEXIST,
+                f"region {region.url} is formatted for sockets, and "
+                + (f"attached are {', '.join(owners[:8])}" if owners else "nobody is attached")
+                + (f" and {len(owners) - 8} more" if len(owners) > 8 else "")
+                + ": raw bytes written there break it; open it with writable=False to read, with force=True "
+                "to write all the same, or name another region",
                 region.path,
             )
         view = memoryview(region.detach())

@@ -106,9 +106,9 @@ class FileRegion(Region):
                 hint = f"{room} are free: make room, or use a smaller region"
             raise disk_full(self.path, length, hint) from None
 
-    def peek(self, length: int) -> bytes:
-        """The first `length` bytes, not through the mapping: there even looking at a hole takes a page."""
-        return os.pread(self._open_fd(), length, 0)
+    def peek(self, length: int, offset: int = 0) -> bytes:
+        """Bytes from `offset` on, not through the mapping: there even looking at a hole takes a page."""
+        return os.pread(self._open_fd(), length, offset)
 
     def reopen(self) -> int:
         """A descriptor from an open() of its own, whatever has the name by now; as writable as the region.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ import pytest
 from shmsock import region
 from shmsock.errors import (
     RegionError,
+    RegionExistsError,
     RegionFormatError,
     RegionNotFoundError,
     RegionPermissionError,
@@ -257,3 +260,53 @@ def test_read_only_raw_bytes(path: str) -> None:
 def test_raw_bytes_of_nothing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         region.open_region(tmp_path / "missing")
+
+
+USER = """
+import asyncio, sys, shmsock
+async def main():
+    async with shmsock.attach(sys.argv[1], name="vm-a"):
+        print("attached", flush=True)
+        await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("size", [None, 8])
+def test_raw_bytes_of_a_region_in_use(shm_region: Path, size: int | None) -> None:
+    argv = [sys.executable, "-c", USER, str(shm_region)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as user:
+        assert user.stdout is not None
+        assert user.stdout.readline() == "attached\n"
+        with pytest.raises(RegionExistsError, match=rf"attached are vm-a \(process {user.pid}\): ") as caught:
+            region.open_region(shm_region, size=size)
+        assert caught.value.filename == str(shm_region)
+        with region.open_region(shm_region, writable=False, size=size) as memory:
+            assert bytes(memory[:8]) == b"SHMSOCK1"
+        user.communicate()
+
+
+def test_raw_bytes_of_a_formatted_region(shm_region: Path) -> None:
+    with pytest.raises(RegionExistsError, match=r"nobody is attached: .* force=True"):
+        region.open_region(shm_region)
+    with region.open_region(shm_region, force=True) as memory:
+        memory[16:24] = b"\xff" * 8  # no id
+    with pytest.raises(RegionExistsError, match="nobody is attached"):
+        region.open_region(shm_region)
+    with region.open_region(shm_region, force=True) as memory:
+        memory[7:8] = b"2"  # of another version
+    with pytest.raises(RegionExistsError):
+        region.open_region(shm_region)
+    with region.open_region(shm_region, force=True) as memory:
+        memory[0] = 0
+    region.open_region(shm_region).release()
+
+
+def test_names_that_are_none(shm_region: Path) -> None:
+    """Nothing that lies there can make a message more than a line."""
+    with region.open(shm_region) as opened:
+        at = 4096
+        opened.mmap[at : at + 8] = b"\1" * 8
+        opened.mmap[at + 0x100 : at + 0x10E] = b"a\nb: \x1b[31m red"
+    with pytest.raises(RegionExistsError, match=r"attached are no name \(process 0\): "):
+        region.open_region(shm_region)

@@ -1,0 +1,52 @@
+"""Who has claimed sections of a region, as its bytes say: for a message to whoever would overwrite them.
+
+Nothing read here is trusted: what makes no sense is left out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shmsock.region.base import Region
+from shmsock.region.file import FileRegion
+
+__all__ = ["MAGIC", "claimed_by", "is_formatted"]
+
+MAGIC = b"SHMSOCK1"
+_SECTIONS, _ID, _BYTES = 4096, 16, 24  # offsets, here and below, as LAYOUT.md has them
+_CLAIM, _NAME, _PID = 0, 0x100, 0x160
+_ALLOWED = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789._-")
+
+
+def is_formatted(region: Region) -> bool:
+    """Does it begin as a region of shmsock does, of whatever version?"""
+    return _bytes(region, 0, len(MAGIC))[:-1] == MAGIC[:-1]
+
+
+def claimed_by(region: Region) -> list[str]:
+    """The owners of its sections: 'vm-a (process 17)'. Some may have died since."""
+    from shmsock.native._core import ffi, lib
+
+    geometry: Any = ffi.new("sh_geometry *")
+    size = min(_word(region, _BYTES), region.size)
+    if lib.sh_geometry_of(_word(region, _ID), size, geometry) < 0:
+        return []
+    found = []
+    for section in range(geometry.peers):
+        at = _SECTIONS + section * geometry.section_bytes
+        if _word(region, at + _CLAIM):
+            name = _bytes(region, at + _NAME, 64).partition(b"\0")[0]
+            known = name.decode("ascii") if name and _ALLOWED.issuperset(name) else "no name"
+            found.append(f"{known} (process {_word(region, at + _PID)})")
+    return found
+
+
+def _word(region: Region, offset: int) -> int:
+    return int.from_bytes(_bytes(region, offset, 8), "little")
+
+
+def _bytes(region: Region, offset: int, length: int) -> bytes:
+    """Of a file not through the mapping: there even looking at a hole takes a page."""
+    if isinstance(region, FileRegion):
+        return region.peek(length, offset)
+    return bytes(region.mmap[offset : offset + length])
