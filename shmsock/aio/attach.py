@@ -30,6 +30,7 @@ from shmsock.fabric.node import Engine
 from shmsock.fabric.peers import Peer
 from shmsock.fabric.settings import Settings
 from shmsock.region.base import Region
+from shmsock.region.file import FileRegion
 from shmsock.wakeup import Keeper
 
 if TYPE_CHECKING:
@@ -82,6 +83,14 @@ def _back_fixed_part(made: Region, layout: Layout) -> None:
             made.ensure(layout.section(section), layout.arena_off)
 
 
+def _blank(opened: Region, memory: Memory) -> bool:
+    """May it be formatted where it lies? Memory that QEMU, or truncate, made and nobody has used yet. A file
+    may be anything, and must be zero to its end."""
+    if opened.kind == "file" and isinstance(opened, FileRegion):
+        return not any(opened.peek(8)) and opened.is_zero(lay.HEADER)
+    return is_blank(memory)
+
+
 def _holds_a_region(device: region.PciDevice) -> bool:
     with region.open(device.url, writable=False) as candidate:
         memory = Memory(native_core(), candidate.mmap, write_combining=candidate.write_combining)
@@ -107,7 +116,7 @@ async def _follow(loop: Loop, steps: Generator[float, None, T]) -> T:
 async def _make(
     url: str | None, name: str | None, settings: Settings | None, section: int | None = None
 ) -> Node:
-    """Open, format if it is a blank BAR2, claim, start. Everything is undone when a step fails or is
+    """Open, format if it is blank, claim, start. Everything is undone when a step fails or is
     cancelled."""
     explicit = name is not None or bool(os.environ.get("SHMSOCK_NAME"))
     own = address.node_name(name) if name is not None else address.default_name()
@@ -127,7 +136,8 @@ async def _make(
     try:
         memory = Memory(native_core(), opened.mmap, write_combining=opened.write_combining)
         try:
-            blank = opened.kind != "file" and is_blank(memory)
+            if blank := _blank(opened, memory):
+                opened.ensure(0, lay.HEADER)
             layout = format_region(memory) if blank else read_layout(memory)
         except OSError as error:
             error.filename = opened.path

@@ -308,7 +308,8 @@ def _exists(path: str) -> bool:
 def _already(path: str) -> RegionError:
     return region_error(
         errno.EEXIST,
-        f"region {path} exists already: use it as it is, or `shmsock create --force` to start anew",
+        f"region {path} exists already: use it as it is (whoever attaches first formats a blank one), or "
+        "`shmsock create --force` to start anew",
         path,
     )
 

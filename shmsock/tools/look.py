@@ -94,7 +94,9 @@ def look(region: Region, watch_s: float = BEAT_S) -> Content:
             return Content("broken", small)
         if not any(head):
             return Content(
-                "unformatted", "its first page is all zero: nobody formatted it yet, or a boot zeroed it"
+                "unformatted",
+                "its first page is all zero: nobody formatted it yet (the first who attaches does), or a "
+                "boot zeroed it",
             )
         if word == 0:
             return Content(

@@ -14,7 +14,7 @@ import pytest
 
 from shmsock.fabric import layout as lay
 from shmsock.tools.qemu import Fleet, Guest, Ivshmem
-from tests.test_cli import good
+from tests.test_cli import bad
 from tests.vm.peers import PeerError, Peers, assert_calm, format_region
 
 if TYPE_CHECKING:
@@ -100,9 +100,12 @@ def of_two() -> Iterator[tuple[Guest, list[Path]]]:
         yield fleet.boot("vm-c", ivshmem=devices), files
 
 
-def test_info_tells_two_devices_apart(of_two: tuple[Guest, list[Path]]) -> None:
+def test_info_tells_two_devices_apart(of_two: tuple[Guest, list[Path]], peers: Peers) -> None:
     guest, files = of_two
-    good("create", files[0], "--size", "16M", "--force")
+    message = bad("create", files[0], "--size", "16M", "--force")  # the guest would be left with the old one
+    assert f"is in use by process {guest.process.pid} (qemu-system" in message
+    (host,) = peers(None)
+    host.attach(f"file:{files[0]}", name="host")  # nobody has formatted it yet
     said = json.loads(guest.run(["shmsock", "info", "--json"]).text)
     first, second = said["devices"]
     assert first["address"] < second["address"]
