@@ -209,7 +209,8 @@ def _print_info(devices: list[dict[str, Any]], found: list[dict[str, Any]]) -> N
         parts = [(show.region_lines(region), region["content"])] if "content" in region else []
         parts += [(show.old_file_lines(region["path"], old), old.content) for old in region["old_files"]]
         for title, content in parts:
-            for line in (*title, *(show.content_lines(content) if content else ())):
+            known = (*show.content_lines(content), *show.alone_lines(content)) if content else ()
+            for line in (*title, *known):
                 click.echo(line)
             if content and (table := show.section_table(content)):
                 console.print(table)

@@ -53,6 +53,7 @@ __all__ = [
     "no_listeners",
     "node_closed",
     "not_local",
+    "other_memory",
     "peer_silent",
     "pinned",
     "port_refused",
@@ -159,6 +160,16 @@ def listing(items: Iterable[object], *, nothing: str = "none") -> str:
     shown = ", ".join(known[:_LISTED])
     more = len(known) - _LISTED
     return nothing if not known else f"{shown} and {more} more" if more > 0 else shown
+
+
+def other_memory() -> str:
+    """What it may mean that nobody else is there: every side that is on other memory than it should be looks
+    healthy, and is alone."""
+    return (
+        "if others run, they are on other memory: every QEMU needs share=on and the same mem-path (or "
+        "ivshmem server), a program of the host SHMSOCK_REGION, and the id that `shmsock info` shows of the region "
+        "must be the same everywhere"
+    )
 
 
 def name_unknown(

@@ -230,6 +230,15 @@ def test_create_force_while_in_use(path: Path, attach: Attach) -> None:
     assert states(path) == ["free"] * 16
 
 
+def test_info_of_one_that_is_alone(path: Path, attach: Attach) -> None:
+    good("create", path, "--size", "8M")
+    assert "share=on" not in good("info", path)
+    attach(path)
+    assert "is alone: if others run, they are on other memory" in good("info", path)
+    attach(path, "vm-b")
+    assert "share=on" not in good("info", path)
+
+
 def test_create_elsewhere(shm: Path) -> None:
     assert "nor does the directory" in bad("create", shm / "no" / "region", "--size", "4M")
     assert "exists already" in bad("create", shm, "--size", "4M")

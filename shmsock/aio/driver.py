@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import contextvars
 import errno
+import logging
 import os
 import threading
 import time
@@ -20,7 +21,7 @@ from shmsock.address import is_any, is_local, normalize_name
 from shmsock.aio.doorbells import Ear
 from shmsock.aio.turn import Port, Turn, accelerator, ready_queue, selector
 from shmsock.aio.watch import Watch
-from shmsock.errors import NodeClosedError, address_unavailable, forked, wrong_thread
+from shmsock.errors import NodeClosedError, address_unavailable, forked, other_memory, wrong_thread
 from shmsock.fabric import layout as lay
 from shmsock.fabric.connection import Connection
 from shmsock.fabric.datagrams import Endpoint
@@ -32,6 +33,8 @@ from shmsock.region.base import Region
 from shmsock.wakeup import DOUBT, LOCK, Keeper
 
 __all__ = ["Handler", "Loop", "Node", "slowness", "yield_once"]
+
+log = logging.getLogger("shmsock")
 
 
 class Loop(Protocol):
@@ -212,6 +215,8 @@ class Node(Turn):  # type: ignore[misc]
         elif kind == "silent":
             if isinstance(target.handler, _Opening):
                 target.handler.silent(target)
+        elif kind == "alone":
+            log.warning("%r has listened for half a minute, and saw nobody else: %s", self, other_memory())
         elif kind == "down":
             self.loop.call_exception_handler(
                 {"message": f"shmsock: {self!r} is down", "exception": arg, "node": self}
@@ -398,10 +403,11 @@ class Node(Turn):  # type: ignore[misc]
         "nothing"; `doorbell`: the own id on the ivshmem server, or None;
         `doorbell_lost`: why there is none any more. `names`: who is there; `peers`: how many, this one
         included. `region_replaced`: what became of the file or device, when who attaches now gets another one
-        or none; else ""."""
+        or none; else "". `alone`: nobody else was ever seen."""
         counts: dict[str, Any] = dict(self.engine.statistics())
         counts["name"], counts["section"], counts["region"] = self.name, self.section, self.region.url
         counts["names"] = sorted(self.engine.peers.names()) if self.engine.alive else []
+        counts["alone"] = self.engine.peers.alone
         self.watch.look()
         counts["region_replaced"] = str(self.watch)
         counts["state"] = "closed" if self.closed else "attached" if self.engine.alive else "down"

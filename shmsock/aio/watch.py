@@ -11,7 +11,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from shmsock.address import default_region
-from shmsock.errors import command, listing
+from shmsock.errors import command, listing, other_memory
 from shmsock.fabric.connection import State
 from shmsock.fabric.listeners import DATAGRAM
 from shmsock.region.file import LOOK_S, MEET, owner_name
@@ -146,7 +146,8 @@ class Watch:
         now = time.monotonic_ns()
         if now >= self._elsewhere_until:
             self._elsewhere, self._elsewhere_until = self._look_elsewhere(), now + REMEMBERED_NS
-        return self._elsewhere
+        alone = self.node.engine.peers.alone
+        return "; ".join(text for text in (self._elsewhere, other_memory() if alone else "") if text)
 
     def _look_elsewhere(self) -> str:
         path, hints = self.node.region.path, []

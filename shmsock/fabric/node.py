@@ -23,7 +23,7 @@ from shmsock.fabric.counters import OF_CORE, OF_ENGINE
 from shmsock.fabric.datagrams import Datagrams
 from shmsock.fabric.handshake import Handshake
 from shmsock.fabric.layout import Identity, Layout
-from shmsock.fabric.listeners import Listener, Listeners
+from shmsock.fabric.listeners import LOCAL, Listener, Listeners
 from shmsock.fabric.peers import ADOPTIONS_PER_S, VIOLATIONS, Peer, Peers
 from shmsock.fabric.settings import Settings
 from shmsock.fabric.slots import Slots
@@ -36,6 +36,7 @@ EV_SLOT, EV_ADOPT, EV_MESSAGE = 0, 1, 2
 SAMPLE_NS = 75_000_000  # a bit less than a beat, which is what wakes a sleeping loop for it
 SAFETY_NS = 1_000_000_000
 COMING_NS = 5_000_000_000
+ALONE_NS = 30_000_000_000
 EVENTS_PER_PASS = 64
 
 
@@ -43,7 +44,7 @@ class Event(NamedTuple):
     """`ready`: look at the connection (arg: LOOK bits). `connected`, `failed` (arg: OSError): the answer to
     connect(). `silent`: who is to answer does not beat, and another of its name does. `accepted`: a listener
     has a new connection (arg). `endpoint`: call its happened(). `down` (arg: OSError): this node is over;
-    target is None."""
+    target is None. `alone`: it listens for others, and saw nobody for half a minute; told once."""
 
     kind: str
     target: Any
@@ -121,6 +122,8 @@ class Engine:
         #: while one of these is not empty, a pass is owed
         self.owed: tuple[Any, ...] = (self._events, self.mail, self._condemned)
         self._reap: dict[int, tuple[int, int, int]] = {}
+        self._alone_ns: int | None = None  # since when it listens for others, and nobody was there
+        self._told_alone = False
         self._next_safety = now_ns + SAFETY_NS
         self._sample_at(now_ns)
         self._attach(identity, Wakes(self, doorbell, futex), now_ns)
@@ -272,8 +275,22 @@ class Engine:
             self._sample_at(self._next_sample)
             self.slots.sweep()
             self.once_a_second()
+            if self.peers.alone:
+                self._note_alone(now_ns)
             if self.lib.sh_safety(self.nd):
                 self.mail.update(range(self.layout.peers))
+
+    def _note_alone(self, now_ns: int) -> None:
+        """Whoever is on other memory than its peers looks healthy, and is alone. One that listens for this
+        machine only, or is used by itself, is alone on purpose."""
+        waits = any(not listener.flags & LOCAL for listener in self.listeners)
+        if not waits or self.connections or self.counts["accepted"] or self.counts["connected"]:
+            self._alone_ns = None
+        elif self._alone_ns is None:
+            self._alone_ns = now_ns
+        elif now_ns - self._alone_ns >= ALONE_NS and not self._told_alone:
+            self._told_alone = True
+            self._events.append(Event("alone", None))
 
     def emit(self, kind: str, target: Any, arg: Any = None) -> None:
         # past the constructor: this is on the way of every connection, and of every byte that wakes somebody

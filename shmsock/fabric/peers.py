@@ -87,6 +87,7 @@ class Peers:
         self.dead_after_ns = int(dead_after_s * 1e9)
         self.all = [Peer(i, credits) for i in range(layout.peers)]
         self._glance, self._beat = layout.glancer()
+        self.alone = True  # nobody else has been seen so far
         self.some: list[Peer] = []  # those of whom there is, or was, something to be told
 
     def __getitem__(self, section: int) -> Peer:
@@ -118,6 +119,8 @@ class Peers:
             peer.live = False
         elif peer.samples == 0:
             peer.live = peer.here = True
+            if peer.section != self.own:
+                self.alone = False
         self.note(peer)
         self._tell(peer)
 

@@ -11,11 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from shmsock.errors import other_memory
 from shmsock.region.place import restart
 from shmsock.region.sizes import format_size
 from shmsock.tools.look import Content, OldFile, Section
 
 __all__ = [
+    "alone_lines",
     "console",
     "content_lines",
     "device_lines",
@@ -99,6 +101,13 @@ def content_lines(content: Content) -> Iterator[str]:
     )
     count = Counter(section.state for section in content.sections)
     yield "    sections: " + ", ".join(f"{number} {state}" for state, number in count.most_common())
+
+
+def alone_lines(content: Content) -> Iterator[str]:
+    """When one peer alone is attached."""
+    there = [section for section in content.sections if section.state in COLOURS and section.state != "dead"]
+    if len(there) == 1:
+        yield f"    section {there[0].number} is alone: {other_memory()}"
 
 
 def section_table(content: Content) -> Table | None:

@@ -550,3 +550,31 @@ def test_signals_stay_pythons(run: Run, world: World) -> None:
             loop.remove_signal_handler(signal.SIGUSR1)
 
     run(main())
+
+
+def test_alone(
+    run: Run, region: str, loop_name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that waits for others on memory that nobody else has says so, once."""
+    monkeypatch.setattr("shmsock.fabric.node.ALONE_NS", 0)
+    said = "saw nobody else"
+
+    async def main() -> None:
+        async with shmsock.attach(region, name="here") as node:
+            assert node.statistics()["alone"]
+            with pytest.raises(OSError, match=rf"is alone on file:{region}.*share=on"):
+                await shmsock.open_connection("there", 7000, node=node)
+            server = await shmsock.start_server(echo, None, 7000, node=node)
+            await until(lambda: said in caplog.text)
+            async with Child("serve", region, "there", loop=loop_name) as child:
+                await child.says("ready")
+                _, writer = await shmsock.open_connection("there", 7000, node=node)
+                writer.close()
+                assert not node.statistics()["alone"]
+            with pytest.raises(OSError, match="no peer named 'nobody'") as caught:
+                await shmsock.open_connection("nobody", 7000, node=node)
+            assert "share=on" not in str(caught.value)
+            server.close()
+            assert caplog.text.count(said) == 1
+
+    run(main())
