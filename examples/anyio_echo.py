@@ -31,5 +31,11 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     try:
         anyio.run(main, backend=sys.argv[1])
-    except (OSError, ValueError, LookupError) as problem:  # LookupError: trio is not installed
-        sys.exit(f"anyio_echo: {problem}")
+    except BaseException as problem:
+        while hasattr(problem, "exceptions"):  # the task group's: what went wrong in it
+            problem = problem.exceptions[0]
+        if isinstance(problem, KeyboardInterrupt):
+            sys.exit(130)
+        if isinstance(problem, (OSError, ValueError, LookupError, EOFError, anyio.EndOfStream)):
+            sys.exit(f"anyio_echo: {problem}")  # LookupError: trio is not installed
+        raise

@@ -17,8 +17,7 @@ class Collector(asyncio.DatagramProtocol):
         self.transport, self.counts = transport, Counter()
 
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
-        word = data.decode()
-        self.counts[word] += 1
+        self.counts[word := data.decode(errors="replace")] += 1
         self.transport.sendto(f"{word}: {self.counts[word]}".encode(), addr)
 
 
@@ -27,10 +26,12 @@ class Sender(asyncio.DatagramProtocol):
         self.answer = asyncio.get_running_loop().create_future()
 
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
-        self.answer.set_result(f"{data.decode()} (says {addr[0]})")
+        if not self.answer.done():  # ("*" asks all of them)
+            self.answer.set_result(f"{data.decode()} (says {addr[0]})")
 
     def error_received(self, exc: OSError) -> None:
-        self.answer.set_exception(exc)
+        if not self.answer.done():
+            self.answer.set_exception(exc)
 
 
 async def serve() -> None:
@@ -41,7 +42,7 @@ async def serve() -> None:
 
 async def send(host: str, text: str) -> None:
     transport, sender = await shmsock.create_datagram_endpoint(Sender, remote_addr=(host, PORT))
-    transport.sendto(text.encode())
+    transport.sendto(text.encode(errors="surrogateescape"))
     print(await asyncio.wait_for(sender.answer, 10))
     transport.close()
 
@@ -52,6 +53,6 @@ if __name__ == "__main__":
     try:
         asyncio.run(serve() if sys.argv[1] == "serve" else send(*sys.argv[1:]))
     except KeyboardInterrupt:
-        pass
-    except (OSError, ValueError) as problem:
-        sys.exit(f"datagrams: {problem}")
+        sys.exit(0 if sys.argv[1] == "serve" else 130)
+    except (OSError, ValueError, asyncio.TimeoutError) as problem:
+        sys.exit(f"datagrams: {str(problem) or 'no answer came within 10 s'}")

@@ -16,8 +16,10 @@ async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
         while data := await reader.read(65536):
             writer.write(data)
             await writer.drain()
-    except ConnectionResetError:
+    except ConnectionError:
         print(f"{peer} is gone", flush=True)
+    except asyncio.CancelledError:
+        pass  # Ctrl-C: Python 3.11 would print a traceback
     finally:
         writer.close()
 
@@ -35,5 +37,5 @@ if __name__ == "__main__":
         asyncio.run(main())
     except KeyboardInterrupt:
         pass
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, OverflowError) as problem:
         sys.exit(f"echo_server: {problem}")

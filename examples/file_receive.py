@@ -12,11 +12,17 @@ async def main(path: str, port: int) -> None:
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         sha = hashlib.sha256()
-        with open(path, "wb") as file:
-            while data := await reader.read(1 << 18):
-                file.write(data)
-                sha.update(data)
-        writer.write(sha.digest())
+        try:
+            with open(path, "wb") as file:
+                while data := await reader.read(1 << 18):
+                    file.write(data)
+                    sha.update(data)
+            writer.write(sha.digest())
+        except asyncio.CancelledError:
+            return  # Ctrl-C: Python 3.11 would print a traceback
+        except OSError as problem:
+            if not done.done():
+                done.set_exception(problem)
         writer.close()
         if not done.done():
             done.set_result(sha.hexdigest())
@@ -31,5 +37,7 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     try:
         asyncio.run(main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 7001))
-    except (OSError, ValueError) as problem:
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (OSError, ValueError, OverflowError) as problem:
         sys.exit(f"file_receive: {problem}")

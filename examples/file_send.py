@@ -33,5 +33,9 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     try:
         asyncio.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else 7001))
-    except (OSError, ValueError) as problem:
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except asyncio.IncompleteReadError:
+        sys.exit("file_send: the receiver ended the connection before it had answered")
+    except (OSError, ValueError, OverflowError) as problem:
         sys.exit(f"file_send: {problem}")

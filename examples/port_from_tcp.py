@@ -34,5 +34,7 @@ async def main() -> None:
 if __name__ == "__main__":
     try:
         asyncio.run(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (OSError, ValueError) as problem:
         sys.exit(f"port_from_tcp: {problem}")

@@ -36,6 +36,8 @@ if __name__ == "__main__":
     loop = shmsock.loop_factory()()
     try:
         loop.run_until_complete(main(sys.argv[1]))
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (OSError, ValueError) as problem:
         sys.exit(f"unmodified_asyncio: {problem}")
     finally:

@@ -20,6 +20,12 @@ def command(name: str, *arguments: object) -> list[str]:
     return [sys.executable, "-W", "error", str(EXAMPLES / name), *(str(a) for a in arguments)]
 
 
+def popen(name: str, *arguments: object) -> subprocess.Popen[str]:
+    """With pipes to all of it."""
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command(name, *arguments), text=True, stdin=pipe, stdout=pipe, stderr=pipe)
+
+
 def run(
     name: str, *arguments: object, text: str = "", check: bool = True
 ) -> subprocess.CompletedProcess[str]:
@@ -172,6 +178,130 @@ def test_raw_bar2(tmp_path: Path) -> None:
     region.write_bytes(bytes(1 << 16))
     assert run("raw_bar2.py", region, 1000, 42).stdout == "byte 1000 of 65536: 42\n"
     assert run("raw_bar2.py", region, 1000).stdout == "byte 1000 of 65536: 42\n"
+
+
+@pytest.mark.parametrize(
+    ("port", "text"), [(70000, "must be 0-65535"), (-1, "must be 0-65535"), ("x", "invalid literal")]
+)
+@pytest.mark.parametrize("name", ["echo_client.py", "echo_server.py", "file_receive.py", "file_send.py"])
+def test_ports_that_are_none(shm_region: Path, name: str, port: object, text: str) -> None:
+    assert text in refused(name, *EVERY[name], port)
+
+
+def test_a_port_that_is_taken(start: Start) -> None:
+    start("echo_server.py", 7100)
+    start("datagrams.py", "serve")
+    assert "is already in use" in refused("echo_server.py", 7100)
+    assert "is already in use" in refused("file_receive.py", os.devnull, 7100)
+    assert "is already in use" in refused("datagrams.py", "serve")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "status"),
+    [
+        ("echo_server.py", [7100], 0),
+        ("datagrams.py", ["serve"], 0),
+        ("file_receive.py", [os.devnull, 7100], 130),
+        ("echo_client.py", ["localhost", 7100], 130),
+        ("file_send.py", ["/dev/zero", "localhost", 7100], 130),
+    ],
+)
+def test_interrupted(start: Start, name: str, arguments: list[object], status: int) -> None:
+    """Ctrl-C, once, and nothing is said: not by who is connected to it either."""
+    serves = status == 0 or name == "file_receive.py"
+    if not serves:
+        server = start("echo_server.py", 7100)
+        assert server.stdout is not None
+    with popen(name, *arguments) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        if serves:
+            assert process.stdout.readline().startswith("listening on ")
+        else:
+            assert server.stdout is not None
+            assert server.stdout.readline().startswith("connection from ")
+            if name == "echo_client.py":
+                process.stdin.write("hello\n")
+                process.stdin.flush()
+                assert process.stdout.readline().startswith("hello")
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=SECONDS)[1]
+    assert (process.returncode, said) == (status, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM])
+def test_a_server_that_goes(shm_region: Path, number: signal.Signals) -> None:
+    """It says nothing, and who is connected to it a line: no tracebacks."""
+    with popen("echo_server.py", 7100) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline().startswith("listening on ")
+        with popen("echo_client.py", "localhost", 7100) as client:
+            assert client.stdin is not None
+            assert client.stdout is not None
+            client.stdin.write("hello\n")
+            client.stdin.flush()
+            assert client.stdout.readline().startswith("hello")
+            server.send_signal(number)
+            assert server.communicate(timeout=SECONDS)[1] == ""
+            said = client.communicate("again\n", timeout=SECONDS)[1]
+    assert (client.returncode, said.count("\n"), said.startswith("echo_client: ")) == (1, 1, True), said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_receiver_that_goes(shm_region: Path, number: signal.Signals, tmp_path: Path) -> None:
+    received = tmp_path / "received"
+    with popen("file_receive.py", received, 7101) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline().startswith("listening on ")
+        with popen("file_send.py", "/dev/zero", "localhost", 7101) as client:
+            while not received.exists() or not received.stat().st_size:
+                assert client.poll() is None
+            server.send_signal(number)
+            assert server.communicate(timeout=SECONDS)[1] == ""
+            assert server.returncode in (130, -number)
+            said = client.communicate(timeout=SECONDS)[1]
+    assert (client.returncode, said.count("\n"), said.startswith("file_send: ")) == (1, 1, True), said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_sender_that_goes(shm_region: Path, number: signal.Signals, tmp_path: Path) -> None:
+    """Its receiver cannot tell: what was written before is a file, or the connection was reset."""
+    received = tmp_path / "received"
+    with popen("file_receive.py", received, 7101) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline().startswith("listening on ")
+        with popen("file_send.py", "/dev/zero", "localhost", 7101) as client:
+            while not received.exists() or not received.stat().st_size:
+                assert client.poll() is None
+            client.send_signal(number)
+            client.communicate(timeout=SECONDS)
+        server.send_signal(signal.SIGINT)
+        said = server.communicate(timeout=SECONDS)[1]
+        assert "Traceback" not in said
+
+
+def test_a_file_that_cannot_be_stored(shm_region: Path, tmp_path: Path) -> None:
+    with popen("file_receive.py", tmp_path, 7101) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline().startswith("listening on ")
+        assert "file_send: " in run("file_send.py", __file__, "localhost", 7101, check=False).stderr
+        said = server.communicate(timeout=SECONDS)[1]
+    assert (server.returncode, said.count("\n"), "Is a directory" in said) == (1, 1, True), said
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_what_goes_wrong_among_tasks(shm_region: Path, backend: str) -> None:
+    """anyio wraps it in a group."""
+    script = (
+        "import runpy, sys, shmsock.anyio as face\n"
+        "async def refuse(*args): raise ConnectionRefusedError(111, 'nobody')\n"
+        "face.connect_shm = refuse\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    argv = [sys.executable, "-W", "error", "-c", script, str(EXAMPLES / "anyio_echo.py"), backend]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=SECONDS)
+    assert (done.returncode, done.stderr) == (1, "anyio_echo: [Errno 111] nobody\n")
 
 
 def test_raw_bar2_keeps_a_region_that_is_used(start: Start, shm_region: Path) -> None:
