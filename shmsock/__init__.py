@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib as _importlib
 from typing import Any as _Any
 
+import shmsock.native as _native  # noqa: F401  (first: it says when nothing was built)
 from shmsock.aio.attach import attach
 from shmsock.aio.datagram import create_datagram_endpoint
 from shmsock.aio.driver import Node

@@ -27,6 +27,7 @@ from typing import Any
 import cffi
 from setuptools import Distribution, Extension
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CCompilerError, CompileError
 
 HERE = Path(__file__).resolve().parent
 FAKE_MEMORY = "SHMSOCK_FAKE_MEMORY"
@@ -101,7 +102,28 @@ class BuildExt(build_ext):
         wrapper = Path(self.build_temp) / f"{ext.name}.c"
         emit(ext.name, wrapper, fake=(FAKE_MEMORY, None) in ext.define_macros)
         ext.sources.append(str(wrapper))
-        super().build_extension(ext)
+        try:
+            super().build_extension(ext)
+        except CCompilerError as error:
+            if not (missing := _missing(self.compiler.compiler_so)):
+                raise
+            raise CompileError(f"{error}\n{missing}") from None
+
+
+def _missing(compiler: list[str]) -> str:
+    """What it takes to compile with that command and is not there, and how to get it; empty: nothing."""
+    python = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    lacks = [] if shutil.which(compiler[0]) else [f"the C compiler {compiler[0]!r} (or another: CC=clang)"]
+    lacks += [] if header.exists() else [f"Python's headers ({header})"]
+    lacks += [] if Path("/usr/include/stdio.h").exists() else ["the C library's headers (stdio.h)"]
+    if not lacks:
+        return ""
+    return (
+        f"shmsock has a core in C, and to compile it there is missing: {', '.join(lacks)}. Install it "
+        f"first: `apt-get install gcc libc6-dev {python}-dev` on Debian and Ubuntu, `dnf install gcc "
+        "python3-devel` on Fedora, `apk add gcc musl-dev linux-headers python3-dev` on Alpine"
+    )
 
 
 def _fingerprint(name: str, defines: list[str]) -> str:

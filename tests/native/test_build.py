@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from setuptools.errors import CompileError
 
 from shmsock.native import build
 
@@ -56,6 +57,39 @@ def test_a_warning_is_an_error(compiler: str, tmp_path: Path) -> None:
     done = compile_object(compiler, source, tmp_path)
     assert done.returncode != 0
     assert "unused" in done.stderr
+
+
+def test_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "no-such-cc")
+    with pytest.raises(
+        CompileError, match=r"missing: the C compiler 'no-such-cc' .*apt-get install gcc libc6-dev"
+    ):
+        build.build_variant("_none", [], tmp_path)
+
+
+def test_without_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CFLAGS", "-nostdinc")
+    with pytest.raises(CompileError) as caught:
+        build.build_variant("_none", [], tmp_path)
+    assert "apt-get" not in str(caught.value)  # they are there, and something else is wrong
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    python = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
+    with pytest.raises(CompileError, match=rf"missing: Python's headers \({tmp_path}/Python.h\).*{python}"):
+        build.build_variant("_none", [], tmp_path)
+
+
+@pytest.mark.parametrize("module", ["shmsock", "shmsock.cli"])
+def test_sources_that_were_not_built(tmp_path: Path, module: str) -> None:
+    """A line says what to do: to a person as the only one, to a program as an ImportError."""
+    shutil.copytree(build.HERE.parent, tmp_path / "shmsock", ignore=shutil.ignore_patterns("*.so"))
+    argv = [sys.executable, "-m", "shmsock", "info"]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert f"in {tmp_path} are sources" in done.stderr
+    assert "make setup" in done.stderr
+    script = f"try:\n    import {module}\nexcept ImportError as error:\n    print(error)"
+    said = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert said.stdout == done.stderr
 
 
 def test_headers_stand_alone(tmp_path: Path) -> None:
