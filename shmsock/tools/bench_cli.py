@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
 
+from shmsock.errors import region_error
 from shmsock.tools import show
 
 __all__ = ["bench_command"]
@@ -51,13 +54,21 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _write(
-    measure: Callable[[Console], Report], file: str | None, text: str | None, plot: str | None
+    measure: Callable[[Console], Report],
+    file: str | None,
+    text: str | None,
+    plot: str | None,
+    measures: Sequence[Any],
+    sweeps: Sequence[Any] = (),
 ) -> None:
-    """Measure, and write what was measured wherever it is wanted."""
-    if plot:
-        from shmsock.tools import bench_plot
+    """Measure, and write what was measured wherever it is wanted. What would fail then fails now."""
+    from shmsock.tools import bench_plot
 
-        bench_plot.need_matplotlib()
+    for path in (file, text, plot):
+        if path not in (None, "-"):
+            _check_writable(Path(str(path)))
+    if plot:
+        bench_plot.need_plot(measures, sweeps)
     console = show.console(record=text is not None)
     report = measure(console)
     if file == "-":
@@ -68,6 +79,14 @@ def _write(
         Path(text).write_text(console.export_text(), encoding="utf-8")
     if plot:
         bench_plot.plot(report, plot)
+
+
+def _check_writable(path: Path) -> None:
+    place = path if path.exists() else path.parent
+    if not place.exists():
+        raise region_error(errno.ENOENT, f"cannot write {path}: there is no directory {place}; make it first")
+    if not os.access(place, os.W_OK):
+        raise region_error(errno.EACCES, f"cannot write {path}: no permission to write to {place}")
 
 
 def _chosen(only: str) -> tuple[list[Any], list[Any]]:
@@ -119,7 +138,7 @@ def bench_command(context: click.Context, /, **options: Any) -> None:
             return bench_guests(console, rounds, seconds, measures, options["doorbells"])
         return bench.bench(console, bench.Host(console), rounds, seconds, measures, sweeps)
 
-    _write(measure, options["file"], options["text"], options["plot"])
+    _write(measure, options["file"], options["text"], options["plot"], measures, sweeps)
 
 
 def _list() -> None:
@@ -243,4 +262,5 @@ def connect(
         file,
         text,
         plot,
+        measures,
     )

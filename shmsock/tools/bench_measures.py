@@ -83,6 +83,11 @@ class Measure:
     def ends(self) -> tuple[object, ...]:
         return ("--measure", self.kind, *self.arguments)
 
+    @property
+    def timed(self) -> bool:
+        """Does it keep the time of each round trip?"""
+        return self.kind != "sporadic" and any(column.key == "p50_us" for column in self.columns)
+
     def figures(self, found: dict[str, Any]) -> dict[str, Any]:
         """Of what a client says; of several kinds the names tell which."""
         kinds = self.kind.split(",")

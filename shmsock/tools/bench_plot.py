@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 from typing import Any
 
 from shmsock.errors import region_error
-from shmsock.tools.bench_results import curve
+from shmsock.tools.bench_measures import Measure, Sweep
+from shmsock.tools.bench_results import curve, have_histograms
 from shmsock.tools.bench_words import amount, microseconds
 
-__all__ = ["need_matplotlib", "plot"]
+__all__ = ["need_matplotlib", "need_plot", "plot"]
 
+NOTHING = "there is nothing to plot: measure round trips, such as --only echo,sizes"
 INCHES = (9.0, 5.0)
 ABREAST = 2
 NINES = {0: "0 %", 90: "90 %", 99: "99 %", 99.9: "99.9 %", 99.99: "99.99 %", 99.999: "99.999 %"}
@@ -21,6 +24,17 @@ def need_matplotlib() -> None:
         raise region_error(2, "--plot draws with matplotlib: pip install 'shmsock[bench]'")
 
 
+def need_plot(measures: Iterable[Measure], sweeps: Iterable[Sweep] = ()) -> None:
+    """Raises RegionError when no picture could be drawn of these, whatever is measured."""
+    need_matplotlib()
+    if any(sweep.name == "sizes" for sweep in sweeps):
+        return
+    if not any(measure.timed for measure in measures):
+        raise region_error(22, NOTHING)
+    if not have_histograms():
+        raise region_error(2, "--plot draws HDR histograms: pip install 'shmsock[bench]' (hdrhistogram)")
+
+
 def plot(report: dict[str, Any], path: str) -> None:
     """An SVG, two pictures abreast. Raises RegionError: nothing to draw; OSError: not writable."""
     from matplotlib.figure import Figure
@@ -28,7 +42,7 @@ def plot(report: dict[str, Any], path: str) -> None:
     drawn = [kept for kept in report.get("measures", {}).values() if _curves(kept)]
     sizes = report.get("sweeps", {}).get("sizes")
     if not drawn and not sizes:
-        raise region_error(22, "there is nothing to plot: measure round trips, such as --only echo,sizes")
+        raise region_error(22, NOTHING)
     count = len(drawn) + bool(sizes)
     across = min(count, ABREAST)
     down = -(-count // across)

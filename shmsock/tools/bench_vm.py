@@ -18,6 +18,7 @@ from shmsock.errors import region_error
 from shmsock.tools.bench import Take, bench
 from shmsock.tools.bench_measures import Measure
 from shmsock.tools.bench_pairs import DOORBELLS, Variant, checked
+from shmsock.tools.bench_results import have_histograms
 from shmsock.tools.child import have_uvloop, python
 from shmsock.tools.demo_vm import DemoFailed, boot_pair
 from shmsock.tools.qemu import Bridge, Fleet, GuestError, GuestUnavailable, IvshmemDoorbell, Tap
@@ -122,7 +123,8 @@ class Guests:
         env = variant.environment
         with self.server.start(role(variant, "server", "--host", address), env=env) as serving:
             port = json.loads(serving.readline(LINE_S))["port"]
-            to = ("--host", address, "--port", port, "--seconds", seconds, *measure.ends)
+            histogram = ("--histogram",) if have_histograms() else ()
+            to = ("--host", address, "--port", port, "--seconds", seconds, *measure.ends, *histogram)
             said = self.client.run(role(variant, "client", *to), timeout=LINE_S + 10 * seconds, env=env).text
             serving.close_stdin()
             serving.wait(LINE_S, check=True)

@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 
 from shmsock.errors import RegionError
-from shmsock.tools import bench, bench_machine, bench_measures, floor
+from shmsock.tools import bench, bench_machine, bench_measures, bench_remote, bench_vm, floor
 from shmsock.tools.bench import Bench, Host, Take
 from shmsock.tools.bench_ends.timing import encoded
 from shmsock.tools.bench_measures import ECHO, MEASURES, PLAIN, SWEEPS, Measure
@@ -182,6 +182,46 @@ def test_missing_packages_are_named(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else name)
     monkeypatch.setattr(bench, "bench", lambda *_: pytest.fail("it was measured"))
     assert "pip install 'shmsock[bench]'" in bad("bench", *options)
+
+
+@pytest.mark.parametrize("way", [(), ("--vm",), ("connect", "nowhere")])
+@pytest.mark.parametrize("option", ["--json", "--text", "--plot"])
+def test_files_that_cannot_be_written(
+    way: tuple[str, ...], option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is said before anything is measured."""
+    for module, name in ((bench, "bench"), (bench_vm, "bench_guests"), (bench_remote, "bench_remote")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("it was measured"))
+    there = tmp_path / "none" / "file"
+    assert f"there is no directory {there.parent}" in bad("bench", *way, option, there)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    assert f"no permission to write to {tmp_path}" in bad("bench", *way, option, tmp_path / "file")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--only", "bulk"),
+        ("--vm", "--only", "bulk"),
+        ("connect", "nowhere", "--only", "bulk"),
+        ("--idle",),
+        ("--sporadic",),
+    ],
+)
+def test_nothing_to_plot(options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in ((bench, "bench"), (bench_vm, "bench_guests"), (bench_remote, "bench_remote")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("it was measured"))
+    assert "nothing to plot" in bad("bench", *options, "--plot", tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["echo", "connect", "drain", "think-none"])
+def test_what_can_be_plotted_is_known_before(name: str) -> None:
+    measure = MEASURES[name]
+    with Host(Console(file=io.StringIO())).open(measure) as take:
+        found = take(next(v for v in measure.variants() if v.module == "shmsock"), 0.03)
+    assert ("hdr" in found) == measure.timed == (name in ("echo", "connect"))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="takes root to become another user")
