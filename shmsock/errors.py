@@ -167,8 +167,8 @@ def other_memory() -> str:
     healthy, and is alone."""
     return (
         "if others run, they are on other memory: every QEMU needs share=on and the same mem-path (or "
-        "ivshmem server), a program of the host SHMSOCK_REGION, and the id that `shmsock info` shows of the region "
-        "must be the same everywhere"
+        "ivshmem server), a program of the host SHMSOCK_REGION, and the id that `shmsock info` shows of the "
+        "region must be the same everywhere"
     )
 
 

@@ -29,6 +29,7 @@ from shmsock.fabric.memory import Memory, native_core
 from shmsock.fabric.node import Engine
 from shmsock.fabric.peers import Peer
 from shmsock.fabric.settings import Settings
+from shmsock.region import storage
 from shmsock.region.base import Region
 from shmsock.region.file import FileRegion
 from shmsock.wakeup import Keeper
@@ -131,6 +132,8 @@ async def _make(
     opened = await _follow(
         loop, region.opening(url, create_default=True, prepare=prepare_region, probe=_holds_a_region)
     )
+    if opened.kind == "file" and isinstance(opened, FileRegion):
+        storage.warn_of_disk(opened.path, opened.filesystem)
     memory = None
     claim = layout = None
     try:

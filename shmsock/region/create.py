@@ -69,6 +69,7 @@ def create_file(
         with _temporary(directory, path, size, mode) as made:
             _fill(made, prepare)
             _publish(made, path)
+        storage.warn_of_disk(path, fs.type)
         return size
     if not force:
         raise _already(path)
@@ -81,6 +82,7 @@ def create_file(
                 raise _swapped(path)
             os.rename(made.path, path)
             _check_published(made, path)
+    storage.warn_of_disk(path, fs.type)
     return size
 
 

@@ -59,6 +59,11 @@ class FileRegion(Region):
         self._fs = fs
         self.place = Place(path, self.identity) if fs.type in LOCAL else None
 
+    @property
+    def filesystem(self) -> str:
+        """Its type, as mount(8) names it."""
+        return self._fs.type
+
     def ensure(self, offset: int, length: int) -> None:
         """Back the bytes [offset, offset + length) with storage; their values stay.
 

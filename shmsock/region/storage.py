@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import mmap
 import os
 from dataclasses import dataclass
 
 from shmsock.region.sizes import format_size
 
-__all__ = ["FileSystem", "back", "filesystem", "huge_page_hint"]
+__all__ = ["FileSystem", "back", "disk_words", "filesystem", "huge_page_hint", "warn_of_disk"]
+
+log = logging.getLogger("shmsock.region")
 
 # Where fallocate(2) is real. Elsewhere glibc's posix_fallocate() reads and rewrites one byte per block, which
 # would overwrite what another process stores there at that moment.
 _FALLOCATE = frozenset(("btrfs", "devtmpfs", "ext4", "f2fs", "hugetlbfs", "tmpfs", "xfs"))
+
+# Where pages that were written to are written back to a disk, again and again.
+_DISKS = frozenset(("bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "xfs", "zfs"))
+_warned: set[str] = set()
 
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module has no name for it
 
@@ -61,6 +68,23 @@ def filesystem(file: int | str, mountinfo: str = "/proc/self/mountinfo") -> File
     if kind == "unknown" and isinstance(file, int) and _in_memory(file):
         kind = "tmpfs" if block_size == mmap.PAGESIZE else "hugetlbfs"
     return FileSystem(kind, block_size)
+
+
+def disk_words(kind: str) -> str:
+    """What it means for a region to lie on a file system of that type; empty: nothing."""
+    if kind not in _DISKS:
+        return ""
+    return (
+        f"lies on a disk ({kind}): the kernel writes changes back to it all the time, and whoever touches "
+        "it may have to wait for that; use /dev/shm or hugetlbfs"
+    )
+
+
+def warn_of_disk(path: str, kind: str) -> None:
+    """Log it, once for each path."""
+    if (words := disk_words(kind)) and path not in _warned:
+        _warned.add(path)
+        log.warning("region %s %s", path, words)
 
 
 def _in_memory(fd: int) -> bool:

@@ -18,7 +18,7 @@ from shmsock.aio.attach import prepare_region
 from shmsock.errors import RegionError, RegionExistsError, disk_full, format_error, region_error
 from shmsock.fabric import layout as lay
 from shmsock.fabric.memory import Memory, native_core
-from shmsock.region import locks
+from shmsock.region import locks, storage
 from shmsock.region.base import Region, map_bytes
 from shmsock.region.file import FileRegion, owner_name
 from shmsock.region.sizes import format_size, round_up
@@ -101,6 +101,7 @@ def _serve_file(opened: FileRegion, size: int | None, peers: int, state: str) ->
             path,
         )
     _check_power(opened.size, f"region {path}", path)
+    storage.warn_of_disk(path, known.filesystem)
     lock_fd = _lock(opened)
     try:
         if any(opened.peek(lay.HEADER)):

@@ -14,6 +14,7 @@ from rich.text import Text
 from shmsock.errors import other_memory
 from shmsock.region.place import restart
 from shmsock.region.sizes import format_size
+from shmsock.region.storage import disk_words
 from shmsock.tools.look import Content, OldFile, Section
 
 __all__ = [
@@ -72,6 +73,8 @@ def region_lines(region: dict[str, Any]) -> Iterator[str]:
         page = format_size(region["page_size"])
         known = human(region["allocated"])
         yield f"{where} ({region['file_system']}, pages of {page}, {known} of it allocated)"
+        if words := disk_words(region["file_system"]):
+            yield f"    {words}"
         yield f"    mode {region['mode']}, uid {region['uid']}, gid {region['gid']}" + (
             ""
             if region["section_locks"]

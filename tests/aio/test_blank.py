@@ -1,4 +1,4 @@
-"""Memory that nobody formatted yet: QEMU's memory-backend-file, or truncate, makes such files."""
+"""Memory that nobody formatted yet, as QEMU's memory-backend-file, or truncate, makes it; and on a disk."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 
 import shmsock
 from shmsock.fabric import layout as lay
+from shmsock.region import storage
 from tests.aio.conftest import Run
 from tests.aio.processes import Child
 
@@ -97,3 +98,18 @@ def test_too_small(run: Run, blank: Path) -> None:
 
     run(main())
     assert blank.read_bytes() == bytes(4096)
+
+
+@pytest.mark.parametrize("kind", ["ext4", "tmpfs"])
+def test_a_disk_is_warned_of(
+    run: Run, region: str, kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(storage, "filesystem", lambda file: storage.FileSystem(kind, 4096))
+
+    async def main() -> None:
+        for name in ("a", "b"):
+            async with shmsock.attach(region, name=name):
+                pass
+
+    run(main())
+    assert caplog.text.count(f"{region} lies on a disk") == (kind == "ext4")

@@ -16,6 +16,7 @@ from shmsock.errors import (
     RegionFormatError,
 )
 from shmsock.region import storage
+from shmsock.region.create import create_file
 from shmsock.region.file import open_file
 from tests.region.conftest import failing
 
@@ -103,6 +104,18 @@ def test_filesystem() -> None:
     assert storage.filesystem("/proc", "/nonexistent").type == "unknown"
     assert storage.filesystem("/dev/shm").unit == mmap.PAGESIZE
     assert storage.FileSystem("hugetlbfs", 2 * MIB).unit == 2 * MIB
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs", "overlay", "tmpfs", "hugetlbfs", "unknown"])
+def test_a_disk_is_warned_of_once(
+    shared: Path, kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(storage, "filesystem", lambda file: storage.FileSystem(kind, 4096))
+    name, disk = str(shared / "region"), kind in ("ext4", "xfs", "btrfs", "overlay")
+    for _ in range(2):
+        create_file(name, MIB, force=True)
+    assert caplog.text.count(f"{name} lies on a disk ({kind})") == disk
+    assert len(caplog.records) == disk
 
 
 # -- huge pages
