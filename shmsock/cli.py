@@ -209,8 +209,14 @@ def _print_info(devices: list[dict[str, Any]], found: list[dict[str, Any]]) -> N
         parts = [(show.region_lines(region), region["content"])] if "content" in region else []
         parts += [(show.old_file_lines(region["path"], old), old.content) for old in region["old_files"]]
         for title, content in parts:
-            known = (*show.content_lines(content), *show.alone_lines(content)) if content else ()
-            for line in (*title, *known):
+            lines = [*title]
+            if content:
+                lines += [
+                    *show.content_lines(content),
+                    *show.former_lines(content),
+                    *show.alone_lines(content),
+                ]
+            for line in lines:
                 click.echo(line)
             if content and (table := show.section_table(content)):
                 console.print(table)

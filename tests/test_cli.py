@@ -437,8 +437,10 @@ def test_info_tells_what_wakes_it(path: Path, attach: Attach, flags: int, word: 
         memory.store(at + lay.FLAGS, flags)
         memory.store(at + lay.DOORBELL, word)
         memory.release()
-    row = next(line for line in good("info", path).splitlines() if "vm-a" in line)
+    told = good("info", path)
+    row = next(line for line in told.splitlines() if "vm-a" in line)
     assert f"  {said}  " in row
+    assert ("of a former ivshmem server" in told) == said.startswith("doorbell")  # no server is there
 
 
 # -- reap

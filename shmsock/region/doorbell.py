@@ -43,6 +43,10 @@ class Doorbell:
         """How to ring the peer with that id; None when it is not known, or our own."""
         raise NotImplementedError
 
+    def others(self) -> frozenset[int] | None:
+        """The ids of all other peers there are now; None: nobody tells us."""
+        return None
+
     def drain(self) -> int:
         """How often we were rung since the last call. Never waits, even if others made the eventfd blocking:
         a peer of an ivshmem server shares it with everybody."""

@@ -108,6 +108,9 @@ class IvshmemDoorbell(Doorbell):
         known = self._peers.get(peer)
         return None if known is None or known.fd < 0 else Reach("eventfd", known.fd)
 
+    def others(self) -> frozenset[int] | None:
+        return None if self.lost else frozenset(self._peers)
+
     def news(self) -> list[int]:
         left: list[int] = []
         if self.lost or self.server_fd < 0:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from shmsock.address import boot_id
@@ -18,6 +18,7 @@ from shmsock.fabric.memory import Memory, native_core
 from shmsock.region.base import Region, map_bytes
 from shmsock.region.file import FileRegion
 from shmsock.region.ivshmem_protocol import MAX_ID, MAX_VECTORS
+from shmsock.region.locks import SERVER_LOCK
 from shmsock.region.pci import PciDevice
 from shmsock.region.place import Holder, holders
 from shmsock.region.storage import filesystem
@@ -55,6 +56,8 @@ class Section:
     """Does its owner run under this kernel?"""
     doorbell: dict[str, int] | None = None
     """It is woken by a doorbell: "id" and "vectors" on the ivshmem server of the region."""
+    doorbell_gone: bool = False
+    """That id is not the present server's: it was a former one's, and rings nobody, or somebody else."""
     futex: bool = False
     """It is woken by a futex, by who runs under its kernel. With neither, it polls."""
     ports: list[int] = field(default_factory=list)
@@ -136,10 +139,24 @@ def sections(layout: Layout, region: Region, watch_s: float = BEAT_S) -> list[Se
     before = survey(layout, region, boot)
     if any(seen.claim for seen in before):
         time.sleep(watch_s)
-    return [
+    found = [
         _section(layout, first, now, boot)
         for first, now in zip(before, survey(layout, region, boot), strict=True)
     ]
+    ids = _ids(region)
+    if ids is None:
+        return found
+    return [replace(s, doorbell_gone=s.doorbell is not None and s.doorbell["id"] not in ids) for s in found]
+
+
+def _ids(region: Region) -> frozenset[int] | None:
+    """Those that the region's ivshmem server gave to others; None: that cannot be known here."""
+    if region.doorbell is not None:
+        region.doorbell.news()
+        return region.doorbell.others()
+    if region.kind == "file" and region.can_lock and not region.section_locked(SERVER_LOCK):
+        return frozenset()  # no server serves it
+    return None
 
 
 def _section(layout: Layout, first: Seen, now: Seen, boot: bytes) -> Section:

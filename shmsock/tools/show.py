@@ -22,6 +22,7 @@ __all__ = [
     "console",
     "content_lines",
     "device_lines",
+    "former_lines",
     "human",
     "made_lines",
     "old_file_lines",
@@ -104,6 +105,17 @@ def content_lines(content: Content) -> Iterator[str]:
     )
     count = Counter(section.state for section in content.sections)
     yield "    sections: " + ", ".join(f"{number} {state}" for state, number in count.most_common())
+
+
+def former_lines(content: Content) -> Iterator[str]:
+    """Of those whose doorbell is a former server's."""
+    former = [s for s in content.sections if s.doorbell_gone and s.doorbell]
+    if former:
+        told = ", ".join(f"{s.doorbell['id']} of section {s.number}" for s in former if s.doorbell)
+        yield (
+            f"    doorbell {told}: of a former ivshmem server, and rung in vain; start the server, then "
+            "all of its peers anew, guests included"
+        )
 
 
 def alone_lines(content: Content) -> Iterator[str]:

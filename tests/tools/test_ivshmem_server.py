@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import errno
 import fcntl
+import json
 import mmap
 import os
 import resource
@@ -30,13 +31,15 @@ from shmsock import region as regions
 from shmsock.cli import cli
 from shmsock.errors import RegionError
 from shmsock.fabric import layout as lay
-from shmsock.region import FileRegion
+from shmsock.fabric.memory import Memory, native_core
+from shmsock.region import FileRegion, open_file
 from shmsock.region.ivshmem_protocol import Receiver, send_message
 from shmsock.testing import make_region
 from shmsock.tools import ivshmem_server, ivshmem_setup
 from shmsock.tools.ivshmem_clients import Client
 from shmsock.tools.ivshmem_server import IvshmemServer
 from tests.region.conftest import NOBODY, in_child, open_files
+from tests.test_cli import good
 
 SECONDS = 30
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -778,6 +781,57 @@ def test_one_server_for_a_file(start: Start, place: Path) -> None:
     assert (created.exit_code, "is served by an ivshmem server" in created.stderr) == (1, True)
     server.kill()  # the lock falls with it, though clients may have the file still
     start(region=file, size=None).stop()
+
+
+PEER = """
+import asyncio, sys, shmsock
+async def main():
+    async with shmsock.attach(sys.argv[1], name=sys.argv[2]):
+        print("attached", flush=True)
+        await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+asyncio.run(main())
+"""
+
+
+def test_info_tells_doorbells_of_a_former_server(start: Start, place: Path) -> None:
+    """A guest cannot tell that the server went: its section goes on to name an id that is nobody's, or
+    another's."""
+
+    def told(region: object) -> tuple[bool, dict[str, bool]]:
+        content = json.loads(good("info", region, "--json"))["regions"][0]["content"]
+        found = {s["name"]: s["doorbell_gone"] for s in content["sections"] if s["doorbell"]}
+        return "of a former ivshmem server" in good("info", region), found
+
+    file = place / "region"
+    server = start(region=file, size="4M")
+    bells = f"ivshmem:{server.path}"
+    with attached(bells, "host"):
+        assert told(file) == (False, {"host": False})
+        assert told(bells) == (False, {"host": False})
+        with attached(file, "guest") as guest:  # as one that has a doorbell, by the device
+            content = json.loads(good("info", file, "--json"))["regions"][0]["content"]
+            (section,) = [s["number"] for s in content["sections"] if s["pid"] == guest.pid]
+            with open_file(str(file)) as opened:
+                memory = Memory(native_core(), opened.mmap)
+                memory.store(lay.read_layout(memory).section(section) + lay.DOORBELL, 7 << 32 | 1)
+                memory.release()
+            assert told(bells) == (True, {"host": False, "guest": True})
+            assert told(file) == (False, {"host": False, "guest": False})  # that cannot be known here
+            server.kill()
+            assert told(file)[0]
+            start(region=file, size=None)
+            assert told(bells)[1]["guest"]
+
+
+@contextlib.contextmanager
+def attached(region: object, name: str) -> Iterator[subprocess.Popen[str]]:
+    """A process with a node there."""
+    argv = [sys.executable, "-c", PEER, str(region), name]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "attached\n"
+        yield process
+        process.communicate()
 
 
 def test_more_memory_than_there_is(place: Path) -> None:
