@@ -115,7 +115,9 @@ def cli() -> None:
     help="How many can be attached.",
 )
 @click.option("--mode", type=Mode(), default="0600", show_default=True, help="Permissions of the file.")
-@click.option("--force", is_flag=True, help="Overwrite a file that is there; refused while anybody uses it.")
+@click.option(
+    "--force", is_flag=True, help="Replace a file of yours that is there; refused while anybody uses it."
+)
 def create(path: str, size: int, peers: int, mode: int, force: bool) -> None:
     """Make and format a region file, with all of its storage."""
     kind, path = regions.parse_url(path if ":" in path.partition("/")[0] else os.path.abspath(path))
