@@ -4,6 +4,7 @@ On the host the region is SHMSOCK_REGION, or your own in /dev/shm; in a guest it
 """
 
 import asyncio
+import signal
 import sys
 
 import shmsock
@@ -25,17 +26,17 @@ async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
 
 
 async def main() -> None:
+    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, asyncio.current_task().cancel)
     server = await shmsock.start_server(handle, port=int(sys.argv[1]) if len(sys.argv) > 1 else 7000)
     name, port = server.sockets[0].getsockname()
     print(f"listening on {name!r}, port {port}", flush=True)
-    async with server:
-        await server.serve_forever()
+    await asyncio.Event().wait()  # serve_forever() would wait for those who are connected when Ctrl-C comes
 
 
 if __name__ == "__main__":
     try:
         asyncio.run(main())
-    except KeyboardInterrupt:
-        pass
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        pass  # Ctrl-C
     except (OSError, ValueError, OverflowError) as problem:
         sys.exit(f"echo_server: {problem}")

@@ -2,13 +2,16 @@
 
 import asyncio
 import hashlib
+import signal
 import sys
 
 import shmsock
 
 
 async def main(path: str, port: int) -> None:
-    done = asyncio.get_running_loop().create_future()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGINT, asyncio.current_task().cancel)
+    done = loop.create_future()
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         sha = hashlib.sha256()
@@ -19,17 +22,19 @@ async def main(path: str, port: int) -> None:
                     sha.update(data)
             writer.write(sha.digest())
         except asyncio.CancelledError:
-            return  # Ctrl-C: Python 3.11 would print a traceback
+            pass  # Ctrl-C: Python 3.11 would print a traceback
         except OSError as problem:
             if not done.done():
                 done.set_exception(problem)
-        writer.close()
+        finally:
+            writer.close()
         if not done.done():
             done.set_result(sha.hexdigest())
 
-    async with await shmsock.start_server(handle, port=port) as server:
-        print("listening on {!r}, port {}".format(*server.sockets[0].getsockname()), flush=True)
-        print(f"{await done}  {path}")
+    server = await shmsock.start_server(handle, port=port)
+    print("listening on {!r}, port {}".format(*server.sockets[0].getsockname()), flush=True)
+    print(f"{await done}  {path}")
+    server.close()
 
 
 if __name__ == "__main__":
@@ -37,7 +42,7 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     try:
         asyncio.run(main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 7001))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):  # Ctrl-C
         sys.exit(130)
     except (OSError, ValueError, OverflowError) as problem:
         sys.exit(f"file_receive: {problem}")
