@@ -160,8 +160,8 @@ int sh_polled(sh_node *nd, uint32_t peer) { return (__atomic_load_n(&nd->polled,
 int sh_bells_differ(const sh_node *nd, uint64_t of)
 {
     for (uint32_t j = 0; j < nd->g.peers && of >> j; j++)
-        if ((of >> j & 1) && !sh_muted(&nd->links[j])
-            && sh_peek(&nd->links[j].in->bell) != __atomic_load_n(&nd->links[j].last, __ATOMIC_RELAXED))
+        if ((of >> j & 1) && sh_peek(&nd->links[j].in->bell) != __atomic_load_n(&nd->links[j].last, __ATOMIC_RELAXED)
+            && !sh_muted(&nd->links[j]))
             return 1;
     return 0;
 }

@@ -163,8 +163,8 @@ int sh_ep_open(sh_ep *ep, uint32_t peer, uint32_t peer_slot, uint32_t peer_gen)
         return SH_VIOLATION;
     ep->peer_slot = peer_slot;
     ep->peer_gen = peer_gen;
-    ep->p_last = ep->p_noted = (uint64_t)peer_gen << SH_GEN_SHIFT;
-    ep->head_noted = 0;
+    ep->p_last = (uint64_t)peer_gen << SH_GEN_SHIFT;
+    ep->moved = 0;
     ep->theirs = theirs;
     nd->links[peer].open[SH_WORD(ep->slot)] |= SH_BIT(ep->slot);
     sh_put(&ep->mine->link, (uint64_t)ep->gen << SH_GEN_SHIFT | (uint64_t)peer << 32 | (uint64_t)peer_slot << 16 | 1u << 8);
@@ -197,6 +197,7 @@ void sh_ep_release(sh_ep *ep, int notify)
     sh_fence(nd->wc);
     if (ep->theirs) {
         nd->links[ep->peer].open[w] &= keep;
+        nd->links[ep->peer].moved += ep->moved;
         /* Who was told REL waits for nothing more, and who has released needs no news: a bell for these would speak of nothing. */
         if (notify && !ep->orphan && !(ep->flags & SH_REL) && SH_GEN(sh_load(&ep->theirs->p, nd->wc)) == ep->peer_gen)
             sh_notify_slot(nd, ep->peer, ep->peer_slot);

@@ -105,9 +105,7 @@ int sh_collect(sh_node *nd, struct sh_link *l)
 
         for (uint64_t m = diff & l->open[w]; m; m &= m - 1)
             looks++;
-        for (uint64_t m = held; m; m &= m - 1) /* they are looked at themselves, and this bell spoke of it */
-            sh_note(&nd->eps[w * 64 + (uint32_t)__builtin_ctzll(m)]);
-        if (!(diff &= ~held))
+        if (!(diff &= ~held)) /* those are looked at themselves, and this bell spoke of it */
             continue;
         l->a[w] ^= diff;
         sh_put(&l->a_out[w], l->a[w]);
@@ -142,8 +140,12 @@ void sh_weigh(sh_node *nd, struct sh_link *l)
     uint32_t due = 0; /* looks that are still to come: a pass reports only so many */
 
     for (uint32_t w = 0; w < nd->words; w++)
-        for (uint64_t m = nd->ready[w] & l->open[w]; m; m &= m - 1)
-            due++;
+        for (uint64_t m = l->open[w]; m; m &= m - 1) {
+            sh_ep *ep = &nd->eps[w * 64 + (uint32_t)__builtin_ctzll(m)];
+            due += (nd->ready[w] & SH_BIT(ep->slot)) != 0;
+            l->moved += ep->moved;
+            ep->moved = 0;
+        }
     if (l->looks < due + SH_LOOKS)
         return;
     if (now - l->weighed_ns < 1000000000u && l->moved < (l->looks - due) / 4)
@@ -175,7 +177,7 @@ int sh_pass(sh_node *nd, uint64_t *out, int max, uint64_t look, uint64_t now)
 
         if (!(look >> j & 1))
             continue;
-        if (!sh_muted(l) && sh_peek(&l->in->bell) != l->last) {
+        if (sh_peek(&l->in->bell) != l->last && !sh_muted(l)) {
             if (nd->woke)
                 sh_doubt(nd, l, now);
             sh_collect(nd, l);
@@ -196,8 +198,6 @@ int sh_pass(sh_node *nd, uint64_t *out, int max, uint64_t look, uint64_t now)
         for (; nd->ready[w] && n < max; nd->ready[w] &= nd->ready[w] - 1) {
             uint32_t slot = w * 64 + (uint32_t)__builtin_ctzll(nd->ready[w]);
             out[n++] = (uint64_t)sh_look_at(&nd->eps[slot], now) << 32 | SH_EV_SLOT << 24 | slot;
-            if (nd->eps[slot].theirs)
-                sh_note(&nd->eps[slot]);
         }
     }
     return n;

@@ -30,7 +30,7 @@ struct sh_link { /* towards one peer */
     int suspected;
     uint64_t weighed_ns;       /* sh_weigh(): the last time, and since then: */
     uint32_t looks;            /* how often its words made us look at something, */
-    uint32_t moved;            /* and what came of it: bytes, space, an end, a message, a life */
+    uint32_t moved;            /* and what came of it: bytes, space, an end, a message, a life; without what its slots count (ep->moved) */
     int muted;                 /* nothing came of a thousand looks within a second: until the next safety look; atomic */
     const uint64_t *sleeping;  /* the peer's word */
     uint64_t rung;             /* value of it that the peer was rung for */
@@ -64,8 +64,7 @@ struct sh_ep {
 #define SH_NOT_READING (~0u)
     uint64_t flags;               /* epoch and FIN RST REL WANT as published in P */
     uint64_t p_last;              /* the peer's P as last taken over */
-    uint64_t p_noted;             /* and it, and head_seen, when it was last noted that something moved */
-    uint32_t head_noted;
+    uint32_t moved;               /* how often that, or head_seen, moved, whoever took it over; until sh_weigh() adds it up */
     uint32_t peer, peer_slot, slot;
     uint8_t orphan;               /* the peer is gone: what it published may still be read */
     uint8_t accepted;             /* the peer opened the connection */
@@ -190,22 +189,12 @@ static inline uint64_t sh_ring_word(const sh_ep *ep, uint64_t ring_off)
 /* Bits of P that never change without others, unless to keep its reader busy. */
 #define SH_IDLE_BITS (SH_WANT | SH_EPOCHS)
 
-/* The peer makes us look so often. What came of the looks before is noted by now. */
+/* The peer makes us look so often. What came of the looks before is counted by now. */
 static inline void sh_caused(sh_node *nd, struct sh_link *l, uint32_t looks)
 {
     if (SH_UNLIKELY(l->looks >= SH_LOOKS))
         sh_weigh(nd, l);
     l->looks += looks;
-}
-
-/* Has anything moved in this slot since the last note, whoever took it over? */
-static inline void sh_note(sh_ep *ep)
-{
-    if (!((ep->p_last ^ ep->p_noted) & ~SH_IDLE_BITS) && ep->head_seen == ep->head_noted)
-        return;
-    ep->p_noted = ep->p_last;
-    ep->head_noted = ep->head_seen;
-    ep->nd->links[ep->peer].moved++;
 }
 
 /* The lines of the next bytes come with the word that tells of them, not after it. */

@@ -40,6 +40,7 @@ int sh_see_head(sh_ep *ep)
         return 0; /* its P says what happened */
     if (SH_LOW(c) - ep->head_seen > ep->tail - ep->head_seen)
         return SH_VIOLATION;
+    ep->moved += ep->head_seen != SH_LOW(c);
     ep->head_seen = SH_LOW(c);
     return 0;
 }
@@ -55,8 +56,8 @@ int sh_writable(sh_ep *ep)
     if (SH_UNLIKELY(!ep->theirs || ep->orphan || (ep->flags & (SH_FIN | SH_RST | SH_REL))))
         return SH_CLOSED;
     /* Its last word, and not what a pass has seen of it: the next pass may be many writes away. */
-    p = sh_peek(&ep->theirs->p);
-    if (SH_UNLIKELY((p & (SH_REL | SH_RST)) || SH_GEN(p) != ep->peer_gen || (ep->p_last & SH_REL)))
+    p = sh_peek(&ep->theirs->p) ^ (uint64_t)ep->peer_gen << SH_GEN_SHIFT;
+    if (SH_UNLIKELY(p & ((uint64_t)SH_GEN_MASK << SH_GEN_SHIFT | SH_REL | SH_RST)))
         return SH_CLOSED;
     return 0;
 }
@@ -209,6 +210,7 @@ int sh_refresh(sh_ep *ep)
         if (!gave_up(ep))
             return SH_RESET;
         ep->p_last |= SH_FIN | SH_REL;
+        ep->moved++;
         return 0;
     }
     if (SH_UNLIKELY((p ^ ep->p_last) & SH_EPOCHS) && (r = sh_follow(ep, p)) < 0)
@@ -218,6 +220,8 @@ int sh_refresh(sh_ep *ep)
         return SH_VIOLATION;
     if (p & SH_RST)
         return SH_RESET;
+    if (SH_LIKELY(SH_LOW(p) != ep->tail_seen) || ((p ^ ep->p_last) & ~SH_IDLE_BITS))
+        ep->moved++;
     ep->p_last = p;
     ep->tail_seen = SH_LOW(p);
     return 0;
@@ -381,7 +385,6 @@ int sh_acknowledge(sh_node *nd, sh_ep *ep)
         return 0;
     l->a[w] ^= SH_BIT(ep->slot);
     sh_put(&l->a_out[w], l->a[w]);
-    sh_note(ep); /* its bell may come only now */
     return 1;
 }
 

@@ -29,7 +29,7 @@ static uint64_t spin_step(sh_ep *ep, uint64_t *yield_at)
 {
     for (uint64_t m = ep->nd->known; m; m &= m - 1) {
         struct sh_link *l = &ep->nd->links[__builtin_ctzll(m)];
-        if (!sh_muted(l) && sh_peek(&l->in->bell) != l->last && sh_collect(ep->nd, l))
+        if (sh_peek(&l->in->bell) != l->last && !sh_muted(l) && sh_collect(ep->nd, l))
             return 0;
     }
     return sh_clock_and_yield(ep->nd, yield_at);

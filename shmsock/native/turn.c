@@ -93,7 +93,7 @@ static int news(sh_node *nd)
 
     for (uint64_t m = nd->known; m; m &= m - 1) {
         struct sh_link *l = &nd->links[__builtin_ctzll(m)];
-        found |= !sh_muted(l) && sh_peek(&l->in->bell) != l->last;
+        found |= sh_peek(&l->in->bell) != l->last && !sh_muted(l);
     }
     for (uint32_t w = 0; w < nd->words; w++) {
         for (uint64_t m = nd->touched[w]; m; m &= m - 1) {
