@@ -311,11 +311,11 @@ def stop_halfway(node: Any) -> None:
     def interrupted() -> None:
         raise KeyboardInterrupt
 
-    node.engine.wakes.close = interrupted
+    node.engine._give_back = interrupted
     try:
         node.close()
     except KeyboardInterrupt:
-        del node.engine.wakes.close
+        del node.engine._give_back
         return
     raise AssertionError("nothing was raised")
 
