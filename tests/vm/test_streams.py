@@ -38,7 +38,7 @@ def test_guests_and_host(two_guests: Pair, peers: Peers, uvloop: bool) -> None:
     assert a.ask("implicit_echo", host="vm-b", port=6000) == "hello from vm-b:6000"
     assert a.ask("implicit_listen", port=6001) == "vm-a"
     assert b.ask("implicit_echo", host="VM-A.shm.", port=6001) == "hello from vm-a:6001"
-    with pytest.raises(PeerError, match="gaierror: .*no peer named 'vm-c' is attached to .*attached: vm-b"):
+    with pytest.raises(PeerError, match=r"gaierror: .*no peer named 'vm-c' is attached to .*attached: vm-b"):
         a.ask("implicit_echo", host="vm-c", port=6000)
     with pytest.raises(PeerError, match=r"ConnectionRefusedError: .*\('vm-b', 6002\)"):
         a.ask("implicit_echo", host="vm-b", port=6002)

@@ -141,7 +141,7 @@ class Processes(NamedTuple):
 def processes(house: House) -> Processes:
     """In both guests the device is bound to vfio-pci."""
     found = Processes(Process(house.a), Process(house.a), Process(house.b))
-    said = house.a.run(["shmsock", "bind", "--yes", DOORBELL]).text
+    said = house.a.run(["shmsock", "bind", "--yes", DOORBELL], timeout=180).text
     assert f"echo {DOORBELL} > /sys/bus/pci/drivers_probe\ndone\n" in said.replace("    ", "")
     assert f"SHMSOCK_REGION=vfio:{DOORBELL}" in said
     found.b.ask("bind", DOORBELL)
@@ -217,7 +217,7 @@ def test_given_back(house: House, processes: Processes) -> None:
     a.open()
     a.ask("put", SIZE - 1, 17)
     a.ask("close")
-    said = house.a.run(["shmsock", "unbind", "--yes", DOORBELL]).text
+    said = house.a.run(["shmsock", "unbind", "--yes", DOORBELL], timeout=180).text
     assert f"echo > /sys/bus/pci/devices/{DOORBELL}/driver_override" in said
     with pytest.raises(Failed, match=r"not bound to vfio-pci \(its driver: none\)"):
         a.open()
@@ -247,7 +247,7 @@ def test_devices_that_will_not_do(house: House, processes: Processes) -> None:
 
 def test_no_iommu(house: House) -> None:
     process = Process(house.bare)
-    refused = house.bare.run(["shmsock", "bind", "--yes", DOORBELL], check=False)
+    refused = house.bare.run(["shmsock", "bind", "--yes", DOORBELL], timeout=180, check=False)
     assert refused.returncode == 1
     assert b"-device intel-iommu,intremap=on" in refused.stderr
     with pytest.raises(Failed, match="no IOMMU, which vfio needs"):
