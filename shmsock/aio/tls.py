@@ -6,12 +6,13 @@ from __future__ import annotations
 import asyncio
 import ssl
 import sys
+from asyncio import sslproto
 from asyncio.sslproto import SSLProtocol
 from dataclasses import dataclass
 from errno import ECONNRESET
 from typing import Any
 
-__all__ = ["Tls", "client_tls", "server_tls", "start_tls", "without_transport"]
+__all__ = ["Tls", "client_tls", "server_tls", "start_tls", "tell_above", "without_transport"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,19 @@ def server_tls(
     if ssl_argument is None:
         return None
     return Tls(ssl_argument, True, None, handshake_timeout, shutdown_timeout)
+
+
+def tell_above(protocol: Any) -> None:
+    """Called ahead of connection_lost(). asyncio's code keeps an end under the handshake from the protocol
+    above; but one that start_tls() was called with had been connected before, and who reads from it, or waits
+    until it is closed, would do so forever."""
+    if not isinstance(protocol, SSLProtocol):
+        return
+    tls: Any = protocol
+    if sys.version_info < (3, 11):
+        tls._session_established |= not tls._call_connection_made
+    elif tls._app_state is sslproto.AppProtocolState.STATE_CON_MADE:
+        tls._set_state(sslproto.SSLProtocolState.UNWRAPPED)  # as connection_lost() does, too late
 
 
 def without_transport(below: Any) -> OSError:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from shmsock.aio import names
 from shmsock.aio.pseudosocket import Duplicate, PseudoSocket
 from shmsock.aio.reading import ReadSide
+from shmsock.aio.tls import tell_above
 from shmsock.aio.turn import Port, accelerator
 from shmsock.errors import forked, wrong_thread
 from shmsock.fabric.connection import (
@@ -463,6 +464,7 @@ class ShmTransport(ReadSide):
     def _call_connection_lost(self, error: BaseException | None) -> None:
         self.just_lost = False
         self._wake_writer()
+        tell_above(self._protocol)
         try:
             self._protocol.connection_lost(error)  # type: ignore[arg-type]
         finally:

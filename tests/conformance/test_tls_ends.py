@@ -159,6 +159,33 @@ async def test_this_side_ends(
     net.reported()
 
 
+@pytest.mark.parametrize("server_side", [True, False], ids=["server", "client"])
+@pytest.mark.parametrize("how", ["close", "abort", "cancel", "timeout"])
+async def test_streams_end_with_their_handshake(
+    net: TransportNetwork, tls: Contexts, how: str, server_side: bool
+) -> None:
+    """Who reads, or waits until it is closed, hears of it. (asyncio over TCP lets them wait.)"""
+    if net.control or not stock_start_tls(net):
+        return
+    client, other, server = await two_streams(net)
+    (reader, writer), peer = (other, client) if server_side else (client, other)
+    keys: dict[str, Any] = {} if server_side else {"server_hostname": net.host}
+    if how == "timeout":
+        keys["ssl_handshake_timeout"] = 0.05
+    context, transport = tls.server if server_side else tls.client, writer.transport
+    shaking = asyncio.ensure_future(writer.start_tls(context, **keys))
+    await turns()
+    {"close": transport.close, "abort": transport.abort, "cancel": shaking.cancel}.get(how, int)()
+    with pytest.raises((asyncio.CancelledError, ConnectionError)):
+        await asyncio.wait_for(shaking, PATIENCE / 4)
+    for end in (reader.read(), writer.wait_closed()):
+        with contextlib.suppress(ConnectionError):
+            assert not await asyncio.wait_for(end, PATIENCE / 4)
+    peer[1].close()
+    server.close()
+    net.reported()
+
+
 @pytest.mark.parametrize("how", ["close", "abort", "hello_close"])
 @pytest.mark.parametrize("when", ["before", "during"])
 async def test_start_tls_of_the_loop(net: TransportNetwork, tls: Contexts, how: str, when: str) -> None:
