@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from errno import ECONNRESET
 from typing import Any
 
-__all__ = ["Tls", "client_tls", "server_tls", "start_tls", "tell_above", "without_transport"]
+__all__ = ["Tls", "client_tls", "flushes", "server_tls", "start_tls", "tell_above", "without_transport"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,16 @@ def tell_above(protocol: Any) -> None:
         tls._session_established |= not tls._call_connection_made
     elif tls._app_state is sslproto.AppProtocolState.STATE_CON_MADE:
         tls._set_state(sslproto.SSLProtocolState.UNWRAPPED)  # as connection_lost() does, too late
+
+
+def flushes(protocol: Any) -> bool:
+    """Was TLS closed above, whose transport is open until all of it has gone out?"""
+    if not isinstance(protocol, SSLProtocol):
+        return False
+    tls: Any = protocol
+    if sys.version_info < (3, 11):
+        return bool(tls._in_shutdown)
+    return tls._state in (sslproto.SSLProtocolState.FLUSHING, sslproto.SSLProtocolState.SHUTDOWN)
 
 
 def without_transport(below: Any) -> OSError:

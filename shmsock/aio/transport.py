@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from shmsock.aio import names
 from shmsock.aio.pseudosocket import Duplicate, PseudoSocket
 from shmsock.aio.reading import ReadSide
-from shmsock.aio.tls import tell_above
+from shmsock.aio.tls import flushes, tell_above
 from shmsock.aio.turn import Port, accelerator
 from shmsock.errors import forked, wrong_thread
 from shmsock.fabric.connection import (
@@ -385,7 +385,7 @@ class ShmTransport(ReadSide):
     @property
     def flushing(self) -> bool:
         """Closed, and not yet rid of what was written."""
-        return bool(self._pending) and (self._closing or self._eof_wanted)
+        return bool(self._pending) and (self._closing or self._eof_wanted or flushes(self._protocol))
 
     # -- the end
 

@@ -18,6 +18,7 @@ from tests.aio.processes import reset
 from tests.conformance.certificates import Contexts
 from tests.conformance.networks import (
     PATIENCE,
+    SERVER,
     TRANSPORTS,
     KeepsOpen,
     TransportNetwork,
@@ -293,3 +294,26 @@ async def test_the_node_is_closed_under_start_tls(
     client[1].close()
     other[1].close()
     server.close()
+
+
+async def test_a_node_waits_for_what_its_closed_writers_hold(net: TransportNetwork, tls: Contexts) -> None:
+    if net.control:
+        return
+    reading: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        reading.set_result(len(await reader.read()))
+        writer.close()
+
+    node = await current_node()
+    async with shmsock.attach(node.region.url, name="c") as other:
+        server = await shmsock.start_server(handler, port=7000, ssl=tls.server, node=other)
+        async with shmsock.attach(node.region.url, name="d") as own:
+            _, writer = await shmsock.open_connection(
+                "c", 7000, ssl=tls.client, server_hostname=SERVER, node=own
+            )
+            writer.write(bytes(5 << 20))
+            writer.close()
+        assert await asyncio.wait_for(reading, PATIENCE) == 5 << 20
+        server.close()
+    net.reported()
