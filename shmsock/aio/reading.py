@@ -240,6 +240,6 @@ class ReadSide(FlowControl, asyncio.Transport):
         if self.conn.state is State.FREE and self._pending:
             self._write_failed()  # that was the end of the connection, and nobody comes back to say so
         elif self._broken is not None:
-            self.force_close(self._broken)
+            self.force_close(None if isinstance(protocol, SSLProtocol) else self._broken)
         elif not keep:
             self.close()

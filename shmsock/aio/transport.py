@@ -16,6 +16,7 @@ import threading
 import warnings
 import weakref
 from asyncio.constants import _SendfileMode
+from asyncio.sslproto import SSLProtocol
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -410,13 +411,15 @@ class ShmTransport(ReadSide):
         """FIN; or, when bytes are left that nobody will read, a reset behind what was written: the peer shall
         know that they were lost. A TCP socket closed with bytes in it does the same (RFC 2525, 2.17).
 
-        A stream reader has read what asyncio's would have."""
+        A stream reader has read what asyncio's would have. Of TLS what is left may be records that no program
+        asked for, session tickets say, for which the peer's program shall not lose what it has not read."""
         if self._duplicates:
             return
         reader = self.reader() if self.reader is not None else None
         if reader is not None and not self._read_eof:
             reader.read_ahead()
-        if not self._read_eof and self.conn.available() > 0:
+        tls = isinstance(self._protocol, SSLProtocol)
+        if not (self._read_eof or tls) and self.conn.available() > 0:
             self.conn.cut()
         else:
             self.conn.close()

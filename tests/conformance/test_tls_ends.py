@@ -317,3 +317,45 @@ async def test_a_node_waits_for_what_its_closed_writers_hold(net: TransportNetwo
         assert await asyncio.wait_for(reading, PATIENCE) == 5 << 20
         server.close()
     net.reported()
+
+
+@pytest.mark.parametrize("unread", [False, True], ids=["all read", "tickets unread"])
+@pytest.mark.parametrize("writes", [0, 3])
+async def test_what_was_written_arrives_though_its_writer_is_gone(
+    net: TransportNetwork, tls: Contexts, writes: int, unread: bool
+) -> None:
+    """What the server says meanwhile (session tickets, its close_notify) is read by nobody: what had come
+    before is read all the same."""
+    if net.control:
+        return
+    got: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+    shaken, gone = asyncio.Event(), asyncio.Event()
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        shaken.set()
+        await gone.wait()
+        for _ in range(writes):
+            writer.write(b"too late")
+            await turns()
+        got.set_result(await reader.read())
+        writer.close()
+
+    node = await current_node()
+    async with shmsock.attach(node.region.url, name="c") as other:
+        server = await shmsock.start_server(handler, port=7000, ssl=tls.server, node=other)
+        own = await shmsock.attach(node.region.url, name="d")
+        connecting = asyncio.ensure_future(
+            shmsock.open_connection("c", 7000, ssl=tls.client, server_hostname=SERVER, node=own)
+        )
+        connecting.add_done_callback(lambda _: unread and [t.pause_reading() for t in own.transports])
+        _, writer = await connecting
+        await shaken.wait()
+        await turns()
+        writer.write(b"precious")
+        writer.close()
+        own.close()
+        await turns()
+        gone.set()
+        assert await asyncio.wait_for(got, PATIENCE) == b"precious"
+        server.close()
+    net.reported()
