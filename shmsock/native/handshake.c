@@ -46,8 +46,12 @@ static int post(sh_node *nd, uint32_t peer, struct sh_message m)
 /* CONNECT, for a slot that was taken. */
 int sh_connect(sh_ep *ep, uint32_t peer, uint32_t port, uint32_t src_port)
 {
-    return post(ep->nd, peer, (struct sh_message){.kind = SH_CONNECT, .slot = (uint16_t)ep->slot, .gen = ep->gen,
-                                                  .port = (uint16_t)port, .src_port = (uint16_t)src_port});
+    int status = post(ep->nd, peer, (struct sh_message){.kind = SH_CONNECT, .slot = (uint16_t)ep->slot, .gen = ep->gen,
+                                                        .port = (uint16_t)port, .src_port = (uint16_t)src_port});
+
+    if (!status)
+        ep->nd->links[peer].asked++;
+    return status;
 }
 
 /* REFUSE, for that reason; 0: ACCEPT. */
@@ -84,7 +88,12 @@ int sh_message_recv(sh_node *nd, uint32_t peer, uint32_t *note)
     memcpy(note, (uint32_t[]){in.kind, in.reason, in.slot, in.gen, in.dst_slot, in.dst_gen, in.port, in.src_port}, 8 * sizeof *note);
     l->msg_head++;
     l->unread = SH_LOW(box) != l->msg_head;
-    l->moved += in.kind == SH_CONNECT || (nd->eps[in.dst_slot].gen == in.dst_gen && !nd->eps[in.dst_slot].theirs);
+    if (in.kind == SH_CONNECT)
+        l->moved++;
+    else if (l->asked) { /* also when whoever asked has given up since: that is no fault of who answers */
+        l->asked--;
+        l->moved++;
+    }
     nd->moved_messages++;
     return 1 + l->unread;
 }

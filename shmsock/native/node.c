@@ -323,7 +323,7 @@ void sh_restart(sh_node *nd, uint32_t peer, uint32_t pair_inc)
     if (!l->users) /* else it stands, tag and all: what the peer left is read as before */
         sh_put(&l->out->users, 0);
     l->my_inc = pair_inc;
-    l->peer_inc = l->msg_tail = l->msg_head = l->msg_acked = 0;
+    l->peer_inc = l->msg_tail = l->msg_head = l->msg_acked = l->asked = 0;
     l->news = l->suspected = l->unread = 0;
     l->count = SH_LOW(sh_peek(&l->out->bell)); /* goes on from there, so that no half of the word stays as it was */
     sh_ring_bell(nd, l); /* last: who sees the tag sees the cleared words */
@@ -345,7 +345,7 @@ uint32_t sh_adopt(sh_node *nd, uint32_t peer)
     l->moved++;
     sh_know(nd, peer, 1);
     l->users_tag = l->peer_inc;
-    l->msg_tail = l->msg_head = l->msg_acked = 0;
+    l->msg_tail = l->msg_head = l->msg_acked = l->asked = 0;
     l->news = l->suspected = l->unread = 0;
     __atomic_store_n(&l->last, bell, __ATOMIC_RELAXED);
     for (uint32_t w = 0; w < nd->words; w++) {

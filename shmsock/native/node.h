@@ -21,6 +21,7 @@ struct sh_link { /* towards one peer */
     uint32_t my_inc, peer_inc; /* peer_inc: adopted, 0 = none yet */
     uint32_t count;            /* low half of my bell */
     uint32_t msg_tail, msg_head;
+    uint32_t asked;            /* CONNECTs that it has not answered: each gets exactly one answer */
     uint32_t msg_acked;        /* head as published: behind msg_head while what the last message asked for is being done */
     uint32_t users, users_tag; /* connections that may still read the peer's rings, and the tag under which they are published */
     uint64_t last;             /* the peer's bell as the pump last saw it; the keeper reads it too, hence atomic */

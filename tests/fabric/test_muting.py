@@ -137,3 +137,25 @@ def test_many_slots_at_once_are_no_lie(world: World) -> None:
                 more, _status = b.read_all(end)
                 got += more
     assert a.statistic("muted") == b.statistic("muted") == 0
+
+
+def test_answers_that_nobody_waits_for_any_more_are_no_lie(world: World) -> None:
+    """Who asked has given up meanwhile; and each question was answered once, which is all that counts."""
+    a, b = world.pair()
+    listener = b.call(b.engine.listen, 7000)
+    for i in range(ROUNDS):
+        conn = a.call(a.engine.connect, b.section, 7000, local=(a.who.name, 40000), remote=b.who.name)
+        if i % 2:  # else it is refused
+            world.drain()
+            b.pump()
+        a.close(conn)
+        for _ in range(4):
+            world.drain()
+            b.pump()
+            a.pump()
+        for end in b.connections:
+            b.close(end)
+        listener.pending = 0
+    assert a.statistic("muted") == b.statistic("muted") == 0
+    assert b.engine.counts["accepted"] + b.engine.counts["refused"] == ROUNDS
+    assert b.engine.counts["accepted"] >= ROUNDS // 2
