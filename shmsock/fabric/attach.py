@@ -175,7 +175,8 @@ def claim_section(
     while True:
         yield STILL_S
         patience.waited += STILL_S
-        alive, now = _alive(layout, now), survey(layout, locks, boot_id)
+        before, alive = now, _alive(layout, now)
+        now = survey(layout, locks, boot_id)
         machines = {s.who.machine_id for s in now if s.section in alive and s.who}
         dead = [
             s
@@ -195,7 +196,16 @@ def claim_section(
             break
         if patience.waited == 2 * STILL_S:
             waits(held)
-    silent = [s for s in wanted(now) if s.section not in alive]
+    # Who came meanwhile (and may have been quicker just now) was not seen to beat yet; and until it says who
+    # it is, the name is that of the former owner.
+    now = survey(layout, locks, boot_id)
+    silent = [
+        s
+        for s in wanted(now)
+        if s.section not in alive
+        and s.claim == before[s.section].claim
+        and (not s.claim or s.who is None or s.who.claim == s.claim)
+    ]
     stopped = {
         s.section: s.who.pid
         for s in silent

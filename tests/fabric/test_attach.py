@@ -226,6 +226,34 @@ def test_all_alive(world: World) -> None:
         world.attach("e")
 
 
+@pytest.mark.parametrize("how_far", ["attached", "has claimed it", "is claiming it"])
+def test_who_came_just_now_is_not_stopped(how_far: str) -> None:
+    """Another was quicker when a section's reader was done: no beat of it was seen yet, and what the section
+    says may be of its former owner."""
+    world = World(peers=4)
+    a, b = world.pair()
+    crowd(world, 2)
+    conn, end = world.open(a, b)
+    a.write(conn, b"precious")
+    a.close(conn)
+    world.leave(a)
+    node, steps = claiming(world, "e")
+    world.advance(node.call(next, steps))
+    assert b.read_all(end) == (b"precious", EOF)
+    world.quiet()
+    if how_far == "attached":
+        assert world.attach("late").section == a.section
+    else:
+        late, claim = claiming(world, "late")
+        world.advance(late.call(next, claim))
+        if how_far == "has claimed it":
+            with pytest.raises(StopIteration):
+                late.call(next, claim)
+        world.drain()
+    with pytest.raises(RegionError, match="all their owners are alive"):
+        node.call(next, steps)
+
+
 def test_the_same_machine_came_back(world: World) -> None:
     """Machine id known, boot id new, beat still: its former life is over."""
     a = world.attach("alpha", kernel=OTHER, machine=b"B" * 16)
