@@ -100,6 +100,8 @@ def _is_read(layout: Layout, section: int, readers: set[int]) -> bool:
     """Has one of these not taken all messages of the section's last owner, or does it read what that
     published? (A message may be the answer to a connection whose bytes are there already.)"""
     load = layout.memory.load
+    if not load(layout.section(section) + lay.INCARNATION):
+        return False  # nobody ever lived there, whatever others say: newcomers need not wait for them
     for reader in readers - {section}:
         there, back = layout.pair(section, reader), layout.pair(reader, section)
         tag, mine = load(there + lay.BELL) >> 32, load(back + lay.BELL) >> 32

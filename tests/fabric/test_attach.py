@@ -337,6 +337,18 @@ def test_who_says_that_it_reads_delays_reuse_and_does_not_stop_it() -> None:
     assert honest.engine.alive
 
 
+def test_nobody_reads_where_nobody_ever_lived() -> None:
+    world = World(peers=3)
+    liar = world.attach("liar")
+    for section in (1, 2):
+        world.poke(world.layout.pair(liar.section, section) + lay.BELL, 0)  # the tags there are 0, too
+        world.poke(world.layout.pair(liar.section, section) + lay.INBOX, 5)
+        world.poke(world.layout.pair(liar.section, section) + lay.USERS, 7)
+    before = world.now
+    assert world.attach("next").section == 1
+    assert world.now - before < STILL_S * 1e9
+
+
 @pytest.mark.parametrize("reads", ["at once", "later"])
 @pytest.mark.parametrize("when", ["before the claim", "behind it"])
 def test_another_life_between_the_look_and_the_claim(
