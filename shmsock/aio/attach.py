@@ -332,14 +332,16 @@ async def current_node(url: str | None = None, name: str | None = None, *, liste
     return node
 
 
-async def on_current_node(
+def on_current_node(
     given: Node | None, url: str | None, name: str | None, use: Callable[[Node], Awaitable[T]]
-) -> T:
+) -> Awaitable[T]:
     """`use` the given node, or current_node(). Where that fails, and the region's file turns out to be
     another one by now: once more on that one; or on the one before, as long as this loop still uses it.
     (Not to listen, which is to be done where newcomers come.)"""
-    if given is not None:
-        return await use(given)
+    return use(given) if given is not None else _on_current_node(url, name, use)
+
+
+async def _on_current_node(url: str | None, name: str | None, use: Callable[[Node], Awaitable[T]]) -> T:
     node = await current_node(url, name)
     try:
         return await use(node)

@@ -148,7 +148,7 @@ class Node(Turn):  # type: ignore[misc]
         self.context.run(loop.add_reader, keeper.fd, self._wake)
         self.ear = Ear(self, region.doorbell if engine.settings.doorbells else None)
         self.listens = self.ear.bell is not None
-        engine.stir = self.pump_follows
+        engine.stir = self.stir
         self.begin_turn()
 
     def __repr__(self) -> str:
@@ -157,9 +157,9 @@ class Node(Turn):  # type: ignore[misc]
 
     # -- the pump
 
-    def pump_follows(self) -> None:
+    def _pump_follows(self) -> None:
         """What the engine has just done may be for this very node, which sleeps: nobody rings it for that."""
-        if not (self.scheduled or self.closed or self.loop.is_closed()):
+        if not self.loop.is_closed():
             self.begin_turn()
 
     def check(self) -> None:
@@ -265,7 +265,8 @@ class Node(Turn):  # type: ignore[misc]
             local = (self.name, local_port or self.engine.listeners.ephemeral())
             conn = self.engine.connect(peer.section, port, local=local, remote=peer.name)
             conn.handler = _Opening(waiter, not isinstance(host, int))
-            self.check()  # a signal handler may have closed it under all this: then nobody answers
+            if self.closed:  # by a signal handler, under all this: then nobody answers
+                self.check()
             try:
                 meanwhile(conn)
                 await waiter

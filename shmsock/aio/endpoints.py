@@ -240,7 +240,7 @@ async def open_connection(
     made: list[Any] = []
     number = port_number(port)
 
-    async def connect(node: Node) -> Connection:
+    def connect(node: Node) -> Awaitable[Connection]:
         def make(conn: Connection) -> None:
             loop = node.loop
             reader = ShmStreamReader(limit=limit, loop=loop)
@@ -249,7 +249,7 @@ async def open_connection(
             protocol.connection_made(transport)  # nobody's but ours
             made[:] = reader, ShmStreamWriter(transport, protocol, reader, loop)._attach(), transport
 
-        return await node.connect(host, number, 0, make)
+        return node.connect(host, number, 0, make)
 
     conn = await on_current_node(*given, connect)
     reader, writer, transport = made

@@ -228,15 +228,17 @@ class ShmStreamReader(asyncio.StreamReader):
             return 0
         return status or n
 
-    def read_ahead(self) -> None:
-        """What asyncio's reader would have in its buffer by now: what had arrived, up to its limits."""
-        while (
-            self._direct
-            and self._exception is None
-            and (room := self._room - len(self._buffer)) > 0
-            and (span := self._conn.span(room)) > 0
-        ):
-            self._append(span)
+    def read_ahead(self) -> bool:
+        """Take what asyncio's reader would have in its buffer by now: what had arrived, up to its limits. Are
+        bytes left?"""
+        while True:
+            takes = self._direct and self._exception is None
+            room = self._room - len(self._buffer) if takes else 0
+            span = self._conn.span(room if room > 0 else 1)
+            if span <= 0 or room <= 0:
+                return span > 0
+            if self._append(span) < 0:
+                return False
 
     @property
     def _room(self) -> int:

@@ -81,13 +81,10 @@ def server_tls(
     return Tls(ssl_argument, True, None, handshake_timeout, shutdown_timeout)
 
 
-def tell_above(protocol: Any) -> None:
+def tell_above(tls: Any) -> None:
     """Called ahead of connection_lost(). asyncio's code keeps an end under the handshake from the protocol
     above; but one that start_tls() was called with had been connected before, and who reads from it, or waits
     until it is closed, would do so forever."""
-    if not isinstance(protocol, SSLProtocol):
-        return
-    tls: Any = protocol
     if sys.version_info < (3, 11):
         tls._session_established |= not tls._call_connection_made
     elif tls._app_state is sslproto.AppProtocolState.STATE_CON_MADE:

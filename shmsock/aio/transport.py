@@ -416,10 +416,13 @@ class ShmTransport(ReadSide):
         if self._duplicates:
             return
         reader = self.reader() if self.reader is not None else None
-        if reader is not None and not self._read_eof:
-            reader.read_ahead()
-        tls = isinstance(self._protocol, SSLProtocol)
-        if not (self._read_eof or tls) and self.conn.available() > 0:
+        if self._read_eof or isinstance(self._protocol, SSLProtocol):
+            left = False
+        elif reader is not None:
+            left = reader.read_ahead()
+        else:
+            left = self.conn.available() > 0
+        if left:
             self.conn.cut()
         else:
             self.conn.close()
@@ -460,14 +463,17 @@ class ShmTransport(ReadSide):
         self._undirect()
         node.transports.discard(self)
         node.flushed()
-        self._wake_writer()
+        if self.space_waiters:
+            self._wake_writer()
         if not self._loop.is_closed():
             self._loop.call_soon(self._call_connection_lost, error, context=self.context)
 
     def _call_connection_lost(self, error: BaseException | None) -> None:
         self.just_lost = False
-        self._wake_writer()
-        tell_above(self._protocol)
+        if self.space_waiters:
+            self._wake_writer()
+        if isinstance(self._protocol, SSLProtocol):
+            tell_above(self._protocol)
         try:
             self._protocol.connection_lost(error)  # type: ignore[arg-type]
         finally:

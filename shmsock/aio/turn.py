@@ -108,6 +108,11 @@ class _Turn:
         self._loop.call_soon(self._pump, context=self.context)
         self.scheduled = True
 
+    def stir(self) -> None:
+        """The engine has done something: a pump follows."""
+        if not (self.scheduled or self.closed):
+            self._pump_follows()
+
     def may_spin(self) -> bool:
         """Nothing else is to be run by this loop, as far as can be known. (The pump must be scheduled.)"""
         return len(self.queue) < 2
@@ -174,6 +179,10 @@ class _Turn:
     def _fall_asleep(self) -> bool:
         """False: somebody was quicker. A node that is over sleeps for good."""
         return not self._engine.alive or self._keeper.arm(self.hurry)
+
+    def _pump_follows(self) -> None:
+        """None is scheduled, and one should be."""
+        raise NotImplementedError
 
     def _heard(self, news: int) -> None:
         """The keeper has more to tell than that a bell moved; or something else has."""

@@ -231,7 +231,8 @@ class Connection:
         if self.state is not FREE:
             notify = self.state is not OPENING
             self.state = FREE
-            self.let_go()
+            if self.rx_bytes:
+                self.let_go()
             if self.handler is not None:
                 self.handler.freed()  # `ep` may be another connection's after this
             self.engine.lib.sh_ep_release(self.ep, int(notify))

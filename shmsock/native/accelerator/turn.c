@@ -11,7 +11,7 @@
 
 PyTypeObject *sh_turn_type;
 static PyObject *with_context; /* ("context",) */
-static PyObject *s_check, *s_heard, *s_attend;
+static PyObject *s_check, *s_heard, *s_attend, *s_pump_follows;
 
 /* ---- turns ---- */
 
@@ -212,6 +212,7 @@ static int pump(Turn *t)
 static PyObject *none_unless(int failed) { return failed < 0 ? NULL : Py_NewRef(Py_None); }
 
 static PyObject *turn_begin(Turn *t, PyObject *unused) { (void)unused; return none_unless(sh_begin_turn(t)); }
+static PyObject *turn_stir(Turn *t, PyObject *unused) { (void)unused; return t->scheduled || t->closed ? Py_NewRef(Py_None) : PyObject_CallMethodNoArgs((PyObject *)t, s_pump_follows); }
 static PyObject *turn_may_spin(Turn *t, PyObject *unused) { (void)unused; return PyBool_FromLong(sh_may_spin(t)); }
 static PyObject *turn_will_run(Turn *t, PyObject *unused) { (void)unused; return none_unless(sh_will_run(t)); }
 static PyObject *turn_runs(Turn *t, PyObject *unused) { (void)unused; return none_unless(sh_runs(t)); }
@@ -345,6 +346,7 @@ static void turn_dealloc(Turn *t)
 
 static PyMethodDef methods[] = {
     {"begin_turn", METHOD(turn_begin, "What happens now happens in a turn of the loop that has its own budget, and a pump follows it.")},
+    {"stir", METHOD(turn_stir, "The engine has done something: a pump follows.")},
     {"may_spin", METHOD(turn_may_spin, "Nothing else is to be run by this loop, as far as can be known.")},
     {"will_run", METHOD(turn_will_run, "The pump woke a task.")},
     {"runs", METHOD(turn_runs, "And it runs.")},
@@ -391,8 +393,9 @@ int sh_turn_ready(PyObject *module)
     s_check = PyUnicode_InternFromString("check");
     s_heard = PyUnicode_InternFromString("_heard");
     s_attend = PyUnicode_InternFromString("_attend");
+    s_pump_follows = PyUnicode_InternFromString("_pump_follows");
     with_context = Py_BuildValue("(s)", "context");
     sh_turn_type = (PyTypeObject *)PyType_FromSpec(&spec);
-    return s_check && s_heard && s_attend && with_context && sh_turn_type
+    return s_check && s_heard && s_attend && s_pump_follows && with_context && sh_turn_type
         ? PyModule_AddObjectRef(module, "Turn", (PyObject *)sh_turn_type) : -1;
 }
