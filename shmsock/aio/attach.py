@@ -314,8 +314,8 @@ async def current_node(url: str | None = None, name: str | None = None, *, liste
         found = mine.get(region.default_url())
     if isinstance(found, weakref.ref):
         node = found()
-    elif found is not None and not found.done():
-        node = await shield(found)
+    elif found is not None and not (found.done() and (found.cancelled() or found.exception())):
+        node = await shield(found)  # also one that has just been made, before _made() was called
     if node is not None and (node.closed or not node.engine.alive):
         node = None
     if node is None or node.watch.is_over(listening):

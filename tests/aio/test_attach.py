@@ -154,6 +154,22 @@ def test_a_file_that_is_too_small_is_told_so(run: Run, tmp_path: Path, size: int
     run(main())
 
 
+# -- whoever comes while the node of the loop is made
+
+
+def test_a_loop_has_one_node_whenever_it_is_asked_for(run: Run, region: str) -> None:
+    """At any moment: also in the turn of the loop in which the node is ready, and nobody was told yet."""
+
+    async def main() -> None:
+        asked = [asyncio.ensure_future(attach.current_node(region))]
+        while not any(task.done() for task in asked):
+            await asyncio.sleep(0)
+            asked.append(asyncio.ensure_future(attach.current_node(region)))
+        assert len(set(await asyncio.gather(*asked))) == 1
+
+    run(main())
+
+
 # -- a descriptor that another thread asks for
 
 
