@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import errno
 import functools
+import os
 import socket
 import ssl
 import weakref
@@ -59,9 +60,9 @@ def _host_in(address: Any) -> Any:
 
 
 def _meant_by(loop: Any, sock: Any) -> Any:
-    """The address that a kernel socket was to be connected to, or None."""
+    """The address that a kernel socket was to be connected to, or None. Closed, it leads nowhere."""
     mine = _meant.get(loop)
-    return mine.get(sock) if mine and isinstance(sock, socket.socket) else None
+    return mine.get(sock) if mine and isinstance(sock, socket.socket) and sock.fileno() >= 0 else None
 
 
 async def _not_there(what: str, address: Any) -> NoReturn:
@@ -103,6 +104,8 @@ class _ShmLoop(_Base):
             raise ValueError("the socket must be non-blocking")
         if sock.type != socket.SOCK_STREAM:
             await _not_there("sock_connect() of datagrams (see create_datagram_endpoint())", address)
+        if sock.fileno() < 0:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         region, peer = names.host_of(self, host)
         number = port_number(address[1])
 

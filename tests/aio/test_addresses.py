@@ -348,6 +348,29 @@ def test_a_connect_that_fails_closes_its_socket(run_shm: Run) -> None:
     run_shm(main())
 
 
+@pytest.mark.parametrize("host", ["me.shm", "127.0.0.1"])
+def test_a_closed_socket_leads_nowhere(run_shm: Run, host: str) -> None:
+    """Neither to be connected, nor when it was connected before: as over TCP."""
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        async with await asyncio.start_server(echo, host, 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            [*_, address] = (await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))[0]
+            family = socket.AF_INET6 if ":" in str(address[0]) else socket.AF_INET
+            sock = socket.socket(family)
+            sock.setblocking(False)
+            await loop.sock_connect(sock, address)
+            sock.close()
+            with pytest.raises((OSError, ValueError)):
+                await loop.create_connection(asyncio.Protocol, sock=sock)
+            with pytest.raises(OSError) as info:
+                await loop.sock_connect(sock, address)
+            assert info.value.errno == errno.EBADF
+
+    run_shm(main())
+
+
 def test_debug_mode_checks_the_socket(run_shm: Run) -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()
