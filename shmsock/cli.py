@@ -105,7 +105,7 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("path", type=click.Path(dir_okay=True))
+@click.argument("path", type=click.Path(readable=False))
 @click.option("--size", type=Size(), required=True, help="Such as 256M or 2G; guests need a power of two.")
 @click.option(
     "--peers",

@@ -246,6 +246,21 @@ def test_create_elsewhere(shm: Path) -> None:
     assert "is a directory" in message
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes root to be somebody else")
+@pytest.mark.parametrize("force", [False, True])
+def test_create_where_somebody_else_has_a_file(path: Path, force: bool) -> None:
+    path.write_bytes(bytes(4096))
+    path.chmod(0o600)
+    path.parent.chmod(0o755)
+    os.seteuid(65534)
+    try:
+        message = bad("create", path, "--size", "4M", *(["--force"] if force else []))
+    finally:
+        os.seteuid(0)
+    assert "uid 0 (root)" in message
+    assert "have it removed, or" in message
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="takes root to mount a file system")
 def test_create_on_a_full_disk(shm: Path) -> None:
     mount = shm / "small"

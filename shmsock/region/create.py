@@ -77,7 +77,7 @@ def create_file(
         _check_unused(old, path, check)
         with _temporary(directory, path, size, mode, os.fstat(old).st_gid) as made:
             _fill(made, prepare)
-            _check_unused(old, path)  # once more: that took its time
+            _check_unused(old, path, again=True)  # that took its time
             if _identity(path) != identity_of(old):
                 raise _swapped(path)
             os.rename(made.path, path)
@@ -114,9 +114,9 @@ def _to_be_replaced(path: str) -> Iterator[int]:
         os.close(fd)
 
 
-def _check_unused(old: int, path: str, check: Check | None = None) -> None:
+def _check_unused(old: int, path: str, check: Check | None = None, *, again: bool = False) -> None:
     """Raises RegionError, EBUSY, when somebody has the file mapped, or holds a lock of it; before that, what
-    `check` does."""
+    `check` does. `again`: whom it could not see was told before."""
     if check and os.fstat(old).st_size >= MINIMUM:
         with open_file(path, writable=False) as region:
             if region.identity != identity_of(old):
@@ -136,7 +136,7 @@ def _check_unused(old: int, path: str, check: Check | None = None) -> None:
             f"region {path} is in use by {', '.join(seen)}: stop them, or make another region",
             path,
         )
-    if users.hidden and elsewhere is not False:
+    if users.hidden and elsewhere is not False and not again:
         log.warning("%d processes of other users could not be seen: have they %s mapped?", users.hidden, path)
 
 
@@ -308,12 +308,17 @@ def _exists(path: str) -> bool:
 
 
 def _already(path: str) -> RegionError:
-    return region_error(
-        errno.EEXIST,
-        f"region {path} exists already: use it as it is (whoever attaches first formats a blank one), or "
-        "`shmsock create --force` to start anew",
-        path,
+    do = (
+        "use it as it is (whoever attaches first formats a blank one), or `shmsock create --force` to start "
+        "anew"
     )
+    with contextlib.suppress(FileNotFoundError):
+        status = os.lstat(path)
+        if not stat.S_ISREG(status.st_mode):
+            do = "it is no regular file, choose another path"
+        elif status.st_uid != os.geteuid():
+            do = f"it belongs to {owner_name(status.st_uid)}, have it removed, or choose another path"
+    return region_error(errno.EEXIST, f"region {path} exists already: {do}", path)
 
 
 def _explain_create(error: OSError, path: str, directory: str) -> RegionError:
