@@ -34,7 +34,7 @@ async def _end(guard: Any) -> None:
 
 class Watch:
     """Looks once a second, with the safety look of the engine, and when something fails. Tells once, in the
-    log of "shmsock".
+    log of "shmsock", and once more when something listens that newcomers will not reach.
 
     An implicit node is superseded by one on the file that took the place of its own, and ends (`retired`)
     when nothing of it is in use any more.
@@ -46,7 +46,7 @@ class Watch:
         self.name: str | None = None  # as an implicit node was asked for
         self.former: weakref.ref[Node] | None = None  # whose place this one has taken
         self.retired = False
-        self._told = False
+        self._told: frozenset[int] | None = None  # of which ports
         self._ending: Any = None
         self._elsewhere, self._elsewhere_until = "", 0
         engine = node.engine
@@ -56,7 +56,7 @@ class Watch:
         """What became of the region: see Region.displaced()."""
         if not self.node.closed:
             self.lost = self.node.region.displaced()
-            self._told = self._told and bool(self.lost)
+            self._told = self._told if self.lost else None
         return self.lost
 
     def is_over(self, listening: bool = False) -> bool:
@@ -82,17 +82,24 @@ class Watch:
 
     def _second(self) -> None:
         """From the middle of a pass of the pump: what is to be done waits for its end."""
-        if (self.look() and not self._told) or self.retired:
+        if (self.look() and self._untold()) or self.retired:
             self.node.loop.call_soon(self._act, context=self.node.context)
 
     def _act(self) -> None:
         if self.node.closed:
             return
-        if self.lost and not self._told:
-            self._told = True
+        if self.lost and self._untold():
+            self._told = self._ports()
             log.warning("%s", self._warning())
         if self.retired and self._ending is None and not self.in_use():
             self._ending = self.node.loop.create_task(_end(self.node.guard))
+
+    def _ports(self) -> frozenset[int]:
+        """Where connections are waited for. (Ports for datagrams come and go with those who only send.)"""
+        return frozenset(x.port for x in self.node.engine.listeners if not x.flags & DATAGRAM)
+
+    def _untold(self) -> bool:
+        return self._told is None or not self._ports() <= self._told
 
     # -- in words
 
@@ -123,7 +130,7 @@ class Watch:
             + ("uses the new one" if self.lost == "replaced" else "does not find it")
             + ", and neither reaches the other."
         ]
-        streams = sorted({x.port for x in node.engine.listeners if not x.flags & DATAGRAM})
+        streams = sorted(self._ports())
         datagrams = sorted({x.port for x in node.engine.listeners if x.flags & DATAGRAM})
         ports = [f"ports {listing(streams)}"] if streams else []
         ports += [f"ports {listing(datagrams)} for datagrams"] if datagrams else []

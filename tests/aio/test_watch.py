@@ -161,6 +161,21 @@ def test_servers_are_told(run: Run, directory: Path, caplog: pytest.LogCaptureFi
     run(main())
 
 
+def test_who_listens_later_is_told_too(run: Run, path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        async with shmsock.attach(str(path)) as node:
+            move_away(path)
+            await until(lambda: len(said(caplog)) == 1)
+            assert "listens here" not in said(caplog)[0]
+            server = await shmsock.start_server(echo, None, 7000, node=node)
+            await until(lambda: len(said(caplog)) == 2)
+            assert "Newcomers do not reach what listens here: ports 7000." in said(caplog)[1]
+            server.close()
+
+    run(main())
+    assert len(said(caplog)) == 2
+
+
 def test_nothing_is_told_without_need(run: Run, path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         async with shmsock.attach(str(path)) as node:
