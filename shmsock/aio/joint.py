@@ -189,7 +189,7 @@ class JointTransport(asyncio.DatagramTransport, asyncio.DatagramProtocol):
         self._resume("kernel")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._over, self._error = True, exc
+        self._over, self._error = True, exc or self._error
         self._close_behind()
         self._end()
 
@@ -227,11 +227,16 @@ class JointTransport(asyncio.DatagramTransport, asyncio.DatagramProtocol):
             self._shm.abort()
 
     def _shm_lost(self, exc: Exception | None) -> None:
-        """At the end of this, or of the node: then the next sendto() looks for another."""
+        """At the end of this, or of the node: then the next sendto() looks for another. What else ends an
+        endpoint (an address that is none) ends the whole: from another port, no answer would come back."""
         self._shm = None
         self._resume("shm")
         if exc is not None and not self._closing:
-            self._protocol.error_received(exc)
+            if isinstance(exc, OSError):
+                self._protocol.error_received(exc)
+            else:
+                self._error = exc
+                self.abort()
         self._end()
 
     def _end(self) -> None:

@@ -201,6 +201,27 @@ def test_the_node_ends_before_the_endpoint(run_shm: Run) -> None:
     run_shm(main())
 
 
+@pytest.mark.parametrize("port", ["9", 70000, None])
+def test_an_address_that_is_none(run_shm: Run, port: Any) -> None:
+    """It ends an endpoint as over UDP, and never moves it to another port behind its program's back."""
+
+    async def main() -> None:
+        ended: list[Exception | None] = []
+        peer, inside = await datagrams(local_addr=("me.shm", 9))
+        joint, protocol = await datagrams(local_addr=("127.0.0.1", 0))
+        protocol.connection_lost = ended.append  # type: ignore[assignment]
+        joint.sendto(b"good", ("me.shm", 9))
+        await until(lambda: len(inside.got) == 1)
+        joint.sendto(b"bad", ("me.shm", port))
+        await until(lambda: ended)
+        assert isinstance(ended[0], (TypeError, OverflowError))
+        assert joint.is_closing()
+        assert protocol.errors == []
+        peer.close()
+
+    run_shm(main())
+
+
 def test_another_thread(run_shm: Run) -> None:
     """Is told so, as by all that is in shared memory."""
 
