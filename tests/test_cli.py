@@ -339,6 +339,7 @@ def test_info_of_the_dead_and_the_silent(path: Path, attach: Attach) -> None:
     ("data", "state", "message"),
     [
         (bytes(1 << 20), "unformatted", "all zero"),
+        (bytes(1 << 20), "unformatted", "too few for a region of 16 peers"),
         (bytes(5000), "broken", "5000 bytes are too few for a region of even one peer: make it 32768"),
         (b"\x7fELF" + bytes(1 << 20), "foreign", "begins with 7f 45 4c 46"),
         (bytes(16) + b"\x01" + bytes(1 << 20), "unformatted", "did not come to the end"),

@@ -95,6 +95,8 @@ def look(region: Region, watch_s: float = BEAT_S) -> Content:
             return Content("foreign", f"it begins with {head[:16].hex(' ')}: it holds something else")
         if word == 0 and (small := too_small(memory)):
             return Content("broken", small)
+        if not any(head) and (small := too_small(memory, 16)):  # for so many it would be formatted
+            return Content("unformatted", f"its first page is all zero, and {small}")
         if not any(head):
             return Content(
                 "unformatted",
