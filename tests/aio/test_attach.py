@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import sys
 import threading
 import weakref
@@ -146,10 +147,11 @@ def test_a_file_that_is_too_small_is_told_so(run: Run, tmp_path: Path, size: int
     path.write_bytes(bytes(size))
 
     async def main() -> None:
-        with pytest.raises(
-            RegionFormatError, match=f"{size} bytes are too few for a region .* make it 32768"
-        ):
+        with pytest.raises(RegionFormatError, match=f"{size} bytes are too few .* make it 2097152 or more"):
             await shmsock.attach(str(path))
+        os.truncate(path, 2097152)  # as it was told
+        async with shmsock.attach(str(path)):
+            pass
 
     run(main())
 
