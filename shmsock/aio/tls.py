@@ -85,6 +85,8 @@ def tell_above(tls: Any) -> None:
     """Called ahead of connection_lost(). asyncio's code keeps an end under the handshake from the protocol
     above; but one that start_tls() was called with had been connected before, and who reads from it, or waits
     until it is closed, would do so forever."""
+    if not hasattr(tls, "_waiter"):
+        return  # somebody's own, which was never begun
     if sys.version_info < (3, 11):
         tls._session_established |= not tls._call_connection_made
     elif tls._app_state is sslproto.AppProtocolState.STATE_CON_MADE:
