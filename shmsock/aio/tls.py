@@ -88,7 +88,10 @@ def tell_above(tls: Any) -> None:
     if not hasattr(tls, "_waiter"):
         return  # somebody's own, which was never begun
     if sys.version_info < (3, 11):
-        tls._session_established |= not tls._call_connection_made
+        if not (tls._session_established or tls._call_connection_made):
+            tls._session_established = True
+            if tls._app_transport is not None:
+                tls._app_transport._closed = True  # as connection_lost() does else: it was never in use
     elif tls._app_state is sslproto.AppProtocolState.STATE_CON_MADE:
         tls._set_state(sslproto.SSLProtocolState.UNWRAPPED)  # as connection_lost() does, too late
 
