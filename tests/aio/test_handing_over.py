@@ -196,6 +196,9 @@ def test_no_memory_between_ring_and_reader(run: Run, world: World) -> None:
         async with world.pair() as (c, s):
             reader: Any = c.reader
             reader._port._taken = NoBytes()
+            node = c.transport.node
+            node.lib.sh_node_settings(node.nd, 10**10, 0, 0)  # long enough on a busy machine
+            node.begin_turn()
             s.writer.write(b"A" * 10)
             with pytest.raises(MemoryError):
                 await reader.read(100)
