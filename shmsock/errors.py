@@ -320,14 +320,17 @@ def sections_full(
     stopped: Sequence[int] = (),
 ) -> RegionError:
     """ENOSPC: no section can be claimed. `silent`: the sections whose owner no longer beats, as "3 (name)".
-    `region`: its URL. `stopped`: processes of this machine that do not beat, and hold their sections."""
+    `region`: its URL. `stopped`: pids, as the sections say, of who holds one on this machine and does not
+    beat."""
     do = []
     if silent:
         free = command("reap", region, f"--section {str(silent[0]).split()[0]}")
         do.append(f"silent are {listing(silent)}: free one with `{free}`, if its owner is gone for good")
     if stopped:
+        # No command to be typed: a pid is what its section says, and anybody can write that.
         do.append(
-            f"stopped here are processes {listing(stopped)}: continue or kill one (`kill -9 {stopped[0]}`)"
+            f"stopped here are processes {listing(stopped)}, by what their sections say: continue or kill "
+            "one, when `shmsock info` and ps agree that it is one of these"
         )
     if not do:
         more = "`shmsock create /dev/shm/NAME --size SIZE --peers N`"

@@ -86,7 +86,7 @@ def test_errors_can_be_pickled() -> None:
             errors.sections_full((), 2, stopped=[7, 8]),
             errors.RegionError,
             errno.ENOSPC,
-            "7, 8: continue or kill one (`kill -9 7`)",
+            "7, 8, by what their sections say: continue or kill one",
         ),
         (errors.sections_full((), 64), errors.RegionError, errno.ENOSPC, "a second region"),
         (
@@ -121,3 +121,8 @@ def test_misuse_is_a_runtime_error() -> None:
     assert isinstance(errors.forked("node 'a'"), RuntimeError)
     assert isinstance(errors.wrong_thread("node 'a'"), RuntimeError)
     assert "call_soon_threadsafe" in str(errors.wrong_thread("node 'a'"))
+
+
+def test_no_error_gives_a_command_to_kill_what_a_section_names() -> None:
+    """Anybody who maps the region can write that number."""
+    assert "kill -" not in str(errors.sections_full((), 2, stopped=[1]))
