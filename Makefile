@@ -42,7 +42,7 @@ bench: ## every measure beside TCP and others, into benchmarks/: a quarter of an
 .PHONY: instructions
 instructions: ## instructions per operation of the core; fails where they have become more
 	@.ci/setup bench
-	@$(BIN)/python -m shmsock.tools.instructions
+	@$(BIN)/python -m shmsock.bench.instructions
 
 .PHONY: test
 test: lint ## everything: checks, all Python versions there are, real guests

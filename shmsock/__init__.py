@@ -12,10 +12,11 @@ from typing import Any as _Any
 import shmsock.native as _native  # noqa: F401  (first: it says when nothing was built)
 from shmsock.aio.attach import attach
 from shmsock.aio.datagram import create_datagram_endpoint
-from shmsock.aio.driver import Node
 from shmsock.aio.endpoints import create_connection, create_server, open_connection, start_server
 from shmsock.aio.loop import loop_factory, new_event_loop
+from shmsock.aio.node import Node
 from shmsock.aio.server import Server
+from shmsock.engine.settings import Settings
 from shmsock.errors import (
     ForkedError,
     NodeClosedError,
@@ -28,7 +29,6 @@ from shmsock.errors import (
     RegionUrlError,
     WrongThreadError,
 )
-from shmsock.fabric.settings import Settings
 from shmsock.region import open_region
 
 __all__ = [

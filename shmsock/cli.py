@@ -14,15 +14,16 @@ import click
 
 from shmsock import region as regions
 from shmsock.aio.attach import prepare_region
+from shmsock.commands import content as look
+from shmsock.commands import reap, show
+from shmsock.commands.bench import bench_command
+from shmsock.commands.bind import Plan, plan_bind, plan_unbind
+from shmsock.engine.layout import MAX_PEERS
 from shmsock.errors import RegionError, region_error
-from shmsock.fabric.layout import MAX_PEERS
 from shmsock.region.base import Region
 from shmsock.region.locks import SERVER_LOCK
 from shmsock.region.pci import normalize_address
 from shmsock.region.sizes import parse_size
-from shmsock.tools import look, reap, show
-from shmsock.tools.bench_cli import bench_command
-from shmsock.tools.bind import Plan, plan_bind, plan_unbind
 
 __all__ = ["cli", "main"]
 
@@ -309,7 +310,7 @@ def unbind(address: str, yes: bool, dry_run: bool) -> None:
 )
 def demo(scale: float) -> None:
     """A server and a client process of this host: echo, a file, and a table beside TCP. About 20 s."""
-    from shmsock.tools.demo import run_demo
+    from shmsock.commands.demo import run_demo
 
     run_demo(show.console(), scale)
 
@@ -321,7 +322,7 @@ def demo(scale: float) -> None:
 @click.option("--echoes", type=click.IntRange(1, 10_000_000), default=10_000, show_default=True)
 def demo_vm(megabytes: int, echoes: int) -> None:
     """Two QEMU guests without a network: a file both ways at once, echoes, and this host as a third peer."""
-    from shmsock.tools.demo_vm import run_demo_vm
+    from shmsock.commands.demo_vm import run_demo_vm
 
     if not run_demo_vm(show.console(), megabytes * 1_000_000, echoes):
         sys.exit(1)
@@ -376,8 +377,8 @@ def ivshmem_server(
     Hands out the memory and the eventfds by which clients ring each other. Takes its socket from systemd
     (LISTEN_FDS) when started so. Logs to stderr who comes and goes.
     """
-    from shmsock.tools.ivshmem_server import IvshmemServer, run_server
-    from shmsock.tools.ivshmem_setup import MEMFD, activated
+    from shmsock.server.server import IvshmemServer, run_server
+    from shmsock.server.setup import MEMFD, activated
 
     if size is not None and size & (size - 1):
         raise click.BadParameter(

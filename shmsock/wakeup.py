@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from shmsock.fabric.memory import Core
+from shmsock.engine.memory import Core
 
 __all__ = ["Keeper", "eventfd"]
 

@@ -19,20 +19,23 @@ FLOORS = {
     "errors": 1,
     "address": 1,
     "region": 1,
-    "fabric": 2,
+    "engine": 2,
     "wakeup": 2,
     "aio": 3,
     "anyio": 3,
-    "tools": 4,
     "testing": 4,
-    "cli": 5,
-    "__main__": 6,
-    "": 5,
+    "server": 4,
+    "guests": 4,
+    "bench": 5,
+    "commands": 6,
+    "cli": 7,
+    "__main__": 8,
+    "": 7,
 }
 EXEMPT = {"", "__main__"}
 
 # The engine knows no event loop, no clock, no thread and no way to map memory.
-ENGINE = "fabric"
+ENGINE = "engine"
 NOT_IN_ENGINE = {
     "anyio", "asyncio", "concurrent", "datetime", "mmap", "multiprocessing", "select", "selectors", "signal",
     "socket", "subprocess", "threading", "time", "trio", "uvloop",
@@ -199,11 +202,11 @@ def package(tmp_path: Path) -> Path:
         "__init__.py": "from shmsock.aio import streams",
         "errors.py": "",
         "address.py": "from .errors import X",
-        "fabric/__init__.py": "",
-        "fabric/node.py": "import struct\nfrom ..native import _core\nfrom .. import errors",
-        "fabric/links.py": "from . import node\nfrom .node import Node",
+        "engine/__init__.py": "",
+        "engine/node.py": "import struct\nfrom ..native import _core\nfrom .. import errors",
+        "engine/links.py": "from . import node\nfrom .node import Node",
         "aio/__init__.py": "import asyncio",
-        "aio/streams.py": "from shmsock.fabric.node import Node",
+        "aio/streams.py": "from shmsock.engine.engine import Node",
         "native/__init__.py": "",
     }.items():
         path = tmp_path / "shmsock" / file
@@ -230,14 +233,14 @@ def test_good_package_passes(package: Path) -> None:
     ],
 )
 def test_upward_import_is_found(package: Path, line: str) -> None:
-    (package / "fabric" / "bad.py").write_text(line)
+    (package / "engine" / "bad.py").write_text(line)
     (breach,) = floor_breaches(package)
-    assert breach.startswith("shmsock.fabric.bad:")
+    assert breach.startswith("shmsock.engine.bad:")
     assert breach.endswith("from above")
 
 
 def test_upward_import_in_a_package_file_is_found(package: Path) -> None:
-    (package / "fabric" / "__init__.py").write_text("from ..aio import streams")
+    (package / "engine" / "__init__.py").write_text("from ..aio import streams")
     assert len(floor_breaches(package)) == 1
 
 
@@ -253,7 +256,7 @@ def test_rooms_importing_each_other_are_found(package: Path) -> None:
 
 @pytest.mark.parametrize("line", ["import time", "from asyncio import sleep", "import concurrent.futures"])
 def test_impure_engine_is_found(package: Path, line: str) -> None:
-    (package / "fabric" / "bad.py").write_text(line)
+    (package / "engine" / "bad.py").write_text(line)
     assert len(engine_breaches(package)) == 1
 
 
@@ -281,7 +284,7 @@ def test_a_look_into_a_ring_is_found_in_c(package: Path, line: str) -> None:
     ],
 )
 def test_a_look_into_a_ring_is_found_in_python(package: Path, line: str) -> None:
-    (package / "fabric" / "connection.py").write_text(line)
+    (package / "engine" / "connection.py").write_text(line)
     assert len(ring_breaches(package)) == 1
 
 

@@ -20,15 +20,15 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from shmsock import address, region
-from shmsock.aio.driver import Loop, Node, slowness
+from shmsock.aio.node import Loop, Node, slowness
+from shmsock.engine import layout as lay
+from shmsock.engine.attach import PATIENCE_S, claim_section, name_taken, release_claim
+from shmsock.engine.engine import Engine
+from shmsock.engine.layout import Identity, Layout, format_region, is_blank, read_layout
+from shmsock.engine.memory import Memory, native_core
+from shmsock.engine.peers import Peer
+from shmsock.engine.settings import Settings
 from shmsock.errors import region_error
-from shmsock.fabric import layout as lay
-from shmsock.fabric.attach import PATIENCE_S, claim_section, name_taken, release_claim
-from shmsock.fabric.layout import Identity, Layout, format_region, is_blank, read_layout
-from shmsock.fabric.memory import Memory, native_core
-from shmsock.fabric.node import Engine
-from shmsock.fabric.peers import Peer
-from shmsock.fabric.settings import Settings
 from shmsock.region import storage
 from shmsock.region.base import Region
 from shmsock.region.file import FileRegion

@@ -15,12 +15,12 @@ from typing import Any
 from shmsock.address import SUFFIX, port_number
 from shmsock.aio import names
 from shmsock.aio.attach import current_node
-from shmsock.aio.driver import Node
 from shmsock.aio.flow import FlowControl
+from shmsock.aio.node import Node
 from shmsock.aio.pseudosocket import PseudoSocket
 from shmsock.aio.turn import Outbox, accelerator
+from shmsock.engine.datagrams import BROADCAST, DATAGRAM_MAX, Endpoint
 from shmsock.errors import NodeClosedError, forked, wrong_thread
-from shmsock.fabric.datagrams import BROADCAST, DATAGRAM_MAX, Endpoint
 
 __all__ = ["DATAGRAM_MAX", "ShmDatagramTransport", "create_datagram_endpoint"]
 
@@ -352,7 +352,7 @@ async def create_datagram_endpoint(
     are accepted and mean nothing: ("*", port) is allowed always.
 
     Datagrams have 0 to 65507 bytes, arrive whole, and in order between two peers. When one may be lost:
-    fabric/datagrams.py. Raises OSError (EADDRINUSE, EADDRNOTAVAIL, ENOBUFS), socket.gaierror (nobody has the
+    engine/datagrams.py. Raises OSError (EADDRINUSE, EADDRNOTAVAIL, ENOBUFS), socket.gaierror (nobody has the
     remote name), and what attach() raises.
     """
     if sock is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from shmsock.region.doorbell import Doorbell
 
 if TYPE_CHECKING:
-    from shmsock.aio.driver import Node
+    from shmsock.aio.node import Node
 
 __all__ = ["Ear"]
 

@@ -14,13 +14,13 @@ from typing import Any, SupportsIndex
 
 from shmsock.address import port_number
 from shmsock.aio.attach import current_node, on_current_node
-from shmsock.aio.driver import Node
+from shmsock.aio.node import Node
 from shmsock.aio.pseudosocket import Duplicate
 from shmsock.aio.server import Server
 from shmsock.aio.streams import ShmStreamReader, ShmStreamReaderProtocol, ShmStreamWriter, adopt
 from shmsock.aio.tls import Tls, client_tls, server_tls, without_transport
 from shmsock.aio.transport import ShmTransport
-from shmsock.fabric.connection import Connection
+from shmsock.engine.connection import Connection
 
 __all__ = ["create_connection", "create_server", "open_connection", "start_server"]
 

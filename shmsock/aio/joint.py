@@ -12,9 +12,9 @@ from typing import Any
 from shmsock.aio import names
 from shmsock.aio.attach import current_node
 from shmsock.aio.datagram import DATAGRAM_MAX, ShmDatagramTransport, create_datagram_endpoint
+from shmsock.engine.datagram_links import OVERHEAD
+from shmsock.engine.settings import Settings
 from shmsock.errors import datagram_too_long, wrong_thread
-from shmsock.fabric.datagram_links import OVERHEAD
-from shmsock.fabric.settings import Settings
 
 __all__ = ["JointTransport"]
 

@@ -30,12 +30,12 @@ from shmsock.aio.datagram import create_datagram_endpoint
 from shmsock.aio.joint import JointTransport
 from shmsock.aio.pseudosocket import PseudoSocket
 from shmsock.aio.tls import start_tls
-from shmsock.fabric.datagrams import BROADCAST
+from shmsock.engine.datagrams import BROADCAST
 
 __all__ = ["loop_factory", "new_event_loop"]
 
 if TYPE_CHECKING:
-    from shmsock.aio.driver import Node
+    from shmsock.aio.node import Node
 
     _Base = asyncio.BaseEventLoop
 else:

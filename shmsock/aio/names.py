@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from shmsock.address import SUFFIX, is_local
 
 if TYPE_CHECKING:
-    from shmsock.aio.driver import Node
+    from shmsock.aio.node import Node
 
 __all__ = ["ANY", "SCOPE", "Names", "host_of", "is_address", "is_any_shm", "is_shm", "known", "names_of"]
 

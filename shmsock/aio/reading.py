@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from shmsock.aio.flow import FlowControl
 from shmsock.aio.pseudosocket import PollFd
-from shmsock.fabric.connection import DATA, EMPTY, EOF, YIELD, Connection, State
+from shmsock.engine.connection import DATA, EMPTY, EOF, YIELD, Connection, State
 
 if TYPE_CHECKING:
-    from shmsock.aio.driver import Node
+    from shmsock.aio.node import Node
 
 __all__ = ["ReadSide"]
 

@@ -15,11 +15,11 @@ from shmsock.aio.pseudosocket import PseudoSocket
 from shmsock.aio.streams import ShmStreamReaderProtocol, adopt
 from shmsock.aio.tls import Tls
 from shmsock.aio.transport import ShmTransport
-from shmsock.fabric.connection import Connection
-from shmsock.fabric.listeners import Listener
+from shmsock.engine.connection import Connection
+from shmsock.engine.listeners import Listener
 
 if TYPE_CHECKING:
-    from shmsock.aio.driver import Node
+    from shmsock.aio.node import Node
 
 __all__ = ["Server"]
 

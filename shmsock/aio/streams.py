@@ -15,11 +15,11 @@ import weakref
 from types import SimpleNamespace
 from typing import Any
 
-from shmsock.aio.driver import Node, yield_once
+from shmsock.aio.node import Node, yield_once
 from shmsock.aio.tls import start_tls
 from shmsock.aio.transport import ShmTransport
 from shmsock.aio.turn import accelerator
-from shmsock.fabric.connection import CLOSED, EMPTY, EOF, GROW, RESET, STALE, YIELD, State
+from shmsock.engine.connection import CLOSED, EMPTY, EOF, GROW, RESET, STALE, YIELD, State
 
 __all__ = ["ShmStreamReader", "ShmStreamReaderProtocol", "ShmStreamWriter", "adopt"]
 

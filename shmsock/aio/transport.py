@@ -25,8 +25,7 @@ from shmsock.aio.pseudosocket import Duplicate, PseudoSocket
 from shmsock.aio.reading import ReadSide
 from shmsock.aio.tls import flushes, tell_above
 from shmsock.aio.turn import Port, accelerator
-from shmsock.errors import forked, wrong_thread
-from shmsock.fabric.connection import (
+from shmsock.engine.connection import (
     BAD,
     CLOSED,
     DATA,
@@ -38,9 +37,10 @@ from shmsock.fabric.connection import (
     Connection,
     State,
 )
+from shmsock.errors import forked, wrong_thread
 
 if TYPE_CHECKING:
-    from shmsock.aio.driver import Node
+    from shmsock.aio.node import Node
     from shmsock.aio.server import Server
 
 __all__ = ["ShmTransport"]

@@ -18,9 +18,9 @@ import threading
 import time
 from typing import Any
 
+from shmsock.engine.connection import COPY_MAX, SH_TAKE
+from shmsock.engine.engine import Engine
 from shmsock.errors import wrong_thread
-from shmsock.fabric.connection import COPY_MAX, SH_TAKE
-from shmsock.fabric.node import Engine
 from shmsock.wakeup import Keeper
 
 GLANCE_NS, SPIN_NS = 3_000, 50_000  # of a pump in one go; then the loop looks after others
@@ -35,7 +35,7 @@ def _load() -> Any:
         return None
     from shmsock.native import _core
 
-    name = "shmsock.native._accelerator"
+    name = "shmsock.native._extension"
     loader = importlib.machinery.ExtensionFileLoader(name, _core.__file__)
     try:
         module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))  # type: ignore[arg-type]

@@ -11,14 +11,14 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from shmsock.address import default_region
+from shmsock.engine.connection import State
+from shmsock.engine.listeners import DATAGRAM
 from shmsock.errors import command, listing, other_memory
-from shmsock.fabric.connection import State
-from shmsock.fabric.listeners import DATAGRAM
 from shmsock.region.file import LOOK_S, MEET, owner_name
 from shmsock.region.place import holders, restart
 
 if TYPE_CHECKING:
-    from shmsock.aio.driver import Node
+    from shmsock.aio.node import Node
 
 __all__ = ["Watch"]
 

@@ -20,7 +20,7 @@ from anyio.streams.tls import TLSStream
 
 from shmsock.address import check_port
 from shmsock.aio.attach import attach, current_node, on_current_node
-from shmsock.aio.driver import Node
+from shmsock.aio.node import Node
 from shmsock.anyio.datagrams import ConnectedShmDatagramSocket, ShmDatagramSocket
 from shmsock.anyio.ends import ShmAttribute
 from shmsock.anyio.streams import ShmListener, ShmStream

@@ -11,11 +11,11 @@ from anyio import ClosedResourceError
 from anyio.abc import UnreliableObjectStream
 from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint, checkpoint_if_cancelled
 
-from shmsock.aio.driver import Node
+from shmsock.aio.node import Node
 from shmsock.anyio.ends import RECEIVER, SENDER, Address, End, Resource, broken
 
 if TYPE_CHECKING:
-    from shmsock.fabric.datagrams import Endpoint
+    from shmsock.engine.datagrams import Endpoint
 
 __all__ = ["ConnectedShmDatagramSocket", "ShmDatagramSocket"]
 

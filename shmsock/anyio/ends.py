@@ -14,7 +14,7 @@ from anyio import BrokenResourceError
 from anyio.abc import AsyncResource, SocketAttribute
 from anyio.lowlevel import checkpoint, checkpoint_if_cancelled
 
-from shmsock.aio.driver import Node
+from shmsock.aio.node import Node
 from shmsock.aio.pseudosocket import PseudoSocket
 
 __all__ = ["RECEIVER", "SENDER", "Address", "End", "Resource", "ShmAttribute", "broken", "checkpoints"]

@@ -17,12 +17,11 @@ from anyio import BrokenResourceError, BusyResourceError, ClosedResourceError, E
 from anyio.abc import ByteStream, Listener, TaskGroup
 from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint
 
-from shmsock.aio.driver import Node
+from shmsock.aio.node import Node
 from shmsock.aio.pseudosocket import PollFd
 from shmsock.aio.turn import Port
 from shmsock.anyio.ends import RECEIVER, SENDER, End, Resource, ShmAttribute, broken, checkpoints
-from shmsock.errors import wrong_thread
-from shmsock.fabric.connection import (
+from shmsock.engine.connection import (
     COPY_MAX,
     EMPTY,
     EOF,
@@ -35,7 +34,8 @@ from shmsock.fabric.connection import (
     Connection,
     State,
 )
-from shmsock.fabric.listeners import Listener as PortListener
+from shmsock.engine.listeners import Listener as PortListener
+from shmsock.errors import wrong_thread
 
 __all__ = ["ShmListener", "ShmStream"]
 

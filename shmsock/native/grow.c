@@ -1,4 +1,4 @@
-/* grow.c - rings that grow while bytes are in them. Storage is Python's business (fabric/slots.py), and so are the views that it
+/* grow.c - rings that grow while bytes are in them. Storage is Python's business (engine/slots.py), and so are the views that it
  * reads through.
  *
  * The producer copies what the peer has not taken to the same positions of a larger ring, and goes on there. The old one stays as

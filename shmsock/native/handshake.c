@@ -6,7 +6,7 @@
 /* ---- messages ---- */
 
 /* What was taken has been done: the sender may use its cells again. Not before: until users says that a slot is read, the message about it
- * keeps its owner's section from being reused (SYNC U: users before inbox; partner: fabric/attach.py, inbox before users). */
+ * keeps its owner's section from being reused (SYNC U: users before inbox; partner: engine/attach.py, inbox before users). */
 static void acknowledge(sh_node *nd, struct sh_link *l)
 {
     if (l->msg_acked == l->msg_head)

@@ -28,7 +28,7 @@ import shmsock
 import shmsock.anyio
 from shmsock.aio import names
 from shmsock.aio.turn import Outbox, Port, accelerator
-from shmsock.fabric import layout as lay
+from shmsock.engine import layout as lay
 from tests.aio.processes import runner
 
 WAYS = [

@@ -19,7 +19,7 @@ from typing import Any
 import shmsock
 from shmsock.aio.datagram import ShmDatagramTransport
 from shmsock.aio.reading import ReadSide
-from shmsock.fabric.datagram_links import REMEMBERED
+from shmsock.engine.datagram_links import REMEMBERED
 from tests.aio.processes import runner
 
 AT_ONCE = 50

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import shmsock
-from shmsock.fabric import layout as lay
-from shmsock.fabric.layout import Layout, read_layout
-from shmsock.fabric.memory import Memory, native_core
+from shmsock.engine import layout as lay
+from shmsock.engine.layout import Layout, read_layout
+from shmsock.engine.memory import Memory, native_core
 
 SOURCE = Path(__file__).with_name("flood.c")
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "native"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import shmsock
-from shmsock.fabric import layout as lay
+from shmsock.engine import layout as lay
 from shmsock.region import storage
 from tests.aio.conftest import Run
 from tests.aio.processes import Child

@@ -22,7 +22,7 @@ import shmsock
 from shmsock import Settings
 from shmsock.aio import names
 from shmsock.aio.datagram import DATAGRAM_MAX, ShmDatagramTransport, create_datagram_endpoint
-from shmsock.fabric.datagram_links import OVERHEAD, Incoming, Outgoing
+from shmsock.engine.datagram_links import OVERHEAD, Incoming, Outgoing
 from tests.aio.conftest import Run, World, held, until
 from tests.aio.processes import Child
 

@@ -24,14 +24,14 @@ import pytest
 
 import shmsock
 import shmsock.anyio as shm
+from shmsock.engine import layout as lay
 from shmsock.errors import RegionFormatError
-from shmsock.fabric import layout as lay
 from tests.aio.conftest import LIMIT, Run, open_files, until
 from tests.aio.processes import Child, pattern
 from tests.anyio_face.conftest import run_on
 from tests.anyio_face.processes import Child as AnyChild
 from tests.region.fake_ivshmem import FakeServer, Step
-from tests.tools.spec_client import Client
+from tests.server.spec_client import Client
 
 SIZE = 32 << 20
 STILL = shmsock.Settings(busy_poll_us=0, hot_us=0)

@@ -14,7 +14,7 @@ from shmsock import Settings
 from shmsock.aio import attach, names
 from shmsock.aio.datagram import DATAGRAM_MAX
 from shmsock.aio.joint import JointTransport
-from shmsock.fabric.datagram_links import OVERHEAD
+from shmsock.engine.datagram_links import OVERHEAD
 from tests.aio.conftest import until
 from tests.aio.test_addresses import Datagrams, Run, base, datagrams, node_of_this_loop, resolve, run_shm
 

@@ -17,7 +17,7 @@ import pytest
 
 import shmsock
 from shmsock.aio.datagram import create_datagram_endpoint
-from shmsock.fabric import layout as lay
+from shmsock.engine import layout as lay
 from tests.aio.conftest import Run, until
 from tests.aio.liars import ALWAYS, FLOODS, ONCE_A_SLEEP, SENT, SILENT, compiled, memory_of
 from tests.aio.processes import ROOT, Child, Lines, runner

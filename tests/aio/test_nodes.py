@@ -556,7 +556,7 @@ def test_alone(
     run: Run, region: str, loop_name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One that waits for others on memory that nobody else has says so, once."""
-    monkeypatch.setattr("shmsock.fabric.node.ALONE_NS", 0)
+    monkeypatch.setattr("shmsock.engine.engine.ALONE_NS", 0)
     said = "saw nobody else"
 
     async def main() -> None:

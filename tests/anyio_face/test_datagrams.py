@@ -13,7 +13,7 @@ from anyio.abc import SocketAttribute
 
 import shmsock
 import shmsock.anyio as shm
-from shmsock.fabric.datagrams import DATAGRAM_MAX
+from shmsock.engine.datagrams import DATAGRAM_MAX
 from tests.aio.processes import pattern
 from tests.anyio_face.conftest import Run, World, until
 

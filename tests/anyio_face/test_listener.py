@@ -16,7 +16,7 @@ from anyio.abc import ByteStreamConnectable, SocketAttribute
 
 import shmsock
 import shmsock.anyio as shm
-from shmsock.fabric.handshake import MESSAGES_PER_PASS
+from shmsock.engine.handshake import MESSAGES_PER_PASS
 from tests.anyio_face.conftest import Run, World, until
 
 

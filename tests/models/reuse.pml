@@ -1,4 +1,4 @@
-/* reuse.pml - a section that its owner left, and who reads on in it (fabric/attach.py claim_section; handshake.c
+/* reuse.pml - a section that its owner left, and who reads on in it (engine/attach.py claim_section; handshake.c
  * sh_message_recv, sh_message_done, sh_ep_open, sh_ep_release; node.c sh_restart, sh_adopt; LAYOUT.md, "Life and death").
  *
  * Two newcomers want the one section there is; each lives there once, sends the reader N messages, each of which opens a

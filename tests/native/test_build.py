@@ -36,7 +36,7 @@ def compile_object(compiler: str, source: Path, scratch: Path, *flags: str) -> D
 def test_core_compiles_without_a_warning(compiler: str, defines: list[str], tmp_path: Path) -> None:
     wrapper = tmp_path / "_core.c"
     build.emit("_core", wrapper, fake=bool(defines))
-    for source in [*build.sources(), *build.accelerator(), wrapper]:
+    for source in [*build.sources(), *build.extension(), wrapper]:
         done = compile_object(compiler, source, tmp_path, *(f"-D{name}" for name in defines))
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
@@ -133,7 +133,7 @@ def test_sdist_and_wheel_are_whole(tmp_path: Path) -> None:
 
     needed = [
         *build.sources(),
-        *build.accelerator(),
+        *build.extension(),
         *build.headers(),
         build.HERE / "LAYOUT.md",
         ROOT / "shmsock" / "py.typed",

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from shmsock.tools.qemu import Fleet, Guest, Ivshmem
+from shmsock.guests.qemu import Fleet, Guest, Ivshmem
 from tests.vm.peers import Peers
 
 PAIR_SIZE = 64 << 20

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from shmsock.aio.attach import prepare_region
+from shmsock.guests.qemu import CommandFailed, CommandTimeout, Guest
 from shmsock.region import open_file
-from shmsock.tools.qemu import CommandFailed, CommandTimeout, Guest
 
 WORKER = str(Path(__file__).with_name("worker.py"))
 SECONDS = 60.0  # for what takes a moment; emulation and two busy cores make it several

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from shmsock.fabric.settings import Settings
-from shmsock.tools.qemu import GuestDied
+from shmsock.engine.settings import Settings
+from shmsock.guests.qemu import GuestDied
 from tests.vm.peers import Peer, PeerError, Peers, format_region
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from shmsock.tools.qemu import Fleet, Guest, IvshmemDoorbell
+from shmsock.guests.qemu import Fleet, Guest, IvshmemDoorbell
 from tests.vm.peers import Peer, Peers, format_region
 from tests.vm.test_deaths import held, wait_for
 

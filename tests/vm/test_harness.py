@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from shmsock.tools import guest_image
-from shmsock.tools.qemu import (
+from shmsock.guests import image as guest_image
+from shmsock.guests.qemu import (
     Bridge,
     CommandFailed,
     CommandTimeout,
@@ -283,7 +283,7 @@ def test_killed_test_run_leaves_no_process(tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(
         "import sys, time\n"
-        "from shmsock.tools.qemu import Fleet\n"
+        "from shmsock.guests.qemu import Fleet\n"
         "fleet = Fleet()\n"
         "guest = fleet.boot('vm-k')\n"
         "print(fleet.directory, guest.process.pid, guest._server.pid, flush=True)\n"

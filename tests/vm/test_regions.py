@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from shmsock.fabric import layout as lay
-from shmsock.tools.qemu import Fleet, Guest, Ivshmem
-from tests.test_cli import bad
+from shmsock.engine import layout as lay
+from shmsock.guests.qemu import Fleet, Guest, Ivshmem
+from tests.commands.test_cli import bad
 from tests.vm.peers import PeerError, Peers, assert_calm, format_region
 
 if TYPE_CHECKING:

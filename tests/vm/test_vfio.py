@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from shmsock.tools.qemu import Fleet, Guest, Ivshmem, IvshmemDoorbell
+from shmsock.guests.qemu import Fleet, Guest, Ivshmem, IvshmemDoorbell
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
 
@@ -25,7 +25,7 @@ DOORBELL, PLAIN, SHARED = (f"0000:00:{slot}" for slot in ("10.0", "11.0", "12.1"
 PROCESS = """
 import json, os, select, sys
 from shmsock import region
-from shmsock.tools.bind import plan_bind, plan_unbind
+from shmsock.commands.bind import plan_bind, plan_unbind
 opened = None
 for line in sys.stdin:
     what, *rest = json.loads(line)

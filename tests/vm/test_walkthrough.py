@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from shmsock.tools.qemu import Fleet
+from shmsock.guests.qemu import Fleet
 from tests.vm.peers import PeerError, Peers
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]

@@ -1,0 +1,1 @@
+"""`shmsock bench`: what is measured, over what, and how it is told."""

@@ -1,0 +1,95 @@
+"""What figures were measured on, and what the machine was like at that moment."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from shmsock.aio.turn import accelerator
+from shmsock.bench import floor
+from shmsock.bench.child import have_uvloop
+from shmsock.engine.settings import Settings
+from shmsock.errors import region_error
+
+__all__ = ["cache_line_ns", "describe", "has_floor", "machine", "note_load", "of_floor"]
+
+
+def cache_line_ns() -> float | None:
+    """The round trip of a cache line between the two CPUs, now: virtual ones move. None: see floor.py."""
+    return floor.cache_line_ns()
+
+
+def has_floor() -> bool:
+    """Whether the C loop over the ring can be measured here."""
+    try:
+        return bool(floor.program())
+    except floor.FloorUnavailable:
+        return False
+
+
+def of_floor(kind: str, server: int, client: int, seconds: float) -> dict[str, Any]:
+    """What the C loop makes of "echo" or "write". Raises RegionError."""
+    try:
+        return floor.run(kind, server, client, seconds, Settings.ring_bytes)
+    except floor.FloorUnavailable as error:
+        raise region_error(5, str(error)) from error
+
+
+def machine() -> dict[str, Any]:
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    found: dict[str, Any] = {
+        "machine": platform.machine(),
+        "cpu": model,
+        "cpus": len(os.sched_getaffinity(0)),
+        "kernel": platform.release(),
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "shmsock": importlib.metadata.version("shmsock"),
+        "accelerator": accelerator is not None,
+        "load": round(os.getloadavg()[0], 1),
+    }
+    if have_uvloop():
+        found["uvloop"] = importlib.metadata.version("uvloop")
+    if commit := _commit():
+        found["commit"] = commit
+    return found
+
+
+def _commit() -> str | None:
+    """Of the checkout that this package lies in, if it does."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        argv = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=10"]
+        return subprocess.run(argv, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    return None
+
+
+def describe(known: dict[str, Any]) -> str:
+    parts = [f"{known['cpu']} ({known['cpus']} CPUs)", f"Linux {known['kernel']}", known["python"]]
+    parts += [f"uvloop {known['uvloop']}"] if "uvloop" in known else ["no uvloop"]
+    parts += [f"shmsock {known['shmsock']}" + (f" at {known['commit']}" if "commit" in known else "")]
+    parts += [] if known["accelerator"] else ["no accelerator"]
+    return ", ".join(parts) + f", load {known['load']}"
+
+
+def note_load(console: Console, known: dict[str, Any]) -> None:
+    """What else the machine did meanwhile is in all figures."""
+    known["load_after"] = load = round(os.getloadavg()[0], 1)
+    if load > 2 * known["cpus"]:
+        console.print(
+            f"  The machine did other work (load {load} on {known['cpus']} CPUs): times are longer than they "
+            "need be, and a guest takes the CPU time that others had for its own."
+        )

@@ -1,0 +1,226 @@
+"""What is measured: pairs of processes that talk over one thing or another, and how they are started."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from shmsock.aio.attach import prepare_region
+from shmsock.bench.child import Child, have_uvloop, python
+from shmsock.errors import region_error
+from shmsock.region import create_file
+
+__all__ = [
+    "DOORBELLS",
+    "FLOOR",
+    "OFF",
+    "OURS",
+    "STOCK",
+    "TCP",
+    "UDP",
+    "UNIX",
+    "Variant",
+    "all_streams",
+    "datagrams",
+    "installed",
+    "of_anyio",
+    "pair",
+    "peers",
+    "private_region",
+    "protocols",
+    "short",
+    "streams",
+    "variants",
+    "with_unix",
+]
+
+HANDLERS = Path(__file__).with_name("bench_handlers.py")
+LABELS = {
+    "asyncio": "{loop} TCP",
+    "unix": "{loop} UNIX",
+    "shmsock": "shmsock, {loop}",
+    "anyio": "anyio TCP, {loop}",
+    "shmsock.anyio": "shmsock.anyio, {loop}",
+    "zmq": "pyzmq",
+    "pipe": "multiprocessing.Pipe",
+    "iceoryx2": "iceoryx2",
+    "floor": "C loop over the ring",
+}
+ADDRESSES = {
+    "asyncio": "127.0.0.1",
+    "anyio": "127.0.0.1",
+    "shmsock": "localhost",
+    "shmsock.anyio": "localhost",
+}
+DOORBELLS = "doorbells"
+"""A note: how regions of guests are told apart."""
+OURS, TCP, UNIX, UDP = "shmsock, uvloop", "uvloop TCP", "uvloop UNIX", "uvloop UDP"
+STOCK = "stock asyncio on shmsock's uvloop loop"
+OFF = f"{OURS}, accelerator off"
+FLOOR = LABELS["floor"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One thing that is measured."""
+
+    module: str
+    loop: str = "none"
+    stock: bool = False
+    """asyncio's own functions, on a loop that knows `.shm` hosts."""
+    region: str = ""
+    """Which, where there are several; `note` tells them apart."""
+    note: str = ""
+    udp: bool = False
+    accelerator: bool = True
+
+    @property
+    def is_tcp(self) -> bool:
+        return self.module in ("asyncio", "anyio") and not self.stock
+
+    @property
+    def is_shmsock(self) -> bool:
+        return self.stock or self.module.startswith("shmsock")
+
+    @property
+    def label(self) -> str:
+        if self.stock:
+            return f"stock asyncio on shmsock's {self.loop} loop"
+        label = LABELS[self.module].format(loop=self.loop)
+        if self.udp:
+            label = label.replace("TCP", "UDP")
+        notes = [self.note] if self.note else []
+        notes += [] if self.accelerator else ["accelerator off"]
+        return ", ".join([label, *notes])
+
+    @property
+    def environment(self) -> dict[str, str]:
+        region = {"SHMSOCK_REGION": self.region} if self.region else {}
+        return region if self.accelerator else {**region, "SHMSOCK_ACCELERATOR": "0"}
+
+    def role(self, role: str, *more: object) -> list[str]:
+        stock = ("--shm-loop",) if self.stock else ()
+        return python(HANDLERS, "--module", self.module, "--loop", self.loop, *stock, "--role", role, *more)
+
+    def address(self, path: str = "") -> list[str]:
+        """Where a server of this host listens; what has no hosts has a path, which the server made."""
+        host = "localhost.shm" if self.stock else ADDRESSES.get(self.module, path)
+        return ["--host", host] if host else []
+
+
+def loops() -> list[str]:
+    return ["uvloop", "asyncio"] if have_uvloop() else ["asyncio"]
+
+
+def variants() -> list[Variant]:
+    """TCP and all that is shmsock, over streams."""
+    kinds = (("asyncio", False), ("shmsock", False), ("asyncio", True))
+    return [Variant(module, loop, stock) for loop in loops() for module, stock in kinds]
+
+
+def streams() -> list[Variant]:
+    """TCP and shmsock; asyncio's own streams on shmsock's loop are shmsock."""
+    return [variant for variant in variants() if not variant.stock]
+
+
+def with_unix() -> list[Variant]:
+    return [*streams(), *(Variant("unix", loop) for loop in loops())]
+
+
+def short() -> list[Variant]:
+    """The fastest of each kind."""
+    return [Variant(module, loops()[0]) for module in ("asyncio", "shmsock")]
+
+
+def all_streams() -> list[Variant]:
+    """Whatever carries a message to another process and back."""
+    off = Variant("shmsock", loops()[0], accelerator=False)
+    return [*variants(), off, *(Variant("unix", loop) for loop in loops()), *installed()]
+
+
+def installed() -> list[Variant]:
+    """What other packages offer."""
+    needs = {"pipe": "multiprocessing", "zmq": "zmq", "iceoryx2": "iceoryx2"}
+    return [Variant(module) for module, package in needs.items() if importlib.util.find_spec(package)]
+
+
+def protocols() -> list[Variant]:
+    return streams()
+
+
+def datagrams() -> list[Variant]:
+    return [Variant(v.module, v.loop, udp=v.is_tcp) for v in streams()]
+
+
+def of_anyio() -> list[Variant]:
+    """trio where it is installed."""
+    backends = ["asyncio", "trio"] if importlib.util.find_spec("trio") else ["asyncio"]
+    return [Variant(module, loop) for loop in backends for module in ("anyio", "shmsock.anyio")]
+
+
+@contextlib.contextmanager
+def private_region(prefix: str, size: int = 64 << 20, peers: int = 8) -> Iterator[str]:
+    """A region in a directory of its own, removed at the end; smaller where /dev/shm is."""
+    prefix = f"shmsock-{prefix}-{os.getpid()}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir="/dev/shm") as directory:
+        room = os.statvfs(directory)
+        while size > 8 << 20 and size * 2 > room.f_bavail * room.f_frsize:
+            size //= 2
+        path = os.path.join(directory, "region")
+        create_file(path, size, prepare=partial(prepare_region, peers=peers))
+        yield path
+
+
+def pair(
+    variant: Variant,
+    region: str,
+    seconds: float,
+    server_cpu: int | None,
+    client_cpu: int | None,
+    *more: object,
+) -> dict[str, Any]:
+    """One server, one client; `more` says what they measure. A CPU of None: wherever the kernel likes."""
+    return peers(variant, region, seconds, server_cpu, client_cpu, *more)[0]
+
+
+def peers(
+    variant: Variant,
+    region: str,
+    seconds: float,
+    server_cpu: int | None,
+    client_cpu: int | None,
+    *more: object,
+    clients: int = 1,
+) -> list[dict[str, Any]]:
+    """One server, and what each of its clients measured while all of them were there."""
+    env = {"SHMSOCK_REGION": region, "SHMSOCK_NAME": "bench", **variant.environment}
+    pins = [("--cpu", cpu) if cpu is not None else () for cpu in (server_cpu, client_cpu)]
+    with contextlib.ExitStack() as stack:
+        argv = variant.role("server", *variant.address(), *pins[0], *more)
+        listening = stack.enter_context(Child(argv, env)).line()
+        at = (*variant.address(listening["host"]), "--port", listening["port"])
+        to = (*at, *pins[1], "--seconds", seconds, "--wait")
+        argv = variant.role("client", *to, *more)
+        started = [stack.enter_context(Child(argv, env)) for _ in range(clients)]
+        for client in started:
+            client.line()  # it is there
+        for client in started:
+            client.tell("go")
+        return [checked(variant, client.line()) for client in started]
+
+
+def checked(variant: Variant, found: dict[str, Any]) -> dict[str, Any]:
+    """What TCP is measured with must be what everybody has."""
+    if bool(found["shmsock_modules"]) != variant.is_shmsock:
+        count = found["shmsock_modules"]
+        raise region_error(
+            22, f"{variant.label} was measured with {count} modules of shmsock in its process: report this"
+        )
+    return found

@@ -1,0 +1,96 @@
+"""`shmsock bench serve` and `shmsock bench connect`: the two ends on machines of their own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from rich.console import Console
+
+from shmsock.bench.child import Child, have_uvloop
+from shmsock.bench.measures import Measure
+from shmsock.bench.pairs import Variant, checked
+from shmsock.bench.results import have_histograms
+from shmsock.bench.runner import Take, bench
+
+__all__ = ["REMOTE", "Remote", "bench_remote", "serve"]
+
+REMOTE = ("echo", "readline", "bulk", "drain", "connect", "many", "think-1ms", "think-10ms")
+"""What the server for streams can do."""
+
+Address = tuple[str | None, int]
+
+
+def environment(region: str | None, name: str | None) -> dict[str, str]:
+    chosen = {"SHMSOCK_REGION": region, "SHMSOCK_NAME": name}
+    return {key: value for key, value in chosen.items() if value}
+
+
+def ends(tcp: Address | None) -> list[Variant]:
+    loop = "uvloop" if have_uvloop() else "asyncio"
+    modules = ("asyncio", "shmsock") if tcp else ("shmsock",)
+    return [Variant(module, loop) for module in modules]
+
+
+def pinned(cpu: int | None) -> tuple[object, ...]:
+    return ("--cpu", cpu) if cpu is not None else ()
+
+
+def serve(
+    console: Console, port: int, tcp: Address | None, region: str | None, name: str | None, cpu: int | None
+) -> None:
+    """Until standard input ends, or Ctrl-C. Raises OSError: a server did not start, and said why."""
+    env = environment(region, name)
+    with ExitStack() as stack:
+        try:
+            for variant in ends(tcp):
+                host, own = tcp if tcp and variant.is_tcp else (None, port)
+                to = ("--port", own, *(("--host", host) if host else ()), *pinned(cpu))
+                said = stack.enter_context(Child(variant.role("server", *to), env)).line()
+                console.print(f"{variant.label}: {said['host']} port {said['port']}", soft_wrap=True)
+            while os.read(0, 4096):
+                pass
+        except KeyboardInterrupt:
+            pass  # that is how it is ended
+
+
+class Remote:
+    """The other end is there already, and not ours."""
+
+    name = "vm"
+
+    def __init__(
+        self, at: Address, tcp: Address | None, region: str | None, name: str | None, cpu: int | None
+    ) -> None:
+        self.at, self.tcp, self.cpu = at, tcp, cpu
+        self.env = environment(region, name)
+
+    def variants(self, measure: Measure) -> list[Variant]:
+        return ends(self.tcp)
+
+    def where(self, measure: Measure) -> str:
+        beside = f", TCP to {self.tcp[0]}" if self.tcp else ""
+        return f"to {self.at[0]}{beside}"
+
+    def cache_line_ns(self) -> None:
+        """Which CPUs those are only their host knows."""
+
+    @contextmanager
+    def open(self, measure: Measure) -> Iterator[Take]:
+        yield partial(self._take, measure)
+
+    def _take(self, measure: Measure, variant: Variant, seconds: float) -> dict[str, Any]:
+        host, port = self.tcp if self.tcp and variant.is_tcp else self.at
+        histogram = ("--histogram",) if have_histograms() else ()
+        to = ("--host", host, "--port", port, *pinned(self.cpu), "--seconds", seconds)
+        with Child(variant.role("client", *to, *measure.ends, *histogram), self.env) as client:
+            return measure.figures(checked(variant, client.line()))
+
+
+def bench_remote(
+    console: Console, place: Remote, rounds: int, seconds: float, measures: Sequence[Measure]
+) -> dict[str, Any]:
+    return bench(console, place, rounds, seconds, measures, more={"host": place.at[0], "port": place.at[1]})

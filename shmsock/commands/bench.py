@@ -1,0 +1,266 @@
+"""The command `shmsock bench`: its options, and what they choose."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from shmsock.commands import show
+from shmsock.errors import region_error
+
+__all__ = ["bench_command"]
+
+PORT = 7000
+Report = dict[str, Any]
+
+
+class Tcp(click.ParamType[tuple[str | None, int]]):
+    """HOST:PORT, or a port alone."""
+
+    name = "[host:]port"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, context: click.Context | None
+    ) -> tuple[str | None, int]:
+        if isinstance(value, tuple):
+            return value
+        host, _, port = value.rpartition(":")
+        if not port.isdecimal() or int(port) > 65535:
+            self.fail(f"{value!r} has no port: expected HOST:PORT, such as 192.168.7.2:7001", param, context)
+        return host.strip("[]") or None, int(port)
+
+
+def _options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What all that measures has."""
+    file = click.Path(dir_okay=False, writable=True)
+    file_or_dash = click.Path(dir_okay=False, writable=True, allow_dash=True)
+    for option in (
+        click.option("--only", metavar="NAMES", help="These measures, with commas; --list tells them."),
+        click.option("--rounds", type=click.IntRange(1, 1000), help="Measures are taken in turn so often."),
+        click.option("--seconds", type=click.FloatRange(0.01, 600), help="For each measure in a round."),
+        click.option("--json", "file", type=file_or_dash, help="Write all figures there too."),
+        click.option("--text", type=file, help="Write the tables there too."),
+        click.option("--plot", type=file, help="Draw an SVG of round trips and throughput."),
+    ):
+        command = option(command)
+    return command
+
+
+def _write(
+    measure: Callable[[Console], Report],
+    file: str | None,
+    text: str | None,
+    plot: str | None,
+    measures: Sequence[Any],
+    sweeps: Sequence[Any] = (),
+) -> None:
+    """Measure, and write what was measured wherever it is wanted. What would fail then fails now."""
+    from shmsock.bench import plot as bench_plot
+
+    for path in (file, text, plot):
+        if path not in (None, "-"):
+            _check_writable(Path(str(path)))
+    if plot:
+        bench_plot.need_plot(measures, sweeps)
+    console = show.console(record=text is not None)
+    report = measure(console)
+    if file == "-":
+        click.echo(json.dumps(report, indent=2))
+    elif file:
+        Path(file).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if text:
+        Path(text).write_text(console.export_text(), encoding="utf-8")
+    if plot:
+        bench_plot.plot(report, plot)
+
+
+def _check_writable(path: Path) -> None:
+    place = path if path.exists() else path.parent
+    if not place.exists():
+        raise region_error(errno.ENOENT, f"cannot write {path}: there is no directory {place}; make it first")
+    if not os.access(place, os.W_OK):
+        raise region_error(errno.EACCES, f"cannot write {path}: no permission to write to {place}")
+
+
+def _chosen(only: str) -> tuple[list[Any], list[Any]]:
+    from shmsock.bench import measures as bench_measures
+
+    try:
+        return bench_measures.chosen(only)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--only") from None
+
+
+@click.group("bench", invoke_without_command=True)
+@_options
+@click.option("--all", "everything", is_flag=True, help="The whole suite, --sizes and --connections too.")
+@click.option("--sizes", is_flag=True, help="Throughput by the size of a write, 1 B to 1 MiB.")
+@click.option("--connections", is_flag=True, help="Echoes by the number of connections, 1 to 1000.")
+@click.option("--list", "show_list", is_flag=True, help="Only tell what can be measured.")
+@click.option("--sporadic", is_flag=True, help="Round trips with pauses of 0 to 100 ms, and the CPU time.")
+@click.option("--idle", is_flag=True, help="Ten connections on which nothing is said: the CPU time.")
+@click.option("--one-core", is_flag=True, help="With both processes on one core.")
+@click.option("--vm", is_flag=True, help="Between two guests, beside virtio-net. Needs root.")
+@click.option("--doorbells", is_flag=True, help="With --vm: an ivshmem-doorbell device too, through vfio.")
+@click.pass_context
+def bench_command(context: click.Context, /, **options: Any) -> None:
+    """Round trips and throughput beside TCP and what else there is: in the same run, medians over its rounds.
+
+    Without options the two figures that matter most; --all is the suite, which takes minutes and needs
+    `pip install 'shmsock[bench]'`. Everything is measured in turn for --rounds (5; 3 of the suite and of
+    --sporadic, 1 of --idle) of --seconds (1; 0.5 of the suite and of --sporadic, 10 of --idle).
+    """
+    asked = {name for name, value in options.items() if value}
+    if context.invoked_subcommand is not None:
+        if asked:
+            raise click.UsageError(f"options of {context.invoked_subcommand!r} come after its name")
+        return
+    if options["show_list"]:
+        _list()
+        return
+    _refuse(asked)
+    measures, sweeps, rounds, seconds = _plan(options)
+    rounds, seconds = options["rounds"] or rounds, options["seconds"] or seconds
+
+    def measure(console: Console) -> Report:
+        from shmsock.bench import runner as bench
+
+        if options["vm"]:
+            from shmsock.bench.vm import bench_guests
+
+            return bench_guests(console, rounds, seconds, measures, options["doorbells"])
+        return bench.bench(console, bench.Host(console), rounds, seconds, measures, sweeps)
+
+    _write(measure, options["file"], options["text"], options["plot"], measures, sweeps)
+
+
+def _list() -> None:
+    from shmsock.bench.measures import MEASURES, SUITE, SWEEPS
+
+    for measure in MEASURES.values():
+        click.echo(f"{measure.name:<18}{measure.title}" + ("" if measure in SUITE else " (not in --all)"))
+    for sweep in SWEEPS:
+        click.echo(f"{sweep.name:<18}{sweep.title}")
+
+
+def _refuse(asked: set[str]) -> None:
+    """What does not go together."""
+    if {"vm", "one_core"} <= asked:
+        raise click.UsageError("--one-core is about processes of this host: not with --vm")
+    if "doorbells" in asked and "vm" not in asked:
+        raise click.UsageError("--doorbells is about guests: only with --vm")
+    sets = [name for name in ("sporadic", "idle", "only", "everything", "one_core") if name in asked]
+    names = {"everything": "--all", "one_core": "--one-core"}
+    if (len(sets) > 1 and set(sets) - {"one_core", "idle", "sporadic"}) or {"sporadic", "idle"} <= asked:
+        told = " and ".join(names.get(name, f"--{name}") for name in sets)
+        raise click.UsageError(f"{told} choose measures: one at a time")
+    if "vm" in asked and asked & {"everything", "sizes", "connections"}:
+        raise click.UsageError("between guests there are the measures of streams: --vm goes with --only")
+
+
+def _plan(options: dict[str, Any]) -> tuple[list[Any], list[Any], int, float]:
+    """Measures, sweeps, rounds, seconds."""
+    from dataclasses import replace
+
+    from shmsock.bench import measures as known
+    from shmsock.bench.remote import REMOTE
+    from shmsock.bench.results import need_histograms
+
+    if options["sporadic"] or options["idle"]:
+        measures = [*(known.SPORADIC if options["sporadic"] else known.IDLE)]
+        if options["one_core"]:
+            measures = [replace(m, placement="one") for m in measures if m.placement == "two"]
+        elif options["vm"]:
+            measures = [m for m in measures if m.placement == "two"]
+        return measures, [], *((3, 0.5) if options["sporadic"] else (1, 10.0))
+    sweeps = [s for s in known.SWEEPS if options["everything"] or options[s.name]]
+    if options["only"]:
+        measures, named = _chosen(options["only"])
+        sweeps = [s for s in known.SWEEPS if s in sweeps or s in named]
+        if options["vm"] and (sweeps or any(m.name not in (*REMOTE, "idle") for m in measures)):
+            raise click.UsageError(f"between guests there are only {', '.join((*REMOTE, 'idle'))}")
+    elif options["everything"]:
+        measures = list(known.SUITE)
+    elif sweeps:
+        measures = []
+    elif options["one_core"]:
+        return list(known.ONE), [], 5, 1.0
+    else:
+        return [*known.PLAIN, *(() if options["vm"] else known.ONE)], [], 5, 1.0
+    need_histograms()
+    return measures, sweeps, 3, 0.5
+
+
+_region = click.option(
+    "--region", metavar="URL", help="What to attach to; else SHMSOCK_REGION, or the default."
+)
+_name = click.option("--name", help="Of this side; else SHMSOCK_NAME, or the host's name.")
+_cpu = click.option("--cpu", type=click.IntRange(0), help="Where the process that is measured stays.")
+
+
+@bench_command.command()
+@click.option("--listen", type=click.IntRange(0, 65535), default=PORT, show_default=True, metavar="PORT")
+@click.option("--tcp", type=Tcp(), metavar="[HOST:]PORT", help="Listen there too, for TCP beside it.")
+@_region
+@_name
+@_cpu
+def serve(
+    listen: int, tcp: tuple[str | None, int] | None, region: str | None, name: str | None, cpu: int | None
+) -> None:
+    """Be the other end of `shmsock bench connect`, until standard input ends or Ctrl-C."""
+    from shmsock.bench import remote as bench_remote
+
+    bench_remote.serve(show.console(), listen, tcp, region, name, cpu)
+
+
+@bench_command.command()
+@click.argument("host")
+@click.option("--port", type=click.IntRange(1, 65535), default=PORT, show_default=True)
+@click.option(
+    "--tcp", type=Tcp(), metavar="HOST:PORT", help="TCP beside it, to what the other end listens on."
+)
+@_region
+@_name
+@_cpu
+@_options
+def connect(
+    host: str,
+    port: int,
+    tcp: tuple[str | None, int] | None,
+    region: str | None,
+    name: str | None,
+    cpu: int | None,
+    only: str | None,
+    rounds: int | None,
+    seconds: float | None,
+    file: str | None,
+    text: str | None,
+    plot: str | None,
+) -> None:
+    """Measure against `shmsock bench serve` on HOST, the name of a peer: in another VM, or on this host."""
+    from shmsock.bench import remote as bench_remote
+    from shmsock.bench.measures import MEASURES
+
+    if tcp and tcp[0] is None:
+        raise click.BadParameter("the host is missing: expected HOST:PORT", param_hint="--tcp")
+    measures = _chosen(only)[0] if only else [MEASURES[name] for name in ("echo", "bulk", "drain", "connect")]
+    if other := [m.name for m in measures if m.name not in bench_remote.REMOTE]:
+        there = ", ".join(bench_remote.REMOTE)
+        raise click.BadParameter(
+            f"{', '.join(other)}: between two machines there are {there}", param_hint="--only"
+        )
+    place = bench_remote.Remote((host, port), tcp, region, name, cpu)
+    _write(
+        lambda console: bench_remote.bench_remote(console, place, rounds or 3, seconds or 0.5, measures),
+        file,
+        text,
+        plot,
+        measures,
+    )

@@ -1,0 +1,326 @@
+"""What lies in a region, for people: who is attached, who listens, which connections there are.
+
+Nothing is written. What is read is somebody else's and may be nonsense or half written: shown, never trusted.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from shmsock.address import boot_id
+from shmsock.engine import layout as lay
+from shmsock.engine.attach import Seen, survey
+from shmsock.engine.layout import Layout, read_layout, too_small
+from shmsock.engine.memory import Memory, native_core
+from shmsock.region.base import Region, map_bytes
+from shmsock.region.file import FileRegion
+from shmsock.region.ivshmem_protocol import MAX_ID, MAX_VECTORS
+from shmsock.region.locks import SERVER_LOCK
+from shmsock.region.pci import PciDevice
+from shmsock.region.place import Holder, holders
+from shmsock.region.storage import filesystem
+
+__all__ = [
+    "Content",
+    "OldFile",
+    "Section",
+    "busy_sections",
+    "describe_device",
+    "describe_region",
+    "look",
+    "old_files",
+    "sections",
+]
+
+BEAT_S = 0.5
+"""A beat moves five times a second at least: one that stands still so long is silent (or its machine very
+busy)."""
+SLOT_BYTES, SLOT_P = 192, 0x40
+FIN, REL = 1 << 32, 1 << 34
+
+
+@dataclass(frozen=True)
+class Section:
+    """One peer's part of a region, as seen from outside."""
+
+    number: int
+    state: str
+    """free, left, live, silent, dead (proven: its lock fell), attaching, or leaving."""
+    name: str | None
+    pid: int | None
+    boot: str | None
+    here: bool
+    """Does its owner run under this kernel?"""
+    doorbell: dict[str, int] | None = None
+    """It is woken by a doorbell: "id" and "vectors" on the ivshmem server of the region."""
+    doorbell_gone: bool = False
+    """That id is not the present server's: it was a former one's, and rings nobody, or somebody else."""
+    futex: bool = False
+    """It is woken by a futex, by who runs under its kernel. With neither, it polls."""
+    ports: list[int] = field(default_factory=list)
+    connections: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        return f"{self.name or 'no name'}, process {self.pid}"
+
+
+@dataclass(frozen=True)
+class Content:
+    """`problem` says why there are no sections."""
+
+    state: str
+    """formatted, unformatted, foreign, or broken (too small, too)."""
+    problem: str = ""
+    version: int | None = None
+    region_id: str | None = None
+    bytes: int | None = None
+    peers: int = 0
+    connections_per_peer: int = 0
+    section_bytes: int = 0
+    ring_bytes_per_peer: int = 0
+    sections: list[Section] = field(default_factory=list)
+
+
+def look(region: Region, watch_s: float = BEAT_S) -> Content:
+    """Read a region that others may be using. Takes `watch_s` seconds when it is formatted."""
+    head = _head(region)
+    word = int.from_bytes(head[:8], "little")
+    memory = Memory(native_core(), region.mmap, write_combining=region.write_combining)
+    try:
+        if word not in (0, lay.MAGIC):
+            return Content("foreign", f"it begins with {head[:16].hex(' ')}: it holds something else")
+        if word == 0 and (small := too_small(memory)):
+            return Content("broken", small)
+        if not any(head) and (small := too_small(memory, 16)):  # for so many it would be formatted
+            return Content("unformatted", f"its first page is all zero, and {small}")
+        if not any(head):
+            return Content(
+                "unformatted",
+                "its first page is all zero: nobody formatted it yet (the first who attaches does), or a "
+                "boot zeroed it",
+            )
+        if word == 0:
+            return Content(
+                "unformatted",
+                "somebody began to format it, or zeroed its first word, and did not come to the end",
+            )
+        version = memory.load(lay.H_VERSION)
+        try:
+            layout = read_layout(memory)
+        except OSError as error:
+            return Content("broken", error.strerror or str(error), version, bytes=memory.load(lay.H_BYTES))
+        return Content(
+            "formatted",
+            version=version,
+            region_id=f"{layout.region_id:#018x}",
+            bytes=layout.region_bytes,
+            peers=layout.peers,
+            connections_per_peer=layout.slots,
+            section_bytes=layout.section_bytes,
+            ring_bytes_per_peer=layout.arena_bytes,
+            sections=sections(layout, region, watch_s),
+        )
+    finally:
+        memory.release()
+
+
+def _head(region: Region) -> bytes:
+    """The first page. Of a file not through the mapping: even looking at a hole there takes a page."""
+    if isinstance(region, FileRegion):
+        return region.peek(lay.HEADER)
+    return bytes(region.mmap[: lay.HEADER])
+
+
+def sections(layout: Layout, region: Region, watch_s: float = BEAT_S) -> list[Section]:
+    """Two looks at all sections, `watch_s` seconds apart."""
+    boot = boot_id()
+    before = survey(layout, region, boot)
+    if any(seen.claim for seen in before):
+        time.sleep(watch_s)
+    found = [
+        _section(layout, first, now, boot)
+        for first, now in zip(before, survey(layout, region, boot), strict=True)
+    ]
+    ids = _ids(region)
+    if ids is None:
+        return found
+    return [replace(s, doorbell_gone=s.doorbell is not None and s.doorbell["id"] not in ids) for s in found]
+
+
+def _ids(region: Region) -> frozenset[int] | None:
+    """Those that the region's ivshmem server gave to others; None: that cannot be known here."""
+    if region.doorbell is not None:
+        region.doorbell.news()
+        return region.doorbell.others()
+    if region.kind == "file" and region.can_lock and not region.section_locked(SERVER_LOCK):
+        return frozenset()  # no server serves it
+    return None
+
+
+def _section(layout: Layout, first: Seen, now: Seen, boot: bytes) -> Section:
+    who = now.who
+    if not now.claim:
+        state = "left" if now.used else "free"
+    elif now.dead:
+        state = "dead"
+    elif now.beat == first.beat and now.claim == first.claim:
+        state = "silent"
+    elif who is None or not now.state:
+        state = "attaching"
+    else:
+        state = "leaving" if now.state == lay.LEAVING else "live"
+    shown = who is not None and state not in ("free", "left")
+    return Section(
+        number=now.section,
+        state=state,
+        name=who.name if who else None,
+        pid=who.pid if who else None,
+        boot=who.boot_id.hex() if who else None,
+        here=who is not None and who.boot_id == boot != bytes(16),
+        doorbell=_doorbell(layout, now.section) if shown else None,
+        futex=shown and who is not None and bool(who.flags & lay.FLAG_FUTEX),
+        ports=_ports(layout, now.section) if shown else [],
+        connections=_connections(layout, now.section) if shown else [],
+    )
+
+
+def _doorbell(layout: Layout, section: int) -> dict[str, int] | None:
+    word = layout.memory.load(layout.section(section) + lay.DOORBELL)
+    number, vectors = word >> 32, word & 0xFFFFFFFF
+    if number > MAX_ID or not 0 < vectors <= MAX_VECTORS:
+        return None
+    return {"id": number, "vectors": vectors}
+
+
+def _ports(layout: Layout, section: int) -> list[int]:
+    load, at = layout.memory.load, layout.section(section)
+    used = min(load(at + lay.N_LISTENERS), lay.LISTENERS)
+    words = (load(at + lay.LISTENER + 8 * index) for index in range(used))
+    return sorted({word & 0xFFFF for word in words if word >> 16 & 1})
+
+
+def _connections(layout: Layout, section: int) -> list[dict[str, Any]]:
+    load, at = layout.memory.load, layout.section(section) + int(layout.geometry.slot_off)
+    found = []
+    for slot in range(layout.slots):
+        link = load(at + slot * SLOT_BYTES)
+        if link:
+            flags = load(at + slot * SLOT_BYTES + SLOT_P)
+            state = "closing" if flags & REL else "half-closed" if flags & FIN else "open"
+            found.append(
+                {
+                    "slot": slot,
+                    "state": state,
+                    "peer_section": link >> 32 & 0xFF,
+                    "peer_slot": link >> 16 & 0xFFFF,
+                    "generation": link >> 40,
+                }
+            )
+    return found
+
+
+def busy_sections(region: Region) -> list[str]:
+    """Who uses a region: their beat moves, or this kernel says that they run. Nobody, if it is no region."""
+    content = look(region)
+    busy = []
+    for section in content.sections:
+        if section.state in ("live", "attaching", "leaving") or (
+            section.state == "silent" and section.here and region.section_locked(section.number)
+        ):
+            stopped = ", stopped" if section.state == "silent" else ""
+            busy.append(f"section {section.number} ({section.title}{stopped})")
+    return busy
+
+
+@dataclass(frozen=True)
+class OldFile:
+    """A file that was removed from a region's path, and is in use still."""
+
+    held_by: list[Holder]
+    content: Content | None
+    """None: it cannot be looked at."""
+
+
+def old_files(path: str) -> list[OldFile]:
+    """As far as this process may see others."""
+    found: dict[int, list[Holder]] = {}
+    for holder in holders(path):
+        found.setdefault(holder.inode, []).append(holder)
+    return [OldFile(held_by, _content_of(held_by[0], path)) for held_by in found.values()]
+
+
+def _content_of(holder: Holder, path: str) -> Content | None:
+    """Looked at through one of those who have it open."""
+    directory = f"/proc/{holder.pid}/fd"
+    try:
+        for name in os.listdir(directory):
+            link = f"{directory}/{name}"
+            if os.readlink(link) != f"{path} (deleted)" or os.stat(link).st_ino != holder.inode:
+                continue
+            fd = os.open(link, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                size = os.fstat(fd).st_size
+                region = FileRegion(path, map_bytes(fd, size, False), fd, False, filesystem(fd))
+            except BaseException:
+                os.close(fd)
+                raise
+            with region:
+                return look(region)
+    except OSError:
+        pass  # it has ended, or is another user's
+    return None
+
+
+def describe_region(region: Region) -> dict[str, Any]:
+    """How it is mapped."""
+    known = region.describe()
+    bell = known.doorbell
+    return {
+        "url": known.url,
+        "kind": known.kind,
+        "path": known.path,
+        "size": known.size,
+        "write_combining": known.write_combining,
+        "file_system": known.filesystem,
+        "page_size": known.page_size,
+        "allocated": known.allocated,
+        "mode": f"{known.mode:04o}",
+        "uid": known.uid,
+        "gid": known.gid,
+        "section_locks": known.can_lock,
+        "old_files": old_files(known.path) if known.kind == "file" else [],
+        "doorbell": None if bell is None else {"id": bell.id, "vectors": bell.vectors, "lost": bell.lost},
+    }
+
+
+def describe_device(device: PciDevice) -> dict[str, Any]:
+    """What lspci would say."""
+    return {
+        "address": device.address,
+        "ids": "{:04x}:{:04x}".format(*device.ids),
+        "subsystem": "{:04x}:{:04x}".format(*device.subsystem),
+        "class": f"{device.class_code:06x}",
+        "revision": device.revision,
+        "model": device.model,
+        "doorbell": device.doorbell,
+        "driver": device.driver,
+        "enabled": device.enabled > 0,
+        "decoding": device.decoding,
+        "numa_node": None if device.numa_node < 0 else device.numa_node,
+        "mappable": list(device.mappable),
+        "bars": [
+            {
+                "index": bar.index,
+                "address": f"{bar.address:#x}" if bar.assigned else None,
+                "size": bar.size,
+                "wide": bar.wide,
+                "prefetchable": bar.prefetchable,
+                "text": str(bar),
+            }
+            for bar in device.bars[:3]
+        ],
+    }

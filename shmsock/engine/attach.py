@@ -1,0 +1,315 @@
+"""Claiming a section, giving it back, and taking back what the dead left.
+
+Claiming waits (20 ms to see that the claim stands; where none is free, 500 ms to see whose beat does not
+move, and as long as that takes for what a section's last owner wrote to be read), and the engine knows no
+clock: so it is a generator that yields seconds to wait and returns the Claim. Nothing else is used by two at
+once.
+
+What was seen before a claim proves nothing: another may have lived in the section and left in between. So
+whether anybody still reads there is looked at behind the compare-and-swap, when no owner can come any more,
+and a section that is read is given back. The readers' side is `users` and the inbox (native/LAYOUT.md, rule
+U); tests/models/reuse.pml is the model.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Protocol
+
+from shmsock.engine import layout as lay
+from shmsock.engine.layout import Identity, Layout
+from shmsock.errors import section_taken, sections_full
+
+__all__ = ["Claim", "Locks", "Seen", "claim_section", "name_taken", "reap", "release_claim", "survey"]
+
+SETTLE_S = 0.02
+STILL_S = 0.5
+PATIENCE_S = (
+    65.0  # who left a section, and is read: longer than a reader keeps what it has (Settings.linger_s)
+)
+
+
+class Locks(Protocol):
+    """Section locks of the region's file: the kernel drops them with the process that holds them."""
+
+    identity: tuple[int, int]
+
+    def lock_section(self, index: int) -> bool: ...
+    def unlock_section(self, index: int) -> None: ...
+    def section_locked(self, index: int) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Claim:
+    section: int
+    word: int
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One section as somebody outside sees it."""
+
+    section: int
+    claim: int
+    beat: int
+    state: int
+    used: bool
+    life: int
+    """Incarnation of who owns it, or owned it last."""
+    who: Identity | None
+    dead: bool
+    """Proven: its lock is under this kernel and nobody holds it."""
+    left: int
+
+
+def survey(layout: Layout, locks: Locks, boot_id: bytes) -> list[Seen]:
+    memory, found = layout.memory, []
+    for i in range(layout.peers):
+        at = layout.section(i)
+        claim, who = memory.load(at + lay.CLAIM), layout.identity(i)
+        life = memory.load(at + lay.INCARNATION)
+        used = life != 0
+        # The identity of who left says nothing of who is just claiming the section.
+        lock_here = who is not None and who.claim == claim and who.lock_tells(boot_id, locks.identity)
+        found.append(
+            Seen(
+                section=i,
+                claim=claim,
+                beat=memory.load(at + lay.BEAT),
+                state=memory.load(at + lay.STATE),
+                used=used,
+                life=life,
+                who=who,
+                # Without any identity (killed while it claimed a fresh section) nothing was published either.
+                dead=bool(claim and (lock_here or not used) and not locks.section_locked(i)),
+                left=memory.load(at + lay.LEFT),
+            )
+        )
+    return found
+
+
+def _alive(layout: Layout, before: list[Seen]) -> set[int]:
+    """Sections whose beat moved since `before` was taken."""
+    load = layout.memory.load
+    return {s.section for s in before if s.claim and load(layout.section(s.section) + lay.BEAT) != s.beat}
+
+
+def _is_read(layout: Layout, section: int, readers: set[int]) -> bool:
+    """Has one of these not taken all messages of the section's last owner, or does it read what that
+    published? (A message may be the answer to a connection whose bytes are there already.)"""
+    load = layout.memory.load
+    if not load(layout.section(section) + lay.INCARNATION):
+        return False  # nobody ever lived there, whatever others say: newcomers need not wait for them
+    for reader in readers - {section}:
+        there, back = layout.pair(section, reader), layout.pair(reader, section)
+        tag, mine = load(there + lay.BELL) >> 32, load(back + lay.BELL) >> 32
+        sent, taken = load(there + lay.OUTBOX), load(back + lay.INBOX)
+        head = taken if taken >> 32 == tag else 0
+        if sent >> 32 == mine and (sent ^ head) & 0xFFFFFFFF:
+            return True
+        users = load(back + lay.USERS)  # SYNC U: inbox before users; partner: handshake.c, acknowledge()
+        if users & 0xFFFFFFFF and users >> 32 == tag:
+            return True
+    return False
+
+
+def _readers(now: list[Seen], alive: set[int]) -> set[int]:
+    """Who may read: all but the proven dead. One whose beat is still may be a stopped process or VM, which
+    reads on when it is continued."""
+    return {s.section for s in now if s.claim and not s.dead} | alive
+
+
+def _free(now: list[Seen]) -> list[Seen]:
+    """Never used ones, then those left cleanly, the oldest first."""
+    return sorted((s for s in now if not s.claim), key=lambda s: (s.used, s.left if s.used else 0))
+
+
+class _Patience:
+    """How long each section has been as it is, left by its owner, while somebody says that it reads there.
+    What a peer says delays others, and does not stop them for good."""
+
+    def __init__(self) -> None:
+        self._since: dict[int, tuple[tuple[int, int, int], float]] = {}
+        self.waited = 0.0
+
+    def is_over(self, seen: Seen) -> bool:
+        state = (seen.claim, seen.life, seen.left)
+        since = self._since.get(seen.section)
+        if since is None or since[0] != state:
+            since = self._since[seen.section] = state, self.waited
+        return self.waited - since[1] >= PATIENCE_S
+
+
+def claim_section(
+    layout: Layout,
+    locks: Locks,
+    boot_id: bytes,
+    machine_id: bytes,
+    rng: random.Random,
+    *,
+    path: str | None = None,
+    url: str = "",
+    only: int | None = None,
+    waits: Callable[[list[str]], None] = lambda sections: None,
+) -> Generator[float, None, Claim]:
+    """Claim a section: never used ones first, then those left cleanly (oldest first), then those of the
+    proven dead; `only`: that one, or none.
+
+    Yields seconds to wait. `waits` is told once when all that can be had are still read by others: of such a
+    section no byte is lost that is read within PATIENCE_S. Raises RegionError (ENOSPC) that names the silent
+    sections when there is none to wait for.
+    """
+
+    def wanted(found: list[Seen]) -> list[Seen]:
+        return [s for s in found if only in (None, s.section)]
+
+    now = survey(layout, locks, boot_id)
+    anyone = {s.section for s in now if s.claim}  # who of them is dead is not looked at yet
+    for seen in wanted(_free(now)):
+        if not seen.used or not _is_read(layout, seen.section, anyone):
+            claim = yield from _take(layout, locks, boot_id, seen, rng, anyone)
+            if claim:
+                return claim
+    # Only now is it worth watching the beats, and every answer below rests on that.
+    patience, now = _Patience(), survey(layout, locks, boot_id)
+    while True:
+        yield STILL_S
+        patience.waited += STILL_S
+        before, alive = now, _alive(layout, now)
+        now = survey(layout, locks, boot_id)
+        machines = {s.who.machine_id for s in now if s.section in alive and s.who}
+        dead = [
+            s
+            for s in now
+            if s.claim and s.section not in alive and (s.dead or _rebooted(s, boot_id, machine_id, machines))
+        ]
+        readers, held = _readers(now, alive), []
+        for seen in wanted(_free(now) + dead):
+            late = patience.is_over(seen)
+            if not late and _is_read(layout, seen.section, readers):
+                held.append(f"{seen.section} ({seen.who.name if seen.who else 'no name'})")
+                continue
+            claim = yield from _take(layout, locks, boot_id, seen, rng, None if late else alive)
+            if claim:
+                return claim
+        if not held:
+            break
+        if patience.waited == 2 * STILL_S:
+            waits(held)
+    # Who came meanwhile (and may have been quicker just now) was not seen to beat yet; and until it says who
+    # it is, the name is that of the former owner.
+    now = survey(layout, locks, boot_id)
+    silent = [
+        s
+        for s in wanted(now)
+        if s.section not in alive
+        and s.claim == before[s.section].claim
+        and (not s.claim or s.who is None or s.who.claim == s.claim)
+    ]
+    stopped = {
+        s.section: s.who.pid
+        for s in silent
+        if s.who and s.who.lock_tells(boot_id, locks.identity) and locks.section_locked(s.section)
+    }
+    names = [
+        f"{s.section} ({s.who.name if s.who else 'no name'})" for s in silent if s.section not in stopped
+    ]
+    if only is not None:
+        who = now[only].who
+        raise section_taken(only, who.name if who else "", bool(names), path, url)
+    raise sections_full(names, layout.peers, path, url, list(stopped.values()))
+
+
+def name_taken(
+    layout: Layout, locks: Locks, boot_id: bytes, name: str
+) -> Generator[float, None, Identity | None]:
+    """Who else goes by this name and is alive: another machine (its boot id differs), such as a clone of the
+    same image.
+
+    Yields seconds to wait, only if somebody is in doubt: a still beat is that machine before its reboot.
+    """
+    others = [
+        s for s in survey(layout, locks, boot_id) if s.claim and not s.dead and s.who and s.who.name == name
+    ]
+    others = [s for s in others if s.who and s.who.boot_id != boot_id]
+    if others:
+        yield STILL_S
+        alive = _alive(layout, others)
+        return next((s.who for s in others if s.section in alive), None)
+    return None
+
+
+def release_claim(layout: Layout, locks: Locks, claim: Claim) -> None:
+    """Undo a claim that no engine was made of."""
+    layout.memory.cas(layout.section(claim.section) + lay.CLAIM, claim.word, 0)
+    locks.unlock_section(claim.section)
+
+
+def _rebooted(seen: Seen, boot_id: bytes, machine_id: bytes, living_machines: set[bytes]) -> bool:
+    """The same machine came back under another boot id, and its beat is still: its former life is over. A
+    machine id that a living peer has too is a cloned image and proves nothing."""
+    who = seen.who
+    return (
+        who is not None
+        and who.machine_id == machine_id != bytes(16)
+        and who.boot_id != boot_id
+        and machine_id not in living_machines
+    )
+
+
+def _take(
+    layout: Layout,
+    locks: Locks,
+    boot_id: bytes,
+    seen: Seen,
+    rng: random.Random,
+    alive: set[int] | None,
+) -> Generator[float, None, Claim | None]:
+    """Claim it, unless somebody was quicker, or it is read; None for `alive`: read or not."""
+    if not locks.lock_section(seen.section):
+        return None
+    at, word = layout.section(seen.section) + lay.CLAIM, rng.getrandbits(64) | 1
+    taken = False
+    try:
+        if layout.memory.cas(at, seen.claim, word):
+            yield SETTLE_S  # on some mappings a compare-and-swap is not one: see that ours stands
+            taken = layout.memory.load(at) == word
+            if taken and alive is not None:  # only from here on can no other owner have been there
+                readers = _readers(survey(layout, locks, boot_id), alive)
+                taken = not _is_read(layout, seen.section, readers)
+    finally:
+        if not taken:  # also when whoever drives this generator gave up
+            layout.memory.cas(at, word, seen.claim)
+            locks.unlock_section(seen.section)
+    return Claim(seen.section, word) if taken else None
+
+
+def reap(
+    layout: Layout,
+    locks: Locks,
+    boot_id: bytes,
+    *,
+    force: Callable[[Seen], bool] | None = None,
+    watch_s: float = 3.0,
+) -> Generator[float, None, list[Seen]]:
+    """Free the sections whose owner is proven dead, or whose beat is still for `watch_s` seconds and for
+    which `force` says so.
+
+    For `shmsock reap`: a person knows what no observer can, that a silent VM will not come back. Yields
+    seconds to wait, returns what was freed. What somebody still reads there, it can go on reading: whoever
+    claims the section looks at that.
+    """
+    before = survey(layout, locks, boot_id)
+    yield watch_s
+    alive = _alive(layout, before)
+    freed = []
+    for seen in before:
+        if not seen.claim or seen.section in alive:
+            continue
+        if (seen.dead or (force is not None and force(seen))) and layout.memory.cas(
+            layout.section(seen.section) + lay.CLAIM, seen.claim, 0
+        ):
+            freed.append(seen)
+    return freed

@@ -1,0 +1,268 @@
+"""The links that carry datagrams from one peer to another.
+
+A link is an ordinary connection, opened by who sends, with CONNECT to port 0, at first use: one for each
+ordered pair of peers (the own section is one too). It carries records one way, from who opened it; the other
+side's ring is never used. So the order of what one peer sends to another is kept, whichever ports it is for.
+An idle link keeps its slot.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from errno import ECONNREFUSED
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from shmsock.engine.connection import DATA, EMPTY, EOF, REL, SPACE, UNBOUND, VIOLATION, Connection, State
+from shmsock.errors import no_buffers
+
+if TYPE_CHECKING:
+    from shmsock.engine.datagrams import Datagrams, Endpoint
+
+__all__ = ["OVERHEAD", "RECORDS_PER_PASS", "Address", "Incoming", "Outgoing", "Route", "Waiting", "remember"]
+
+HEADER = 8
+OVERHEAD = 64  # what one that waits counts beside its bytes
+RECORDS_PER_PASS, BYTES_PER_PASS = 64, 256 << 10
+SENT_PER_PASS = 256
+REMEMBERED = 1024  # addresses of one endpoint, and flows of one link
+
+Address = tuple[str, int]
+
+
+class Gate:
+    """`calm`: the link is open, and nothing waits: datagrams go straight to the ring."""
+
+    __slots__ = ("calm",)
+
+    def __init__(self, conn: Connection, link: Outgoing) -> None:
+        self.calm = False
+
+
+class Route(NamedTuple):
+    """Where an address leads: a link, index << 8 | flags of the port's entry in the peer's table, and the
+    link's gate."""
+
+    link: Outgoing
+    port: int
+    entry: int
+    gate: Any
+
+
+class Waiting(NamedTuple):
+    """One that could not go out yet. `to` None: it is not worth a second try (a broadcast)."""
+
+    endpoint: Endpoint
+    to: Any
+    route: Route
+    data: bytes
+
+
+def remember(known: dict[Any, Any], key: Any, value: Any) -> None:
+    """Bounded: the oldest is forgotten."""
+    if len(known) >= REMEMBERED and key not in known:
+        del known[next(iter(known))]
+    known[key] = value
+
+
+class Outgoing:
+    """The link that this node opened to a peer: handler of its connection."""
+
+    def __init__(self, owner: Datagrams, conn: Connection) -> None:
+        self.owner, self.conn, self.ep = owner, conn, conn.ep
+        self.gate = owner.gate(conn, self)
+        self.gate.calm = False
+        self.queue: deque[Waiting] = deque()
+        self._over = False
+        self._unread = 0  # by who has gone
+        conn.handler = self
+
+    @property
+    def usable(self) -> bool:
+        return self.conn.state in (State.OPENING, State.OPEN) and not self.conn.orphaned_ns
+
+    def send(self, item: Waiting) -> bool:
+        """Now, or when its turn comes; dropped if too much of its endpoint waits. False: not by this link or
+        entry. Raises OSError (ENOBUFS) for one that this ring can never hold."""
+        need, ring = HEADER + len(item.data), self.conn.ring[1]
+        if need > ring:
+            what = f"ring memory for a datagram of {len(item.data)} bytes to {self.conn.remote[0]!r}"
+            larger = self.owner.engine.slots.region_for_link(need)
+            raise no_buffers(f"{what}, whose link has {ring} bytes,", larger)
+        if not self.queue and self.conn.state is State.OPEN:
+            status = self._put(item)
+            self.gate.calm = status == 1 and not self._over
+            if status:
+                return status == 1
+        endpoint, size = item.endpoint, len(item.data) + OVERHEAD
+        if endpoint.unsent + size > self.owner.engine.settings.datagram_queue_bytes:
+            self.owner.engine.counts["datagrams_dropped_unsent"] += 1
+        else:
+            endpoint.unsent += size
+            self.queue.append(item)
+        return True
+
+    def _put(self, item: Waiting) -> int:
+        """1: it is in the ring. 0: no room, we shall be told. UNBOUND, or the link is lost and its status."""
+        (endpoint, _, (_, port, entry, _), data), conn = item, self.conn
+        if conn.state is not State.OPEN:
+            status = EOF
+        else:
+            status = conn.engine.lib.sh_send(conn.ep, endpoint.local[1], port, entry, data, len(data))
+            conn.engine.stir()
+        if status == VIOLATION:
+            conn.violated("its head went where nothing was written")
+        if status < 0 and status != UNBOUND:
+            self.lost()
+        return status
+
+    def flush(self) -> None:
+        queue, told, stray = self.queue, set(), []
+        for _ in range(SENT_PER_PASS):
+            if not queue or not (status := self._put(queue[0])):
+                break
+            if status < 0 and status != UNBOUND:
+                break  # lost, and so is the queue
+            item = queue.popleft()
+            item.endpoint.unsent -= len(item.data) + OVERHEAD
+            told.add(item.endpoint)
+            if status == UNBOUND and item.to is not None:
+                stray.append(item)
+            elif status == UNBOUND:
+                self.owner.engine.counts["datagrams_unreachable"] += 1
+        else:
+            self.owner.engine.emit("ready", self.conn, SPACE)
+        self.gate.calm = self.conn.state is State.OPEN and not (queue or self._over)
+        for item in stray:
+            item.endpoint.retry(item)
+        for endpoint in told:
+            if endpoint.handler is not None and not endpoint.closed:
+                endpoint.handler.space()
+
+    def lost(self, error: OSError | None = None) -> None:
+        """The peer is gone, or will read no more: so is what it has not read, and what waits."""
+        if self._over:
+            return
+        self._over, self.gate.calm = True, False
+        owner, conn, counts = self.owner, self.conn, self.owner.engine.counts
+        owner.forget(self)
+        if conn.state is State.OPEN:
+            self._unread = owner.engine.lib.sh_unread(conn.ep)
+        counts["datagrams_lost_unread"] += self._unread
+        counts["datagrams_dropped_unsent"] += len(self.queue)
+        told = {e for e in owner if self._unread and e.uses(self)}
+        while self.queue:
+            item = self.queue.popleft()
+            item.endpoint.unsent -= len(item.data) + OVERHEAD
+            told.add(item.endpoint)
+        conn.close()
+        for endpoint in told:
+            refused = error or ConnectionRefusedError(
+                ECONNREFUSED,
+                f"{conn.remote[0]!r} is gone, and did not receive what was sent to it: send again",
+            )
+            endpoint.soon(refused if endpoint.remote is not None else None)
+
+    # -- handler of the connection
+
+    def connected(self) -> None:
+        self.flush()
+
+    def failed(self, error: OSError) -> None:
+        self.lost(None if isinstance(error, ConnectionError) else error)
+
+    def ready(self, bits: Any) -> None:
+        if not self.usable or bits & REL:
+            self.lost()
+        elif bits & DATA:
+            self.conn.violated("bytes in a ring that nothing is to be sent through")
+            self.lost()
+        elif not self.gate.calm:
+            self.flush()
+
+    def freed(self) -> None:
+        self.gate.calm = False
+        if not self._over:
+            self._unread = self.owner.engine.lib.sh_unread(self.ep)
+
+
+class Incoming:
+    """A link that a peer opened: handler of its connection. It is always drained, so that no endpoint that is
+    paused stands in the way of another."""
+
+    def __init__(self, owner: Datagrams, conn: Connection) -> None:
+        self.owner, self.conn, self.ep = owner, conn, conn.ep
+        self._ports = owner.engine.ffi.new("uint32_t *")
+        self._flows: dict[int, tuple[Endpoint, Address]] = {}  # by source << 16 | destination port
+        self._inbox = owner.inbox and owner.inbox(conn, self._flows)
+        conn.follow()
+        conn.handler = self
+
+    def ready(self, bits: Any) -> None:
+        engine, conn, ep, ports, flows = self.owner.engine, self.conn, self.ep, self._ports, self._flows
+        recv, arm, over = engine.lib.sh_recv, engine.lib.sh_arm, engine.lib.sh_over
+        records = given = 0
+        while conn.state is State.OPEN:
+            if records and (records == RECORDS_PER_PASS or given >= BYTES_PER_PASS or over(engine.nd)):
+                engine.emit("ready", conn, DATA)
+                return
+            span = recv(ep, ports)
+            if span >= 0:
+                data = conn.take(span, HEADER)
+                if not isinstance(data, bytes):
+                    return
+                records += 1
+                given += len(data)
+                flow = flows.get(ports[0]) or self._flow(ports[0])
+                if flow is None:
+                    engine.counts["datagrams_unreachable"] += 1
+                else:
+                    flow[0].take(data, flow[1])
+            elif span != EMPTY:
+                self._ended(span)
+                return
+            elif not arm(ep):
+                return
+
+    def _ended(self, status: int) -> None:
+        if status == VIOLATION:
+            self.conn.violated("an impossible datagram, or position, in a ring")
+            return
+        self.conn.ended_by(status)
+        if status == EOF:
+            self.conn.close()
+
+    def _flow(self, ports: int) -> tuple[Endpoint, Address] | None:
+        """Who gets what comes from one port for another, as long as it lives: who is connected to the source
+        first; a sender itself only when nobody shares its port."""
+        engine = self.owner.engine
+        source, peer = (self.conn.remote[0], ports >> 16), engine.peers[self.conn.peer]
+        group = [
+            x
+            for x in engine.listeners.serving(ports & 0xFFFF, peer, datagram=True)
+            if x.handler.takes(source)
+        ]
+        group = [x for x in group if x.handler.remote is not None] or group
+        if peer.section == engine.section:
+            group = [x for x in group if x.handler.local != source] or group
+        if not group:
+            return None
+        endpoint = engine.listeners.in_turn(group).handler
+        flow = endpoint, endpoint.shown(source, peer.section)
+        remember(self._flows, ports, flow)
+        return flow
+
+    def connected(self) -> None:
+        """Was accepted: never called."""
+
+    def failed(self, error: OSError) -> None:
+        """Likewise."""
+
+    def freed(self) -> None:
+        self.owner.incoming.discard(self)
+        if self._inbox is not None:
+            self._inbox.close()
+
+    def forget(self, endpoint: Endpoint) -> None:
+        """It was closed."""
+        for ports in [ports for ports, flow in self._flows.items() if flow[0] is endpoint]:
+            del self._flows[ports]

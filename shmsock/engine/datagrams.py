@@ -1,0 +1,319 @@
+"""Datagrams: the endpoints of this node. What carries them: datagram_links.py.
+
+A datagram is lost only if, and is counted where it happens as
+    datagrams_unreachable     nobody has the port, when it is sent or when it arrives
+    datagrams_dropped_full    what a paused receiving endpoint keeps is at its bound already
+    datagrams_dropped_unsent  what waits in the sending endpoint is at its bound already (it ignored
+                              pause_writing); or the endpoint was closed, or the peer left or died, meanwhile;
+                              or, one of a broadcast, there is no memory for its link, or too little
+    datagrams_lost_unread     the peer left or died, and had not taken it out of the ring
+The bounds are Settings.datagram_queue_bytes; it is always the newest that goes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from shmsock.address import check_port
+from shmsock.engine.connection import Connection
+from shmsock.engine.datagram_links import (
+    OVERHEAD,
+    RECORDS_PER_PASS,
+    Address,
+    Gate,
+    Incoming,
+    Outgoing,
+    Route,
+    Waiting,
+    remember,
+)
+from shmsock.engine.listeners import Listener
+from shmsock.errors import datagram_too_long, node_closed
+
+if TYPE_CHECKING:
+    from shmsock.engine.engine import Engine
+    from shmsock.engine.peers import Peer
+
+__all__ = ["BROADCAST", "DATAGRAM_MAX", "Datagrams", "Endpoint"]
+
+DATAGRAM_MAX = 65507  # SH_DATAGRAM_MAX
+BROADCAST = "*"
+
+
+class Endpoint:
+    """A port for datagrams. `handler` belongs to the driver, and is called from the pump only: datagram(data,
+    source); space(): `unsent` went down; refused(error): nobody received what a connected endpoint sent, or,
+    a NodeClosedError, this node is over."""
+
+    def __init__(self, owner: Datagrams, listener: Listener, remote: Address | None, given: Any) -> None:
+        self.owner, self.engine, self.listener = owner, owner.engine, listener
+        self.local, self.remote = (owner.engine.name, listener.port), remote
+        #: A driver's own way with addresses: shown(address, section) of who sent, host(host) of who is meant.
+        self.shown: Callable[[Address, int], Address] = lambda address, section: address
+        self.host: Callable[[Any], Any] = lambda host: host
+        self.aliases: list[Any] = [None, remote, given]  # what send() may be given when connected
+        self.handler: Any = None
+        self.straight: Any = None  # (protocol, context): a driver may give datagrams to it, past `handler`
+        self.closed = False
+        self.unsent = 0  # bytes that wait for room in a ring, and OVERHEAD for each datagram
+        self.holds = False  # paused, or not yet through with what came meanwhile
+        self._to: Any = given if remote and isinstance(given[0], int) else remote
+        self._send, self._port = owner.engine.lib.sh_send, listener.port
+        self._bound = owner.engine.settings.datagram_queue_bytes
+        self.routes: dict[Any, Route] = {}
+        self._paused = False
+        self._kept: deque[tuple[bytes, Address]] = deque()
+        self._kept_bytes = 0
+        self._due = False
+        self._error: OSError | None = None
+
+    def __repr__(self) -> str:
+        return f"<Endpoint {'closed' if self.closed else 'open'} {self.local} - {self.remote}>"
+
+    # -- sending
+
+    def send(self, data: Any, to: Any = None) -> None:
+        """Never blocks. `to` is (host, port), ("*", port) for all that have the port, or None if connected.
+
+        Raises OSError: EMSGSIZE above 65507 bytes, socket.gaierror, ENOBUFS (no memory for a link, or so
+        little that this one never fits), NodeClosedError; TypeError, ValueError."""
+        if not self.send_now(data, to):
+            self._send_slowly(data, to)
+
+    def send_now(self, data: Any, to: Any = None) -> bool:
+        """The fast way, for an address that was used before. False: nothing was done."""
+        route = self.routes.get(to) if type(to) is tuple or to is None else None
+        if route is None or type(data) is not bytes or not route[3].calm:
+            return False
+        sent: int = self._send(route[0].ep, self._port, route[1], route[2], data, len(data))
+        self.engine.stir()
+        return sent == 1
+
+    def _send_slowly(self, data: Any, to: Any) -> None:
+        self.engine.check()
+        if not isinstance(data, (bytes, bytearray, memoryview)):
+            raise TypeError(f"data argument must be a bytes-like object, not {type(data).__name__!r}")
+        data = bytes(data)
+        if len(data) > DATAGRAM_MAX:
+            raise datagram_too_long(len(data), DATAGRAM_MAX)
+        if self.closed:
+            raise node_closed(self.local, "the endpoint was closed")
+        if self.remote is None:
+            if not isinstance(to, tuple) or len(to) not in (2, 4):  # 4: with what AF_INET6 adds
+                raise TypeError(f"an address is needed, (host, port), not {to!r}: this is not connected")
+            host, port = self.host(to[0]), check_port(to[1], "sendto")
+        elif to not in self.aliases:
+            raise ValueError(f"Invalid address: must be None or {self.remote}")
+        else:
+            host, port = self._to
+        if host == BROADCAST:
+            self._broadcast(data, port)
+        else:
+            self.send_to(data, to, host, port)
+
+    def send_to(self, data: bytes, to: Any, host: Any, port: int) -> None:
+        refused: OSError | None = None
+        for _ in range(2):  # again when the port changed hands, or the link was lost, just now
+            route = self.routes.get(to)
+            try:
+                if route is None or not route.link.usable:
+                    peer = self.engine.listeners.find(host, port, datagram=True)
+                    entry = self.engine.listeners.reachable(peer, port, datagram=True)
+                    link = self.owner.link(peer)
+                    route = Route(link, port, entry, link.gate)
+                    remember(self.routes, to, route)
+            except ConnectionRefusedError as error:
+                refused = error
+                break
+            if route.link.send(Waiting(self, (to, host, port), route, data)):
+                return
+            self.routes.pop(to, None)
+        self.engine.counts["datagrams_unreachable"] += 1
+        if self.remote is not None:
+            self.soon(refused or self.engine.listeners.refused(self.remote[0], port))
+
+    def _broadcast(self, data: bytes, port: int) -> None:
+        """One copy to every peer that has the port; the own node is one if another of its endpoints has
+        it."""
+        listeners, peers = self.engine.listeners, self.engine.peers
+        peers.refresh_all(self.engine.lib.sh_clock())
+        for peer in peers.all:
+            entry = peer.live and listeners.reachable(peer, port, datagram=True)
+            if entry and (
+                peer.section != self.engine.section
+                or any(x is not self.listener for x in listeners.serving(port, peer, datagram=True))
+            ):
+                try:
+                    link = self.owner.link(peer)
+                    if not link.send(Waiting(self, None, Route(link, port, entry, link.gate), data)):
+                        self.engine.counts["datagrams_unreachable"] += 1
+                except OSError:  # no room for a link, or in its ring, or it is not listened to
+                    self.engine.counts["datagrams_dropped_unsent"] += 1
+
+    def retry(self, item: Waiting) -> None:
+        """It waited, and its port has changed hands."""
+        try:
+            self.send_to(item.data, *item.to)
+        except OSError as error:  # nobody has that name any more, or there is no room for a link
+            self.engine.counts["datagrams_dropped_unsent"] += 1
+            self.soon(error if self.remote is not None else None)
+
+    def uses(self, link: Outgoing) -> bool:
+        return any(route.link is link for route in self.routes.values())
+
+    # -- receiving
+
+    def takes(self, source: Address) -> bool:
+        return self.remote is None or self.remote[0] == BROADCAST or self.remote == source
+
+    def take(self, data: bytes, source: Address) -> None:
+        if not self.holds:
+            self.handler.datagram(data, source)
+        elif self._kept_bytes + len(data) + OVERHEAD > self._bound:
+            self.engine.counts["datagrams_dropped_full"] += 1
+        else:
+            self._kept.append((data, source))
+            self._kept_bytes += len(data) + OVERHEAD
+
+    def pause(self) -> None:
+        """Keep what arrives, up to the bound."""
+        self._paused = self.holds = True
+
+    def resume(self) -> None:
+        """What was kept comes from the pump."""
+        self._paused, self.holds = False, bool(self._kept)
+        if self.holds:
+            self.soon()
+
+    # -- what the pump has to tell
+
+    def soon(self, error: OSError | None = None) -> None:
+        self._error = self._error or error
+        if not (self._due or self.closed):
+            self._due = True
+            self.engine.emit("endpoint", self)
+
+    def happened(self) -> None:
+        """The event `endpoint`: an error, space, or what was kept: one at least, and what a turn has time
+        for."""
+        self._due = False
+        error, self._error = self._error, None
+        try:
+            if error is not None and self._told:
+                self.handler.refused(error)
+            if self._told:
+                self.handler.space()
+            for given in range(RECORDS_PER_PASS):
+                if self._paused or not (self._kept and self._told):
+                    break
+                if given and self.engine.lib.sh_over(self.engine.nd):
+                    break
+                data, source = self._kept.popleft()
+                self._kept_bytes -= len(data) + OVERHEAD
+                self.handler.datagram(data, source)
+        finally:
+            self.holds = self._paused or bool(self._kept)
+            if self._kept and not self._paused:
+                self.soon()
+
+    @property
+    def _told(self) -> bool:
+        return self.handler is not None and not self.closed
+
+    def close(self) -> None:
+        """Give the port back. What waits is dropped: wait until nothing is unsent if it shall go out."""
+        if self.closed:
+            return
+        self.closed = True
+        self.listener.close()
+        self.listener.handler = None
+        self.engine.counts["datagrams_unreachable"] += len(self._kept)
+        self._kept.clear()
+        self.routes.clear()
+        self.owner.closed(self)
+
+
+class Datagrams:
+    """What an engine has of them."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._endpoints: set[Endpoint] = set()
+        self._links: dict[int, Outgoing] = {}
+        self.incoming: set[Incoming] = set()
+        #: A driver's own: made for a link, it lets datagrams through; and what takes them from another.
+        self.gate: Callable[[Connection, Outgoing], Any] = Gate
+        self.inbox: Callable[[Connection, dict[int, Any]], Any] | None = None
+
+    def __iter__(self) -> Iterator[Endpoint]:
+        return iter(list(self._endpoints))
+
+    def bind(
+        self,
+        port: int,
+        *,
+        reuse_port: bool = False,
+        local_only: bool = False,
+        remote: tuple[Any, int] | None = None,
+    ) -> Endpoint:
+        """An endpoint at `port` (0: one is chosen), connected to `remote` if given: then it sends there, and
+        takes only what comes from there. Raises OSError (EADDRINUSE, ENOBUFS), socket.gaierror when nobody
+        has the remote name."""
+        self.engine.check()
+        named = None if remote is None else (self.name_of(*remote), remote[1])
+        listener = self.engine.listeners.open(port, 1, reuse_port, local_only, datagram=True)
+        listener.handler = endpoint = Endpoint(self, listener, named, remote)
+        self._endpoints.add(endpoint)
+        return endpoint
+
+    def name_of(self, host: Any, port: int) -> str:
+        """How who is meant calls itself. Raises socket.gaierror when that is nobody."""
+        return BROADCAST if host == BROADCAST else self.peer_of(host, port).name
+
+    def peer_of(self, host: Any, port: int) -> Peer:
+        listeners, peers = self.engine.listeners, self.engine.peers
+        try:
+            return listeners.find(host, port, datagram=True)
+        except ConnectionRefusedError:  # it is there, and has not got the port
+            if isinstance(host, int):
+                return peers[host]
+            own = listeners.is_own_machine(host)
+            named = [peers[self.engine.section]] if own else peers.named(listeners.peer_name(host))
+            if not named:  # who is pinned is not there
+                raise
+            return named[0]
+
+    def link(self, peer: Peer) -> Outgoing:
+        """The one to that peer. Raises what Engine.connect() raises."""
+        link = self._links.get(peer.section)
+        if link is not None and not link.usable:
+            link.lost()
+            link = None
+        if link is None:
+            conn = self.engine.connect(peer.section, 0, local=(self.engine.name, 0), remote=peer.name)
+            link = self._links[peer.section] = Outgoing(self, conn)
+        return link
+
+    def accept(self, conn: Connection) -> None:
+        self.incoming.add(Incoming(self, conn))
+
+    def forget(self, link: Outgoing) -> None:
+        if self._links.get(link.conn.peer) is link:
+            del self._links[link.conn.peer]
+
+    def closed(self, endpoint: Endpoint) -> None:
+        """Drop what of its waits, and have nobody remember it."""
+        self._endpoints.discard(endpoint)
+        for incoming in self.incoming:
+            incoming.forget(endpoint)
+        for link in list(self._links.values()):
+            kept = deque(item for item in link.queue if item.endpoint is not endpoint)
+            self.engine.counts["datagrams_dropped_unsent"] += len(link.queue) - len(kept)
+            link.queue = kept
+        endpoint.unsent = 0
+
+    def down(self, why: OSError) -> None:
+        for endpoint in self:
+            endpoint.soon(why)

@@ -1,0 +1,245 @@
+"""Where things lie in a region (see native/LAYOUT.md), and the format: making one, and checking one."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from shmsock.address import MAX_SECTIONS
+from shmsock.engine.memory import Memory
+from shmsock.errors import RegionFormatError, format_error, region_error
+from shmsock.region import occupants
+
+__all__ = [
+    "MAX_PEERS",
+    "Identity",
+    "Layout",
+    "default_slots",
+    "format_region",
+    "read_layout",
+    "region_for",
+    "too_small",
+]
+
+MAGIC = int.from_bytes(occupants.MAGIC, "little")
+VERSION = 4
+HEADER = 4096
+MAX_PEERS = MAX_SECTIONS
+LISTENERS = 448
+# offsets in the header, then in a section, then in a pair
+H_MAGIC, H_VERSION, H_ID, H_BYTES = 0, 8, 16, 24
+CLAIM, BEAT, PUMPS, INCARNATION, STATE, N_LISTENERS, FLAGS = 0x00, 0x40, 0x48, 0xC0, 0xC8, 0xD0, 0xD8
+NAME, MACHINE, BOOT, PID, DEV, INO = 0x100, 0x140, 0x150, 0x160, 0x168, 0x170
+LEFT, DOORBELL, RESERVED, OWNER = 0x178, 0x180, 0x188, 0x190
+LISTENER = 0x200
+BELL, OUTBOX, INBOX, USERS = 0x00, 0x40, 0x80, 0xC0
+LIVE, LEAVING, GONE = 1, 2, 3
+FLAG_LOCKED, FLAG_FUTEX = 1, 2
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a section says about its owner: shown, compared, never trusted."""
+
+    name: str
+    boot_id: bytes
+    machine_id: bytes
+    pid: int
+    flags: int
+    file: tuple[int, int]
+    claim: int = 0
+    """The claim word under which it was written: of another's claim it says nothing."""
+
+    def lock_tells(self, boot_id: bytes, file: tuple[int, int]) -> bool:
+        """Would this process see it if the owner's section lock fell: same kernel, same file?"""
+        return bool(self.flags & FLAG_LOCKED) and self.boot_id == boot_id != bytes(16) and self.file == file
+
+
+class Layout:
+    """The geometry of a formatted region: a function of its id and size alone."""
+
+    def __init__(self, memory: Memory, region_id: int, region_bytes: int) -> None:
+        ffi, lib = memory.core
+        g = ffi.new("sh_geometry *")
+        if lib.sh_geometry_of(region_id, region_bytes, g) < 0:
+            raise format_error(
+                f"region id {region_id:#x} and size {region_bytes} do not go together: not a region of this "
+                "version, "
+                "or overwritten; make it anew with `shmsock create --force`"
+            )
+        self.memory, self.geometry = memory, g
+        self.region_id, self.region_bytes = region_id, region_bytes
+        self.peers: int = g.peers
+        self.slots: int = g.slots
+        self.section_bytes: int = g.section_bytes
+        self.arena_off: int = g.arena_off
+        self.arena_bytes: int = g.arena_bytes
+
+    def section(self, index: int) -> int:
+        return HEADER + index * self.section_bytes
+
+    def pair(self, of: int, towards: int) -> int:
+        g: Any = self.geometry
+        return self.section(of) + int(g.pair_off) + towards * int(g.pair_bytes)
+
+    def glancer(self) -> tuple[Callable[[], int], Callable[[int], int]]:
+        """A look at all sections, as cheap as can be: it returns a mask of those where who is there, and in
+        what state, is not as at the look before. And what tells a section's beat at that look."""
+        ffi, lib = self.memory.core
+        memory, wc, geometry = self.memory, self.memory.wc, self.geometry
+        step, first = int(lib.SH_GLANCE), int(lib.SH_GLANCE_BEAT)
+        words = ffi.new("uint64_t[]", self.peers * step)
+
+        def glance() -> int:
+            changed: int = lib.sh_glance(memory.base, geometry, words, wc)
+            return changed
+
+        return glance, lambda section: words[section * step + first]
+
+    def identity(self, index: int) -> Identity | None:
+        """Who owns the section; None when nobody does, or when what it says is no identity (half written,
+        hostile)."""
+        memory, at = self.memory, self.section(index)
+        life = memory.load(at + INCARNATION)
+        raw = memory.read(at + NAME, 64)
+        name, _, rest = raw.partition(b"\0")
+        found = Identity(
+            name=name.decode("ascii", "replace"),
+            boot_id=memory.read(at + BOOT, 16),
+            machine_id=memory.read(at + MACHINE, 16),
+            pid=memory.load(at + PID),
+            flags=memory.load(at + FLAGS),
+            file=(memory.load(at + DEV), memory.load(at + INO)),
+            claim=memory.load(at + OWNER),
+        )
+        if (
+            not life
+            or memory.load(at + INCARNATION) != life
+            or not name
+            or len(name) > 63
+            or rest.strip(b"\0")
+        ):
+            return None
+        if not all(c in b"abcdefghijklmnopqrstuvwxyz0123456789._-" for c in name):
+            return None
+        return found
+
+    def write_identity(self, index: int, who: Identity, incarnation: int) -> None:
+        memory, at = self.memory, self.section(index)
+        memory.store(at + N_LISTENERS, 0)
+        memory.write(at + NAME, who.name.encode("ascii").ljust(64, b"\0"))
+        memory.write(at + MACHINE, who.machine_id)
+        memory.write(at + BOOT, who.boot_id)
+        memory.store(at + PID, who.pid)
+        memory.store(at + DEV, who.file[0])
+        memory.store(at + INO, who.file[1])
+        memory.store(at + FLAGS, who.flags)
+        memory.store(at + RESERVED, 0)
+        memory.store(at + OWNER, who.claim)
+        memory.store(at + INCARNATION, incarnation)
+
+
+def _slots_fit(memory: Memory, size: int, peers: int, log2_slots: int) -> Any:
+    g = memory.core.ffi.new("sh_geometry *")
+    return g if memory.core.lib.sh_geometry_of(log2_slots << 8 | peers, size, g) == 0 else None
+
+
+def default_slots(memory: Memory, size: int, peers: int) -> int:
+    """Connections per section: as many as can have two smallest rings (4 KiB) each, 16 to 2048; 0: region too
+    small."""
+    for log2_slots in range(11, 3, -1):
+        g = _slots_fit(memory, size, peers, log2_slots)
+        if g is not None and (g.arena_bytes >= g.slots * 8192 or log2_slots == 4):
+            return 1 << log2_slots
+    return 0
+
+
+def too_small(memory: Memory, peers: int = 1) -> str:
+    """Why there cannot be a region of so many peers in so few bytes; empty: there can."""
+    if memory.size >= HEADER and default_slots(memory, memory.size, peers):
+        return ""
+    need = next(s for s in (1 << k for k in range(12, 40)) if default_slots(memory, s, peers))
+    count = f"{peers} peers" if peers > 1 else "even one peer"
+    fewer = ", or ask for fewer peers" if peers > 1 else ""
+    return f"{memory.size} bytes are too few for a region of {count}: make it {need} or more{fewer}"
+
+
+def format_region(memory: Memory, *, peers: int = 16, rng: random.Random | None = None) -> Layout:
+    """Format a zeroed region; harmless if it is formatted already, or being formatted by another at this
+    moment.
+
+    Everything follows from one word that is compared and swapped, so two that format write the same words.
+    Raises RegionFormatError when the region holds something else, OSError(EINVAL) when it is too small for
+    `peers`.
+    """
+    if not 1 <= peers <= MAX_PEERS:
+        raise region_error(22, f"a region of {peers} peers was asked for, expected 1 to {MAX_PEERS}")
+    if small := too_small(memory, peers):
+        raise format_error(small)
+    magic = memory.load(H_MAGIC)
+    if magic == MAGIC:
+        return read_layout(memory)
+    head = memory.read(0, HEADER)
+    memory.fence()
+    # What appeared in the header since can be another's format, and then its first word, the id, is there.
+    if magic or (any(head) and memory.load(H_ID) == 0):
+        raise format_error(
+            f"the region begins with {head[:16].hex()}, expected zeros or a shmsock magic: it holds "
+            "something else; `shmsock create --force` overwrites it"
+        )
+    draw = rng or random.SystemRandom()
+    log2_slots = default_slots(memory, memory.size, peers).bit_length() - 1
+    memory.cas(H_ID, 0, draw.getrandbits(39) << 24 | 1 << 63 | log2_slots << 8 | peers)
+    region_id = memory.load(H_ID)
+    layout = Layout(memory, region_id, memory.size)
+    memory.store(H_BYTES, memory.size)
+    memory.store(H_VERSION, VERSION)
+    memory.fence()
+    memory.store(H_MAGIC, MAGIC)  # last: who sees it sees the rest
+    return layout
+
+
+def is_blank(memory: Memory) -> bool:
+    """No magic yet, and nothing else either: a BAR2 that nobody formatted, or a format that was begun."""
+    return memory.size >= HEADER and memory.load(H_MAGIC) == 0
+
+
+def read_layout(memory: Memory) -> Layout:
+    """Check the header, once. Raises RegionFormatError that says what was seen and what to do."""
+    if memory.size < HEADER:
+        raise format_error(f"the region has {memory.size} bytes, expected at least {HEADER}: truncated?")
+    magic, version = memory.load(H_MAGIC), memory.load(H_VERSION)
+    if magic != MAGIC:
+        if small := too_small(memory):
+            raise format_error(small)
+        state = "not formatted, or zeroed by a guest's boot" if magic == 0 else "it holds something else"
+        raise format_error(
+            f"the region has magic {magic:#x}, expected {MAGIC:#x}: {state}; run "
+            "`shmsock create --force` on the host when nobody has it mapped, no QEMU either"
+        )
+    if version != VERSION:
+        raise format_error(
+            f"the region has format version {version}, this shmsock knows {VERSION}: use the same shmsock "
+            "on every VM, "
+            "or create the region anew when nobody uses it"
+        )
+    size = memory.load(H_BYTES)
+    if size > memory.size:
+        raise format_error(
+            f"the region was formatted with {size} bytes, but only {memory.size} are there: truncated, or "
+            "the VM was "
+            "given a smaller size= than the file has"
+        )
+    return Layout(memory, memory.load(H_ID), size)
+
+
+def region_for(layout: Layout, factor: int = 2) -> str:
+    """A size of region that would have `factor` times the room, for messages."""
+    from shmsock.region.sizes import format_size
+
+    return format_size(layout.region_bytes * factor)
+
+
+__all__ += ["RegionFormatError", "is_blank"]

@@ -1,0 +1,335 @@
+"""Ports: what this node listens on, and who listens on what elsewhere. Those of datagrams and those of
+streams share the table and the rules, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from errno import EADDRINUSE
+from typing import TYPE_CHECKING, Any
+
+from shmsock.address import is_local, normalize_name
+from shmsock.engine import layout as lay
+from shmsock.errors import (
+    name_malformed,
+    name_unknown,
+    no_listeners,
+    not_local,
+    pinned,
+    port_refused,
+    port_taken,
+    ports_exhausted,
+)
+
+if TYPE_CHECKING:
+    from shmsock.engine.engine import Engine
+    from shmsock.engine.peers import Peer
+
+__all__ = ["Listener", "Listeners"]
+
+USED, REUSE, LOCAL, TENTATIVE, DATAGRAM = 1, 2, 4, 8, 16
+EPHEMERAL = 32768
+PATIENCE, PATIENCE_NS = 20000, 3_000_000  # looks, and time: the loop stands still meanwhile
+ENTRY = struct.Struct("<Q")
+REMEMBERED = 256
+
+
+def _key(port: int, datagram: bool) -> int:
+    return port | DATAGRAM << 16 if datagram else port
+
+
+class Listener:
+    """A port that is listened on. `handler` belongs to the driver, which lowers `pending` when it took a
+    connection over; that of a port for datagrams is its Endpoint."""
+
+    def __init__(self, owner: Listeners, index: int, port: int, backlog: int, flags: int) -> None:
+        self.owner, self.index, self.port, self.backlog, self.flags = (
+            owner,
+            index,
+            port,
+            max(backlog, 1),
+            flags,
+        )
+        self.pending = 0
+        self.handler: Any = None
+        self.closed = False
+        self.serving = True  # False: the port is taken, and who connects is refused
+
+    @property
+    def full(self) -> bool:
+        return self.pending >= self.backlog
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self.owner.remove(self)
+
+
+class Listeners:
+    """The listener table of the own section, and the rules of who may have a port.
+
+    A port belongs to a name, and processes of one host share their name, each with its own section. To take
+    one: publish the entry as tentative, fence, scan the others of that name. Somebody who listens wins over
+    who is tentative; of two tentative ones the lower section wins, and the other one withdraws.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.mine: dict[int, list[Listener]] = {}  # by port, those of datagrams under _key(port, True)
+        self._free = list(range(lay.LISTENERS - 1, -1, -1))
+        slice_size = (65536 - EPHEMERAL) // engine.layout.peers
+        first = EPHEMERAL + engine.section * slice_size
+        self._slice = range(first, first + slice_size)
+        self._count = 0
+        self._ephemeral = self._unused()
+        #: Who was found for (host, port, datagram), in which life, and the entry of the port.
+        self._found: dict[Any, tuple[Peer, int, int]] = {}
+        self._turn = 0
+
+    def __iter__(self) -> Iterator[Listener]:
+        return (listener for group in list(self.mine.values()) for listener in group)
+
+    def ephemeral(self, datagram: bool = False) -> int:
+        """A port of this section's own slice, not listened on and, as long as there are others, not used by a
+        connection."""
+        for _ in self._slice:
+            port = next(self._ephemeral)
+            if _key(port, datagram) not in self.mine:
+                break
+        return port
+
+    def _unused(self) -> Iterator[int]:
+        """Round and round; what connections use is looked up once in a round, in which no port comes
+        twice. While they use all, that is each time."""
+        while True:
+            used = {c.local[1] for c in self.engine.connections.values()}
+            unused = [port for port in self._slice if port not in used]
+            yield from unused or [self.engine.rng.choice(self._slice)]
+
+    def open(self, port: int, backlog: int, reuse: bool, local: bool, datagram: bool = False) -> Listener:
+        if port == 0:
+            return self._open_any(backlog, reuse, local, datagram)
+        flags = USED | reuse * REUSE | local * LOCAL | datagram * DATAGRAM
+        group = self.mine.get(_key(port, datagram), [])
+        if any(not (reuse and other.flags & REUSE) for other in group):
+            raise port_taken(self.engine.name, port, "this process")
+        if not self._free:
+            raise no_listeners(lay.LISTENERS)
+        index = self._free.pop()
+        self._store(index, port | (flags | TENTATIVE) << 16)
+        self.engine.memory.fence()
+        if not self._settle(port, reuse, datagram):
+            self._store(index, 0)
+            self._free.append(index)
+            others = [p for p in self._namesakes() if self.entry(p, port, datagram) and p.who]
+            raise port_taken(self.engine.name, port, *(f"process {p.who.pid}" for p in others[:1] if p.who))
+        self._store(index, port | flags << 16)
+        listener = Listener(self, index, port, backlog, flags)
+        self.mine.setdefault(_key(port, datagram), []).append(listener)
+        return listener
+
+    def _open_any(self, backlog: int, reuse: bool, local: bool, datagram: bool) -> Listener:
+        taken, end = self._taken(datagram), self.engine.lib.sh_clock() + PATIENCE_NS
+        for _ in range(len(self._slice)):
+            port = self.ephemeral(datagram)
+            if port in taken:
+                continue
+            try:
+                return self.open(port, backlog, reuse, local, datagram)
+            except OSError as error:  # a namesake asked for that very port
+                if error.errno != EADDRINUSE or self.engine.lib.sh_clock() > end:
+                    raise
+        raise ports_exhausted(self.engine.name, self._slice[0], self._slice[-1])
+
+    def _taken(self, datagram: bool) -> set[int]:
+        """Ports that others of the own name have, or are about to have."""
+        memory, found = self.engine.memory, set[int]()
+        for peer in self._namesakes():
+            at = self.engine.layout.section(peer.section)
+            used = min(memory.load(at + lay.N_LISTENERS), lay.LISTENERS)
+            for (entry,) in ENTRY.iter_unpack(memory.read(at + lay.LISTENER, ENTRY.size * used)):
+                if entry >> 16 & USED and bool(entry >> 16 & DATAGRAM) == datagram:
+                    found.add(entry & 0xFFFF)
+        return found
+
+    def _settle(self, port: int, reuse: bool, datagram: bool) -> bool:
+        """Is the port ours? Who is tentative decides within microseconds, unless it was stopped in the middle
+        of it, or lies: then it is not, and this is over within PATIENCE_NS."""
+        end = self.engine.lib.sh_clock() + PATIENCE_NS
+        for _ in range(PATIENCE):
+            undecided = False
+            for peer in self._namesakes():
+                flags = self.entry(peer, port, datagram)
+                if not flags or (reuse and flags & REUSE):
+                    continue
+                if not flags & TENTATIVE or peer.section < self.engine.section:
+                    return False
+                undecided = True  # it is about to see our entry, or did not see it and is about to listen
+            if not undecided:
+                return True
+            if self.engine.lib.sh_clock() > end:
+                break
+            os.sched_yield()
+        return False
+
+    def _namesakes(self) -> list[Peer]:
+        peers = self.engine.peers
+        peers.refresh_all(self.engine.lib.sh_clock())
+        return [p for p in peers.named(self.engine.name, local=True) if p.section != self.engine.section]
+
+    def entry(self, peer: Peer, port: int, datagram: bool = False) -> int:
+        """What a peer's table says of a port: index << 8 | flags; 0: it does not listen there."""
+        memory = self.engine.memory
+        found: int = memory.core.lib.sh_listen_find(
+            memory.base, self.engine.layout.geometry, peer.section, port, datagram, memory.wc
+        )
+        return found
+
+    def reachable(self, peer: Peer, port: int, datagram: bool = False) -> int:
+        """The entry, if this node may use it."""
+        entry = self.entry(peer, port, datagram)
+        closed = entry & TENTATIVE or (entry & LOCAL and not self.engine.peers.same_kernel(peer))
+        return 0 if closed else entry
+
+    def remove(self, listener: Listener) -> None:
+        key = _key(listener.port, bool(listener.flags & DATAGRAM))
+        self.mine[key].remove(listener)
+        if not self.mine[key]:
+            del self.mine[key]
+        self._store(listener.index, 0)
+        self._free.append(listener.index)
+
+    def _store(self, index: int, entry: int) -> None:
+        memory, at = self.engine.memory, self.engine.layout.section(self.engine.section)
+        if self.engine.lib.sh_node_is_inert(self.engine.nd):
+            return  # the section may be another's by now
+        memory.store(at + lay.LISTENER + 8 * index, entry)
+        if index >= self._count:
+            self._count = index + 1
+            memory.store(at + lay.N_LISTENERS, self._count)
+
+    def serving(self, port: int, peer: Peer, datagram: bool = False) -> list[Listener]:
+        """Who of this node is there for that peer."""
+        return [
+            x
+            for x in self.mine.get(_key(port, datagram), ())
+            if x.serving and (not x.flags & LOCAL or self.engine.peers.same_kernel(peer))
+        ]
+
+    def accepting(self, port: int, peer: Peer) -> Listener | None:
+        """Who of this node answers a CONNECT to `port` from that peer; several (reuse_port) take turns."""
+        group = self.serving(port, peer)
+        return group[0] if len(group) == 1 else self.in_turn(group) if group else None
+
+    def in_turn(self, group: list[Listener]) -> Listener:
+        self._turn += 1
+        return group[self._turn % len(group)]
+
+    def elsewhere(
+        self, name: str | None, port: int, *, exclude: tuple[int, ...] = (), datagram: bool = False
+    ) -> tuple[list[Peer], bool]:
+        """Peers of that name (None: of this machine) that listen on `port`; and whether anybody has the name
+        at all."""
+        engine, now_ns = self.engine, self.engine.lib.sh_clock()
+        engine.peers.refresh_all(now_ns)
+        while True:
+            named = engine.peers.named(name)
+            found = [p for p in named if p.section not in exclude and self.reachable(p, port, datagram)]
+            if found or not engine.peers.came_back(now_ns):
+                break
+        if len(found) > 1:
+            # whose beat moved last comes first: a dead namesake, until it is known to be dead, is tried last
+            found.sort(key=lambda p: min(p.samples, 3))
+        return found, bool(named)
+
+    def find(self, host: Any, port: int, *, exclude: tuple[int, ...] = (), datagram: bool = False) -> Peer:
+        """Who is to be asked for (host, port): a section's owner, a peer of that name, or (None, localhost)
+        one of this machine. Raises socket.gaierror, ConnectionRefusedError."""
+        engine = self.engine
+        if isinstance(host, int) and not isinstance(host, bool):
+            now_ns = engine.lib.sh_clock()
+            engine.peers.refresh_all(now_ns)
+            engine.peers.came_back(now_ns)
+            sections = {p.section: p for p in engine.peers.all if p.live}
+            if host not in sections:
+                raise self.unknown(host)
+            if host in exclude or not self.entry(sections[host], port, datagram):
+                raise self.refused(host, port)
+            return sections[host]
+        key = None  # datagrams remember their addresses themselves
+        if not exclude and not datagram and (host is None or type(host) is str):
+            key = (host, port)
+        if key in self._found and (known_peer := self._still(key)):
+            return known_peer
+        name = None if self.is_own_machine(host) else self.peer_name(host)
+        found, known = self.elsewhere(name, port, exclude=exclude, datagram=datagram)
+        if not found:
+            raise self._not_found(host, name, port, known, datagram)
+        peer, entry = found[0], self.entry(found[0], port, datagram)
+        # Of several another is to be asked next. 0: it stopped listening just now.
+        if key and len(found) == 1 and entry and not entry & REUSE:
+            if len(self._found) == REMEMBERED:
+                self._found.clear()
+            self._found[key] = peer, peer.incarnation, entry
+        best = [p for p in found if p.samples <= peer.samples]
+        return engine.rng.choice(best) if len(best) > 1 else peer
+
+    def _not_found(self, host: Any, name: str | None, port: int, known: bool, datagram: bool) -> OSError:
+        peers = self.engine.peers
+        if not known:
+            return self.not_pinned(name) or self.unknown(host)
+        same = [p for p in peers.some if p.live and (name is None or p.name == name)]
+        if any(self.entry(p, port, datagram) & LOCAL and not peers.same_kernel(p) for p in same):
+            return not_local(host, port, bool(peers.me.flags & lay.FLAG_LOCKED))
+        return self.refused(host, port)
+
+    def not_pinned(self, name: str | None) -> ConnectionRefusedError | None:
+        """What there is to be said of a pinned name that nobody has who may."""
+        peers = self.engine.peers
+        section = None if name is None else peers.pin.get(name)
+        if name is None or section is None:
+            return None
+        there = peers[section] if section < len(peers.all) else None
+        return pinned(name, section, there.name if there and there.live else None)
+
+    def _still(self, key: Any) -> Peer | None:
+        """Who was found before, if it has the port as it did, and lives: while its beat stands, a namesake
+        may have taken its place, and all are to be compared."""
+        peer, life, entry = self._found[key]
+        peers = self.engine.peers
+        peers.refresh_all(self.engine.lib.sh_clock())
+        same = peer.incarnation == life and self.entry(peer, key[1], False) == entry
+        if same and peer.live and not peer.samples and not peers.killed(peer):
+            return peer
+        del self._found[key]
+        return None
+
+    @staticmethod
+    def is_own_machine(host: Any) -> bool:
+        return host is None or host == "" or is_local(host)
+
+    def peer_name(self, host: str) -> str:
+        """The one spelling of a peer's name. Raises socket.gaierror for what is none."""
+        try:
+            return normalize_name(host)
+        except ValueError as error:
+            raise name_malformed(error) from None
+
+    # -- what is to be said when nobody is found
+
+    def _others(self) -> list[Peer]:
+        peers = self.engine.peers
+        peers.refresh_all(self.engine.lib.sh_clock())
+        return [p for p in peers.there() if p.section != peers.own]
+
+    def unknown(self, host: Any) -> OSError:
+        """Nobody has the name, or that section."""
+        number = isinstance(host, int)
+        known = {str(p.section) if number else p.name for p in self._others()}
+        return name_unknown(host, sorted(known), self.engine.url, self.engine.hint())
+
+    def refused(self, host: Any, port: int) -> ConnectionRefusedError:
+        """Somebody has the name, and nobody the port."""
+        engine = self.engine
+        return port_refused(host, port, engine.url, alone=not self._others(), hint=engine.hint())

@@ -1,0 +1,276 @@
+"""Who is there: one Peer per section, sampled ten times a second, on the caller's clock."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from shmsock.engine import layout as lay
+from shmsock.engine.attach import Locks
+from shmsock.engine.layout import Identity, Layout
+
+if TYPE_CHECKING:
+    from shmsock.engine.connection import Connection
+
+__all__ = ["Peer", "Peers"]
+
+SAMPLES = 10
+BEAT_NS = 100_000_000
+FORSAKEN_SAMPLES, FORSAKEN_NS = 3, 425_000_000  # more than two beats of who is silent
+STALE_NS = 250_000_000  # more than one
+UNSEEN_NS = 1_000_000_000  # who was never seen to beat is not waited for as long as who was
+ADOPTIONS_PER_S = 10
+VIOLATIONS = 3
+
+
+class Peer:
+    """What this node knows of one section's owner, and of the link to it."""
+
+    def __init__(self, section: int, credits: int) -> None:
+        self.section = section
+        self.incarnation = 0
+        self.claim = 0
+        self.who: Identity | None = None
+        self.name = f"section-{section}"
+        self.locked = False  # this process would see it if the lock of its section fell
+        self.live = False
+        self.coming = False  # about to say that it is there: its bells are heard before
+        self.here = False  # was live, and sample() has not told yet that it is gone
+        self.watched = False  # its lock: somebody was asked to
+        self.doorbell = 0  # id << 32 | vectors, as it says
+        #: life, live or coming, and its doorbell, as `changed` was last told of
+        self.told = (0, False, 0)
+        self.forsaken = False  # the server says that its id is gone: dead, if its beat is still as well
+        self.beat = -1
+        self.beat_ns = 0
+        self.seen = False  # in this life: it has beaten, or said something
+        self.samples = 0
+        self.lagging = False
+        # the link
+        self.connections: dict[int, Connection] = {}  # by the peer's slot
+        self.credits = credits
+        self.waiting: deque[Connection] = deque()  # CONNECTs that wait for a credit
+        self.answers: deque[tuple[int, ...]] = deque()  # ACCEPT and REFUSE that found the message ring full
+        self.ring_bytes = 0  # of my arena, in connections that this peer opened
+        self.slots = 0
+        self.violations = 0
+        self.backoff_s = 1
+        self.ignore_until_ns = 0
+        self.adoptions: deque[int] = deque(maxlen=ADOPTIONS_PER_S)
+
+
+class Peers:
+    """All sections but the own one are strangers; the own one is a peer too (a node may connect to
+    itself)."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        own: int,
+        own_identity: Identity,
+        credits: int,
+        dead_after_s: float,
+        locks: Locks | None = None,
+        changed: Callable[[Peer], None] | None = None,
+        inspect: Callable[[int], int] | None = None,
+        pin: Mapping[str, int] | None = None,
+    ) -> None:
+        """`inspect`: may that section be read once more, or has it been too often for nothing? `pin`: the
+        only section that is believed to have that name."""
+        self.pin = pin or {}
+        self.changed = changed or (lambda peer: None)
+        self._inspect = inspect or (lambda section: 1)
+        self._unread = 0  # mask of sections that looked different and were not read yet
+        self.layout, self.own, self.locks = layout, own, locks
+        self.me = own_identity
+        self.dead_after_ns = int(dead_after_s * 1e9)
+        self.all = [Peer(i, credits) for i in range(layout.peers)]
+        self._glance, self._beat = layout.glancer()
+        self.alone = True  # nobody else has been seen so far
+        self.some: list[Peer] = []  # those of whom there is, or was, something to be told
+
+    def __getitem__(self, section: int) -> Peer:
+        return self.all[section]
+
+    def refresh(self, peer: Peer, now_ns: int) -> None:
+        """Is there somebody, and who? Reads two words unless a new life began."""
+        load, at = self.layout.memory.load, self.layout.section(peer.section)
+        claim = load(at + lay.CLAIM)
+        if not claim and not peer.claim:
+            return  # nobody was there, and nobody is
+        life, state = load(at + lay.INCARNATION), load(at + lay.STATE)
+        peer.claim, peer.doorbell = claim, load(at + lay.DOORBELL)
+        if life != peer.incarnation:
+            peer.incarnation = life
+            peer.who = who = self.layout.identity(peer.section)
+            believed = who is not None and self.pin.get(who.name, peer.section) == peer.section
+            peer.name = who.name if who and believed else f"section-{peer.section}"
+            peer.locked = (
+                who is not None
+                and self.locks is not None
+                and peer.section != self.own
+                and who.lock_tells(self.me.boot_id, self.locks.identity)
+            )
+            peer.beat, peer.beat_ns, peer.samples = load(at + lay.BEAT), now_ns, 0
+            peer.live = peer.watched = peer.forsaken = peer.seen = False
+        peer.coming = peer.who is not None and bool(peer.claim) and state == 0
+        if peer.who is None or not peer.claim or state not in (lay.LIVE, lay.LEAVING):
+            peer.live = False
+        elif peer.samples == 0:
+            peer.live = peer.here = True
+            if peer.section != self.own:
+                self.alone = False
+        self.note(peer)
+        self._tell(peer)
+
+    def note(self, peer: Peer) -> None:
+        """There is something to be told about that one, from now on."""
+        if peer not in self.some:
+            self.some.append(peer)
+
+    def _tell(self, peer: Peer) -> None:
+        now = (peer.incarnation, peer.live or peer.coming, peer.doorbell)
+        if now != peer.told:
+            peer.told = now
+            self.changed(peer)
+
+    def refresh_all(self, now_ns: int) -> None:
+        if changed := self._glance():
+            for peer in self.all:
+                if changed >> peer.section & 1:
+                    if self._inspect(peer.section):
+                        self.refresh(peer, now_ns)
+                    else:
+                        self._unread |= 1 << peer.section
+
+    def sample(self, now_ns: int) -> list[Peer]:
+        """One look at every beat. Returns the peers that are gone since the last: left, or silent too
+        long."""
+        gone = []
+        self.refresh_all(now_ns)
+        unread, self._unread = self._unread, 0
+        for peer in self.all if unread else ():
+            if unread >> peer.section & 1:
+                self.refresh(peer, now_ns)
+        for peer in self.some[:]:
+            beat = self._beat(peer.section)
+            if peer.section != self.own and peer.live:
+                if beat != peer.beat:
+                    self._moved(peer, beat, now_ns)
+                else:
+                    peer.samples += 1
+                    longest = self.dead_after_ns if peer.seen else min(self.dead_after_ns, UNSEEN_NS)
+                    silent = peer.samples >= SAMPLES and now_ns - peer.beat_ns >= longest
+                    still = peer.samples >= FORSAKEN_SAMPLES and now_ns - peer.beat_ns >= FORSAKEN_NS
+                    if silent or (peer.forsaken and still):
+                        peer.live = False
+                        self._tell(peer)
+            elif self._thought_dead(peer) and beat != peer.beat:
+                self._came_back(peer, beat, now_ns)
+            if peer.here and not peer.live:  # whoever noticed first
+                peer.here = False
+                gone.append(peer)
+        return gone
+
+    def _thought_dead(self, peer: Peer) -> bool:
+        return not peer.live and peer.who is not None and bool(peer.claim) and peer.section != self.own
+
+    def _came_back(self, peer: Peer, beat: int, now_ns: int) -> None:
+        """It beats again: a stopped process or VM was continued."""
+        peer.beat, peer.beat_ns, peer.samples, peer.seen = beat, now_ns, 0, True
+        self.refresh(peer, now_ns)
+
+    def came_back(self, now_ns: int) -> bool:
+        """Before somebody is refused: does one beat again that was thought dead at the last look?"""
+        found = False
+        for peer in filter(self._thought_dead, self.some):
+            beat = self.layout.memory.load(self.layout.section(peer.section) + lay.BEAT)
+            if beat != peer.beat:
+                self._came_back(peer, beat, now_ns)
+                found |= peer.live
+        return found
+
+    def stale(self, peer: Peer, now_ns: int) -> bool:
+        """Live, as far as is known, and its beat stands still for longer than it should."""
+        return peer.live and peer.samples >= FORSAKEN_SAMPLES and now_ns - peer.beat_ns >= STALE_NS
+
+    def to_bury(self, now_ns: int) -> tuple[list[Peer], bool]:
+        """Those whose lock fell and whose beat stands still besides: dead, whoever looks. And is there one
+        of which that is to be seen yet? (A lock that falls proves nothing where two VMs share a boot id.)"""
+        fallen = [
+            p
+            for p in filter(self._thought_dead, self.some)
+            if p.who and p.who.claim == p.claim and self.killed(p)
+        ]
+        dead = [p for p in fallen if now_ns - p.beat_ns >= FORSAKEN_NS]
+        return dead, len(dead) < len(fallen)
+
+    def _moved(self, peer: Peer, beat: int, now_ns: int) -> None:
+        """Looks may be further apart than beats. If there were fewer beats than there was time for, it fell
+        silent between two looks: counted from when it did, and looked at more closely."""
+        beats, time = (beat - peer.beat) & 0xFFFFFFFFFFFFFFFF, now_ns - peer.beat_ns
+        peer.lagging = peer.beat >= 0 and not peer.lagging and (beats + 3) * BEAT_NS < time
+        peer.beat_ns = peer.beat_ns + beats * BEAT_NS if peer.lagging else now_ns
+        peer.beat, peer.samples, peer.forsaken, peer.seen = beat, 0, False, True
+
+    def heard(self, peer: Peer, now_ns: int) -> None:
+        """It has sent something, though it is not known to be there: it was thought dead, as it was stopped,
+        and continued, and its loop was quicker than its beat. Not if its lock tells that it was killed."""
+        if peer.samples and not self.killed(peer):
+            peer.samples, peer.beat_ns = 0, now_ns
+            self.refresh(peer, now_ns)
+        self.refresh_all(now_ns)
+
+    def declare_dead(self, peer: Peer, now_ns: int) -> None:
+        """The kernel said so: its lock fell."""
+        beat = self.layout.memory.load(self.layout.section(peer.section) + lay.BEAT)
+        peer.seen |= beat != peer.beat
+        peer.beat, peer.beat_ns = beat, now_ns
+        peer.live, peer.here, peer.samples = False, False, max(peer.samples, 1)
+        self._tell(peer)
+
+    def forsake(self, peer: Peer, now_ns: int) -> None:
+        """The server says that the peer's id is gone. One whose beat goes on was merely dropped by it."""
+        peer.forsaken, peer.samples, peer.beat_ns = True, 0, now_ns
+        peer.beat = self.layout.memory.load(self.layout.section(peer.section) + lay.BEAT)
+
+    @property
+    def doubtful(self) -> bool:
+        """Is there one whose beat stood still at the last look?"""
+        return any(p.live and (p.samples or p.lagging or p.forsaken) for p in self.some)
+
+    def same_kernel(self, peer: Peer) -> bool:
+        """Proven, by the lock of its section that somebody holds: a boot id can be copied by who has read
+        it. Where the file knows no locks that is nobody but the own node."""
+        return self._may_be_here(peer) and not self.killed(peer)
+
+    def _may_be_here(self, peer: Peer) -> bool:
+        return peer.section == self.own or (
+            peer.locked and peer.who is not None and peer.who.claim == peer.claim
+        )
+
+    def named(self, name: str | None, *, local: bool = False) -> list[Peer]:
+        """Live peers by name (None: any of the own machine), own section included. Here a killed one is found
+        out at once: who is restarted after a crash shall not meet its own ghost."""
+        here = name is None or local
+        return [
+            p
+            for p in self.some
+            if p.live
+            and (name is None or p.name == name)
+            and (not here or self._may_be_here(p))
+            and not self.killed(p)
+        ]
+
+    def killed(self, peer: Peer) -> bool:
+        """Proven dead by its lock, whatever its beat says."""
+        return peer.locked and self.locks is not None and not self.locks.section_locked(peer.section)
+
+    def there(self) -> list[Peer]:
+        """Live peers, own section included. Here too, a killed one is found out at once."""
+        return [p for p in self.some if p.live and not self.killed(p)]
+
+    def names(self) -> Iterable[str]:
+        """Of all that can be talked to."""
+        return {p.name for p in self.there()}

@@ -1,0 +1,120 @@
+"""Who wakes whom, pair by pair: by a doorbell where both have one, by a futex where both run under one
+kernel, else by nobody, and the keeper looks.
+
+A futex wakes the keeper, which wakes the loop.
+
+A doorbell that was rung and never came is found out by the core (doorbell.c, sh_lost): such a peer is looked
+at as one that cannot ring, until a doorbell of its comes through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from shmsock.engine import layout as lay
+from shmsock.region.doorbell import Doorbell
+
+if TYPE_CHECKING:
+    from shmsock.engine.engine import Engine
+    from shmsock.engine.peers import Peer
+
+__all__ = ["Wakes"]
+
+NONE, FUTEX, EVENTFD, REGISTER, LOST = range(5)
+BY_FUTEX, BY_DOORBELL = 1, 2
+MAX_ID, MAX_VECTORS = 65535, 64
+
+
+class Wakes:
+    """The ways in and out of one node. `doorbell`: ours, if any; `futex`: words of this mapping can be waited
+    for."""
+
+    def __init__(self, engine: Engine, doorbell: Doorbell | None, futex: bool) -> None:
+        self.engine, self.doorbell, self.futex = engine, doorbell, futex
+
+    def announce(self) -> None:
+        """Say in our section how we are rung."""
+        bell, engine = self.doorbell, self.engine
+        at = engine.layout.section(engine.section) + lay.DOORBELL
+        engine.memory.store(at, bell.id << 32 | bell.vectors if bell else 0)
+
+    def _id(self, peer: Peer) -> int | None:
+        """What the peer says that its doorbell is. Our own id is another server's peer, from before a
+        restart."""
+        number, vectors = peer.doorbell >> 32, peer.doorbell & 0xFFFFFFFF
+        if self.doorbell is None or number > MAX_ID or not 0 < vectors <= MAX_VECTORS:
+            return None
+        return None if number == self.doorbell.id else number
+
+    def _by_futex(self, peer: Peer) -> bool:
+        who, me = peer.who, self.engine.peers.me
+        return (
+            self.futex
+            and who is not None
+            and bool(who.flags & lay.FLAG_FUTEX)
+            and who.boot_id == me.boot_id != bytes(16)
+            and who.file == me.file
+        )
+
+    def way(self, peer: Peer) -> str:
+        """How the peer wakes us: "doorbell", "futex" or "polling"."""
+        if self.engine.lib.sh_polled(self.engine.nd, peer.section):
+            return "polling"
+        return "doorbell" if self._id(peer) is not None else "futex"
+
+    def way_out(self, peer: Peer) -> str:
+        """How we wake the peer: "doorbell", "futex" or "nothing"."""
+        if self._id(peer) is not None:
+            return "doorbell"
+        return "futex" if self._by_futex(peer) else "nothing"
+
+    def of_all(self, way: Callable[[Peer], str]) -> dict[str, str]:
+        """way() or way_out() of all others that are there, by name."""
+        engine = self.engine
+        if not engine.alive:
+            return {}
+        return {p.name: way(p) for p in engine.peers.all if p.live and p.section != engine.section}
+
+    def update(self, peer: Peer) -> None:
+        """Something that it depends on has changed: a life of the peer, its doorbell, ours, or the server's
+        news."""
+        lib, nd, number = self.engine.lib, self.engine.nd, self._id(peer)
+        if peer.section == self.engine.section:
+            return  # who rings itself is awake
+        reach = self.doorbell.reach(number) if self.doorbell and number is not None else None
+        there = peer.live or peer.coming
+        if not there:
+            lib.sh_reach(nd, peer.section, NONE, -1, 0, 0)
+        elif reach is not None:
+            kind = EVENTFD if reach.kind == "eventfd" else REGISTER
+            lib.sh_reach(nd, peer.section, kind, reach.fd, reach.offset, reach.value)
+        elif number is not None:  # of another server, or not announced to us yet
+            lib.sh_reach(nd, peer.section, LOST, -1, 0, 0)
+        else:
+            lib.sh_reach(nd, peer.section, FUTEX if self._by_futex(peer) else NONE, -1, 0, 0)
+        rings = (BY_DOORBELL if number is not None else 0) | (BY_FUTEX if self._by_futex(peer) else 0)
+        lib.sh_rings(nd, peer.section, rings, int(there))
+
+    def update_all(self) -> None:
+        for peer in self.engine.peers.all:
+            self.update(peer)
+
+    def withdraw(self) -> None:
+        """Our doorbell is gone, or is not listened to for now: tell the others, who will be looked at. Some
+        go on ringing for a moment: nothing hears it."""
+        self.doorbell = None
+        self.announce()
+        self.update_all()
+
+    def restore(self, doorbell: Doorbell) -> None:
+        """It is listened to again."""
+        self.doorbell = doorbell
+        self.announce()
+        self.update_all()
+
+    def left(self, ids: list[int]) -> list[Peer]:
+        """The server says that these ids are gone. Returns whose they were."""
+        gone = [p for p in self.engine.peers.all if p.live and self._id(p) in ids]
+        self.update_all()
+        return gone

@@ -1,0 +1,1 @@
+"""QEMU guests: what they are booted from, and commands that run in them."""

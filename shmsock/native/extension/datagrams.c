@@ -1,0 +1,293 @@
+/* datagrams.c - the short cuts of datagrams: Inbox hands over what a link brings (the twin of Incoming.ready in shmsock/engine/datagram_links.py),
+ * Outbox is ShmDatagramTransport.sendto for addresses that were used before. */
+#include "extension.h"
+
+#define RECORDS_PER_PASS 64
+#define BYTES_PER_PASS (256u << 10)
+
+PyTypeObject *sh_inbox_type, *sh_outbox_type;
+static PyObject *s_holds, *s_straight, *s_datagram_received, *s_raised, *s_send_slowly, *s_handler, *s_data, *s_addr;
+
+/* ---- receiving ---- */
+
+/* Who gets what comes from and for these ports: (protocol, context), and *source; NULL: Python knows, or finds out. Borrowed but for the
+ * first. */
+static PyObject *who_takes(Inbox *box, uint32_t ports, PyObject **endpoint, PyObject **source)
+{
+    PyObject *key = PyLong_FromUnsignedLong(ports), *flow = key ? PyDict_GetItemWithError(box->flows, key) : NULL, *holds, *straight;
+
+    Py_XDECREF(key);
+    if (!flow || !PyTuple_Check(flow) || PyTuple_GET_SIZE(flow) != 2)
+        return NULL;
+    *endpoint = PyTuple_GET_ITEM(flow, 0);
+    *source = PyTuple_GET_ITEM(flow, 1);
+    holds = PyObject_GetAttr(*endpoint, s_holds);
+    straight = holds == Py_False ? PyObject_GetAttr(*endpoint, s_straight) : NULL;
+    Py_XDECREF(holds);
+    if (straight && PyTuple_Check(straight) && PyTuple_GET_SIZE(straight) == 2 && PyContext_CheckExact(PyTuple_GET_ITEM(straight, 1)))
+        return straight;
+    Py_XDECREF(straight);
+    return NULL;
+}
+
+/* 1: that was all. 0: the rest is Python's. -1: an exception. */
+int sh_inbox_drain(Inbox *box)
+{
+    sh_node *nd = box->turn->nd;
+    uint32_t given = 0;
+
+    sh_takes_part(box->turn, &box->turn_end_ns);
+    for (int records = 0; records < RECORDS_PER_PASS && given < BYTES_PER_PASS && box->open; records++) {
+        PyObject *straight, *endpoint, *source, *data, *error;
+        uint32_t ports;
+        int64_t span = sh_recv(box->ep, &ports);
+        int r = 0;
+
+        if (span < 0)
+            return span == SH_EMPTY;
+        if (!(straight = who_takes(box, ports, &endpoint, &source))) {
+            nd->n[SH_N_DATAGRAMS_IN]--; /* it is still there, and will be found again */
+            return PyErr_Occurred() ? -1 : 0;
+        }
+        Py_INCREF(endpoint);
+        Py_INCREF(source);
+        data = sh_bytes_out(box->ep, (uint32_t)(span >> 32), (uint32_t)span, SH_RECORD_HEADER);
+        given += (uint32_t)span;
+        if (data) {
+            PyObject *protocol = PyTuple_GET_ITEM(straight, 0);
+            r = sh_hand_over(PyTuple_GET_ITEM(straight, 1), protocol, s_datagram_received, data, source, &error);
+            if (r == 0)
+                r = sh_tell_of(PyObject_GetAttr(endpoint, s_handler), s_raised, error, protocol);
+            Py_DECREF(data);
+        } else
+            r = PyErr_Occurred() ? -1 : 0;
+        Py_DECREF(straight);
+        Py_DECREF(endpoint);
+        Py_DECREF(source);
+        if (!data || r < 0)
+            return r;
+        if (box->ep->tail_seen == box->ep->head)
+            return 1; /* that was all: what came meanwhile is news of its own */
+        if (sh_over(nd))
+            break;
+    }
+    if (box->open)
+        sh_look_again(box->turn, box->slot);
+    return 1;
+}
+
+static PyObject *inbox_close(Inbox *box, PyObject *unused)
+{
+    (void)unused;
+    box->open = 0;
+    if (box->turn && box->turn->inboxes && box->turn->inboxes[box->slot] == box)
+        box->turn->inboxes[box->slot] = NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *inbox_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"turn", "conn", "flows", NULL};
+    PyObject *turn, *conn, *flows;
+    Inbox *box;
+    long slot;
+
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!OO!", names, sh_turn_type, &turn, &conn, &PyDict_Type, &flows)
+        || (slot = sh_slot_of(conn, (Turn *)turn)) < 0 || !(box = (Inbox *)type->tp_alloc(type, 0)))
+        return NULL;
+    box->turn = (Turn *)Py_NewRef(turn);
+    box->flows = Py_NewRef(flows);
+    box->slot = (uint32_t)slot;
+    box->ep = &box->turn->nd->eps[slot];
+    box->open = 1;
+    box->turn->inboxes[slot] = box;
+    return (PyObject *)box;
+}
+
+static int inbox_traverse(Inbox *box, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(box));
+    Py_VISIT(box->turn);
+    Py_VISIT(box->flows);
+    return 0;
+}
+
+static int inbox_clear(Inbox *box)
+{
+    Py_DECREF(inbox_close(box, NULL));
+    return 0; /* turn and flows stay: they end their cycles themselves */
+}
+
+static void inbox_dealloc(Inbox *box)
+{
+    PyTypeObject *type = Py_TYPE(box);
+
+    PyObject_GC_UnTrack(box);
+    inbox_clear(box);
+    Py_CLEAR(box->turn);
+    Py_CLEAR(box->flows);
+    type->tp_free(box);
+    Py_DECREF(type);
+}
+
+/* ---- sending ---- */
+
+typedef struct {
+    PyObject_HEAD
+    Turn *turn;
+    PyObject *routes;    /* address -> (gate, port, entry, ...) */
+    PyObject *transport; /* weakly */
+    uint32_t port;
+    char calm;
+} Outbox;
+
+/* 1: sent. 0: not by this way. */
+static int send_now(Outbox *box, PyObject *data, PyObject *address)
+{
+    PyObject *route;
+    Port *gate;
+    uint32_t port, entry;
+    Py_ssize_t n;
+    int sent;
+
+    if (!box->calm || !PyBytes_CheckExact(data) || !(PyTuple_CheckExact(address) || address == Py_None))
+        return 0;
+    route = PyDict_GetItemWithError(box->routes, address);
+    if (!route || !PyTuple_Check(route) || PyTuple_GET_SIZE(route) != 4 || !Py_IS_TYPE(PyTuple_GET_ITEM(route, 3), sh_port_type)) {
+        PyErr_Clear(); /* an address that cannot be looked up: the slow way says so */
+        return 0;
+    }
+    gate = (Port *)PyTuple_GET_ITEM(route, 3);
+    port = (uint32_t)PyLong_AsUnsignedLong(PyTuple_GET_ITEM(route, 1));
+    entry = (uint32_t)PyLong_AsUnsignedLong(PyTuple_GET_ITEM(route, 2));
+    n = PyBytes_GET_SIZE(data);
+    if (!gate->calm || gate->turn != box->turn || PyErr_Occurred() || n > (Py_ssize_t)SH_DATAGRAM_MAX)
+        return PyErr_Occurred() ? -1 : 0;
+    sent = sh_send(gate->ep, box->port, port, entry, PyBytes_AS_STRING(data), (uint32_t)n); /* may let others run, at the end */
+    return sent == 1;
+}
+
+static PyObject *outbox_sendto(Outbox *box, PyObject *const *args, Py_ssize_t n, PyObject *keywords)
+{
+    PyObject *data = n > 0 ? args[0] : NULL, *address = n > 1 ? args[1] : Py_None, *transport, *r;
+    Py_ssize_t named = keywords ? PyTuple_GET_SIZE(keywords) : 0;
+    int sent;
+
+    for (Py_ssize_t i = 0; i < named; i++) {
+        if (PyUnicode_Compare(PyTuple_GET_ITEM(keywords, i), s_data) == 0 && n < 1)
+            data = args[n + i];
+        else if (PyUnicode_Compare(PyTuple_GET_ITEM(keywords, i), s_addr) == 0 && n < 2)
+            address = args[n + i];
+        else
+            data = NULL;
+    }
+    if (!data || n > 2 || n + named > 2)
+        return PyErr_Format(PyExc_TypeError, "sendto() takes data and, unless connected, addr");
+    if ((sent = send_now(box, data, address)) < 0)
+        return NULL;
+    if (sent)
+        return sh_pump_follows(box->turn) < 0 ? NULL : Py_NewRef(Py_None);
+    if (!(transport = PyObject_CallNoArgs(box->transport)))
+        return NULL;
+    r = transport == Py_None ? Py_NewRef(Py_None) : PyObject_CallMethodObjArgs(transport, s_send_slowly, data, address, NULL);
+    Py_DECREF(transport);
+    return r;
+}
+
+static PyObject *outbox_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"turn", "port", "routes", "transport", NULL};
+    PyObject *turn, *routes, *transport;
+    unsigned int port;
+    Outbox *box;
+
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!IO!O", names, sh_turn_type, &turn, &port, &PyDict_Type, &routes, &transport)
+        || !(box = (Outbox *)type->tp_alloc(type, 0)))
+        return NULL;
+    box->turn = (Turn *)Py_NewRef(turn);
+    box->routes = Py_NewRef(routes);
+    box->port = port;
+    box->calm = 1;
+    if (!(box->transport = PyWeakref_NewRef(transport, NULL)))
+        Py_CLEAR(box);
+    return (PyObject *)box;
+}
+
+static int outbox_traverse(Outbox *box, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(box));
+    Py_VISIT(box->turn);
+    Py_VISIT(box->routes);
+    Py_VISIT(box->transport);
+    return 0;
+}
+
+static void outbox_dealloc(Outbox *box)
+{
+    PyTypeObject *type = Py_TYPE(box);
+
+    PyObject_GC_UnTrack(box);
+    Py_CLEAR(box->turn);
+    Py_CLEAR(box->routes);
+    Py_CLEAR(box->transport);
+    type->tp_free(box);
+    Py_DECREF(type);
+}
+
+/* ---- the types ---- */
+
+static PyMethodDef inbox_methods[] = {
+    {"close", (PyCFunction)(void (*)(void))inbox_close, METH_NOARGS, "No more from this link."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyMethodDef outbox_methods[] = {
+    {"sendto", (PyCFunction)(void (*)(void))outbox_sendto, METH_FASTCALL | METH_KEYWORDS, "sendto($self, data, addr=None)\n--\n\nAs ShmDatagramTransport.sendto."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyMemberDef outbox_members[] = {
+    {"calm", T_BOOL, offsetof(Outbox, calm), 0, "the transport is not being closed"},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyType_Slot inbox_slots[] = {
+    {Py_tp_doc, "Takes datagrams from a link, for endpoints that take them straight."},
+    {Py_tp_new, inbox_new},
+    {Py_tp_traverse, inbox_traverse},
+    {Py_tp_clear, inbox_clear},
+    {Py_tp_dealloc, inbox_dealloc},
+    {Py_tp_methods, inbox_methods},
+    {0, NULL},
+};
+
+static PyType_Slot outbox_slots[] = {
+    {Py_tp_doc, "Sends datagrams to addresses that were used before."},
+    {Py_tp_new, outbox_new},
+    {Py_tp_traverse, outbox_traverse},
+    {Py_tp_dealloc, outbox_dealloc},
+    {Py_tp_methods, outbox_methods},
+    {Py_tp_members, outbox_members},
+    {0, NULL},
+};
+
+#define SPEC(type, its_slots) {.name = "shmsock.native._extension." #type, .basicsize = sizeof(type), .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, .slots = its_slots}
+static PyType_Spec inbox_spec = SPEC(Inbox, inbox_slots), outbox_spec = SPEC(Outbox, outbox_slots);
+
+int sh_datagrams_ready(PyObject *module)
+{
+    s_holds = PyUnicode_InternFromString("holds");
+    s_straight = PyUnicode_InternFromString("straight");
+    s_datagram_received = PyUnicode_InternFromString("datagram_received");
+    s_raised = PyUnicode_InternFromString("raised");
+    s_send_slowly = PyUnicode_InternFromString("_send_slowly");
+    s_handler = PyUnicode_InternFromString("handler");
+    s_data = PyUnicode_InternFromString("data");
+    s_addr = PyUnicode_InternFromString("addr");
+    if (!s_holds || !s_straight || !s_datagram_received || !s_raised || !s_send_slowly || !s_handler || !s_data || !s_addr)
+        return -1;
+    sh_inbox_type = (PyTypeObject *)PyType_FromSpec(&inbox_spec);
+    sh_outbox_type = (PyTypeObject *)PyType_FromSpec(&outbox_spec);
+    return !sh_inbox_type || !sh_outbox_type || PyModule_AddObjectRef(module, "Inbox", (PyObject *)sh_inbox_type) < 0
+        ? -1 : PyModule_AddObjectRef(module, "Outbox", (PyObject *)sh_outbox_type);
+}

@@ -1,0 +1,96 @@
+/* extension.h - the hot half dozen calls as types of CPython, over the same core. Each does what its twin in Python does (shmsock/aio:
+ * turn.py, streams.py, transport.py), and hands everything unusual back to Python. */
+#ifndef SHMSOCK_EXTENSION_H
+#define SHMSOCK_EXTENSION_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <structmember.h>
+
+#include "../node.h"
+
+#define COPY_MAX (1u << 20)    /* bytes in one piece */
+#define KEEP_GIL_MAX (1u << 15) /* bytes that are copied without letting other threads run */
+
+typedef struct port Port;
+typedef struct inbox Inbox;
+
+typedef struct {
+    PyObject_HEAD
+    sh_node *nd;
+    sh_keeper *keeper;
+    PyObject *memory; /* tuple of what these two belong to: it is held as long as there is anybody to ask them */
+    PyObject *owed;   /* tuple of containers: while one of them is not empty, the engine is owed a pass */
+    PyObject *queue;  /* what the loop runs next, or a list that stands for it */
+    PyObject *call_soon, *create_future, *context, *pump;
+    Port **ports;     /* by slot: connections with a reader in direct mode, or with a protocol that takes bytes; borrowed */
+    Inbox **inboxes;  /* and links that bring datagrams */
+    uint32_t slots;
+    uint64_t turn_end_ns; /* the turn that is counted: how many took something in it, and in the one before */
+    uint32_t readers, sharers;
+    unsigned long ident;
+    unsigned long long unlocked;
+    int polled;
+    char scheduled, closed, hurry, listens, known, pumping;
+} Turn;
+
+struct port {
+    PyObject_HEAD
+    Turn *turn;
+    PyObject *transport; /* weakly: who has only the port has nothing to say any more */
+    PyObject *buffer, *waiter;
+    PyObject *protocol, *context; /* while bytes go straight to its data_received() */
+    sh_ep *ep;
+    uint32_t slot;
+    Py_ssize_t limit; /* of a line */
+    uint64_t turn_end_ns, since_ns; /* the turn in which it read last, and since when; 0: once only */
+    unsigned int drains;
+    char calm, fast, woken;
+};
+
+struct inbox {
+    PyObject_HEAD
+    Turn *turn;
+    PyObject *flows; /* source << 16 | destination port -> (endpoint, address of the source) */
+    sh_ep *ep;
+    uint32_t slot;
+    uint64_t turn_end_ns; /* the turn in which it brought something last */
+    char open;
+};
+
+enum sh_op_kind { SH_OP_READ, SH_OP_EXACTLY, SH_OP_LINE, SH_OP_DRAIN, SH_OP_HELPER, SH_OP_KINDS };
+
+extern const char *const sh_op_names[SH_OP_KINDS];
+extern PyObject *sh_slow[SH_OP_KINDS]; /* the coroutine functions */
+extern PyTypeObject *sh_turn_type, *sh_port_type, *sh_op_type;
+
+int sh_turn_ready(PyObject *module);
+int sh_port_ready(PyObject *module);
+int sh_op_ready(PyObject *module);
+int sh_streams_ready(PyObject *module);
+int sh_datagrams_ready(PyObject *module);
+
+PyObject *sh_op_new(PyObject *stream, enum sh_op_kind kind, Py_ssize_t n, PyObject *arg);
+
+int sh_call_soon(Turn *t, PyObject *callback);
+int sh_begin_turn(Turn *t);
+int sh_may_spin(Turn *t);
+int sh_will_run(Turn *t);
+int sh_runs(Turn *t);
+PyObject *sh_bytes_out(sh_ep *ep, uint32_t at, uint32_t n, uint32_t header);
+void sh_look_again(Turn *t, uint32_t slot);
+long sh_slot_of(PyObject *conn, Turn *turn);
+int sh_hand_over(PyObject *context, PyObject *protocol, PyObject *method, PyObject *data, PyObject *source, PyObject **error);
+int sh_tell_of(PyObject *whom, PyObject *method, PyObject *error, PyObject *about);
+int sh_port_wake(Port *p);
+int sh_port_deliver(Port *p);
+int sh_inbox_drain(Inbox *box);
+int sh_takes_part(Turn *t, uint64_t *last);
+int sh_share_is_used(Port *p);
+int sh_drained(Port *p);
+PyObject *sh_line_out(Port *p, uint32_t at, uint32_t n);
+
+/* To be called at the start of everything that uses the core. */
+static inline int sh_pump_follows(Turn *t) { return t->scheduled ? 0 : sh_begin_turn(t); }
+
+#endif

@@ -1,0 +1,25 @@
+/* module.c - the module of the accelerator, in the shared object of the core: both are the same code over the same nodes. */
+#include "extension.h"
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, .m_name = "shmsock.native._extension", .m_doc = "The hot calls, in C.", .m_size = 0,
+};
+static PyObject *made;
+
+PyMODINIT_FUNC PyInit__extension(void)
+{
+    PyObject *module;
+
+    /* Types and coroutine functions are one interpreter's. Another does the same in Python: what ended with it would be called here. */
+    if (PyInterpreterState_Get() != PyInterpreterState_Main()) {
+        PyErr_SetString(PyExc_ImportError, "the accelerator serves the main interpreter alone");
+        return NULL;
+    }
+    if (made)
+        return Py_NewRef(made);
+    module = PyModule_Create(&definition);
+    if (module && (sh_turn_ready(module) < 0 || sh_port_ready(module) < 0 || sh_op_ready(module) < 0 || sh_streams_ready(module) < 0 || sh_datagrams_ready(module) < 0))
+        Py_CLEAR(module);
+    made = Py_XNewRef(module);
+    return module;
+}

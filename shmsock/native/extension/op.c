@@ -1,0 +1,486 @@
+/* op.c - read(), readexactly(), readline() and drain() of the streams, and what asyncio's own drain() awaits: awaitables with the interface of
+ * coroutines. Nothing happens before they are awaited, as with coroutines. What they cannot do in C they leave to the coroutines that they
+ * stand for. */
+#include "extension.h"
+
+#define SPARE 8
+
+enum state { START, YIELDED, WAITING, DELEGATED, DONE };
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *stream, *arg; /* the StreamReader, StreamWriter or its protocol, and what it was called with */
+    Port *port;
+    PyObject *inner;        /* what is waited for, or the coroutine that does it */
+    Py_ssize_t n;
+    enum sh_op_kind kind;
+    enum state state;
+    char running;           /* inside of what it waits for, or of its coroutine */
+} Op;
+
+PyTypeObject *sh_op_type;
+static PyObject *s_port, *s_waiter, *s_eof, *s_on_ready, *s_throw, *s_close, *s_check;
+static Op *spare[SPARE];
+static int spares;
+
+/* ---- bytes ---- */
+
+/* Look, spin if nothing else is to be run, and take. NULL without an exception: *status says why. */
+static PyObject *take(Op *op, int64_t *status)
+{
+    Port *p = op->port;
+    sh_ep *ep = p->ep;
+    uint32_t most = op->kind == SH_OP_LINE || op->n > (Py_ssize_t)COPY_MAX ? COPY_MAX : (uint32_t)op->n;
+    uint32_t least = op->kind == SH_OP_EXACTLY ? most : 1, at, n;
+    PyObject *data = NULL;
+    int64_t span;
+
+    if (sh_pump_follows(p->turn) < 0)
+        return NULL;
+    if (op->state == YIELDED) /* others may use up every turn: one without bytes was enough */
+        span = sh_now(ep, most);
+    else {
+        if (sh_share_is_used(p))
+            span = SH_YIELD;
+        else
+            span = sh_flows(ep, least) && sh_may_spin(p->turn) ? SH_EMPTY : sh_begin(ep, most, least, 0);
+        if (span == SH_EMPTY && sh_may_spin(p->turn)) {
+            Py_BEGIN_ALLOW_THREADS
+            span = sh_begin(ep, most, least, 1);
+            Py_END_ALLOW_THREADS
+        }
+    }
+    *status = span;
+    if (span <= 0)
+        return NULL;
+    at = (uint32_t)(span >> 32);
+    n = (uint32_t)span;
+    if (op->kind == SH_OP_LINE)
+        data = sh_line_out(p, at, n);
+    else if (op->kind != SH_OP_EXACTLY || n == most)
+        data = sh_bytes_out(ep, at, n, 0);
+    if (!data)
+        *status = SH_CLOSED; /* not for us */
+    return data;
+}
+
+/* ---- waiting ---- */
+
+static void stop_waiting(Op *op)
+{
+    Port *p = op->port;
+    PyObject *type, *value, *trace;
+
+    PyErr_Fetch(&type, &value, &trace);
+    if (type && p->woken) { /* cancelled, most likely: what it was woken for is to be told to those who look at the buffer */
+        PyObject *tell = PyObject_GetAttr(op->stream, s_on_ready);
+        if (!tell || sh_call_soon(p->turn, tell) < 0)
+            PyErr_Clear();
+        Py_XDECREF(tell);
+    }
+    Py_CLEAR(op->inner);
+    Py_CLEAR(p->waiter);
+    if (PyObject_SetAttr(op->stream, s_waiter, Py_None) < 0)
+        PyErr_Clear();
+    if (p->woken) {
+        p->woken = 0;
+        if (p->turn->queue && sh_runs(p->turn) < 0)
+            PyErr_Clear();
+    }
+    PyErr_Restore(type, value, trace);
+}
+
+static int start_waiting(Op *op)
+{
+    Port *p = op->port;
+    PyObject *waiter = PyObject_CallNoArgs(p->turn->create_future);
+    unaryfunc await_ = waiter && Py_TYPE(waiter)->tp_as_async ? Py_TYPE(waiter)->tp_as_async->am_await : NULL;
+
+    if (!waiter)
+        return -1;
+    op->inner = await_ ? await_(waiter) : PyObject_CallMethod(waiter, "__await__", NULL);
+    if (!op->inner || PyObject_SetAttr(op->stream, s_waiter, waiter) < 0) {
+        Py_CLEAR(op->inner);
+        Py_DECREF(waiter);
+        return -1;
+    }
+    Py_XSETREF(p->waiter, waiter);
+    op->state = WAITING;
+    return 0;
+}
+
+/* ---- the awaitable ---- */
+
+/* One thing at a time, as with coroutines: whoever comes back here from inside is told so, and takes nothing from under the first. */
+static int is_running(const Op *op)
+{
+    if (op->running)
+        PyErr_Format(PyExc_ValueError, "%s() already executing", sh_op_names[op->kind]);
+    return op->running;
+}
+
+static PySendResult send_on(Op *op, PyObject *value, PyObject **out)
+{
+    PySendResult r;
+
+    op->running = 1;
+    r = PyIter_Send(op->inner, value, out);
+    op->running = 0;
+    return r;
+}
+
+static void *already_awaited(const Op *op)
+{
+    return PyErr_Format(PyExc_RuntimeError, "cannot reuse already awaited %s()", sh_op_names[op->kind]);
+}
+
+static PySendResult finish(Op *op, PyObject *result, PyObject **out)
+{
+    op->state = DONE;
+    Py_CLEAR(op->inner);
+    *out = result;
+    return result ? PYGEN_RETURN : PYGEN_ERROR;
+}
+
+static PySendResult delegate(Op *op, PyObject **out)
+{
+    PyObject *args[] = {op->stream, op->arg};
+    PySendResult r;
+
+    op->inner = PyObject_Vectorcall(sh_slow[op->kind], args, op->arg ? 2 : 1, NULL);
+    if (!op->inner)
+        return finish(op, NULL, out);
+    op->state = DELEGATED;
+    r = send_on(op, Py_None, out);
+    return r == PYGEN_NEXT ? r : finish(op, *out, out);
+}
+
+static int is_eof(Op *op)
+{
+    PyObject *eof = PyObject_GetAttr(op->stream, s_eof);
+    int r = eof ? PyObject_IsTrue(eof) : -1;
+
+    Py_XDECREF(eof);
+    return r;
+}
+
+/* Take, wait, or leave it to the coroutine. */
+static PySendResult go_on(Op *op, PyObject **out)
+{
+    Port *p = op->port;
+
+    while (p->fast && p->buffer && !p->waiter && !PyByteArray_GET_SIZE(p->buffer) && (op->kind != SH_OP_EXACTLY || op->n <= (Py_ssize_t)p->ep->rx_bytes)) {
+        int64_t status = 0;
+        int eof;
+        PyObject *data = take(op, &status);
+
+        if (data)
+            return finish(op, data, out);
+        if (PyErr_Occurred())
+            return finish(op, NULL, out);
+        if (op->state == YIELDED && status == SH_EMPTY) {
+            op->state = START;
+            continue;
+        }
+        if (status == SH_YIELD) {
+            op->state = YIELDED;
+            *out = Py_NewRef(Py_None);
+            return PYGEN_NEXT;
+        }
+        if (status == SH_STALE) {
+            PyObject *r = PyObject_CallMethodNoArgs((PyObject *)p->turn, s_check);
+            if (!r)
+                return finish(op, NULL, out);
+            Py_DECREF(r);
+        }
+        if (status != SH_EMPTY)
+            break;
+        if ((eof = is_eof(op)) < 0)
+            return finish(op, NULL, out);
+        if (eof || sh_arm(p->ep)) /* somebody fed it by hand: nothing is waited for */
+            break;
+        if (start_waiting(op) < 0)
+            return finish(op, NULL, out);
+        if (send_on(op, Py_None, out) == PYGEN_NEXT)
+            return PYGEN_NEXT;
+        stop_waiting(op); /* not with a future that nobody had in hand */
+        if (PyErr_Occurred())
+            return finish(op, NULL, out);
+        Py_CLEAR(*out);
+        op->state = START;
+    }
+    return delegate(op, out);
+}
+
+static PySendResult op_send(Op *op, PyObject *value, PyObject **out)
+{
+    PySendResult r;
+    int eof;
+
+    *out = NULL;
+    if (is_running(op))
+        return PYGEN_ERROR;
+    switch (op->state) {
+    case START:
+        if (value != Py_None) {
+            PyErr_Format(PyExc_TypeError, "can't send non-None value to a just-started %s()", sh_op_names[op->kind]);
+            return PYGEN_ERROR;
+        }
+        if (op->kind >= SH_OP_DRAIN && sh_drained(op->port))
+            return finish(op, Py_NewRef(Py_None), out);
+        if (op->kind == SH_OP_DRAIN && op->port && op->port->calm)
+            op->port->drains--; /* its helper, which is asked next, counts it */
+        if (op->kind >= SH_OP_DRAIN)
+            return delegate(op, out);
+        return op->port && op->n > 0 ? go_on(op, out) : delegate(op, out);
+    case YIELDED:
+        return go_on(op, out);
+    case WAITING:
+        r = send_on(op, value, out);
+        if (r == PYGEN_NEXT)
+            return r;
+        Py_CLEAR(*out);
+        stop_waiting(op);
+        if (r == PYGEN_ERROR)
+            return finish(op, NULL, out);
+        op->state = START;
+        if ((eof = is_eof(op)) != 0)
+            return eof < 0 ? finish(op, NULL, out) : delegate(op, out);
+        return go_on(op, out);
+    case DELEGATED:
+        r = send_on(op, value, out);
+        return r == PYGEN_NEXT ? r : finish(op, *out, out);
+    case DONE:
+        break;
+    }
+    already_awaited(op);
+    return PYGEN_ERROR;
+}
+
+/* As generators answer: a value that was returned becomes StopIteration. */
+static PyObject *answer(PySendResult r, PyObject *out)
+{
+    if (r == PYGEN_RETURN) {
+        if (out == Py_None)
+            PyErr_SetNone(PyExc_StopIteration);
+        else
+            PyErr_SetObject(PyExc_StopIteration, out);
+        Py_DECREF(out);
+        return NULL;
+    }
+    return out;
+}
+
+static PyObject *op_send_method(Op *op, PyObject *value)
+{
+    PyObject *out;
+    PySendResult r = op_send(op, value, &out);
+
+    return answer(r, out);
+}
+
+static PyObject *op_next(Op *op) { return op_send_method(op, Py_None); }
+
+static PyObject *op_throw(Op *op, PyObject *args)
+{
+    PyObject *type, *value = NULL, *trace = NULL, *out = NULL, *method;
+
+    if (!PyArg_ParseTuple(args, "O|OO", &type, &value, &trace) || is_running(op))
+        return NULL;
+    if (op->state == DONE)
+        return already_awaited(op);
+    if (op->state == WAITING || op->state == DELEGATED) {
+        int waited = op->state == WAITING;
+        PyObject *inner = Py_NewRef(op->inner);
+
+        method = PyObject_GetAttr(inner, s_throw);
+        op->running = 1;
+        out = method ? PyObject_Call(method, args, NULL) : NULL;
+        op->running = 0;
+        Py_XDECREF(method);
+        Py_DECREF(inner);
+        if (out)
+            return out; /* it goes on */
+        if (waited)
+            stop_waiting(op);
+        op->state = DONE;
+        Py_CLEAR(op->inner);
+        return NULL;
+    }
+    if (PyExceptionInstance_Check(type) && value && value != Py_None)
+        return PyErr_Format(PyExc_TypeError, "instance exception may not have a separate value");
+    op->state = DONE;
+    if (PyExceptionInstance_Check(type))
+        PyErr_SetObject(PyExceptionInstance_Class(type), type);
+    else if (PyExceptionClass_Check(type)) {
+        if (value && value != Py_None)
+            PyErr_SetObject(type, value);
+        else
+            PyErr_SetNone(type);
+    } else
+        PyErr_Format(PyExc_TypeError, "exceptions must be classes or instances deriving from BaseException, not %s", Py_TYPE(type)->tp_name);
+    if (PyErr_ExceptionMatches(PyExc_StopIteration)) { /* whoever awaits would take it for an answer (PEP 479) */
+        PyErr_Format(PyExc_RuntimeError, "%s() raised StopIteration", sh_op_names[op->kind]);
+    }
+    return NULL;
+}
+
+static PyObject *op_close(Op *op, PyObject *unused)
+{
+    PyObject *inner, *r;
+    int waited = op->state == WAITING;
+
+    (void)unused;
+    if (is_running(op))
+        return NULL;
+    inner = Py_XNewRef(op->inner);
+    op->state = DONE;
+    if (inner) {
+        op->running = 1;
+        r = PyObject_CallMethodNoArgs(inner, s_close);
+        op->running = 0;
+        if (waited)
+            stop_waiting(op);
+        Py_CLEAR(op->inner);
+        Py_DECREF(inner);
+        if (!r)
+            return NULL;
+        Py_DECREF(r);
+    }
+    Py_RETURN_NONE;
+}
+
+static int op_traverse(Op *op, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(op));
+    Py_VISIT(op->stream);
+    Py_VISIT(op->arg);
+    Py_VISIT(op->port);
+    Py_VISIT(op->inner);
+    return 0;
+}
+
+static int op_clear(Op *op)
+{
+    Py_CLEAR(op->stream);
+    Py_CLEAR(op->arg);
+    Py_CLEAR(op->port);
+    Py_CLEAR(op->inner);
+    return 0;
+}
+
+static void op_finalize(Op *op)
+{
+    PyObject *type, *value, *trace;
+
+    PyErr_Fetch(&type, &value, &trace);
+    if (op->state == START && op->stream
+        && PyErr_WarnFormat(PyExc_RuntimeWarning, 1, "%s() of %R was never awaited", sh_op_names[op->kind], op->stream) < 0)
+        PyErr_WriteUnraisable((PyObject *)op);
+    if (op->state == WAITING || op->state == DELEGATED) {
+        PyObject *r = op_close(op, NULL);
+        if (!r)
+            PyErr_WriteUnraisable((PyObject *)op);
+        Py_XDECREF(r);
+    }
+    PyErr_Restore(type, value, trace);
+}
+
+static void op_dealloc(Op *op)
+{
+    PyTypeObject *type = Py_TYPE(op);
+
+    if (op->state != DONE && PyObject_CallFinalizerFromDealloc((PyObject *)op) < 0)
+        return;
+    PyObject_GC_UnTrack(op);
+    op_clear(op);
+    if (spares < SPARE && !PyObject_GC_IsFinalized((PyObject *)op)) {
+        spare[spares++] = op;
+        return; /* with its reference to the type */
+    }
+    type->tp_free(op);
+    Py_DECREF(type);
+}
+
+static PyObject *op_name(Op *op, void *unused) { (void)unused; return PyUnicode_FromString(sh_op_names[op->kind]); }
+static PyObject *op_await(Op *op) { return Py_NewRef(op); }
+
+static PyMethodDef methods[] = {
+    {"send", (PyCFunction)(void (*)(void))op_send_method, METH_O, "As of coroutines."},
+    {"throw", (PyCFunction)(void (*)(void))op_throw, METH_VARARGS, "As of coroutines."},
+    {"close", (PyCFunction)(void (*)(void))op_close, METH_NOARGS, "As of coroutines."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyGetSetDef getters[] = {
+    {"__name__", (getter)op_name, NULL, "Of what was called.", NULL},
+    {"__qualname__", (getter)op_name, NULL, "Of what was called.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot slots[] = {
+    {Py_tp_doc, "Something that a stream was asked for."},
+    {Py_am_await, op_await},
+    {Py_am_send, op_send},
+    {Py_tp_iter, op_await},
+    {Py_tp_iternext, op_next},
+    {Py_tp_traverse, op_traverse},
+    {Py_tp_clear, op_clear},
+    {Py_tp_finalize, op_finalize},
+    {Py_tp_dealloc, op_dealloc},
+    {Py_tp_methods, methods},
+    {Py_tp_getset, getters},
+    {0, NULL},
+};
+
+static PyType_Spec spec = {
+    .name = "shmsock.native._extension.Op",
+    .basicsize = sizeof(Op),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = slots,
+};
+
+/* A new one. n: of bytes, negative: not for us. */
+PyObject *sh_op_new(PyObject *stream, enum sh_op_kind kind, Py_ssize_t n, PyObject *arg)
+{
+    PyObject *port = PyObject_GetAttr(stream, s_port);
+    Op *op;
+
+    if (!port)
+        return NULL;
+    if (spares) {
+        op = spare[--spares];
+        (void)PyObject_INIT((PyObject *)op, sh_op_type);
+        Py_DECREF(sh_op_type); /* it had one */
+    } else if (!(op = PyObject_GC_New(Op, sh_op_type))) {
+        Py_DECREF(port);
+        return NULL;
+    }
+    op->stream = Py_NewRef(stream);
+    op->arg = Py_XNewRef(arg);
+    op->port = Py_IS_TYPE(port, sh_port_type) ? (Port *)port : NULL;
+    if (!op->port)
+        Py_DECREF(port);
+    op->inner = NULL;
+    op->n = n;
+    op->kind = kind;
+    op->state = START;
+    op->running = 0;
+    PyObject_GC_Track(op);
+    return (PyObject *)op;
+}
+
+int sh_op_ready(PyObject *module)
+{
+    s_port = PyUnicode_InternFromString("_port");
+    s_waiter = PyUnicode_InternFromString("_waiter");
+    s_eof = PyUnicode_InternFromString("_eof");
+    s_on_ready = PyUnicode_InternFromString("_on_ready");
+    s_throw = PyUnicode_InternFromString("throw");
+    s_close = PyUnicode_InternFromString("close");
+    s_check = PyUnicode_InternFromString("check");
+    sh_op_type = (PyTypeObject *)PyType_FromSpec(&spec);
+    if (!s_port || !s_waiter || !s_eof || !s_on_ready || !s_throw || !s_close || !s_check || !sh_op_type)
+        return -1;
+    return PyModule_AddObjectRef(module, "Op", (PyObject *)sh_op_type);
+}

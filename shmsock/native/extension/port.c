@@ -1,0 +1,434 @@
+/* port.c - what the hot calls know of one connection: the twin of _Port in shmsock/aio/turn.py, and the short cut of ShmTransport.write. */
+#include "extension.h"
+
+PyTypeObject *sh_port_type;
+/* Interned: CPython's cache of lookups goes by the address of a name, and keeps each name that it was asked for. */
+static PyObject *s_done, *s_set_result, *s_write_rest, *s_slot, *s_limit, *s_buffer, *s_raised, *s_data_received;
+
+/* Bytes given to a protocol at once. Many, as freeing them teaches malloc to keep memory: pieces of 64 KiB are given back to the kernel each
+ * time, and take page faults when they come again (measured: a third of the throughput). */
+#define PIECE (1u << 18)
+#define DELIVER_MAX (1u << 18) /* and in one pass */
+#define LINE 256u /* bytes of a ring in which a line is looked for first */
+
+/* The next pass is owed a look at this slot. */
+void sh_look_again(Turn *t, uint32_t slot) { t->nd->ready[SH_WORD(slot)] |= SH_BIT(slot); }
+
+/* The one who waits may go on. */
+int sh_port_wake(Port *p)
+{
+    PyObject *waiter = Py_NewRef(p->waiter), *done = PyObject_CallMethodNoArgs(waiter, s_done), *r = NULL;
+    int is_done = done ? PyObject_IsTrue(done) : -1;
+
+    if (!is_done) {
+        r = PyObject_CallMethodOneArg(waiter, s_set_result, Py_None);
+        if (r && !p->woken) {
+            p->woken = 1;
+            is_done = sh_will_run(p->turn);
+        }
+    }
+    Py_DECREF(waiter);
+    Py_XDECREF(done);
+    Py_XDECREF(r);
+    return is_done < 0 || PyErr_Occurred() ? -1 : 0;
+}
+
+/* Copy n bytes out of the ring, from where the reading is, or a header behind it. NULL without an exception: the slot changed hands meanwhile. */
+PyObject *sh_bytes_out(sh_ep *ep, uint32_t at, uint32_t n, uint32_t header)
+{
+    PyObject *data = PyBytes_FromStringAndSize(NULL, n);
+
+    if (data && sh_copy_taken(ep, PyBytes_AS_STRING(data), at, n, header))
+        Py_CLEAR(data);
+    return data;
+}
+
+/* protocol.method(data[, source]) in that context. 1: done. 0: it raised *error. -1: an exception that ends the program. */
+int sh_hand_over(PyObject *context, PyObject *protocol, PyObject *method, PyObject *data, PyObject *source, PyObject **error)
+{
+    PyObject *args[] = {protocol, data, source}, *type, *trace, *r = NULL;
+
+    Py_INCREF(context); /* it may pause, close, or be replaced by another */
+    Py_INCREF(protocol);
+    if (PyContext_Enter(context) == 0) {
+        r = PyObject_VectorcallMethod(method, args, source ? 3 : 2, NULL);
+        if (PyContext_Exit(context) < 0)
+            Py_CLEAR(r);
+    }
+    Py_DECREF(context);
+    Py_DECREF(protocol);
+    Py_XDECREF(r);
+    if (r)
+        return 1;
+    if (PyErr_ExceptionMatches(PyExc_SystemExit) || PyErr_ExceptionMatches(PyExc_KeyboardInterrupt))
+        return -1;
+    PyErr_Fetch(&type, error, &trace);
+    PyErr_NormalizeException(&type, error, &trace);
+    if (trace)
+        PyException_SetTraceback(*error, trace);
+    Py_XDECREF(type);
+    Py_XDECREF(trace);
+    return 0;
+}
+
+/* whom.method(error, about): what a protocol raised ends its connection. Takes whom (None: nobody is left) and error. 0, or -1. */
+int sh_tell_of(PyObject *whom, PyObject *method, PyObject *error, PyObject *about)
+{
+    PyObject *r = whom == Py_None ? Py_NewRef(whom) : whom ? PyObject_CallMethodObjArgs(whom, method, error, about, NULL) : NULL;
+
+    Py_XDECREF(whom);
+    Py_DECREF(error);
+    Py_XDECREF(r);
+    return r ? 0 : -1;
+}
+
+/* The twin of ReadSide._deliver: what is there goes to data_received(), in the connection's context. 1: that was all. 0: the rest is
+ * Python's, which finds out the same. (A protocol that paused, or is another now, has asked for what is left itself.) */
+int sh_port_deliver(Port *p)
+{
+    uint32_t given = 0;
+    int64_t span = 0;
+
+    sh_takes_part(p->turn, &p->turn_end_ns);
+    while (p->protocol && p->calm && given < DELIVER_MAX && (span = sh_now(p->ep, PIECE)) > 0) {
+        PyObject *data = sh_bytes_out(p->ep, (uint32_t)(span >> 32), (uint32_t)span, 0), *error;
+        int r;
+
+        if (!data)
+            return PyErr_Occurred() ? -1 : 0;
+        given += (uint32_t)span;
+        r = sh_hand_over(p->context, p->protocol, s_data_received, data, NULL, &error);
+        Py_DECREF(data);
+        if (r < 0 || (r == 0 && sh_tell_of(PyObject_CallNoArgs(p->transport), s_raised, error, s_data_received) < 0))
+            return -1;
+        if ((uint32_t)span < PIECE)
+            return 1; /* that was all: what came meanwhile is news of its own */
+        if (sh_over(p->turn->nd))
+            break;
+    }
+    if (span > 0 && p->protocol)
+        sh_look_again(p->turn, p->slot);
+    return span > 0 || span == SH_EMPTY;
+}
+
+/* Take the line out that begins there. It is looked for in a copy: whatever its writer does meanwhile, it has one end. The copies are small
+ * at first, since many lines may be there, and larger for long ones. NULL without an exception: no whole one is there, or it is longer than
+ * allowed. */
+PyObject *sh_line_out(Port *p, uint32_t at, uint32_t n)
+{
+    char begin[LINE];
+    uint32_t done = 0, size = LINE, most = (Py_ssize_t)n <= p->limit + 1 ? n : (uint32_t)p->limit + 1;
+    PyObject *line = NULL;
+    char *copy = begin, *end;
+
+    for (;;) {
+        if (size > most)
+            size = most;
+        sh_copy_ring(p->ep, copy + done, at + done, size - done);
+        if ((end = memchr(copy + done, '\n', size - done)) || size == most)
+            break;
+        done = size;
+        size *= 4;
+        if (!line) {
+            if (!(line = PyBytes_FromStringAndSize(NULL, size)))
+                return NULL;
+            memcpy(PyBytes_AS_STRING(line), begin, done);
+        } else if (_PyBytes_Resize(&line, size) < 0)
+            return NULL;
+        copy = PyBytes_AS_STRING(line);
+    }
+    size = end ? (uint32_t)(end - copy) + 1 : 0;
+    if (!line && size)
+        line = PyBytes_FromStringAndSize(begin, size);
+    else if (line && size && _PyBytes_Resize(&line, size) < 0)
+        return NULL;
+    if (line && (!size || sh_read_end(p->ep, size)))
+        Py_CLEAR(line);
+    return line;
+}
+
+/* Counts who takes something in this turn of the loop; `last` is its own note of that. 1: for the first time. */
+int sh_takes_part(Turn *t, uint64_t *last)
+{
+    if (t->turn_end_ns != t->nd->turn_end_ns) {
+        t->turn_end_ns = t->nd->turn_end_ns;
+        t->sharers = t->readers;
+        t->readers = 0;
+    }
+    if (*last == t->turn_end_ns)
+        return 0;
+    *last = t->turn_end_ns;
+    t->readers++;
+    return 1;
+}
+
+/* A turn's budget is shared by as many as took part in the last one: reads in C are so quick that the first would leave the others nothing.
+ * The clock is that of the last look. */
+int sh_share_is_used(Port *p)
+{
+    Turn *t = p->turn;
+
+    if (sh_takes_part(t, &p->turn_end_ns))
+        p->since_ns = 0;
+    else if (!p->since_ns)
+        p->since_ns = p->ep->looked_ns;
+    return p->since_ns && t->sharers > 1 && (p->ep->looked_ns - p->since_ns) * t->sharers > t->nd->hold_ns;
+}
+
+/* Has a drain nothing to wait for? Reads look at the clock each time; of drains every eighth is enough to keep a turn within its budget.
+ * Their coroutine looks at the reader's exception as well, and lets the loop turn. */
+int sh_drained(Port *p)
+{
+    return p && p->calm && (++p->drains & 7 || (p->fast && p->turn->scheduled && !sh_over(p->turn->nd)));
+}
+
+/* The slow way. A transport that is no more is one whose connection is lost: it would at most warn. */
+static PyObject *write_rest(Port *p, PyObject *data, int64_t taken)
+{
+    PyObject *transport = p->transport ? PyObject_CallNoArgs(p->transport) : Py_NewRef(Py_None);
+    PyObject *number = transport ? PyLong_FromLongLong(taken) : NULL, *r = NULL;
+
+    if (number)
+        r = transport == Py_None ? Py_NewRef(Py_None) : PyObject_CallMethodObjArgs(transport, s_write_rest, data, number, NULL);
+    Py_XDECREF(transport);
+    Py_XDECREF(number);
+    return r;
+}
+
+/* What sh_write() says. */
+static int64_t write_out(Port *p, PyObject *data)
+{
+    Py_ssize_t n = PyBytes_GET_SIZE(data);
+    int64_t taken;
+
+    if (n > (Py_ssize_t)KEEP_GIL_MAX) {
+        Py_BEGIN_ALLOW_THREADS
+        taken = sh_write(p->ep, PyBytes_AS_STRING(data), (uint64_t)n);
+        Py_END_ALLOW_THREADS
+    } else
+        taken = sh_write(p->ep, PyBytes_AS_STRING(data), (uint64_t)n);
+    return taken;
+}
+
+static PyObject *port_write(Port *p, PyObject *data)
+{
+    int64_t taken = 0;
+
+    if (p->calm && PyBytes_CheckExact(data)) {
+        taken = write_out(p, data);
+        if (SH_LIKELY(taken == PyBytes_GET_SIZE(data)))
+            return sh_pump_follows(p->turn) < 0 ? NULL : Py_NewRef(Py_None);
+    }
+    return write_rest(p, data, taken);
+}
+
+/* For a receive() that has let the loop turn: 1 to `most` bytes; None: the slow way. */
+static PyObject *port_take(Port *p, PyObject *most)
+{
+    Py_ssize_t n = p->fast ? PyLong_AsSsize_t(most) : 0;
+    uint32_t want = n > (Py_ssize_t)COPY_MAX ? COPY_MAX : (uint32_t)n;
+    PyObject *data;
+    int64_t span;
+
+    if (n < 1) {
+        PyErr_Clear();
+        Py_RETURN_NONE;
+    }
+    if (sh_pump_follows(p->turn) < 0)
+        return NULL;
+    span = sh_begin(p->ep, want, 1, 0);
+    if (span == SH_EMPTY && sh_may_spin(p->turn)) {
+        Py_BEGIN_ALLOW_THREADS
+        span = sh_begin(p->ep, want, 1, 1);
+        Py_END_ALLOW_THREADS
+    }
+    data = span > 0 ? sh_bytes_out(p->ep, (uint32_t)(span >> 32), (uint32_t)span, 0) : NULL;
+    return data || PyErr_Occurred() ? data : Py_NewRef(Py_None);
+}
+
+/* For a send(): how many bytes went into the ring; None: all of them, and others need not run yet. */
+static PyObject *port_put(Port *p, PyObject *data)
+{
+    int64_t taken = 0;
+
+    if (p->calm && PyBytes_CheckExact(data) && PyBytes_GET_SIZE(data)) {
+        taken = write_out(p, data);
+        if (sh_pump_follows(p->turn) < 0)
+            return NULL;
+        if (SH_LIKELY(taken == PyBytes_GET_SIZE(data)) && !sh_over(p->turn->nd))
+            Py_RETURN_NONE;
+    }
+    return PyLong_FromLongLong(taken < 0 ? 0 : taken);
+}
+
+/* A reader in direct mode: from now on the pump may wake it from C. */
+static PyObject *port_attach(Port *p, PyObject *reader)
+{
+    PyObject *limit = PyObject_GetAttr(reader, s_limit), *buffer = PyObject_GetAttr(reader, s_buffer);
+
+    if (limit && buffer && PyByteArray_CheckExact(buffer)) {
+        p->limit = PyLong_AsSsize_t(limit);
+        Py_XSETREF(p->buffer, Py_NewRef(buffer));
+        p->turn->ports[p->slot] = p;
+    }
+    Py_XDECREF(limit);
+    Py_XDECREF(buffer);
+    return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
+}
+
+/* receive(protocol, context): from now on the pump gives bytes to it; None: it is Python's. */
+static PyObject *port_receive(Port *p, PyObject *args)
+{
+    PyObject *protocol, *context;
+
+    if (!PyArg_ParseTuple(args, "OO!", &protocol, &PyContext_Type, &context))
+        return NULL;
+    Py_XSETREF(p->context, Py_NewRef(context));
+    Py_XSETREF(p->protocol, protocol == Py_None ? NULL : Py_NewRef(protocol));
+    if (p->protocol)
+        p->turn->ports[p->slot] = p;
+    Py_RETURN_NONE;
+}
+
+/* The collector ends things in any order. */
+static void let_go(Port *p)
+{
+    p->fast = 0;
+    if (p->turn && p->turn->ports && p->turn->ports[p->slot] == p)
+        p->turn->ports[p->slot] = NULL;
+}
+
+/* No reader takes bytes any more. */
+static PyObject *port_detach(Port *p, PyObject *unused)
+{
+    (void)unused;
+    let_go(p);
+    Py_CLEAR(p->protocol);
+    Py_RETURN_NONE;
+}
+
+/* Of a connection of that node; -1: an exception. */
+long sh_slot_of(PyObject *conn, Turn *turn)
+{
+    PyObject *number = PyObject_GetAttr(conn, s_slot);
+    long slot = number ? PyLong_AsLong(number) : -1;
+
+    Py_XDECREF(number);
+    if (!PyErr_Occurred() && (slot < 0 || slot >= (long)turn->slots))
+        PyErr_Format(PyExc_ValueError, "slot %ld: this node has %u", slot, (unsigned)turn->slots);
+    return PyErr_Occurred() ? -1 : slot;
+}
+
+static int fill(Port *p, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"turn", "conn", "transport", NULL};
+    PyObject *turn, *conn, *transport;
+    long slot;
+
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!OO", names, sh_turn_type, &turn, &conn, &transport)
+        || (slot = sh_slot_of(conn, (Turn *)turn)) < 0)
+        return -1;
+    p->turn = (Turn *)Py_NewRef(turn);
+    if (!(p->transport = PyWeakref_NewRef(transport, NULL)))
+        return -1;
+    p->slot = (uint32_t)slot;
+    p->ep = &p->turn->nd->eps[slot];
+    p->calm = 1;
+    return 0;
+}
+
+/* There is none without its node: nothing below asks. */
+static PyObject *port_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    Port *p = (Port *)type->tp_alloc(type, 0);
+
+    if (p && fill(p, args, kwargs) < 0)
+        Py_CLEAR(p);
+    return (PyObject *)p;
+}
+
+static int port_traverse(Port *p, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(p));
+    Py_VISIT(p->turn);
+    Py_VISIT(p->transport);
+    Py_VISIT(p->buffer);
+    Py_VISIT(p->waiter);
+    Py_VISIT(p->protocol);
+    Py_VISIT(p->context);
+    return 0;
+}
+
+static int port_clear(Port *p)
+{
+    let_go(p);
+    p->calm = 0;
+    Py_CLEAR(p->transport);
+    Py_CLEAR(p->buffer);
+    Py_CLEAR(p->waiter);
+    Py_CLEAR(p->protocol);
+    Py_CLEAR(p->context);
+    return 0; /* the turn stays: what is called all the same finds its node */
+}
+
+static void port_dealloc(Port *p)
+{
+    PyTypeObject *type = Py_TYPE(p);
+
+    PyObject_GC_UnTrack(p);
+    port_clear(p);
+    Py_CLEAR(p->turn);
+    type->tp_free(p);
+    Py_DECREF(type);
+}
+
+static PyMethodDef methods[] = {
+    {"write", (PyCFunction)(void (*)(void))port_write, METH_O, "write($self, data, /)\n--\n\nAs ShmTransport.write."},
+    {"take", (PyCFunction)(void (*)(void))port_take, METH_O, "1 to so many bytes for a receive() that has let the loop turn. None: the slow way."},
+    {"put", (PyCFunction)(void (*)(void))port_put, METH_O, "How many bytes of a send() went into the ring. None: all, and others need not run yet."},
+    {"attach", (PyCFunction)(void (*)(void))port_attach, METH_O, "A reader in direct mode."},
+    {"receive", (PyCFunction)(void (*)(void))port_receive, METH_VARARGS, "The protocol that bytes are given to, and in which context."},
+    {"detach", (PyCFunction)(void (*)(void))port_detach, METH_NOARGS, "No reader takes bytes any more."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyMemberDef members[] = {
+    {"calm", T_BOOL, offsetof(Port, calm), 0, "writes go straight to the ring and drain() has nothing to wait for"},
+    {"fast", T_BOOL, offsetof(Port, fast), 0, "a reader takes its bytes from the ring, no exception is set, and nobody waits in Python"},
+    {"woken", T_BOOL, offsetof(Port, woken), 0, "the pump has woken who waits"},
+    {"drains", T_UINT, offsetof(Port, drains), 0, "of those that had nothing to wait for"},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyType_Slot slots[] = {
+    {Py_tp_doc, "What the short cuts of one connection ask."},
+    {Py_tp_new, port_new},
+    {Py_tp_traverse, port_traverse},
+    {Py_tp_clear, port_clear},
+    {Py_tp_dealloc, port_dealloc},
+    {Py_tp_methods, methods},
+    {Py_tp_members, members},
+    {0, NULL},
+};
+
+static PyType_Spec spec = {
+    .name = "shmsock.native._extension.Port",
+    .basicsize = sizeof(Port),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
+    .slots = slots,
+};
+
+int sh_port_ready(PyObject *module)
+{
+    s_done = PyUnicode_InternFromString("done");
+    s_set_result = PyUnicode_InternFromString("set_result");
+    s_write_rest = PyUnicode_InternFromString("_write_rest");
+    s_slot = PyUnicode_InternFromString("slot");
+    s_limit = PyUnicode_InternFromString("_limit");
+    s_buffer = PyUnicode_InternFromString("_buffer");
+    s_raised = PyUnicode_InternFromString("_raised");
+    s_data_received = PyUnicode_InternFromString("data_received");
+    sh_port_type = (PyTypeObject *)PyType_FromSpec(&spec);
+    return s_done && s_set_result && s_write_rest && s_slot && s_limit && s_buffer && s_raised && s_data_received && sh_port_type
+        ? PyModule_AddObjectRef(module, "Port", (PyObject *)sh_port_type) : -1;
+}

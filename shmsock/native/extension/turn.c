@@ -1,0 +1,401 @@
+/* turn.c - when the pump runs: the twin of _Turn in shmsock/aio/turn.py, which says what it is about. */
+#include "extension.h"
+
+#include <sched.h>
+#include <stdlib.h>
+
+#define EVENTS 64
+#define GLANCE_NS 2000u /* not worth giving the GIL away for */
+#define SPIN_NS 50000u  /* in one go; then the loop has to look after others */
+#define UNUSUAL (SH_LOOK_FIN | SH_LOOK_REL | SH_LOOK_RESET | SH_LOOK_BAD)
+
+PyTypeObject *sh_turn_type;
+static PyObject *with_context; /* ("context",) */
+static PyObject *s_check, *s_heard, *s_attend, *s_pump_follows;
+
+/* ---- turns ---- */
+
+/* In the context of the pump. */
+int sh_call_soon(Turn *t, PyObject *callback)
+{
+    PyObject *args[] = {callback, t->context}, *handle;
+
+    if (!t->call_soon) {
+        PyErr_SetString(PyExc_RuntimeError, "this node was never attached, or has been collected");
+        return -1;
+    }
+    handle = PyObject_Vectorcall(t->call_soon, args, 1, with_context);
+    Py_XDECREF(handle);
+    return handle ? 0 : -1;
+}
+
+int sh_begin_turn(Turn *t)
+{
+    if (PyThread_get_thread_ident() != t->ident) {
+        PyObject *r = PyObject_CallMethodNoArgs((PyObject *)t, s_check); /* raises */
+        Py_XDECREF(r);
+        return r ? 0 : -1;
+    }
+    if (t->nd) /* else it was never attached, and call_soon is not to be had either */
+        sh_turn(t->nd);
+    if (sh_call_soon(t, t->pump) < 0) /* no memory; Ctrl-C in there: not marked, so that the next call tries again */
+        return -1;
+    t->scheduled = 1;
+    return 0;
+}
+
+int sh_may_spin(Turn *t) { return PyObject_Size(t->queue) + t->pumping < 2; }
+
+int sh_will_run(Turn *t) { return t->known ? 0 : PyList_Append(t->queue, Py_None); }
+
+int sh_runs(Turn *t)
+{
+    Py_ssize_t n = t->known || !t->queue ? 0 : PyList_GET_SIZE(t->queue);
+
+    return n ? PyList_SetSlice(t->queue, n - 1, n, NULL) : 0;
+}
+
+static int owed(Turn *t)
+{
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(t->owed); i++)
+        if (PyObject_Size(PyTuple_GET_ITEM(t->owed, i)))
+            return 1;
+    return 0;
+}
+
+/* Python's part of a pass. n < 0: this node is over. 1: somebody was told of something. */
+static int attend(Turn *t, const uint64_t *words, int n, uint64_t now)
+{
+    PyObject *list = n < 0 ? Py_NewRef(Py_None) : PyList_New(n), *clock = list ? PyLong_FromUnsignedLongLong(now) : NULL, *r = NULL;
+    int told = -1;
+
+    for (int i = 0; clock && i < n; i++) {
+        PyObject *word = PyLong_FromUnsignedLongLong(words[i]);
+        if (!word)
+            goto out;
+        PyList_SET_ITEM(list, i, word);
+    }
+    if (clock)
+        r = PyObject_CallMethodObjArgs((PyObject *)t, s_attend, list, clock, NULL);
+    if (r)
+        told = PyObject_IsTrue(r);
+out:
+    Py_XDECREF(list);
+    Py_XDECREF(clock);
+    Py_XDECREF(r);
+    return told;
+}
+
+static int fall_asleep(Turn *t)
+{
+    return __atomic_load_n(&t->nd->inert, __ATOMIC_ACQUIRE) || sh_keeper_arm(t->keeper, t->hurry);
+}
+
+/* Readers that wait for bytes, and protocols that take them or datagrams, which is what happens most, get theirs from here; Python attends to the rest.
+ * 1: somebody was told of something. */
+static int tell(Turn *t, uint64_t *words, int n, uint64_t now)
+{
+    PyObject *type = NULL, *value = NULL, *trace = NULL;
+    int left = 0, told = 0;
+
+    for (int i = 0; i < n; i++) {
+        uint32_t kind = words[i] >> 24 & 0xff, slot = words[i] & 0xffffff, bits = (uint32_t)(words[i] >> 32);
+        Port *p = kind == SH_EV_SLOT && slot < t->slots ? t->ports[slot] : NULL;
+        Inbox *box = kind == SH_EV_SLOT && slot < t->slots ? t->inboxes[slot] : NULL;
+        PyObject *whose = box ? (PyObject *)box : (PyObject *)p;
+        int r = 0;
+
+        if (whose && bits && !(bits & UNUSUAL) && (box || p->calm)) {
+            Py_INCREF(whose);
+            if (box)
+                r = sh_inbox_drain(box);
+            else if (p->protocol)
+                r = sh_port_deliver(p);
+            else if (p->waiter && p->fast)
+                r = sh_port_wake(p) < 0 ? -1 : 1;
+            Py_DECREF(whose);
+            told |= r > 0;
+            if (r > 0)
+                continue;
+            if (r < 0 && !type) /* Ctrl-C, say. Raised when the others have been told of theirs: a loop may be run again to clean up */
+                PyErr_Fetch(&type, &value, &trace);
+            else
+                PyErr_Clear();
+        }
+        words[left++] = words[i];
+    }
+    if (!t->closed && (n < 0 || left || t->unlocked || now >= t->nd->due_ns || owed(t))) {
+        int r = attend(t, words, n < 0 ? n : left, now);
+        if (r < 0 && type) {
+            Py_DECREF(type);
+            Py_XDECREF(value);
+            Py_XDECREF(trace);
+        }
+        if (r < 0)
+            return -1;
+        told |= r;
+    }
+    if (type)
+        PyErr_Restore(type, value, trace);
+    return type ? -1 : told != 0;
+}
+
+/* May this turn of the loop go on with the pump? Nothing else is to be run. */
+static int is_alone(Turn *t, int owes) { return !owes && t->known && PyObject_Size(t->queue) == 0; }
+
+/* The next pass: 1, and what it found; or 0, and whether the loop is to come again (or may sleep). */
+static int next_pass(Turn *t, uint64_t *words, int *n, uint64_t now, int told, int *again)
+{
+    int owes = owed(t), alone = is_alone(t, owes), hot;
+
+    *again = 1;
+    *n = 0;
+    if (told && !alone) /* who was told of something runs first: going to sleep can wait */
+        return 0;
+    hot = sh_stay_hot(t->nd, now, owes);
+    if (!hot)
+        *again = told || !fall_asleep(t);
+    if (hot < 2 || (!alone && hot == 2))
+        return 0;
+    if (alone && (*n = sh_pump_on(t->nd, words, EVENTS, now, t->nd->spin_max_ns / 64 > GLANCE_NS ? t->nd->spin_max_ns / 64 : GLANCE_NS)))
+        return 1;
+    if (told) /* what it did may be for others, and the loop's to pass on: uvloop holds writes to sockets back until the turn ends */
+        return 0;
+    Py_BEGIN_ALLOW_THREADS
+    if (alone)
+        *n = sh_pump_on(t->nd, words, EVENTS, now, SPIN_NS);
+    else
+        sched_yield();
+    Py_END_ALLOW_THREADS
+    return *n != 0;
+}
+
+/* One turn of the loop: a pass, and more of them as long as there are news and nobody else has anything to do. */
+static int pump(Turn *t)
+{
+    uint64_t words[EVENTS], now;
+    int n, told, again;
+
+    t->scheduled = 0;
+    if (t->closed)
+        return 0;
+    now = sh_clock();
+    if (t->polled) {
+        t->polled--;
+        if (sh_pumped_just_now(t->nd, now))
+            return sh_begin_turn(t);
+    }
+    t->scheduled = t->pumping = 1; /* for all that is called from here a pump follows: this one */
+    n = sh_pump(t->nd, words, EVENTS);
+    for (;;) {
+        told = tell(t, words, n, now);
+        now = sh_clock();
+        if (told < 0 || t->closed || !next_pass(t, words, &n, now, told, &again))
+            break;
+    }
+    t->scheduled = t->pumping = 0;
+    if (told < 0 && !t->closed) {
+        PyObject *type, *value, *trace;
+
+        PyErr_Fetch(&type, &value, &trace);
+        if (sh_begin_turn(t) < 0)
+            PyErr_Clear();
+        PyErr_Restore(type, value, trace);
+    }
+    if (told < 0 || t->closed)
+        return told < 0 ? -1 : 0;
+    return again ? sh_begin_turn(t) : 0;
+}
+
+/* ---- the type ---- */
+
+static PyObject *none_unless(int failed) { return failed < 0 ? NULL : Py_NewRef(Py_None); }
+
+static PyObject *turn_begin(Turn *t, PyObject *unused) { (void)unused; return none_unless(sh_begin_turn(t)); }
+static PyObject *turn_stir(Turn *t, PyObject *unused) { (void)unused; return t->scheduled || t->closed ? Py_NewRef(Py_None) : PyObject_CallMethodNoArgs((PyObject *)t, s_pump_follows); }
+static PyObject *turn_may_spin(Turn *t, PyObject *unused) { (void)unused; return PyBool_FromLong(sh_may_spin(t)); }
+static PyObject *turn_will_run(Turn *t, PyObject *unused) { (void)unused; return none_unless(sh_will_run(t)); }
+static PyObject *turn_runs(Turn *t, PyObject *unused) { (void)unused; return none_unless(sh_runs(t)); }
+static PyObject *turn_pump(Turn *t, PyObject *unused) { (void)unused; return none_unless(pump(t)); }
+static PyObject *turn_woken(Turn *t, PyObject *unused) { (void)unused; return none_unless(t->scheduled ? 0 : pump(t)); }
+
+static PyObject *turn_wake(Turn *t, PyObject *unused)
+{
+    int news;
+
+    (void)unused;
+    if (t->closed)
+        Py_RETURN_NONE;
+    news = sh_keeper_heard(t->keeper);
+    if (news || t->listens || t->hurry) {
+        PyObject *number = PyLong_FromLong(news), *r = number ? PyObject_CallMethodOneArg((PyObject *)t, s_heard, number) : NULL;
+        Py_XDECREF(number);
+        if (!r)
+            return NULL;
+        Py_DECREF(r);
+    }
+    return none_unless(t->scheduled ? 0 : pump(t));
+}
+
+/* What it has in C, and into memory[] what that lies in. */
+static int borrow(PyObject *owner, void *to, PyObject *memory, Py_ssize_t i)
+{
+    PyObject *number = PyObject_GetAttrString(owner, "address"), *private = number ? PyObject_GetAttrString(owner, "private") : NULL;
+
+    if (private) {
+        PyTuple_SET_ITEM(memory, i, private);
+        *(void **)to = PyLong_AsVoidPtr(number);
+    }
+    Py_XDECREF(number);
+    return private && !PyErr_Occurred() ? 0 : -1;
+}
+
+/* Detached until it is attached. */
+static PyObject *turn_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+{
+    Turn *t = (Turn *)type->tp_alloc(type, 0);
+
+    (void)args;
+    (void)kwargs;
+    if (t)
+        t->closed = 1;
+    return (PyObject *)t;
+}
+
+/* Whoever shares an eventfd with us can make writing to it wait. The GIL is held by what is called here, and not by what cffi calls. */
+static void *let_others_run(void)
+{
+    PyThreadState *mine = PyGILState_GetThisThreadState();
+
+    return mine && mine == _PyThreadState_UncheckedGet() ? PyEval_SaveThread() : NULL;
+}
+
+static void go_on(void *mine) { PyEval_RestoreThread(mine); }
+
+static int turn_init(Turn *t, PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"engine", "keeper", "loop", "context", "ident", "queue", NULL};
+    PyObject *engine, *keeper, *loop, *context, *queue;
+
+    if (t->memory) {
+        PyErr_SetString(PyExc_RuntimeError, "a node is made once");
+        return -1;
+    }
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOkO", names, &engine, &keeper, &loop, &context, &t->ident, &queue)
+        || !(t->memory = PyTuple_New(2)) || borrow(keeper, &t->keeper, t->memory, 0) < 0 || !(t->owed = PyObject_GetAttrString(engine, "owed"))
+        || !(t->call_soon = PyObject_GetAttrString(loop, "call_soon"))
+        || !(t->create_future = PyObject_GetAttrString(loop, "create_future"))
+        || !(t->pump = PyObject_GetAttrString((PyObject *)t, "_pump"))
+        || borrow(engine, &t->nd, t->memory, 1) < 0)
+        return -1;
+    t->context = Py_NewRef(context);
+    t->known = queue != Py_None;
+    t->queue = t->known ? Py_NewRef(queue) : Py_BuildValue("[O]", Py_None);
+    t->slots = t->nd->g.slots;
+    t->ports = PyMem_Calloc(t->slots, sizeof *t->ports);
+    t->inboxes = PyMem_Calloc(t->slots, sizeof *t->inboxes);
+    if (!t->queue || !t->ports || !t->inboxes || !PyTuple_Check(t->owed)) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    t->nd->let_go = let_others_run;
+    t->nd->take_back = go_on;
+    t->closed = 0;
+    return 0;
+}
+
+static int turn_traverse(Turn *t, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(t));
+    Py_VISIT(t->memory);
+    Py_VISIT(t->owed);
+    Py_VISIT(t->queue);
+    Py_VISIT(t->call_soon);
+    Py_VISIT(t->create_future);
+    Py_VISIT(t->context);
+    Py_VISIT(t->pump);
+    return 0;
+}
+
+static int turn_clear(Turn *t)
+{
+    t->closed = 1; /* what is called from here on finds nothing to work with */
+    Py_CLEAR(t->owed);
+    Py_CLEAR(t->queue);
+    Py_CLEAR(t->call_soon);
+    Py_CLEAR(t->create_future);
+    Py_CLEAR(t->context);
+    Py_CLEAR(t->pump);
+    return 0;
+}
+
+static void turn_dealloc(Turn *t)
+{
+    PyTypeObject *type = Py_TYPE(t);
+
+    PyObject_GC_UnTrack(t);
+    turn_clear(t);
+    Py_CLEAR(t->memory); /* not before: ports, inboxes and awaitables that end with us, or later, still look at it */
+    PyMem_Free(t->ports);
+    PyMem_Free(t->inboxes);
+    type->tp_free(t);
+    Py_DECREF(type);
+}
+
+#define METHOD(function, text) (PyCFunction)(void (*)(void))(function), METH_NOARGS, text
+
+static PyMethodDef methods[] = {
+    {"begin_turn", METHOD(turn_begin, "What happens now happens in a turn of the loop that has its own budget, and a pump follows it.")},
+    {"stir", METHOD(turn_stir, "The engine has done something: a pump follows.")},
+    {"may_spin", METHOD(turn_may_spin, "Nothing else is to be run by this loop, as far as can be known.")},
+    {"will_run", METHOD(turn_will_run, "The pump woke a task.")},
+    {"runs", METHOD(turn_runs, "And it runs.")},
+    {"woken", METHOD(turn_woken, "Something rang: look.")},
+    {"_wake", METHOD(turn_wake, "A bell moved, or it is time for a look.")},
+    {"_pump", METHOD(turn_pump, "One pass.")},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyMemberDef members[] = {
+    {"scheduled", T_BOOL, offsetof(Turn, scheduled), 0, "the pump will run in the next turn of the loop"},
+    {"closed", T_BOOL, offsetof(Turn, closed), 0, "detached"},
+    {"hurry", T_BOOL, offsetof(Turn, hurry), 0, "the keeper's next beat is waited for"},
+    {"listens", T_BOOL, offsetof(Turn, listens), 0, "there is more than the keeper to hear"},
+    {"unlocked", T_ULONGLONG, offsetof(Turn, unlocked), 0, "mask of sections whose lock fell"},
+    {"polled", T_INT, offsetof(Turn, polled), 0, "passes that may be left out, soon after the last one"},
+    {"ident", T_ULONG, offsetof(Turn, ident), READONLY, "of the thread"},
+    {"context", T_OBJECT_EX, offsetof(Turn, context), READONLY, "of the pump"},
+    {"queue", T_OBJECT_EX, offsetof(Turn, queue), READONLY, "more than one in it: do not spin"},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyType_Slot slots[] = {
+    {Py_tp_doc, "The pump's side of a node."},
+    {Py_tp_new, turn_new},
+    {Py_tp_init, turn_init},
+    {Py_tp_traverse, turn_traverse},
+    {Py_tp_clear, turn_clear},
+    {Py_tp_dealloc, turn_dealloc},
+    {Py_tp_methods, methods},
+    {Py_tp_members, members},
+    {0, NULL},
+};
+
+static PyType_Spec spec = {
+    .name = "shmsock.native._extension.Turn",
+    .basicsize = sizeof(Turn),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
+    .slots = slots,
+};
+
+int sh_turn_ready(PyObject *module)
+{
+    s_check = PyUnicode_InternFromString("check");
+    s_heard = PyUnicode_InternFromString("_heard");
+    s_attend = PyUnicode_InternFromString("_attend");
+    s_pump_follows = PyUnicode_InternFromString("_pump_follows");
+    with_context = Py_BuildValue("(s)", "context");
+    sh_turn_type = (PyTypeObject *)PyType_FromSpec(&spec);
+    return s_check && s_heard && s_attend && s_pump_follows && with_context && sh_turn_type
+        ? PyModule_AddObjectRef(module, "Turn", (PyObject *)sh_turn_type) : -1;
+}

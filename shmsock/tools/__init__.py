@@ -1,1 +1,0 @@
-"""Programs around shmsock: servers, benchmarks, and the virtual machines its own tests run in."""

@@ -1,0 +1,96 @@
+"""`shmsock bench serve` and `shmsock bench connect`, and what is measured between guests."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from shmsock.bench.pairs import OURS, private_region
+from shmsock.bench.remote import REMOTE
+from tests.commands.test_cli import SECONDS, bad, good, usage
+
+
+@contextmanager
+def serving(*options: str) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
+    """The command, and the addresses it tells: one a line."""
+    argv = [sys.executable, "-m", "shmsock", "bench", "serve", "--listen", "0", *options]
+    count = 1 + ("--tcp" in options)
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(count)]
+        try:
+            yield process, [port for line in lines for port in re.findall(r"port (\d+)$", line)]
+        finally:
+            process.stdin.close()
+            process.wait(SECONDS)
+
+
+def test_serve_and_connect(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    with private_region("bench", 32 << 20, 4) as region:
+        options = ("--region", region, "--name", "there", "--tcp", "127.0.0.1:0")
+        with serving(*options) as (process, (tcp, port)):
+            where = ("--region", region, "--port", port, "--tcp", f"127.0.0.1:{tcp}")
+            short = ("--rounds", "1", "--seconds", "0.03", "--json", file)
+            said = good("bench", "connect", "there", *where, "--only", "echo,bulk", *short)
+        assert process.returncode == 0  # its input ended
+    assert "to there, TCP to 127.0.0.1" in said
+    assert "at most 1/20" in said
+    report = json.loads(file.read_text())
+    assert (report["host"], report["port"]) == ("there", int(port))
+    assert set(report["measures"]) == {"echo", "bulk"}
+    labels = [label for label in report["measures"]["echo"]["results"] if "TCP" not in label]
+    assert len(labels) == 1
+    assert labels[0].startswith("shmsock")
+
+
+def test_serve_ends_on_ctrl_c() -> None:
+    with private_region("bench", 32 << 20, 4) as region:
+        with serving("--region", region) as (process, _):
+            process.send_signal(signal.SIGINT)
+            process.wait(SECONDS)
+        assert process.returncode == 0
+
+
+def test_nobody_serves(capfd: pytest.CaptureFixture[str]) -> None:
+    with private_region("bench", 32 << 20, 4) as region:
+        said = bad("bench", "connect", "nobody", "--region", region, "--rounds", "1", "--seconds", "0.03")
+    assert "it says why above" in said
+    assert "nobody" in capfd.readouterr().err
+
+
+def test_bad_usage() -> None:
+    assert "has no port" in usage("bench", "serve", "--tcp", "there")
+    assert "the host is missing" in usage("bench", "connect", "there", "--tcp", "7001")
+    assert "between two machines there are echo" in usage("bench", "connect", "there", "--only", "anyio")
+    assert "echo" in REMOTE
+
+
+@pytest.mark.vm
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes root to make a bridge")
+def test_bench_vm_with_doorbells(tmp_path: Path) -> None:
+    """TCP, ivshmem-plain and ivshmem-doorbell in the same two guests."""
+    file = tmp_path / "figures.json"
+    what = ("--only", "echo,idle", "--rounds", 1, "--seconds", "0.2")
+    said = good("bench", "--vm", "--doorbells", *what, "--json", file)
+    bells = f"{OURS}, doorbells"
+    report = json.loads(file.read_text())
+    assert list(report["measures"]) == ["echo", "idle"]
+    for measure in report["measures"].values():
+        assert list(measure["results"]) == ["uvloop TCP", OURS, bells]
+    judged = {(mark["who"], mark["at_most"]) for mark in report["marks"] if mark["measure"] == "idle"}
+    assert judged == {(OURS, 2.0), (bells, 0.5)}
+    assert "vm-a to vm-b, TCP over virtio-net" in said
+    assert "echo, p50_us" in said  # judged by its mark

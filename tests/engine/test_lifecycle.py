@@ -1,0 +1,490 @@
+"""The life-cycle table (engine/connection.py), row by row, through Engine, Connection and Listener alone."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from shmsock.engine.connection import CLOSED, EMPTY, EOF, RESET, State
+from tests.engine.world import World, send
+
+
+def test_connect_accept_and_talk(world: World) -> None:
+    a, b = world.pair()
+    c, s = world.open(a, b)
+    assert c.state is s.state is State.OPEN
+    assert (c.local, c.remote) == (("a", 40000), ("b", 7000))
+    assert (s.local, s.remote) == (("b", 7000), ("a", 40000))
+    assert a.write(c, b"ping") == 4
+    world.quiet()
+    assert s in [e.target for e in b.take("ready")]
+    assert b.read_all(s) == (b"ping", EMPTY)
+    assert b.write(s, b"pong") == 4
+    world.quiet()
+    assert a.read_all(c) == (b"pong", EMPTY)
+
+
+def test_refused_without_listener(world: World) -> None:
+    a, b = world.pair()
+    c = a.connect(b, 1)
+    world.quiet()
+    assert isinstance(a.failed(c), ConnectionRefusedError)
+    assert c.state is State.FREE
+    assert b.statistic("refused") == 1
+
+
+def test_refused_when_the_listener_was_closed(world: World) -> None:
+    a, b = world.pair()
+    listener = b.listen()
+    b.call(listener.close)
+    c = a.connect(b)
+    world.quiet()
+    assert isinstance(a.failed(c), ConnectionRefusedError)
+
+
+def test_refused_when_the_backlog_is_full(world: World) -> None:
+    a, b = world.pair()
+    listener = b.listen(backlog=2)
+    tries = [a.connect(b) for _ in range(3)]
+    world.quiet()
+    assert [c.state for c in tries] == [State.OPEN, State.OPEN, State.FREE]
+    assert isinstance(a.failed(tries[2]), ConnectionRefusedError)
+    b.accepted(listener)
+    again = a.connect(b)
+    world.quiet()
+    assert again.state is State.OPEN
+
+
+def test_refused_for_want_of_a_slot(world: World) -> None:
+    """One peer gets half of another's slots, a second one the other half, a third one none."""
+    a, b = world.pair()
+    half = world.layout.slots // 2
+    b.listen(backlog=1000)
+    mine = [a.connect(b) for _ in range(half + 3)]
+    world.quiet()
+    assert sum(c.state is State.OPEN for c in mine) == half
+    assert [a.failed(c).errno for c in mine[half:]] == [errno.ENOBUFS] * 3
+    c = world.attach("c")
+    theirs = [c.connect(b) for _ in range(half + 3)]
+    world.quiet()
+    assert sum(x.state is State.OPEN for x in theirs) == half
+    d = world.attach("d")
+    last = d.connect(b)
+    world.quiet()
+    assert d.failed(last).errno == errno.ENOBUFS
+
+
+def test_own_slots_exhausted(world: World) -> None:
+    a, b = world.pair()
+    b.listen(backlog=1000)
+    for _ in range(world.layout.slots):
+        a.connect(b)
+    with pytest.raises(OSError, match=r"connection slots.*8 MiB") as info:
+        a.connect(b)
+    assert info.value.errno == errno.ENOBUFS
+
+
+def test_no_memory() -> None:
+    """The arena holds less than two rings per slot, so memory ends before slots do."""
+    world = World(size=2 * 80 * 1024, peers=2)
+    a, b = world.pair()
+    assert world.layout.arena_bytes // 4096 < world.layout.slots
+    b.listen(backlog=1000)
+    while a.engine.arena.free_bytes:
+        a.connect(b)
+    with pytest.raises(OSError, match="ring memory") as info:
+        a.connect(b)
+    assert info.value.errno == errno.ENOBUFS
+    world.quiet()
+    got = [c for c in a.connections if c.state is State.OPEN]
+    assert 0 < len(got) <= world.layout.arena_bytes // 4096 // 2  # half of b's arena, and not more
+    assert {e.arg.errno for e in a.take("failed")} == {errno.ENOBUFS}
+    world.check()
+
+
+# -- OPENING
+
+
+def test_cancel_before_the_answer(world: World) -> None:
+    a, b = world.pair()
+    listener = b.listen()
+    c = a.connect(b)
+    a.close(c)
+    assert c.state is State.FREE
+    world.quiet()
+    assert a.take("failed") == a.take("connected") == []
+    assert listener.pending == 0 or b.accepted().state is State.FREE
+
+
+def test_cancel_with_accept_on_its_way(world: World) -> None:
+    a, b = world.pair()
+    b.listen()
+    c = a.connect(b)
+    world.drain()
+    b.pump()
+    s = b.accepted()
+    assert s.state is State.OPEN or world.how == "nested"
+    a.abort(c)
+    world.quiet()
+    assert s.state is State.FREE
+    assert b.read(s) == EOF  # it wrote nothing, and ended
+    assert a.peer(b).credits == 32
+
+
+def test_cancel_with_refuse_on_its_way(world: World) -> None:
+    a, b = world.pair()
+    c = a.connect(b)
+    world.drain()
+    b.pump()
+    a.close(c)
+    world.quiet()
+    assert c.state is State.FREE
+    assert a.take("failed", c) == [] or world.how == "nested"
+
+
+def test_cancelled_slot_is_taken_anew_before_the_answer(world: World) -> None:
+    """Same slot, next generation, both CONNECTs on their way: the first is stale whenever it is looked at."""
+    a, b = world.pair()
+    b.listen()
+    first = a.connect(b)
+    a.close(first)
+    second = a.connect(b)
+    assert (second.slot, second.gen) == (first.slot, first.gen + 1)
+    world.quiet()
+    assert second.state is State.OPEN
+    ends = [e.arg for e in b.take("accepted")]
+    assert [e.state for e in ends if e.state is State.OPEN] == [State.OPEN]
+    assert a.write(second, b"x") == 1
+    world.quiet()
+    assert b.read(ends[-1]) == b"x"
+
+
+def test_accepted_slot_is_cancelled_and_taken_anew(world: World) -> None:
+    a, b = world.pair()
+    b.listen()
+    first = a.connect(b)
+    world.drain()
+    b.pump()
+    stale = b.accepted()
+    a.close(first)
+    second = a.connect(b)
+    world.quiet()
+    assert stale.state is State.FREE
+    assert second.state is State.OPEN
+    assert b.accepted().state is State.OPEN
+
+
+def test_more_connects_than_credits(world: World) -> None:
+    a, b = world.pair()
+    b.listen(backlog=1000)
+    tries = [a.connect(b) for _ in range(60)]
+    assert a.peer(b).credits == 0
+    assert len(a.peer(b).waiting) == 28 or world.how == "nested"
+    world.quiet()
+    assert sum(c.state is State.OPEN for c in tries) == world.layout.slots // 2
+    assert a.peer(b).credits == 32
+    assert not a.peer(b).waiting
+
+
+def test_waiting_connects_that_are_cancelled_cost_no_credit(world: World) -> None:
+    a, b = world.pair()
+    world.stop(b)
+    tries = [a.connect(b) for _ in range(40)]
+    assert (a.peer(b).credits, len(a.peer(b).waiting)) == (0, 8)
+    for c in tries[30:]:
+        a.close(c)
+    world.resume(b)
+    world.quiet()
+    assert len(a.take("failed")) == 30
+    assert a.peer(b).credits == 32
+
+
+def test_both_connect_to_each_other_all_at_once(world: World) -> None:
+    """Requests and answers of both directions share the message rings: none is lost, none overflows."""
+    a, b = world.pair()
+    a.listen(backlog=1000)
+    b.listen(backlog=1000)
+    there = [a.connect(b) for _ in range(30)]
+    back = [b.connect(a) for _ in range(30)]
+    world.quiet()
+    assert {c.state for c in there + back} == {State.OPEN}
+    assert len(a.take("accepted")) == len(b.take("accepted")) == 30
+
+
+def test_release_is_seen_before_the_slot_is_accepted_again(world: World) -> None:
+    """The peer's slot is handed to a new connection before we looked at the end of the old one."""
+    a, b = world.pair()
+    c, s = world.open(a, b)
+    b.write(s, b"x")
+    world.drain()
+    a.pump()
+    assert a.read(c) == b"x"  # its toggle stays unacknowledged until the next pump
+    a.close(c)
+    d = a.connect(b)
+    world.drain()
+    b.pump()
+    assert b.read(s) == EOF
+    b.pump()
+    world.quiet()
+    assert d.state is State.OPEN
+    assert a.statistic("violations") == 0
+
+
+# -- OPEN, CLOSING
+
+
+def test_one_closes_the_other_reads_to_the_end(world: World) -> None:
+    a, b = world.pair()
+    c, s = world.open(a, b)
+    a.write(c, b"the last words")
+    a.close(c)
+    assert c.state is State.CLOSING or world.how == "nested"
+    world.quiet()
+    assert b.write(s, b"x") == CLOSED
+    assert b.connections == [s]
+    assert b.read_all(s) == (b"the last words", EOF)
+    assert s.state is State.FREE
+    assert b.read(s) == EOF
+    world.quiet()
+    assert c.state is State.FREE
+
+
+def test_one_closes_the_other_has_nothing_to_read(world: World) -> None:
+    a, b = world.pair()
+    c, s = world.open(a, b)
+    a.close(c)
+    world.quiet()
+    assert s.state is c.state is State.FREE
+    assert b.read(s) == EOF
+    assert s.error is None
+
+
+def test_both_close_at_once(world: World) -> None:
+    a, b = world.pair()
+    c, s = world.open(a, b)
+    a.write(c, b"unread")
+    b.write(s, b"unread too")
+    a.close(c)
+    b.close(s)
+    world.quiet()
+    assert c.state is s.state is State.FREE
+    assert (c.error, s.error) == (None, None)
+
+
+def test_half_close(world: World) -> None:
+    a, b = world.pair()
+    c, s = world.open(a, b)
+    a.write(c, b"request")
+    a.finish(c)
+    assert a.write(c, b"more") == CLOSED
+    world.quiet()
+    assert b.read_all(s) == (b"request", EOF)
+    assert b.read(s) == EOF
+    assert s in b.connections
+    answer = b"answer " * 5000
+    assert send(world, b, s, answer, a, c) == answer
+    b.close(s)
+    world.quiet()
+    assert a.read_all(c) == (b"", EOF)
+    world.quiet()
+    assert c.state is s.state is State.FREE
+
+
+def test_finish_on_both_sides_keeps_the_connection_until_close(world: World) -> None:
+    a, b = world.pair()
+    c, s = world.open(a, b)
+    a.finish(c)
+    b.finish(s)
+    world.quiet()
+    assert (a.read(c), b.read(s)) == (EOF, EOF)
+    assert {c.state, s.state} == {State.OPEN}
+    a.close(c)
+    world.quiet()
+    b.close(s)
+    world.quiet()
+    assert c.state is s.state is State.FREE
+
+
+def test_close_with_unread_data_still_delivers_what_was_written(world: World) -> None:
+    a, b = world.pair()
+    c, s = world.open(a, b)
+    b.write(s, b"never read")
+    a.write(c, b"bye")
+    world.quiet()
+    a.close(c)
+    world.quiet()
+    assert b.read_all(s) == (b"bye", EOF)
+
+
+@pytest.mark.parametrize("opener", [True, False])
+def test_abort(world: World, opener: bool) -> None:
+    a, b = world.pair()
+    c, s = world.open(a, b)
+    here, this, there, that = (a, c, b, s) if opener else (b, s, a, c)
+    here.write(this, b"unread")
+    here.abort(this)
+    world.quiet()
+    assert this.state is that.state is State.FREE
+    assert there.read(that) == RESET
+    assert isinstance(that.error, ConnectionResetError)
+    assert there.write(that, b"x") == CLOSED
+
+
+def test_abort_after_close(world: World) -> None:
+    """CLOSING: add RST. The other side, which does not read, is told."""
+    a, b = world.pair()
+    c, s = world.open(a, b)
+    a.write(c, b"unread")
+    a.close(c)
+    world.quiet()
+    assert c.state is State.CLOSING
+    a.abort(c)
+    world.quiet()
+    assert c.state is s.state is State.FREE
+    assert isinstance(s.error, ConnectionResetError)
+
+
+def test_close_is_harmless_twice_and_at_the_end(world: World) -> None:
+    a, b = world.pair()
+    c, s = world.open(a, b)
+    for _ in range(2):
+        a.close(c)
+        world.quiet()
+    b.close(s)
+    b.abort(s)
+    b.finish(s)
+    world.quiet()
+    assert c.state is s.state is State.FREE
+
+
+def test_a_stale_handle_does_not_touch_the_slots_next_owner(world: World) -> None:
+    a, b = world.pair()
+    old, s = world.open(a, b)
+    a.close(old)
+    b.close(s)
+    world.quiet()
+    new, t = world.open(a, b)
+    assert new.slot == old.slot
+    a.close(old)
+    a.abort(old)
+    assert a.write(old, b"x") == CLOSED
+    assert a.read(old) == EOF
+    world.quiet()
+    assert new.state is t.state is State.OPEN
+
+
+def test_generations_wrap(world: World) -> None:
+    """24 bits: the section's last owner left its generations at the end of their range."""
+    slots = int(world.layout.geometry.slot_off)
+    for section in range(2):
+        for slot in range(world.layout.slots):
+            world.poke(world.layout.section(section) + slots + 192 * slot + 0x40, 0xFFFFFD << 40)
+    a, b = world.pair()
+    seen = set()
+    for _ in range(4):
+        c, s = world.open(a, b)
+        seen.add(c.gen)
+        a.write(c, b"x")
+        a.close(c)
+        world.quiet()
+        assert b.read_all(s) == (b"x", EOF)
+        world.quiet()
+    assert seen == {0xFFFFFE, 0xFFFFFF, 0, 1}
+
+
+# -- bytes
+
+
+def test_a_full_ring_and_the_space_event(world: World) -> None:
+    a, b = world.pair()
+    c, s = world.open(a, b)
+    data = bytes(range(256)) * 1000
+    taken = a.write(c, data)
+    assert taken == c.ring[1] or world.how == "nested"
+    world.quiet()
+    a.take("ready")
+    got = b.read(s, 100)
+    world.quiet()
+    assert [e.target for e in a.take("ready")] == [c]
+    more = a.write(c, data[taken:])
+    assert more == 100
+    assert got == data[:100]
+
+
+def test_rings_wrap(world: World) -> None:
+    a, b = world.pair()
+    c, s = world.open(a, b)
+    data = world.rng.randbytes(5 * c.ring[1] + 77)
+    assert send(world, a, c, data, b, s) == data
+    back = world.rng.randbytes(3 * s.ring[1] + 1)
+    assert send(world, b, s, back, a, c) == back
+
+
+def test_connection_to_oneself(world: World) -> None:
+    a, _ = world.pair()
+    c, s = world.open(a, a)
+    data = world.rng.randbytes(50000)
+    got, at = b"", 0
+    while len(got) < len(data):
+        at += a.write(c, data[at:])
+        a.pump()
+        got += a.read_all(s)[0]
+    assert got == data
+    a.write(c, b"end")
+    a.close(c)
+    world.quiet()
+    assert a.read_all(s) == (b"end", EOF)
+    world.quiet()
+    assert c.state is s.state is State.FREE
+
+
+def test_many_connections(world: World) -> None:
+    a, b = world.pair()
+    pairs = [world.open(a, b) for _ in range(30)]
+    for i, (c, _) in enumerate(pairs):
+        a.write(c, b"%d" % i)
+    world.quiet()
+    assert {e.target for e in b.take("ready")} == {s for _, s in pairs}
+    for i, (_, s) in enumerate(pairs):
+        assert b.read(s) == b"%d" % i
+    for c, s in pairs[::2]:
+        a.close(c)
+        b.close(s)
+    world.quiet()
+    assert len(a.connections) == len(b.connections) == 15
+
+
+def test_more_ready_slots_than_one_pass_reports() -> None:
+    world = World(size=16 << 20, peers=2)
+    a, b = world.pair()
+    b.listen(backlog=1000)
+    assert world.layout.slots >= 512
+    conns = [a.connect(b) for _ in range(200)]
+    world.quiet()
+    for c in conns:
+        a.write(c, b"x")
+    b.take("ready")
+    passes = 0
+    while sum(e.kind == "ready" for e in b.events) < 200:
+        b.pump()
+        passes += 1
+    assert passes >= 3
+    world.check()
+
+
+def test_sixteen_peers() -> None:
+    world = World("lazy", 5, size=8 << 20, peers=16)
+    nodes = [world.attach(f"n{i}") for i in range(16)]
+    for node in nodes:
+        node.listen(backlog=100)
+    conns = [(x, y, x.connect(y)) for x in nodes for y in nodes]
+    world.quiet()
+    for x, _, c in conns:
+        assert c.state is State.OPEN
+        x.write(c, c.local[0].encode())
+    world.quiet()
+    for node in nodes:
+        heard = {node.read(e.arg) for e in node.take("accepted")}
+        assert heard == {other.who.name.encode() for other in nodes}
+    world.check()
