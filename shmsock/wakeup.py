@@ -1,7 +1,7 @@
-"""What wakes a sleeping loop: one eventfd, filled by the keeper thread when a bell moves, and when the
+"""What wakes a sleeping loop: one eventfd, filled by the heartbeat thread when a bell moves, and when the
 engine's time has come. (Doorbells have an eventfd of their own, which the loop waits on as well.)
 
-The keeper is native, holds no GIL and takes no signals. It also beats (others see that this process lives)
+The heartbeat is native, holds no GIL and takes no signals. It also beats (others see that this process lives)
 and watches the locks of peers under the same kernel.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from shmsock.engine.memory import Core
 
-__all__ = ["Keeper", "eventfd"]
+__all__ = ["Heartbeat", "eventfd"]
 
 BEAT_NS = 100_000_000
 LOCK, DOUBT = 1, 2
@@ -24,46 +24,46 @@ def eventfd() -> int:
     return os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
 
-class Keeper:
-    """The keeper thread of one node. Owns the eventfd `fd`. After stop() calls do nothing."""
+class Heartbeat:
+    """The heartbeat thread of one node. Owns the eventfd `fd`. After stop() calls do nothing."""
 
     def __init__(self, core: Core, nd: Any, *, lock_fd: int, look_cap_us: int, futex: bool = False) -> None:
         """`futex`: rings can be waited for. `look_cap_us`: for who rings nothing."""
         self._core, self._lib, self._nd = core, core.lib, nd  # the thread looks at `nd`
         self.fd = eventfd()
         #: What `native` points to; whoever keeps that keeps this.
-        self.private = core.ffi.new("uint8_t[]", core.lib.sh_keeper_bytes())
-        self.native = core.ffi.cast("sh_keeper *", self.private)
-        error = core.lib.sh_keeper_start(
+        self.private = core.ffi.new("uint8_t[]", core.lib.sh_heartbeat_bytes())
+        self.native = core.ffi.cast("sh_heartbeat *", self.private)
+        error = core.lib.sh_heartbeat_start(
             self.native, nd, self.fd, lock_fd, BEAT_NS, look_cap_us * 1000, int(futex)
         )
         if error:
             os.close(self.fd)
-            raise OSError(error, f"cannot start the keeper thread: {os.strerror(error)}")
+            raise OSError(error, f"cannot start the heartbeat thread: {os.strerror(error)}")
 
     def arm(self, hurry: bool) -> bool:
         """Fall asleep: `fd` becomes readable once, when a bell moved, or at the first beat after the engine
         wants a pass (`hurry`: at the next beat). False: a bell has moved, pump again."""
-        return bool(self._lib.sh_keeper_arm(self.native, hurry))
+        return bool(self._lib.sh_heartbeat_arm(self.native, hurry))
 
     def heard(self) -> int:
         """Empty the eventfd. Before the pump looks, never after: what comes in between must make it readable
         again. Returns what is to be asked besides: LOCK (see unlocked()), DOUBT (a doorbell may be lost)."""
-        bits: int = self._lib.sh_keeper_heard(self.native)
+        bits: int = self._lib.sh_heartbeat_heard(self.native)
         return bits
 
     @property
     def address(self) -> int:
-        """Of `native`, what C calls sh_keeper."""
+        """Of `native`, what C calls sh_heartbeat."""
         return int(self._core.ffi.cast("uintptr_t", self.native))
 
     def watch(self, section: int, locked: bool) -> None:
         """Watch the lock of that section, or stop watching it."""
-        self._lib.sh_keeper_watch(self.native, section, int(locked))
+        self._lib.sh_heartbeat_watch(self.native, section, int(locked))
 
     def unlocked(self) -> int:
         """Mask of watched sections whose lock fell."""
-        mask: int = self._lib.sh_keeper_unlocked(self.native)
+        mask: int = self._lib.sh_heartbeat_unlocked(self.native)
         return mask
 
     def stop(self) -> None:
@@ -75,7 +75,7 @@ class Keeper:
         self._end(join=False)
 
     def _end(self, join: bool) -> None:
-        self._lib.sh_keeper_stop(self.native, join)
+        self._lib.sh_heartbeat_stop(self.native, join)
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)

@@ -32,7 +32,7 @@ from shmsock.errors import region_error
 from shmsock.region import storage
 from shmsock.region.base import Region
 from shmsock.region.file import FileRegion
-from shmsock.wakeup import Keeper
+from shmsock.wakeup import Heartbeat
 
 if TYPE_CHECKING:
     from shmsock.aio.trio_loop import TrioFuture
@@ -187,11 +187,11 @@ async def _make(
             )
         slow = slowness(memory.core.lib.sh_clock)
         # Not on memory of a device, before Linux 5.16, or where a container forbids it.
-        bell = layout.pair(claim.section, claim.section) + lay.BELL
-        futex = us.doorbells and memory.core.lib.sh_futex_works(memory.base, bell) == 0
+        word = layout.pair(claim.section, claim.section) + lay.NOTIFY_SEQ
+        futex = us.doorbells and memory.core.lib.sh_futex_works(memory.base, word) == 0
         flags = (lay.FLAG_LOCKED if opened.can_lock else 0) | (lay.FLAG_FUTEX if futex else 0)
         identity = Identity(own, boot, machine, os.getpid(), flags, opened.identity)
-        keepers: list[Keeper] = []
+        keepers: list[Heartbeat] = []
 
         def watch(peer: Peer, on: bool) -> None:
             if keepers and peer.section != claim.section:
@@ -213,7 +213,7 @@ async def _make(
         )
         try:
             keepers.append(
-                Keeper(
+                Heartbeat(
                     memory.core,
                     engine.nd,
                     lock_fd=opened.lock_fd,
@@ -223,8 +223,8 @@ async def _make(
             )
             node = Node(opened, engine, keepers[0], loop, slow)
         except BaseException:
-            for keeper in keepers:
-                keeper.stop()
+            for heartbeat in keepers:
+                heartbeat.stop()
             engine.leave()
             raise
     except BaseException:

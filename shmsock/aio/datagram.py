@@ -18,7 +18,7 @@ from shmsock.aio.attach import current_node
 from shmsock.aio.flow import FlowControl
 from shmsock.aio.node import Node
 from shmsock.aio.pseudosocket import PseudoSocket
-from shmsock.aio.turn import Outbox, accelerator
+from shmsock.aio.pump import DatagramOut, extension
 from shmsock.engine.datagrams import BROADCAST, DATAGRAM_MAX, Endpoint
 from shmsock.errors import NodeClosedError, forked, wrong_thread
 
@@ -51,9 +51,9 @@ class ShmDatagramTransport(FlowControl, asyncio.DatagramTransport):
         super().__init__(extra, node.loop)
         self.node, self.endpoint, self.context, self._protocol = node, endpoint, context, protocol
         self._send_now = endpoint.send_now
-        endpoint.straight = (protocol, context)
-        self._outbox = Outbox(node, endpoint.local[1], endpoint.routes, self)
-        if accelerator is not None:
+        endpoint.sink = (protocol, context)
+        self._outbox = DatagramOut(node, endpoint.local[1], endpoint.routes, self)
+        if extension is not None:
             self.sendto = self._outbox.sendto  # type: ignore[method-assign]
         self._closing = self._lost = self._reading_paused = False
         self._sends_after_close = 0
@@ -78,7 +78,7 @@ class ShmDatagramTransport(FlowControl, asyncio.DatagramTransport):
 
     def set_protocol(self, protocol: Any) -> None:
         self._protocol = protocol
-        self.endpoint.straight = (protocol, self.context)
+        self.endpoint.sink = (protocol, self.context)
 
     def get_protocol(self) -> Any:
         return self._protocol
@@ -123,7 +123,7 @@ class ShmDatagramTransport(FlowControl, asyncio.DatagramTransport):
             self._report(error, callback)
 
     def raised(self, error: BaseException, protocol: Any) -> None:
-        """datagram_received() did, called by the accelerator."""
+        """datagram_received() did, called by the extension."""
         self._report(error, protocol.datagram_received)
 
     def _report(self, error: BaseException, callback: Callable[..., object]) -> None:
@@ -215,7 +215,7 @@ class ShmDatagramTransport(FlowControl, asyncio.DatagramTransport):
         self._check_thread()
         if self._closing:
             return
-        self._closing, self._outbox.calm = True, False
+        self._closing, self._outbox.can_write = True, False
         self.endpoint.pause()
         if not self.endpoint.unsent:
             self._end(None)
@@ -226,14 +226,14 @@ class ShmDatagramTransport(FlowControl, asyncio.DatagramTransport):
         self._force_close(None)
 
     def _force_close(self, error: BaseException | None) -> None:
-        self._closing, self._outbox.calm = True, False
+        self._closing, self._outbox.can_write = True, False
         self._end(error)
 
     def _end(self, error: BaseException | None) -> None:
         if self._lost:
             return
         self._lost = True
-        self.endpoint.straight = None
+        self.endpoint.sink = None
         self.endpoint.close()
         self.node.transports.discard(self)
         self.node.flushed()

@@ -12,14 +12,14 @@ from shmsock.region.doorbell import Doorbell
 if TYPE_CHECKING:
     from shmsock.aio.node import Node
 
-__all__ = ["Ear"]
+__all__ = ["DoorbellListener"]
 
 STORM_S = 60
 
 log = logging.getLogger("shmsock")
 
 
-class Ear:
+class DoorbellListener:
     """`bell`: None when there is none, or none any more."""
 
     def __init__(self, node: Node, bell: Doorbell | None) -> None:
@@ -35,7 +35,7 @@ class Ear:
 
     def _rang(self) -> None:
         self.hear()
-        self.node.woken()
+        self.node.wake_pending()
 
     def hear(self) -> None:
         """Count what rang; before the pump looks. Whatever it was for, a pump must follow: who rang for this
@@ -60,7 +60,7 @@ class Ear:
             node.engine.wakes.restore(bell)
 
     def look(self) -> None:
-        """When the keeper has woken the loop: has a doorbell been lost?"""
+        """When the heartbeat has woken the loop: has a doorbell been lost?"""
         self.hear()
         node = self.node
         if lost := node.lib.sh_lost(node.nd):
@@ -81,7 +81,7 @@ class Ear:
             )
             self.close()
             node.engine.wakes.withdraw()
-        node.woken()
+        node.wake_pending()
 
     def close(self) -> None:
         """Listen no more. The loop must be open."""

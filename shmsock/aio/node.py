@@ -18,8 +18,8 @@ from types import coroutine
 from typing import Any, Protocol
 
 from shmsock.address import is_any, is_local, normalize_name
-from shmsock.aio.doorbells import Ear
-from shmsock.aio.turn import Port, Turn, accelerator, ready_queue, selector
+from shmsock.aio.doorbells import DoorbellListener
+from shmsock.aio.pump import FastPath, Pump, extension, ready_queue, selector
 from shmsock.aio.watch import Watch
 from shmsock.engine import layout as lay
 from shmsock.engine.connection import Connection
@@ -30,7 +30,7 @@ from shmsock.engine.listeners import Listener
 from shmsock.engine.peers import Peer
 from shmsock.errors import NodeClosedError, address_unavailable, forked, other_memory, wrong_thread
 from shmsock.region.base import Region
-from shmsock.wakeup import DOUBT, LOCK, Keeper
+from shmsock.wakeup import DOUBT, LOCK, Heartbeat
 
 __all__ = ["Handler", "Loop", "Node", "slowness", "yield_once"]
 
@@ -38,8 +38,8 @@ log = logging.getLogger("shmsock")
 
 
 class Loop(Protocol):
-    """All that a node asks of its loop: asyncio's and uvloop's have it, and TrioLoop. No timers: the keeper
-    rings with every beat."""
+    """All that a node asks of its loop: asyncio's and uvloop's have it, and TrioLoop. No timers: each beat
+    wakes the loop."""
 
     def call_soon(
         self, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
@@ -112,25 +112,27 @@ class _Opening:
             )
 
 
-class Node(Turn):  # type: ignore[misc]
+class Node(Pump):  # type: ignore[misc]
     """This process's side of a region, for one event loop. Made by attach(); not thread-safe, as asyncio's
     objects are not."""
 
     closed: bool
     scheduled: bool
 
-    def __init__(self, region: Region, engine: Engine, keeper: Keeper, loop: Loop, slow: int = 1) -> None:
-        self.region, self.engine, self.keeper = region, engine, keeper
+    def __init__(
+        self, region: Region, engine: Engine, heartbeat: Heartbeat, loop: Loop, slow: int = 1
+    ) -> None:
+        self.region, self.engine, self.heartbeat = region, engine, heartbeat
         self.loop: Any = loop  # a Loop to the node; asyncio's transports know it as theirs
         self.lib, self.nd = engine.lib, engine.nd
         self.name, self.section = engine.name, engine.section
         engine.url = region.url
         super().__init__(
-            engine, keeper, loop, contextvars.Context(), threading.get_ident(), ready_queue(loop)
+            engine, heartbeat, loop, contextvars.Context(), threading.get_ident(), ready_queue(loop)
         )
-        if accelerator is not None:
-            engine.datagrams.gate = partial(Port, self)
-            engine.datagrams.inbox = partial(accelerator.Inbox, self)
+        if extension is not None:
+            engine.datagrams.gate = partial(FastPath, self)
+            engine.datagrams.inbox = partial(extension.DatagramIn, self)
         self.pid = os.getpid()
         self.transports: set[Any] = set()
         self.servers: set[Any] = set()
@@ -145,9 +147,11 @@ class Node(Turn):  # type: ignore[misc]
         yield_ns = 0 if one_cpu else 1000
         self.lib.sh_node_settings(self.nd, us.hold_us * 1000, us.busy_poll_us * 1000 * slow, yield_ns)
         self.lib.sh_loop(self.nd, selector(loop))
-        self.context.run(loop.add_reader, keeper.fd, self._wake)
-        self.ear = Ear(self, region.doorbell if engine.settings.doorbells else None)
-        self.listens = self.ear.bell is not None
+        self.context.run(loop.add_reader, heartbeat.fd, self._wake)
+        self.doorbell_listener = DoorbellListener(
+            self, region.doorbell if engine.settings.doorbells else None
+        )
+        self.listens = self.doorbell_listener.bell is not None
         engine.stir = self.stir
         self.begin_turn()
 
@@ -173,10 +177,10 @@ class Node(Turn):  # type: ignore[misc]
 
     def _heard(self, news: int) -> None:
         if news & LOCK:
-            self.unlocked = self.keeper.unlocked()
-        self.listens = self.ear.bell is not None
+            self.unlocked = self.heartbeat.unlocked()
+        self.listens = self.doorbell_listener.bell is not None
         if news & DOUBT or self.listens:
-            self.ear.look()
+            self.doorbell_listener.look()
         self.flushed()
 
     def _attend(self, words: list[int] | None, now: int) -> bool:
@@ -331,7 +335,7 @@ class Node(Turn):  # type: ignore[misc]
         try:
             while self.engine.alive and time.monotonic() < end and any(t.flushing for t in self.transports):
                 self._flushed, self.hurry = self.loop.create_future(), True
-                await self._flushed  # each beat of the keeper ends it
+                await self._flushed  # each beat of the heartbeat ends it
         finally:
             self.close()
 
@@ -351,12 +355,12 @@ class Node(Turn):  # type: ignore[misc]
         with contextlib.ExitStack() as steps:
             steps.callback(self.region.close)
             steps.callback(lambda: self.engine.memory.release(self.engine.failure()))
-            steps.callback(self.keeper.stop)
+            steps.callback(self.heartbeat.stop)
             steps.callback(self._leave)
             steps.callback(self._end_transports)
             if not self.loop.is_closed():
-                steps.callback(self.ear.close)
-                steps.callback(self.loop.remove_reader, self.keeper.fd)
+                steps.callback(self.doorbell_listener.close)
+                steps.callback(self.loop.remove_reader, self.heartbeat.fd)
 
     def _end_transports(self) -> None:
         for transport in list(self.transports):
@@ -377,7 +381,7 @@ class Node(Turn):  # type: ignore[misc]
         self.engine.abandon(OSError(9, str(forked(repr(self)))))
         for transport in self.transports:
             transport.freed()  # so that all calls take the slow way, where they find out
-        self.keeper.forget()
+        self.heartbeat.forget()
         self.region.drop_inherited()
 
     def __del__(self, _warn: Any = warnings.warn) -> None:
@@ -414,7 +418,9 @@ class Node(Turn):  # type: ignore[misc]
         counts["state"] = "closed" if self.closed else "attached" if self.engine.alive else "down"
         counts["format"] = lay.VERSION
         bell = self.region.doorbell
-        counts["doorbell"] = self.ear.bell.id if self.ear.bell is not None else None
+        counts["doorbell"] = (
+            self.doorbell_listener.bell.id if self.doorbell_listener.bell is not None else None
+        )
         counts["doorbell_lost"] = bell.lost if bell is not None else ""
         wakes = self.engine.wakes
         counts["woken_by"], counts["wakes"] = wakes.of_all(wakes.way), wakes.of_all(wakes.way_out)

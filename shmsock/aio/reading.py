@@ -28,7 +28,7 @@ class ReadSide(FlowControl, asyncio.Transport):
 
     node: Node
     conn: Connection
-    port: Any
+    fast_path: Any
     context: contextvars.Context
     _protocol: asyncio.BaseProtocol
     reader: Any
@@ -55,8 +55,8 @@ class ReadSide(FlowControl, asyncio.Transport):
         """Ends direct mode for good: bytes that the reader took already stay in its buffer, the rest goes to
         `protocol`."""
         before: Any = self._protocol
-        if getattr(before, "_port", None) is self.port:
-            del before._port  # a writer of streams, which drains into another transport now
+        if getattr(before, "_fast_path", None) is self.fast_path:
+            del before._fast_path  # a writer of streams, which drains into another transport now
         self._protocol = protocol
         reader = self._undirect()
         if reader is not None and isinstance(protocol, SSLProtocol):
@@ -71,7 +71,7 @@ class ReadSide(FlowControl, asyncio.Transport):
     def _undirect(self) -> Any:
         """Neither a reader nor the pump takes bytes from the ring any more. What is in the buffer of the
         reader, which is returned, can still be read."""
-        self.port.detach()
+        self.fast_path.detach()
         reader = self.reader() if self.reader is not None else None
         if reader is not None:
             reader._direct = False
@@ -91,8 +91,8 @@ class ReadSide(FlowControl, asyncio.Transport):
         self._check_thread()
         if self._poll is None:
             self._poll = PollFd()
-            self.port.fast = False  # the short cuts tell nobody that they have emptied the ring
-            self.port.receive(None, self.context)
+            self.fast_path.can_read = False  # the short cuts tell nobody that they have emptied the ring
+            self.fast_path.receive(None, self.context)
         self.update_poll()
         return self._poll.fd
 
@@ -105,7 +105,7 @@ class ReadSide(FlowControl, asyncio.Transport):
 
     def pause_reading(self) -> None:
         self._reading_paused = True
-        self.port.receive(None, self.context)
+        self.fast_path.receive(None, self.context)
         if self._broken is not None and self.reader is None:
             self.force_close(self._broken)
 
@@ -152,7 +152,7 @@ class ReadSide(FlowControl, asyncio.Transport):
         """From now on the pump may give bytes to the protocol itself, until any of this changes."""
         usual = self._poll is None and not self._unread and self._receiving()
         if usual and not isinstance(self._protocol, asyncio.BufferedProtocol):
-            self.port.receive(self._protocol, self.context)
+            self.fast_path.receive(self._protocol, self.context)
 
     def _deliver_bytes(self, protocol: Any) -> int:
         """How many bytes were given to data_received(), or a status."""

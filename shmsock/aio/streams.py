@@ -16,9 +16,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from shmsock.aio.node import Node, yield_once
+from shmsock.aio.pump import extension
 from shmsock.aio.tls import start_tls
 from shmsock.aio.transport import ShmTransport
-from shmsock.aio.turn import accelerator
 from shmsock.engine.connection import CLOSED, EMPTY, EOF, GROW, RESET, STALE, YIELD, State
 
 __all__ = ["ShmStreamReader", "ShmStreamReaderProtocol", "ShmStreamWriter", "adopt"]
@@ -50,19 +50,21 @@ class ShmStreamReader(asyncio.StreamReader):
     _loop: asyncio.AbstractEventLoop
 
     _direct = False  # bytes are taken from the ring, by this reader alone
-    _port: Any = SimpleNamespace(fast=False, woken=False, take=lambda *_: None)  # what the short cuts ask
+    _fast_path: Any = SimpleNamespace(
+        can_read=False, wake_pending=False, take=lambda *_: None
+    )  # what the short cuts ask
     _spun = False  # a short cut has spun in vain just now
     _late: BaseException | None = None  # raised when what is in the buffer was read
 
     def _attach(self, transport: ShmTransport) -> None:
         """Direct mode from here on. (A method and not __init__: stock readers are adopted by changing their
         class.)"""
-        self._port = transport.port
-        self._direct = self._port.fast = transport.conn.state is not State.FREE
+        self._fast_path = transport.fast_path
+        self._direct = self._fast_path.can_read = transport.conn.state is not State.FREE
         self._node, self._conn, self._ep = transport.node, transport.conn, transport.conn.ep
         transport.reader = weakref.ref(self)
         if self._direct:
-            self._port.attach(self)
+            self._fast_path.attach(self)
 
     def _maybe_resume_transport(self) -> None:
         """Called by asyncio whenever bytes were taken out of the buffer."""
@@ -72,7 +74,7 @@ class ShmStreamReader(asyncio.StreamReader):
 
     def set_exception(self, exc: Any) -> None:
         """As asyncio's, but what had arrived before a connection was lost can still be read."""
-        self._port.fast = False
+        self._fast_path.can_read = False
         if isinstance(exc, ConnectionError) and isinstance(self._transport, ShmTransport):
             if self._eof:
                 return
@@ -103,19 +105,19 @@ class ShmStreamReader(asyncio.StreamReader):
     async def read(self, n: int = -1) -> bytes:
         """As asyncio's: up to n bytes, b"" at EOF. Raises ConnectionResetError."""
         if n > 0 and not self._buffer:
-            data: bytes | None = self._port.take(n)
+            data: bytes | None = self._fast_path.take(n)
             if data is not None:
                 return data
-            self._spun = self._port.fast
+            self._spun = self._fast_path.can_read
         return await super().read(n)
 
     async def readexactly(self, n: int) -> bytes:
         """As asyncio's: n bytes, or asyncio.IncompleteReadError."""
         if 0 < n <= COPY_MAX and not self._buffer:
-            data: bytes | None = self._port.take(n, n)
+            data: bytes | None = self._fast_path.take(n, n)
             if data is not None:
                 return data
-            self._spun = self._port.fast
+            self._spun = self._fast_path.can_read
         return await super().readexactly(n)
 
     # -- the hook
@@ -169,21 +171,21 @@ class ShmStreamReader(asyncio.StreamReader):
                 f"{func_name}() called while another coroutine is already waiting for incoming data"
             )
         self._waiter = self._loop.create_future()
-        port = self._port
-        port.fast = False
+        port = self._fast_path
+        port.can_read = False
         if self._direct and self._transport._poll is not None:
             self._transport.update_poll()
         try:
             await self._waiter
         except asyncio.CancelledError:
-            if port.woken:  # what it was woken for is to be told to those who look at the buffer
+            if port.wake_pending:  # what it was woken for is to be told to those who look at the buffer
                 self._loop.call_soon(self._on_ready, context=self._node.context)
             raise
         finally:
             self._waiter = None
-            port.fast = self._direct and self._exception is None and self._transport._poll is None
-            if port.woken:
-                port.woken = False
+            port.can_read = self._direct and self._exception is None and self._transport._poll is None
+            if port.wake_pending:
+                port.wake_pending = False
                 self._node.runs()
 
     def _pull(self, room: int, spin: bool) -> int:
@@ -254,8 +256,8 @@ class ShmStreamReader(asyncio.StreamReader):
         if waiter is not None:
             if not waiter.done():
                 waiter.set_result(None)
-                if not self._port.woken:
-                    self._port.woken = True
+                if not self._fast_path.wake_pending:
+                    self._fast_path.wake_pending = True
                     self._node.will_run()
             return
         if len(self._buffer) < IDLE_MAX and not self._eof and self._exception is None:
@@ -273,7 +275,7 @@ async def drain(transport: ShmTransport) -> bool:
             node.begin_turn()
         if node.lib.sh_over(node.nd):
             await yield_once()
-    return not transport.port.calm and await _wait_for_space(transport, node)
+    return not transport.fast_path.can_write and await _wait_for_space(transport, node)
 
 
 async def _wait_for_space(transport: ShmTransport, node: Node) -> bool:
@@ -305,25 +307,25 @@ class ShmStreamWriter(asyncio.StreamWriter):
 
     _transport: ShmTransport
     _reader: Any
-    _port: Any = SimpleNamespace(calm=False)
+    _fast_path: Any = SimpleNamespace(can_write=False)
 
     def _attach(self) -> ShmStreamWriter:
         self.write = self._transport.write  # type: ignore[method-assign]  # one call less on the way
-        self._port = self._transport.port
+        self._fast_path = self._transport.fast_path
         return self
 
     async def drain(self) -> None:
         """Wait until the peer has taken enough. Raises ConnectionResetError, BrokenPipeError. Cancelling
         loses nothing."""
-        port = self._port
-        if port.calm:
+        port = self._fast_path
+        if port.can_write:
             # Reads look at the clock each time; of drains every eighth is enough to keep a turn within its
             # budget.
             port.drains += 1
             if port.drains & 7:
                 return
             node = self._transport.node
-            if port.fast and node.scheduled and not node.lib.sh_over(node.nd):
+            if port.can_read and node.scheduled and not node.lib.sh_over(node.nd):
                 return
             port.drains -= 1  # the protocol's helper, which is asked next, counts it
         await super().drain()
@@ -346,7 +348,7 @@ class ShmStreamWriter(asyncio.StreamWriter):
         """As asyncio's (which has it from 3.11 on), on every loop and version: from here on all is
         encrypted, and this writer is a plain asyncio.StreamWriter."""
         protocol: Any = self._protocol  # type: ignore[attr-defined]
-        if not self._port.calm:
+        if not self._fast_path.can_write:
             await self.drain()  # not otherwise: it may let the loop turn, and the peer's handshake come early
         transport = await start_tls(
             self._loop,  # type: ignore[attr-defined]
@@ -381,20 +383,20 @@ class ShmStreamReaderProtocol(asyncio.StreamReaderProtocol):
     for bytes."""
 
     _transport: Any
-    _port: Any = SimpleNamespace(calm=False)
+    _fast_path: Any = SimpleNamespace(can_write=False)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         reader = self._stream_reader  # type: ignore[attr-defined]
         if isinstance(transport, ShmTransport):
-            self._port = transport.port
+            self._fast_path = transport.fast_path
             if isinstance(reader, ShmStreamReader):
                 reader._attach(transport)
         super().connection_made(transport)
 
     async def _drain_helper(self) -> None:
         """asyncio's drain() awaits this; as ShmStreamWriter.drain."""
-        port = self._port
-        if port.calm:
+        port = self._fast_path
+        if port.can_write:
             port.drains += 1
             if port.drains & 7:
                 return
@@ -410,8 +412,8 @@ class ShmStreamReaderProtocol(asyncio.StreamReaderProtocol):
         await super()._drain_helper()  # type: ignore[misc]
 
 
-if accelerator is not None:
-    method, reader, writer = accelerator.method, asyncio.StreamReader, asyncio.StreamWriter
+if extension is not None:
+    method, reader, writer = extension.method, asyncio.StreamReader, asyncio.StreamWriter
     for _name in ("read", "readexactly", "readline"):
         setattr(ShmStreamReader, _name, method(_name, reader, getattr(reader, _name)))
     ShmStreamWriter.drain = method("drain", writer, writer.drain)  # type: ignore[method-assign]

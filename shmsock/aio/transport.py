@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 from shmsock.aio import names
 from shmsock.aio.pseudosocket import Duplicate, PseudoSocket
+from shmsock.aio.pump import FastPath, extension
 from shmsock.aio.reading import ReadSide
 from shmsock.aio.tls import flushes, tell_above
-from shmsock.aio.turn import Port, accelerator
 from shmsock.engine.connection import (
     BAD,
     CLOSED,
@@ -100,9 +100,9 @@ class ShmTransport(ReadSide):
             local, remote = (address(url, local[0]), local[1]), (address(url, remote[0]), remote[1])
         super().__init__({"peername": remote, "sockname": local, "shmsock_node": node}, node.loop)
         self.node, self.conn, self.context, self._protocol = node, conn, context, protocol
-        self.port = Port(node, conn, self)
-        if accelerator is not None:
-            self.write = self.port.write  # type: ignore[method-assign]
+        self.fast_path = FastPath(node, conn, self)
+        if extension is not None:
+            self.write = self.fast_path.write  # type: ignore[method-assign]
         self._server = server
         self.reader: Any = None  # weak reference to a reader in direct mode, which takes bytes from the ring
         self._reading = False  # it has begun
@@ -218,7 +218,7 @@ class ShmTransport(ReadSide):
 
     def freed(self) -> None:
         """Slot and ring are the engine's again, and soon another connection's: hands off."""
-        self.port.calm = False
+        self.fast_path.can_write = False
         self._undirect()
 
     def _ended(self) -> None:
@@ -247,7 +247,7 @@ class ShmTransport(ReadSide):
 
         Raises TypeError, RuntimeError after write_eof() or from another thread.
         """
-        if self.port.calm and type(data) is bytes:
+        if self.fast_path.can_write and type(data) is bytes:
             n = len(data)
             taken = self.node.lib.sh_write(self.conn.ep, data, n)
             if taken == n:
@@ -284,7 +284,7 @@ class ShmTransport(ReadSide):
                 return
             data = memoryview(data)[taken:]
         self._pending += data
-        self.port.calm = False
+        self.fast_path.can_write = False
         self._maybe_pause_protocol()
 
     def writelines(self, list_of_data: Any) -> None:
@@ -319,7 +319,7 @@ class ShmTransport(ReadSide):
         if self._closing or self._read_eof or unread or self.conn.error is not None or status == STALE:
             self.force_close(error)
         else:
-            self._broken, self.port.calm = error, False
+            self._broken, self.fast_path.can_write = error, False
             self._resume_protocol()
             self._wake_writer()
 
@@ -360,7 +360,9 @@ class ShmTransport(ReadSide):
 
     def _settle(self) -> None:
         is_open = self.conn.state is State.OPEN
-        self.port.calm = is_open and not (self._pending or self._closing or self._eof_wanted or self._broken)
+        self.fast_path.can_write = is_open and not (
+            self._pending or self._closing or self._eof_wanted or self._broken
+        )
 
     def _wake_writer(self, resumed: bool = False) -> None:
         """Each drain() that waits is told once: whether it may go on, or has to look what happened."""
@@ -373,7 +375,7 @@ class ShmTransport(ReadSide):
         self._check_thread()
         if self._closing or self._eof_wanted:
             return
-        self._eof_wanted, self.port.calm = True, False
+        self._eof_wanted, self.fast_path.can_write = True, False
         if not self._pending:
             self.conn.finish()
 
@@ -399,7 +401,7 @@ class ShmTransport(ReadSide):
         self._check_thread()
         if self._closing:
             return
-        self._closing, self.port.calm = True, False
+        self._closing, self.fast_path.can_write = True, False
         if not self._pending:
             self._finish_close()
 
@@ -438,7 +440,7 @@ class ShmTransport(ReadSide):
         """As abort(), and connection_lost(error) follows."""
         if self._lost:
             return
-        self._closing, self.port.calm = True, False
+        self._closing, self.fast_path.can_write = True, False
         self._pending.clear()
         if self.node.engine.alive and not self._duplicates:
             if self._linger() == NO_LINGER:
@@ -525,7 +527,7 @@ class ShmTransport(ReadSide):
         self._eof_wanted, self._broken = before._eof_wanted, before._broken
         self._extra.update({name: before._extra[name] for name in ("peername", "sockname")})
         self.get_extra_info("socket")._options = before.get_extra_info("socket")._options
-        before.superseded, before._closing, before.port.calm = True, True, False
+        before.superseded, before._closing, before.port.can_write = True, True, False
         before._end(None)
         self._settle()
 
@@ -533,7 +535,7 @@ class ShmTransport(ReadSide):
         """The node detaches: like a process's end, what is open is closed."""
         self._duplicates = 0
         if not self._lost:
-            self._closing, self.port.calm = True, False
+            self._closing, self.fast_path.can_write = True, False
             if self._pending:
                 self._pending.clear()
                 self.conn.cut()

@@ -4,8 +4,8 @@ Callbacks run in one system task, and one more watches each descriptor. A node u
 
 - It ends with the run: after the main task, also after an exception. What was sent before arrives.
 - Its pump stays hot for at most eight turns without data, then it sleeps on one descriptor, so that
-  wait_all_tasks_blocked() returns. But the keeper rings up to ten times a second: a cushion, or an autojump
-  threshold, of 0.1 s or more is never reached.
+  wait_all_tasks_blocked() returns. But the heartbeat wakes it up to ten times a second: a cushion, or an
+  autojump threshold, of 0.1 s or more is never reached.
 - An autojump clock knows nothing of bytes that are on their way from another process: while all tasks wait
   for them, timeouts fire at once.
 """

@@ -19,7 +19,7 @@ from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint
 
 from shmsock.aio.node import Node
 from shmsock.aio.pseudosocket import PollFd
-from shmsock.aio.turn import Port
+from shmsock.aio.pump import FastPath
 from shmsock.anyio.ends import RECEIVER, SENDER, End, Resource, ShmAttribute, broken, checkpoints
 from shmsock.engine.connection import (
     COPY_MAX,
@@ -51,8 +51,8 @@ class _StreamEnd(End):
         super().__init__(node)
         self.conn = conn
         self.live = conn.state is State.OPEN  # slot and ring are ours
-        self.port = Port(node, conn, self)
-        self.port.calm = self.port.fast = self.live
+        self.fast_path = FastPath(node, conn, self)
+        self.fast_path.can_write = self.fast_path.can_read = self.live
         self.poll: PollFd | None = None
         conn.handler = self
 
@@ -71,7 +71,7 @@ class _StreamEnd(End):
         self.ready(0)
 
     def freed(self) -> None:
-        self.live = self.port.calm = self.port.fast = False
+        self.live = self.fast_path.can_write = self.fast_path.can_read = False
 
     def end(self) -> None:
         self.freed()
@@ -86,7 +86,7 @@ class _StreamEnd(End):
             return -1
         if threading.get_ident() != self.node.ident:
             raise wrong_thread(repr(self.conn))
-        self.poll, self.port.fast = self.poll or PollFd(), False  # each receive() tells it
+        self.poll, self.fast_path.can_read = self.poll or PollFd(), False  # each receive() tells it
         self.update_poll()
         return self.poll.fd
 
@@ -103,7 +103,7 @@ class ShmStream(Resource, ByteStream):
     def __init__(self, node: Node, conn: Connection) -> None:
         end = _StreamEnd(node, conn)
         super().__init__(end, conn.local, conn.remote, end.fileno)
-        self._node, self._conn, self._port = node, conn, end.port
+        self._node, self._conn, self._fast_path = node, conn, end.fast_path
         self._receiving = self._sending = self._shut = self._wrote_in_vain = False
         self._turn, self._if_cancelled = checkpoints(node)
 
@@ -122,14 +122,14 @@ class ShmStream(Resource, ByteStream):
         self._receiving = True
         try:
             await self._turn()
-            data = self._port.take(max_bytes)
+            data = self._fast_path.take(max_bytes)
             return await self._receive_slowly(max_bytes) if data is None else data
         finally:
             self._receiving = False
 
     async def _receive_slowly(self, max_bytes: int) -> bytes:
         end, node, conn, lib = self._end, self._node, self._conn, self._node.lib
-        spin = not self._port.fast  # else it was done just now
+        spin = not self._fast_path.can_read  # else it was done just now
         while end.live:
             if not node.scheduled:
                 node.begin_turn()
@@ -174,7 +174,7 @@ class ShmStream(Resource, ByteStream):
         self._sending = True
         try:
             await self._if_cancelled()
-            taken = self._port.put(item)
+            taken = self._fast_path.put(item)
             if taken is None:
                 return
             if taken and taken == len(item):
@@ -231,7 +231,7 @@ class ShmStream(Resource, ByteStream):
                 raise ClosedResourceError
             if not self._shut:
                 self._node.check()
-                self._shut, self._port.calm = True, False
+                self._shut, self._fast_path.can_write = True, False
                 self._conn.finish()
             await cancel_shielded_checkpoint()
         finally:

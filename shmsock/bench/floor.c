@@ -100,7 +100,7 @@ static void connect_ends(uint32_t peers, uint32_t ring_bytes)
     for (uint32_t i = 0; i < 2; i++) {
         ends[i].nd = nodes[i];
         ends[i].ep = sh_ep_at(nodes[i], 0);
-        gens[i] = sh_ep_take(ends[i].ep, g.arena_off, ring_bytes, (int)i, 0);
+        gens[i] = sh_ep_alloc(ends[i].ep, g.arena_off, ring_bytes, (int)i, 0);
     }
     for (uint32_t i = 0; i < 2; i++) {
         r = sh_ep_open(ends[i].ep, !i, 0, gens[!i]);
@@ -385,7 +385,7 @@ static void count(const char *name)
     if (i == sizeof works / sizeof *works)
         fail("no such work", -1);
     connect_ends(PEERS, 1u << 20);
-    sh_reach(nodes[1], 0, SH_REACH_FUTEX, -1, 0, 0);
+    sh_set_wake_out(nodes[1], 0, SH_WAKE_OUT_FUTEX, -1, 0, 0);
     works[i].work(works[i].n);
     printf("{\"times\": %u, \"compiler\": \"" COMPILER "\"}\n", works[i].n);
 }

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from shmsock.aio.turn import accelerator
+from shmsock.aio.pump import extension
 from shmsock.bench import floor
 from shmsock.bench.child import have_uvloop
 from shmsock.engine.settings import Settings
@@ -56,7 +56,7 @@ def machine() -> dict[str, Any]:
         "kernel": platform.release(),
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "shmsock": importlib.metadata.version("shmsock"),
-        "accelerator": accelerator is not None,
+        "extension": extension is not None,
         "load": round(os.getloadavg()[0], 1),
     }
     if have_uvloop():
@@ -81,7 +81,7 @@ def describe(known: dict[str, Any]) -> str:
     parts = [f"{known['cpu']} ({known['cpus']} CPUs)", f"Linux {known['kernel']}", known["python"]]
     parts += [f"uvloop {known['uvloop']}"] if "uvloop" in known else ["no uvloop"]
     parts += [f"shmsock {known['shmsock']}" + (f" at {known['commit']}" if "commit" in known else "")]
-    parts += [] if known["accelerator"] else ["no accelerator"]
+    parts += [] if known["extension"] else ["no extension"]
     return ", ".join(parts) + f", load {known['load']}"
 
 

@@ -104,7 +104,7 @@ def _is_read(layout: Layout, section: int, readers: set[int]) -> bool:
         return False  # nobody ever lived there, whatever others say: newcomers need not wait for them
     for reader in readers - {section}:
         there, back = layout.pair(section, reader), layout.pair(reader, section)
-        tag, mine = load(there + lay.BELL) >> 32, load(back + lay.BELL) >> 32
+        tag, mine = load(there + lay.NOTIFY_SEQ) >> 32, load(back + lay.NOTIFY_SEQ) >> 32
         sent, taken = load(there + lay.OUTBOX), load(back + lay.INBOX)
         head = taken if taken >> 32 == tag else 0
         if sent >> 32 == mine and (sent ^ head) & 0xFFFFFFFF:

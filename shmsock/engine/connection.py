@@ -110,7 +110,7 @@ class Connection:
         self.accepted = accepted
         self.outgrown: tuple[tuple[int, int], ...] = ()  # rings before this one, while the peer may read them
         self.ep: Any = engine.lib.sh_ep_at(engine.nd, slot)
-        self.gen: int = engine.lib.sh_ep_take(self.ep, *ring, accepted, may_grow)
+        self.gen: int = engine.lib.sh_ep_alloc(self.ep, *ring, accepted, may_grow)
         self.state = OPENING
         self.handler: Any = None
         self.local: tuple[str, int] = ("", 0)
@@ -153,7 +153,7 @@ class Connection:
     def look(self) -> int:
         """Take in what the peer did; returns LOOK bits for the driver, 0 when there is nothing for it. May
         end the connection."""
-        return 0 if self.state is FREE else self.looked(self.engine.lib.sh_look(self.ep))
+        return 0 if self.state is FREE else self.looked(self.engine.lib.sh_poll(self.ep))
 
     def looked(self, bits: int) -> int:
         """The same, when the core has looked."""
@@ -316,7 +316,7 @@ class Connection:
                 what = "reset by peer" if not self.orphaned_ns else "lost: its peer is gone,"
                 self.fail(ConnectionResetError(errno.ECONNRESET, f"connection {what} {self.remote}"))
         elif status == EOF:
-            if self.engine.lib.sh_look(self.ep) & REL or self.orphaned_ns:
+            if self.engine.lib.sh_poll(self.ep) & REL or self.orphaned_ns:
                 self.release()  # read to FIN, and the peer reads nothing any more
         elif status == STALE:
             if self.engine.alive and not self.engine.lib.sh_node_is_inert(self.engine.nd):

@@ -16,14 +16,14 @@ OF_CORE = (  # in the order of enum sh_counter
     "spin_misses",
     "wakeups",
     "healed",
-    "bells",
+    "notifications",
     "datagrams_in",
     "datagrams_out",
-    "rung",
+    "kicks",
     "suppressed",
     "received",
     "spurious",
-    "muted",
+    "rate_limited",
 )
 OF_ENGINE = (
     "accepted",

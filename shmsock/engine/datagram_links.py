@@ -32,10 +32,10 @@ Address = tuple[str, int]
 class Gate:
     """`calm`: the link is open, and nothing waits: datagrams go straight to the ring."""
 
-    __slots__ = ("calm",)
+    __slots__ = ("can_write",)
 
     def __init__(self, conn: Connection, link: Outgoing) -> None:
-        self.calm = False
+        self.can_write = False
 
 
 class Route(NamedTuple):
@@ -70,7 +70,7 @@ class Outgoing:
     def __init__(self, owner: Datagrams, conn: Connection) -> None:
         self.owner, self.conn, self.ep = owner, conn, conn.ep
         self.gate = owner.gate(conn, self)
-        self.gate.calm = False
+        self.gate.can_write = False
         self.queue: deque[Waiting] = deque()
         self._over = False
         self._unread = 0  # by who has gone
@@ -90,7 +90,7 @@ class Outgoing:
             raise no_buffers(f"{what}, whose link has {ring} bytes,", larger)
         if not self.queue and self.conn.state is State.OPEN:
             status = self._put(item)
-            self.gate.calm = status == 1 and not self._over
+            self.gate.can_write = status == 1 and not self._over
             if status:
                 return status == 1
         endpoint, size = item.endpoint, len(item.data) + OVERHEAD
@@ -131,7 +131,7 @@ class Outgoing:
                 self.owner.engine.counts["datagrams_unreachable"] += 1
         else:
             self.owner.engine.emit("ready", self.conn, SPACE)
-        self.gate.calm = self.conn.state is State.OPEN and not (queue or self._over)
+        self.gate.can_write = self.conn.state is State.OPEN and not (queue or self._over)
         for item in stray:
             item.endpoint.retry(item)
         for endpoint in told:
@@ -142,7 +142,7 @@ class Outgoing:
         """The peer is gone, or will read no more: so is what it has not read, and what waits."""
         if self._over:
             return
-        self._over, self.gate.calm = True, False
+        self._over, self.gate.can_write = True, False
         owner, conn, counts = self.owner, self.conn, self.owner.engine.counts
         owner.forget(self)
         if conn.state is State.OPEN:
@@ -176,11 +176,11 @@ class Outgoing:
         elif bits & DATA:
             self.conn.violated("bytes in a ring that nothing is to be sent through")
             self.lost()
-        elif not self.gate.calm:
+        elif not self.gate.can_write:
             self.flush()
 
     def freed(self) -> None:
-        self.gate.calm = False
+        self.gate.can_write = False
         if not self._over:
             self._unread = self.owner.engine.lib.sh_unread(self.ep)
 

@@ -55,10 +55,10 @@ class Endpoint:
         self.host: Callable[[Any], Any] = lambda host: host
         self.aliases: list[Any] = [None, remote, given]  # what send() may be given when connected
         self.handler: Any = None
-        self.straight: Any = None  # (protocol, context): a driver may give datagrams to it, past `handler`
+        self.sink: Any = None  # (protocol, context): a driver may give datagrams to it, past `handler`
         self.closed = False
         self.unsent = 0  # bytes that wait for room in a ring, and OVERHEAD for each datagram
-        self.holds = False  # paused, or not yet through with what came meanwhile
+        self.paused = False  # paused, or not yet through with what came meanwhile
         self._to: Any = given if remote and isinstance(given[0], int) else remote
         self._send, self._port = owner.engine.lib.sh_send, listener.port
         self._bound = owner.engine.settings.datagram_queue_bytes
@@ -85,7 +85,7 @@ class Endpoint:
     def send_now(self, data: Any, to: Any = None) -> bool:
         """The fast way, for an address that was used before. False: nothing was done."""
         route = self.routes.get(to) if type(to) is tuple or to is None else None
-        if route is None or type(data) is not bytes or not route[3].calm:
+        if route is None or type(data) is not bytes or not route[3].can_write:
             return False
         sent: int = self._send(route[0].ep, self._port, route[1], route[2], data, len(data))
         self.engine.stir()
@@ -169,7 +169,7 @@ class Endpoint:
         return self.remote is None or self.remote[0] == BROADCAST or self.remote == source
 
     def take(self, data: bytes, source: Address) -> None:
-        if not self.holds:
+        if not self.paused:
             self.handler.datagram(data, source)
         elif self._kept_bytes + len(data) + OVERHEAD > self._bound:
             self.engine.counts["datagrams_dropped_full"] += 1
@@ -179,12 +179,12 @@ class Endpoint:
 
     def pause(self) -> None:
         """Keep what arrives, up to the bound."""
-        self._paused = self.holds = True
+        self._paused = self.paused = True
 
     def resume(self) -> None:
         """What was kept comes from the pump."""
-        self._paused, self.holds = False, bool(self._kept)
-        if self.holds:
+        self._paused, self.paused = False, bool(self._kept)
+        if self.paused:
             self.soon()
 
     # -- what the pump has to tell
@@ -214,7 +214,7 @@ class Endpoint:
                 self._kept_bytes -= len(data) + OVERHEAD
                 self.handler.datagram(data, source)
         finally:
-            self.holds = self._paused or bool(self._kept)
+            self.paused = self._paused or bool(self._kept)
             if self._kept and not self._paused:
                 self.soon()
 

@@ -157,7 +157,7 @@ class Engine:
 
     def _pair_inc(self, of: int, towards: int) -> int:
         """Random, not 0, and not what the word holds now."""
-        old = self.memory.load(self.layout.pair(of, towards) + lay.BELL) >> 32
+        old = self.memory.load(self.layout.pair(of, towards) + lay.NOTIFY_SEQ) >> 32
         while (fresh := self.rng.getrandbits(32)) in (0, old):
             pass
         return fresh
@@ -223,8 +223,8 @@ class Engine:
     # -- the pump
 
     def pump(self, now_ns: int, unlocked: int = 0) -> list[Event]:
-        """One pass. `unlocked`: a mask of sections whose lock fell (Keeper.unlocked). Returns events, oldest
-        first."""
+        """One pass. `unlocked`: a mask of sections whose lock fell (Heartbeat.unlocked). Returns events,
+        oldest first."""
         return self.take_in(self.look(), now_ns, unlocked)
 
     def look(self) -> list[int] | None:
@@ -236,7 +236,7 @@ class Engine:
         """The same once more in the same turn of the loop: waits so long, busily. Empty: nothing came."""
         n = STALE
         if self._failure is None:
-            n = self.lib.sh_pump_on(self.nd, self._out, EVENTS_PER_PASS, now, ns)
+            n = self.lib.sh_pump_more(self.nd, self._out, EVENTS_PER_PASS, now, ns)
         return None if n == STALE else self._out[0:n]
 
     def take_in(self, words: list[int] | None, now_ns: int, unlocked: int = 0) -> list[Event]:
@@ -318,7 +318,7 @@ class Engine:
     def ready(self, slot: int) -> None:
         """Look at it, if it is in use."""
         if conn := self.connections.get(slot):
-            self.looked(conn, self.lib.sh_look(conn.ep))
+            self.looked(conn, self.lib.sh_poll(conn.ep))
 
     def looked(self, conn: Connection, bits: int) -> None:
         if bits := conn.looked(bits):

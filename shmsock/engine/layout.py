@@ -34,7 +34,7 @@ CLAIM, BEAT, PUMPS, INCARNATION, STATE, N_LISTENERS, FLAGS = 0x00, 0x40, 0x48, 0
 NAME, MACHINE, BOOT, PID, DEV, INO = 0x100, 0x140, 0x150, 0x160, 0x168, 0x170
 LEFT, DOORBELL, RESERVED, OWNER = 0x178, 0x180, 0x188, 0x190
 LISTENER = 0x200
-BELL, OUTBOX, INBOX, USERS = 0x00, 0x40, 0x80, 0xC0
+NOTIFY_SEQ, OUTBOX, INBOX, USERS = 0x00, 0x40, 0x80, 0xC0
 LIVE, LEAVING, GONE = 1, 2, 3
 FLAG_LOCKED, FLAG_FUTEX = 1, 2
 
@@ -89,11 +89,11 @@ class Layout:
         what state, is not as at the look before. And what tells a section's beat at that look."""
         ffi, lib = self.memory.core
         memory, wc, geometry = self.memory, self.memory.wc, self.geometry
-        step, first = int(lib.SH_GLANCE), int(lib.SH_GLANCE_BEAT)
+        step, first = int(lib.SH_SURVEY), int(lib.SH_SURVEY_BEAT)
         words = ffi.new("uint64_t[]", self.peers * step)
 
         def glance() -> int:
-            changed: int = lib.sh_glance(memory.base, geometry, words, wc)
+            changed: int = lib.sh_survey(memory.base, geometry, words, wc)
             return changed
 
         return glance, lambda section: words[section * step + first]

@@ -20,7 +20,7 @@ class Settings:
     `hot_us`: How long the pump re-schedules itself after bytes moved, before it lets the loop sleep.
     `hold_us`: Longest time that reads and drains that need not wait may hold one turn of the loop. On
     asyncio's and uvloop's a turn ends within 50 us when another descriptor is ready.
-    `look_cap_us`: The keeper's longest sleep between two looks at the bells, while the loop sleeps and
+    `look_cap_us`: The heartbeat's longest sleep between two looks at the bells, while the loop sleeps and
     there is a peer that can ring neither a doorbell nor a futex: the worst wakeup, and its CPU cost.
     Four times that after a second in which nothing came.
     `doorbells`: False: neither ring nor be rung, by doorbells or futexes. Then all are such peers.

@@ -1,7 +1,7 @@
 """Who wakes whom, pair by pair: by a doorbell where both have one, by a futex where both run under one
-kernel, else by nobody, and the keeper looks.
+kernel, else by nobody, and the heartbeat looks.
 
-A futex wakes the keeper, which wakes the loop.
+A futex wakes the heartbeat, which wakes the loop.
 
 A doorbell that was rung and never came is found out by the core (doorbell.c, sh_lost): such a peer is looked
 at as one that cannot ring, until a doorbell of its comes through.
@@ -59,7 +59,7 @@ class Wakes:
 
     def way(self, peer: Peer) -> str:
         """How the peer wakes us: "doorbell", "futex" or "polling"."""
-        if self.engine.lib.sh_polled(self.engine.nd, peer.section):
+        if self.engine.lib.sh_must_poll(self.engine.nd, peer.section):
             return "polling"
         return "doorbell" if self._id(peer) is not None else "futex"
 
@@ -85,16 +85,16 @@ class Wakes:
         reach = self.doorbell.reach(number) if self.doorbell and number is not None else None
         there = peer.live or peer.coming
         if not there:
-            lib.sh_reach(nd, peer.section, NONE, -1, 0, 0)
+            lib.sh_set_wake_out(nd, peer.section, NONE, -1, 0, 0)
         elif reach is not None:
             kind = EVENTFD if reach.kind == "eventfd" else REGISTER
-            lib.sh_reach(nd, peer.section, kind, reach.fd, reach.offset, reach.value)
+            lib.sh_set_wake_out(nd, peer.section, kind, reach.fd, reach.offset, reach.value)
         elif number is not None:  # of another server, or not announced to us yet
-            lib.sh_reach(nd, peer.section, LOST, -1, 0, 0)
+            lib.sh_set_wake_out(nd, peer.section, LOST, -1, 0, 0)
         else:
-            lib.sh_reach(nd, peer.section, FUTEX if self._by_futex(peer) else NONE, -1, 0, 0)
+            lib.sh_set_wake_out(nd, peer.section, FUTEX if self._by_futex(peer) else NONE, -1, 0, 0)
         rings = (BY_DOORBELL if number is not None else 0) | (BY_FUTEX if self._by_futex(peer) else 0)
-        lib.sh_rings(nd, peer.section, rings, int(there))
+        lib.sh_set_wake_in(nd, peer.section, rings, int(there))
 
     def update_all(self) -> None:
         for peer in self.engine.peers.all:

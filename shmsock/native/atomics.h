@@ -14,19 +14,19 @@
 #include <stdint.h>
 #include <string.h>
 
-/* sh_expect, sh_take_line: prefetched to be read, and to be written. Compilers drop calls of what does nothing but __builtin_prefetch. */
+/* sh_prefetch, sh_prefetch_write: prefetched to be read, and to be written. Compilers drop calls of what does nothing but __builtin_prefetch. */
 #if defined(__x86_64__)
 static inline void sh_pause(void) { __builtin_ia32_pause(); }
-static inline void sh_expect(const void *p) { __asm__ __volatile__("prefetcht0 %0" : : "m"(*(const char *)p)); }
-static inline void sh_take_line(const void *p) { __asm__ __volatile__("prefetchw %0" : : "m"(*(const char *)p)); }
+static inline void sh_prefetch(const void *p) { __asm__ __volatile__("prefetcht0 %0" : : "m"(*(const char *)p)); }
+static inline void sh_prefetch_write(const void *p) { __asm__ __volatile__("prefetchw %0" : : "m"(*(const char *)p)); }
 static inline void sh_load_fence(void) { __asm__ __volatile__("lfence" ::: "memory"); }
 static inline void sh_store_fence(void) { __asm__ __volatile__("sfence" ::: "memory"); }
 static inline void sh_hard_fence(void) { __asm__ __volatile__("mfence; lfence" ::: "memory"); }
 #elif defined(__aarch64__)
 /* BAR2 is mapped as normal non-cacheable memory there: dmb orders it, dsb waits for the writes to leave the core. */
 static inline void sh_pause(void) { __asm__ __volatile__("yield" ::: "memory"); }
-static inline void sh_expect(const void *p) { __asm__ __volatile__("prfm pldl1keep, [%0]" : : "r"(p)); }
-static inline void sh_take_line(const void *p) { __asm__ __volatile__("prfm pstl1keep, [%0]" : : "r"(p)); }
+static inline void sh_prefetch(const void *p) { __asm__ __volatile__("prfm pldl1keep, [%0]" : : "r"(p)); }
+static inline void sh_prefetch_write(const void *p) { __asm__ __volatile__("prfm pstl1keep, [%0]" : : "r"(p)); }
 static inline void sh_load_fence(void) { __asm__ __volatile__("dmb ld" ::: "memory"); }
 static inline void sh_store_fence(void) { __asm__ __volatile__("dsb st" ::: "memory"); }
 static inline void sh_hard_fence(void) { __asm__ __volatile__("dsb sy" ::: "memory"); }

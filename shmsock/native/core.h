@@ -1,6 +1,6 @@
 /* core.h - what Python calls. The lines between the markers are read as cffi's cdef (build.py), so only plain C stands there.
  *
- * All of it is called by the thread that owns the node, except the keeper's own loop. Positions count bytes, run free modulo 2^32
+ * All of it is called by the thread that owns the node, except the heartbeat's own loop. Positions count bytes, run free modulo 2^32
  * and are masked on access: capacity is a power of two, so overflow is harmless. */
 #ifndef SHMSOCK_CORE_H
 #define SHMSOCK_CORE_H
@@ -10,7 +10,7 @@
 /* cdef-begin */
 typedef struct sh_node sh_node;
 typedef struct sh_ep sh_ep;
-typedef struct sh_keeper sh_keeper;
+typedef struct sh_heartbeat sh_heartbeat;
 
 typedef struct {
     uint64_t section_bytes, pair_off, pair_bytes, toggle_off, ack_off, message_off;
@@ -25,11 +25,11 @@ enum sh_listen {
     SH_LISTEN_USED = 1, SH_LISTEN_REUSE = 2, SH_LISTEN_LOCAL = 4, SH_LISTEN_TENTATIVE = 8, SH_LISTEN_DATAGRAM = 16
 };
 enum sh_flag { SH_FLAG_LOCKED = 1, SH_FLAG_FUTEX = 2 };
-/* how a sleeping peer is woken */
-enum sh_reach { SH_REACH_NONE, SH_REACH_FUTEX, SH_REACH_EVENTFD, SH_REACH_REGISTER, SH_REACH_LOST };
+/* how a sleep_seq peer is woken */
+enum sh_wake_out { SH_WAKE_OUT_NONE, SH_WAKE_OUT_FUTEX, SH_WAKE_OUT_EVENTFD, SH_WAKE_OUT_REGISTER, SH_WAKE_OUT_LOST };
 /* and how it wakes us; both may be, as it changes over when it hears of our doorbell, or of its end */
-enum sh_heard { SH_HEARD_LOCK = 1, SH_HEARD_DOUBT = 2 };
-enum sh_rings { SH_RINGS_NOT, SH_RINGS_FUTEX, SH_RINGS_DOORBELL };
+enum sh_heard { SH_HEARD_LOCK = 1, SH_HEARD_SUSPECTED_LOSS = 2 };
+enum sh_wake_in { SH_WAKE_IN_NOT, SH_WAKE_IN_FUTEX, SH_WAKE_IN_DOORBELL };
 /* what read, look and spin answer when it is no count */
 enum sh_status {
     SH_EMPTY = -1,     /* nothing there: arm and suspend */
@@ -42,17 +42,17 @@ enum sh_status {
     SH_UNBOUND = -8,   /* the listener entry that a datagram is for has changed: resolve the address anew */
     SH_GROW = -9       /* a write: the ring is to grow first; a read: the peer's ring has grown, take it over (sh_ep_follow). Then again */
 };
-/* bits of sh_look() and of what sh_pump() returns */
+/* bits of sh_poll() and of what sh_pump() returns */
 enum sh_bits {
-    SH_LOOK_DATA = 1, SH_LOOK_FIN = 2, SH_LOOK_REL = 4, SH_LOOK_RESET = 8, SH_LOOK_BAD = 16, SH_LOOK_SPACE = 32, SH_LOOK_MOVED = 64
+    SH_POLL_DATA = 1, SH_POLL_FIN = 2, SH_POLL_DONE = 4, SH_POLL_RESET = 8, SH_POLL_BAD = 16, SH_POLL_SPACE = 32, SH_POLL_MOVED = 64
 };
 enum sh_event { SH_EV_SLOT = 0, SH_EV_ADOPT = 1, SH_EV_MESSAGE = 2 };
 enum sh_sizes { SH_TAKE = 4096 }; /* bytes that sh_take() copies */
-enum sh_glance { SH_GLANCE_BEAT = 4, SH_GLANCE }; /* words per section */
+enum sh_survey { SH_SURVEY_BEAT = 4, SH_SURVEY }; /* words per section */
 enum sh_counter {
     SH_N_PUMPS, SH_N_READS, SH_N_WRITES, SH_N_BYTES_IN, SH_N_BYTES_OUT, SH_N_NOTIFY, SH_N_PENDING, SH_N_SPIN_HIT, SH_N_SPIN_MISS,
-    SH_N_WAKEUPS, SH_N_HEALED, SH_N_BELLS, SH_N_DATAGRAMS_IN, SH_N_DATAGRAMS_OUT, SH_N_RUNG, SH_N_SUPPRESSED,
-    SH_N_RECEIVED, SH_N_SPURIOUS, SH_N_MUTED, SH_N_COUNTERS
+    SH_N_WAKEUPS, SH_N_HEALED, SH_N_NOTIFICATIONS, SH_N_DATAGRAMS_IN, SH_N_DATAGRAMS_OUT, SH_N_KICKS, SH_N_SUPPRESSED,
+    SH_N_RECEIVED, SH_N_SPURIOUS, SH_N_RATE_LIMITED, SH_N_COUNTERS
 };
 
 /* memory, for the cold paths; offsets in bytes from base, 8-byte aligned */
@@ -63,7 +63,7 @@ void sh_full_fence(int wc);
 void sh_read_bytes(const void *base, uint64_t offset, void *to, uint32_t n);
 void sh_write_bytes(void *base, uint64_t offset, const void *from, uint32_t n);
 uint64_t sh_clock(void);
-uint64_t sh_glance(const void *base, const sh_geometry *g, uint64_t *words, int wc);
+uint64_t sh_survey(const void *base, const sh_geometry *g, uint64_t *words, int wc);
 int sh_geometry_of(uint64_t region_id, uint64_t region_bytes, sh_geometry *out);
 int sh_listen_find(const void *base, const sh_geometry *g, uint32_t section, uint32_t port, int datagram, int wc);
 
@@ -85,17 +85,17 @@ int sh_pumped_just_now(sh_node *nd, uint64_t now);
 int sh_stay_hot(sh_node *nd, uint64_t now, int owed);
 uint64_t sh_moved(sh_node *nd);
 int sh_pump(sh_node *nd, uint64_t *out, int max);
-int sh_pump_on(sh_node *nd, uint64_t *out, int max, uint64_t now, uint64_t ns);
+int sh_pump_more(sh_node *nd, uint64_t *out, int max, uint64_t now, uint64_t ns);
 int sh_quiet(sh_node *nd);
 int sh_safety(sh_node *nd);
 int sh_inspect(sh_node *nd, uint32_t peer);
 
 /* sleep, and waking others */
-void sh_reach(sh_node *nd, uint32_t peer, int kind, int fd, uint64_t offset, uint32_t value);
-void sh_rings(sh_node *nd, uint32_t peer, int rings, int there);
-int sh_polled(sh_node *nd, uint32_t peer);
+void sh_set_wake_out(sh_node *nd, uint32_t peer, int kind, int fd, uint64_t offset, uint32_t value);
+void sh_set_wake_in(sh_node *nd, uint32_t peer, int wake_in, int there);
+int sh_must_poll(sh_node *nd, uint32_t peer);
 int sh_sleep(sh_node *nd);
-int sh_rung(sh_node *nd, uint64_t times);
+int sh_received(sh_node *nd, uint64_t times);
 int sh_hear(sh_node *nd, int fd);
 uint64_t sh_lost(sh_node *nd);
 int sh_futex_works(void *base, uint64_t offset);
@@ -112,7 +112,7 @@ void sh_message_done(sh_node *nd, uint32_t peer);
 
 /* endpoints */
 sh_ep *sh_ep_at(sh_node *nd, uint32_t slot);
-uint32_t sh_ep_take(sh_ep *ep, uint64_t ring_off, uint32_t ring_bytes, int accepted, int may_grow);
+uint32_t sh_ep_alloc(sh_ep *ep, uint64_t ring_off, uint32_t ring_bytes, int accepted, int may_grow);
 int sh_ep_open(sh_ep *ep, uint32_t peer, uint32_t peer_slot, uint32_t peer_gen);
 void sh_ep_release(sh_ep *ep, int notify);
 void sh_ep_orphan(sh_ep *ep);
@@ -125,7 +125,7 @@ int64_t sh_read_begin(sh_ep *ep, uint32_t want, uint32_t min, int spin);
 int64_t sh_take(sh_ep *ep, void *to, uint32_t want, uint32_t min, int spin);
 int64_t sh_read_now(sh_ep *ep, uint32_t want);
 int sh_read_end(sh_ep *ep, uint32_t n);
-int sh_look(sh_ep *ep);
+int sh_poll(sh_ep *ep);
 int sh_arm(sh_ep *ep);
 
 /* rings that grow */
@@ -139,14 +139,14 @@ int sh_send(sh_ep *ep, uint32_t src_port, uint32_t dst_port, uint32_t entry, con
 int64_t sh_recv(sh_ep *ep, uint32_t *ports);
 uint32_t sh_unread(sh_ep *ep);
 
-/* keeper */
-uint64_t sh_keeper_bytes(void);
-int sh_keeper_start(sh_keeper *k, sh_node *nd, int event_fd, int lock_fd, uint64_t beat_ns, uint64_t cap_ns, int futexes);
-int sh_keeper_arm(sh_keeper *k, int hurry);
-int sh_keeper_heard(sh_keeper *k);
-void sh_keeper_watch(sh_keeper *k, uint32_t peer, int locked);
-uint64_t sh_keeper_unlocked(sh_keeper *k);
-void sh_keeper_stop(sh_keeper *k, int join);
+/* heartbeat */
+uint64_t sh_heartbeat_bytes(void);
+int sh_heartbeat_start(sh_heartbeat *k, sh_node *nd, int event_fd, int lock_fd, uint64_t beat_ns, uint64_t cap_ns, int futexes);
+int sh_heartbeat_arm(sh_heartbeat *k, int hurry);
+int sh_heartbeat_heard(sh_heartbeat *k);
+void sh_heartbeat_watch(sh_heartbeat *k, uint32_t peer, int locked);
+uint64_t sh_heartbeat_unlocked(sh_heartbeat *k);
+void sh_heartbeat_stop(sh_heartbeat *k, int join);
 /* cdef-end */
 
 #ifdef SHMSOCK_FAKE_MEMORY
@@ -160,7 +160,7 @@ void sh_fake_time(uint64_t now_ns);
 void sh_fake_cut(int cpu);
 void sh_fake_bury(int cpu);
 void sh_fake_omit(const char *function);
-int sh_fake_bells_differ(sh_node *nd);
+int sh_fake_any_notified(sh_node *nd);
 /* cdef-fake-end */
 #endif
 

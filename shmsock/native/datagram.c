@@ -53,7 +53,7 @@ int64_t sh_recv(sh_ep *ep, uint32_t *ports)
     sh_copy_ring(ep, &h, ep->head, SH_RECORD_HEADER);
     if (h.length > SH_DATAGRAM_MAX || h.length > left) { /* nonsense, unless the ring changed hands under the copy */
         sh_acquire(ep->nd->wc);
-        return SH_GEN(sh_load(&ep->theirs->p, ep->nd->wc)) == ep->peer_gen ? SH_VIOLATION : SH_RESET;
+        return SH_GEN(sh_load(&ep->theirs->tx_word, ep->nd->wc)) == ep->peer_gen ? SH_VIOLATION : SH_RESET;
     }
     *ports = (uint32_t)h.src_port << 16 | h.dst_port;
     ep->nd->n[SH_N_DATAGRAMS_IN]++;
@@ -66,7 +66,7 @@ uint32_t sh_unread(sh_ep *ep)
     uint32_t count = 0, left;
     struct sh_record h;
 
-    if (!sh_may_write(ep->nd) || !ep->theirs || SH_GEN(sh_load(&ep->theirs->c, ep->nd->wc)) != ep->peer_gen
+    if (!sh_may_write(ep->nd) || !ep->theirs || SH_GEN(sh_load(&ep->theirs->rx_word, ep->nd->wc)) != ep->peer_gen
         || sh_see_head(ep) < 0)
         return 0; /* (a slot that is another life's does not tell) */
     for (left = ep->tail - ep->head_seen; left >= SH_RECORD_HEADER; left -= h.length, count++) {

@@ -11,14 +11,14 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-#define STORM 1000           /* doorbells within a second that spoke of nothing */
+#define FLOOD 1000           /* doorbells within a second that spoke of nothing */
 #define DECIDE_NS 100000000u /* a doorbell that did not come within this is lost */
 
 /* ---- waking others ---- */
 
-/* All who share an eventfd share its flags: one of them may have made it blocking and filled it, and then this waits. The keeper sees that
+/* All who share an eventfd share its flags: one of them may have made it blocking and filled it, and then this waits. The heartbeat sees that
  * with its next beats, and makes room (sh_unstick). Looking first keeps honest accidents from getting there. */
-static void ring_eventfd(sh_node *nd, struct sh_link *l)
+static void kick_eventfd(sh_node *nd, struct sh_link *l)
 {
     uint64_t one = 1;
     ssize_t done = 0;
@@ -27,10 +27,10 @@ static void ring_eventfd(sh_node *nd, struct sh_link *l)
     if (__atomic_load_n(&l->stuck, __ATOMIC_RELAXED))
         return;
     held = nd->let_go ? nd->let_go() : NULL;
-    __atomic_store_n(&nd->ringing, ++nd->rings << 8 | (uint64_t)(l - nd->links), __ATOMIC_RELEASE);
-    if (poll(&(struct pollfd){.fd = l->reach_fd, .events = POLLOUT}, 1, 0) == 1)
-        done = write(l->reach_fd, &one, sizeof one);
-    __atomic_store_n(&nd->ringing, 0, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&nd->kicking, ++nd->kick_count << 8 | (uint64_t)(l - nd->links), __ATOMIC_RELEASE);
+    if (poll(&(struct pollfd){.fd = l->kick_fd, .events = POLLOUT}, 1, 0) == 1)
+        done = write(l->kick_fd, &one, sizeof one);
+    __atomic_store_n(&nd->kicking, 0, __ATOMIC_SEQ_CST);
     while (__atomic_load_n(&nd->unsticking, __ATOMIC_SEQ_CST)) /* it does not wait; and the descriptor may be closed, and be another's, once we return */
         sched_yield();
     if (held)
@@ -38,89 +38,89 @@ static void ring_eventfd(sh_node *nd, struct sh_link *l)
     (void)done;
 }
 
-/* By the keeper, at each beat: has the loop been at the same ring since the last one? As long as it is, the descriptor is that of the ring: either
+/* By the heartbeat, at each beat: has the loop been at the same ring since the last one? As long as it is, the descriptor is that of the ring: either
  * we see that the ring has ended, or it sees us here, and waits. */
 void sh_unstick(sh_node *nd, uint64_t *seen)
 {
-    uint64_t ringing = __atomic_load_n(&nd->ringing, __ATOMIC_ACQUIRE), taken;
+    uint64_t kicking = __atomic_load_n(&nd->kicking, __ATOMIC_ACQUIRE), taken;
 
-    if (ringing && ringing == *seen) {
-        struct sh_link *l = &nd->links[ringing & 0xff];
+    if (kicking && kicking == *seen) {
+        struct sh_link *l = &nd->links[kicking & 0xff];
         struct iovec v = {.iov_base = &taken, .iov_len = sizeof taken};
 
         ssize_t got = 0;
 
         __atomic_store_n(&nd->unsticking, 1, __ATOMIC_SEQ_CST);
-        if (__atomic_load_n(&nd->ringing, __ATOMIC_SEQ_CST) == ringing) {
+        if (__atomic_load_n(&nd->kicking, __ATOMIC_SEQ_CST) == kicking) {
             __atomic_store_n(&l->stuck, 1, __ATOMIC_RELAXED);
-            got = preadv2(l->reach_fd, &v, 1, -1, RWF_NOWAIT);
+            got = preadv2(l->kick_fd, &v, 1, -1, RWF_NOWAIT);
         }
         __atomic_store_n(&nd->unsticking, 0, __ATOMIC_RELEASE);
         if (got < 0)
             return; /* somebody else has made room */
     }
-    *seen = ringing;
+    *seen = kicking;
 }
 
 static void ring(sh_node *nd, struct sh_link *l)
 {
     ssize_t done = 0;
 
-    if (l->reach == SH_REACH_FUTEX) { /* the low half, as we are little-endian */
-        done = syscall(SYS_futex, &l->out->rang, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+    if (l->wake_out == SH_WAKE_OUT_FUTEX) { /* the low half, as we are little-endian */
+        done = syscall(SYS_futex, &l->out->kicked_for, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
         if (SH_HIGH(sh_peek(&l->in->outbox)) != l->my_inc) /* it does not know us yet, and does not wait for that */
-            done = syscall(SYS_futex, l->sleeping, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
-    } else if (l->reach == SH_REACH_EVENTFD)
-        ring_eventfd(nd, l);
-    else if (l->reach == SH_REACH_REGISTER) /* else LOST: it relies on a doorbell that we cannot ring, and rang tells it so */
-        done = pwrite(l->reach_fd, &l->reach_value, sizeof l->reach_value, (off_t)l->reach_at);
+            done = syscall(SYS_futex, l->sleep_seq, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+    } else if (l->wake_out == SH_WAKE_OUT_EVENTFD)
+        kick_eventfd(nd, l);
+    else if (l->wake_out == SH_WAKE_OUT_REGISTER) /* else LOST: it relies on a doorbell that we cannot ring, and kicked_for tells it so */
+        done = pwrite(l->kick_fd, &l->kick_value, sizeof l->kick_value, (off_t)l->kick_at);
     (void)done; /* full, gone, or not there any more: the peer looks by itself before long */
 }
 
 /* Ring that peer if it sleeps, once per sleep: whatever wakes it, it does not sleep on without having looked at all bells, and then it is
- * another sleep. The futex is rang, never the bell: the bell may be seen, and the wake for it still be to come, and be lost. */
+ * another sleep. The futex is kicked_for, never the bell: the bell may be seen, and the wake for it still be to come, and be lost. */
 static void call(sh_node *nd, struct sh_link *l)
 {
     uint64_t sleep;
 
-    if (l->reach == SH_REACH_NONE)
+    if (l->wake_out == SH_WAKE_OUT_NONE)
         return;
-    sh_fence(nd->wc); /* SYNC F2: bell before the look at sleeping; partner: R2, sleeping before the look at the bells */
-    sleep = sh_load(l->sleeping, nd->wc);
-    if (!(sleep & 1) || sleep == l->rung) {
+    sh_fence(nd->wc); /* SYNC F2: bell before the look at sleep_seq; partner: R2, sleep_seq before the look at the bells */
+    sleep = sh_load(l->sleep_seq, nd->wc);
+    if (!(sleep & 1) || sleep == l->kicked) {
         nd->n[SH_N_SUPPRESSED]++;
         return;
     }
-    l->rung = sleep;
-    sh_store(&l->out->rang, sleep, nd->wc);
-    nd->n[SH_N_RUNG]++;
+    l->kicked = sleep;
+    sh_store(&l->out->kicked_for, sleep, nd->wc);
+    nd->n[SH_N_KICKS]++;
     ring(nd, l);
 }
 
 /* From here on the peer is woken like this. Bells that moved while it was not known how are made good. */
-void sh_reach(sh_node *nd, uint32_t peer, int kind, int fd, uint64_t offset, uint32_t value)
+void sh_set_wake_out(sh_node *nd, uint32_t peer, int kind, int fd, uint64_t offset, uint32_t value)
 {
     struct sh_link *l = &nd->links[peer];
-    int newly = (l->reach == SH_REACH_NONE || l->reach == SH_REACH_LOST) && kind != l->reach;
+    int newly = (l->wake_out == SH_WAKE_OUT_NONE || l->wake_out == SH_WAKE_OUT_LOST) && kind != l->wake_out;
 
-    if (fd != l->reach_fd)
+    if (fd != l->kick_fd)
         __atomic_store_n(&l->stuck, 0, __ATOMIC_RELAXED);
-    l->reach = kind;
-    l->reach_fd = fd;
-    l->reach_at = offset;
-    l->reach_value = value;
+    l->wake_out = kind;
+    l->kick_fd = fd;
+    l->kick_at = offset;
+    l->kick_value = value;
     if (!newly)
         return;
-    l->rung = 0;
+    l->kicked = 0;
     if (sh_may_write(nd))
         call(nd, l);
 }
 
-void sh_ring_bell(sh_node *nd, struct sh_link *l)
+void sh_notify_peer(sh_node *nd, struct sh_link *l)
 {
     l->count++;
-    nd->n[SH_N_BELLS]++;
-    sh_store(&l->out->bell, SH_PACK(l->my_inc, l->count), nd->wc);
+    nd->n[SH_N_NOTIFICATIONS]++;
+    sh_store(&l->out->notify_seq, SH_PACK(l->my_inc, l->count), nd->wc);
     call(nd, l);
 }
 
@@ -134,34 +134,34 @@ static void set_bit(uint64_t *mask, uint32_t peer, int on)
         __atomic_fetch_and(mask, ~(1ull << peer), __ATOMIC_RELAXED);
 }
 
-void sh_know(sh_node *nd, uint32_t peer, int known) { set_bit(&nd->known, peer, known); }
+void sh_know_peer(sh_node *nd, uint32_t peer, int known) { set_bit(&nd->known_peers, peer, known); }
 
 /* Is anybody there, and how does it wake us? */
-void sh_rings(sh_node *nd, uint32_t peer, int rings, int there)
+void sh_set_wake_in(sh_node *nd, uint32_t peer, int wake_in, int there)
 {
     struct sh_link *l = &nd->links[peer];
 
-    if (l->rings == rings && l->there == there)
+    if (l->wake_in == wake_in && l->there == there)
         return; /* what was found out about its doorbells holds */
     l->there = there;
-    __atomic_store_n(&l->rings, rings, __ATOMIC_RELAXED);
+    __atomic_store_n(&l->wake_in, wake_in, __ATOMIC_RELAXED);
     l->missed = 0;
-    nd->doubts -= l->doubt != 0;
-    l->doubt = 0;
-    sh_know(nd, peer, there);
-    set_bit(&nd->polled, peer, there && rings == SH_RINGS_NOT);
-    set_bit(&nd->by_futex, peer, there && (rings & SH_RINGS_FUTEX));
+    nd->losses -= l->loss_sleep != 0;
+    l->loss_sleep = 0;
+    sh_know_peer(nd, peer, there);
+    set_bit(&nd->must_poll, peer, there && wake_in == SH_WAKE_IN_NOT);
+    set_bit(&nd->by_futex, peer, there && (wake_in & SH_WAKE_IN_FUTEX));
     nd->kick = 1;
 }
 
-int sh_polled(sh_node *nd, uint32_t peer) { return (__atomic_load_n(&nd->polled, __ATOMIC_RELAXED) >> peer) & 1; }
+int sh_must_poll(sh_node *nd, uint32_t peer) { return (__atomic_load_n(&nd->must_poll, __ATOMIC_RELAXED) >> peer) & 1; }
 
 /* Has one of those peers moved its bell since the pump last saw it? */
-int sh_bells_differ(const sh_node *nd, uint64_t of)
+int sh_any_notified(const sh_node *nd, uint64_t of)
 {
     for (uint32_t j = 0; j < nd->g.peers && of >> j; j++)
-        if ((of >> j & 1) && sh_peek(&nd->links[j].in->bell) != __atomic_load_n(&nd->links[j].last, __ATOMIC_RELAXED)
-            && !sh_muted(&nd->links[j]))
+        if ((of >> j & 1) && sh_peek(&nd->links[j].in->notify_seq) != __atomic_load_n(&nd->links[j].last, __ATOMIC_RELAXED)
+            && !sh_rate_limited(&nd->links[j]))
             return 1;
     return 0;
 }
@@ -170,8 +170,8 @@ static void change_sleep(sh_node *nd)
 {
     uint64_t next = nd->sleep + 1;
 
-    __atomic_store_n(&nd->sleep, next, __ATOMIC_RELEASE); /* before others can ring for it: the keeper compares */
-    sh_store(nd->sleeping_at, next, nd->wc);
+    __atomic_store_n(&nd->sleep, next, __ATOMIC_RELEASE); /* before others can ring for it: the heartbeat compares */
+    sh_store(nd->sleep_seq_at, next, nd->wc);
 }
 
 /* The loop is about to wait, and nothing is owed a pass. 1: wait; who has news from here on rings. 0: somebody was quicker. */
@@ -183,8 +183,8 @@ int sh_sleep(sh_node *nd)
         nd->slept_received = __atomic_load_n(&nd->n[SH_N_RECEIVED], __ATOMIC_RELAXED);
         change_sleep(nd);
     }
-    sh_fence(nd->wc); /* SYNC R2: sleeping before the look at the bells; partner: F2, bell before the look at sleeping */
-    if (!sh_bells_differ(nd, SH_ALL))
+    sh_fence(nd->wc); /* SYNC R2: sleep_seq before the look at the bells; partner: F2, bell before the look at sleep_seq */
+    if (!sh_any_notified(nd, SH_ALL))
         return 1;
     __atomic_store_n(&nd->strangers, 1, __ATOMIC_RELAXED);
     return 0;
@@ -199,8 +199,8 @@ void sh_wake_up(sh_node *nd)
     }
 }
 
-/* Our doorbell rang so often. 1: that was one too many of those that are for nobody, do not listen to it for a while. */
-int sh_rung(sh_node *nd, uint64_t times)
+/* Our doorbell kicked_for so often. 1: that was one too many of those that are for nobody, do not listen to it for a while. */
+int sh_received(sh_node *nd, uint64_t times)
 {
     uint64_t now;
 
@@ -209,21 +209,21 @@ int sh_rung(sh_node *nd, uint64_t times)
     __atomic_fetch_add(&nd->n[SH_N_RECEIVED], times, __ATOMIC_RELAXED);
     for (uint32_t j = 0; j < nd->g.peers; j++) { /* whose doorbells did not come, and who says to have rung for this sleep: they come again */
         struct sh_link *l = &nd->links[j];
-        if (l->missed && sh_load(&l->in->rang, nd->wc) == nd->sleep) {
+        if (l->missed && sh_load(&l->in->kicked_for, nd->wc) == nd->sleep) {
             l->missed = 0;
-            set_bit(&nd->polled, j, 0);
+            set_bit(&nd->must_poll, j, 0);
         }
     }
     __atomic_store_n(&nd->strangers, 1, __ATOMIC_RELAXED); /* it does not say who it was */
-    if (sh_bells_differ(nd, SH_ALL))
+    if (sh_any_notified(nd, SH_ALL))
         return 0;
     __atomic_fetch_add(&nd->n[SH_N_SPURIOUS], times, __ATOMIC_RELAXED);
     now = sh_clock();
-    if (now - nd->storm_ns > 1000000000u) {
-        nd->storm_ns = now;
-        nd->storm = 0;
+    if (now - nd->flood_ns > 1000000000u) {
+        nd->flood_ns = now;
+        nd->flood = 0;
     }
-    return ++nd->storm >= STORM;
+    return ++nd->flood >= FLOOD;
 }
 
 /* Empty an eventfd, without waiting, even if others that share it made it blocking. Returns what was in it. */
@@ -238,12 +238,12 @@ uint64_t sh_drain(int fd)
     return got == (ssize_t)sizeof times ? times : 0;
 }
 
-/* Our doorbell's eventfd: as sh_rung(). */
+/* Our doorbell's eventfd: as sh_received(). */
 int sh_hear(sh_node *nd, int fd)
 {
     uint64_t times = sh_drain(fd);
 
-    return times ? sh_rung(nd, times) : 0;
+    return times ? sh_received(nd, times) : 0;
 }
 
 /* ---- doorbells that do not come ---- */
@@ -251,24 +251,24 @@ int sh_hear(sh_node *nd, int fd)
 /* It rings for another sleep before long, so its word is looked at whenever we come by. */
 static void says_it_rang(const sh_node *nd, struct sh_link *l)
 {
-    l->doubt_rang |= sh_load(&l->in->rang, nd->wc) == l->doubt;
+    l->loss_kicked |= sh_load(&l->in->kicked_for, nd->wc) == l->loss_sleep;
 }
 
 /* The pump found a bell that moved while we slept. If nothing has rung by now, something may have been lost: sh_lost() decides, later,
  * as the peer may be just about to ring, or have seen us awake. */
-void sh_doubt(sh_node *nd, struct sh_link *l, uint64_t now)
+void sh_suspect_loss(sh_node *nd, struct sh_link *l, uint64_t now)
 {
-    if ((l->rings & SH_RINGS_DOORBELL) && !l->doubt && __atomic_load_n(&nd->n[SH_N_RECEIVED], __ATOMIC_RELAXED) == nd->slept_received) {
-        nd->doubts++;
-        l->doubt = nd->sleep - 1;
-        l->doubt_ns = now;
-        l->doubt_received = nd->slept_received;
-        l->doubt_rang = 0;
+    if ((l->wake_in & SH_WAKE_IN_DOORBELL) && !l->loss_sleep && __atomic_load_n(&nd->n[SH_N_RECEIVED], __ATOMIC_RELAXED) == nd->slept_received) {
+        nd->losses++;
+        l->loss_sleep = nd->sleep - 1;
+        l->loss_ns = now;
+        l->loss_received = nd->slept_received;
+        l->loss_kicked = 0;
         says_it_rang(nd, l);
     }
 }
 
-/* Decide about doubts that are old enough; the caller has drained all doorbells. The peer says for which sleep it rang: if it was that one
+/* Decide about losses that are old enough; the caller has drained all doorbells. The peer says for which sleep it kicked_for: if it was that one
  * and nothing came, the doorbell is lost, and the peer is polled until one comes through. Returns a mask of those that began to miss. */
 uint64_t sh_lost(sh_node *nd)
 {
@@ -276,26 +276,26 @@ uint64_t sh_lost(sh_node *nd)
 
     if (!sh_may_write(nd))
         return 0;
-    for (uint32_t j = 0; nd->doubts && j < nd->g.peers; j++) {
+    for (uint32_t j = 0; nd->losses && j < nd->g.peers; j++) {
         struct sh_link *l = &nd->links[j];
 
-        if (!l->doubt)
+        if (!l->loss_sleep)
             continue;
         says_it_rang(nd, l);
-        if (now - l->doubt_ns < DECIDE_NS)
+        if (now - l->loss_ns < DECIDE_NS)
             continue;
-        if (l->doubt_rang) {
-            int came = __atomic_load_n(&nd->n[SH_N_RECEIVED], __ATOMIC_RELAXED) != l->doubt_received;
+        if (l->loss_kicked) {
+            int came = __atomic_load_n(&nd->n[SH_N_RECEIVED], __ATOMIC_RELAXED) != l->loss_received;
 
             if (!came && !l->missed) {
                 nd->n[SH_N_HEALED]++;
                 lost |= 1ull << j;
             }
             l->missed = !came;
-            set_bit(&nd->polled, j, !came);
+            set_bit(&nd->must_poll, j, !came);
         }
-        l->doubt = 0;
-        nd->doubts--;
+        l->loss_sleep = 0;
+        nd->losses--;
     }
     return lost;
 }

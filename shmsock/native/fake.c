@@ -139,11 +139,11 @@ void sh_fake_omit(const char *function)
     strncpy(omitted, function, sizeof omitted - 1);
 }
 
-/* What the keeper compares while the loop sleeps, seen from a CPU of its own. */
-int sh_fake_bells_differ(sh_node *nd)
+/* What the heartbeat compares while the loop sleeps, seen from a CPU of its own. */
+int sh_fake_any_notified(sh_node *nd)
 {
     for (uint32_t j = 0; j < nd->g.peers; j++)
-        if (!nd->links[j].muted && nd->links[j].in->bell != nd->links[j].last)
+        if (!nd->links[j].rate_limited && nd->links[j].in->notify_seq != nd->links[j].last)
             return 1;
     return 0;
 }

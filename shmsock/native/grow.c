@@ -80,13 +80,13 @@ int sh_ring_of(sh_ep *ep, uint64_t ring, uint32_t least)
 /* The peer's P names another epoch than before: read on in its larger ring. 0, SH_RESET or SH_VIOLATION. */
 int sh_follow(sh_ep *ep, uint64_t p)
 {
-    uint32_t was = SH_EPOCH(ep->p_last), now = (SH_EPOCH(p) - was) & 15;
+    uint32_t was = SH_EPOCH(ep->tx_last), now = (SH_EPOCH(p) - was) & 15;
     uint64_t ring;
 
     if (now <= ((ep->rx_epoch - was) & 15))
         return 0; /* we were quicker */
     ring = sh_load(&ep->theirs->ring, ep->nd->wc); /* SYNC G */
-    if (SH_GEN(ring) != ep->peer_gen && SH_GEN(sh_load(&ep->theirs->p, ep->nd->wc)) != ep->peer_gen)
+    if (SH_GEN(ring) != ep->peer_gen && SH_GEN(sh_load(&ep->theirs->tx_word, ep->nd->wc)) != ep->peer_gen)
         return SH_RESET;
     if (SH_GEN(ring) != ep->peer_gen || ((SH_EPOCH(ring) - was) & 15) < now || now > SH_EPOCH_LEAD
         || sh_ring_of(ep, ring, 2 * ep->rx_bytes) < 0)
@@ -132,6 +132,6 @@ int64_t sh_take(sh_ep *ep, void *to, uint32_t want, uint32_t min, int spin)
         return found;
     if (n > SH_TAKE)
         return SH_UNLIKELY(ep->followed) ? SH_GROW : found;
-    r = sh_copy_taken(ep, to, (uint32_t)(found >> 32), n, 0);
+    r = sh_read_out(ep, to, (uint32_t)(found >> 32), n, 0);
     return r ? r : (int64_t)n;
 }

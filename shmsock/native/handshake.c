@@ -39,7 +39,7 @@ static int post(sh_node *nd, uint32_t peer, struct sh_message m)
     sh_copy_out(&l->m_out[l->msg_tail % SH_MESSAGES], &m, sizeof m);
     l->msg_tail++;
     sh_store(&l->out->outbox, SH_PACK(l->peer_inc, l->msg_tail), nd->wc);
-    sh_ring_bell(nd, l);
+    sh_notify_peer(nd, l);
     return 0;
 }
 
@@ -75,7 +75,7 @@ int sh_message_recv(sh_node *nd, uint32_t peer, uint32_t *note)
     l->unread = 0;
     acknowledge(nd, l);
     box = sh_load(&l->in->outbox, nd->wc);
-    if (!l->peer_inc || SH_HIGH(box) != l->my_inc || SH_LOW(box) == l->msg_head || sh_muted(l))
+    if (!l->peer_inc || SH_HIGH(box) != l->my_inc || SH_LOW(box) == l->msg_head || sh_rate_limited(l))
         return 0;
     sh_caused(nd, l, 1);
     if (SH_LOW(box) - l->msg_head > SH_MESSAGES)
@@ -116,7 +116,7 @@ void sh_notify(sh_node *nd, uint32_t peer, uint32_t slot)
 sh_ep *sh_ep_at(sh_node *nd, uint32_t slot) { return slot < nd->g.slots ? &nd->eps[slot] : NULL; }
 
 /* FREE -> taken: publish the ring (offset in the section, bytes: a power of two) under the current generation, which is returned. */
-uint32_t sh_ep_take(sh_ep *ep, uint64_t ring_off, uint32_t ring_bytes, int accepted, int may_grow)
+uint32_t sh_ep_alloc(sh_ep *ep, uint64_t ring_off, uint32_t ring_bytes, int accepted, int may_grow)
 {
     sh_node *nd = ep->nd;
 
@@ -131,13 +131,13 @@ uint32_t sh_ep_take(sh_ep *ep, uint64_t ring_off, uint32_t ring_bytes, int accep
     ep->outgrown = ep->followed = 0;
     ep->window_ns = 50000;
     ep->spun_ns = 0;
-    ep->flow = 0;
+    ep->one_way = 0;
     ep->misses = ep->patience = 0;
     if (!sh_may_write(nd))
         return ep->gen;
     sh_put(&ep->mine->ring, sh_ring_word(ep, ring_off));
-    sh_put(&ep->mine->c, (uint64_t)ep->gen << SH_GEN_SHIFT);
-    sh_store(&ep->mine->p, (uint64_t)ep->gen << SH_GEN_SHIFT, nd->wc);
+    sh_put(&ep->mine->rx_word, (uint64_t)ep->gen << SH_GEN_SHIFT);
+    sh_store(&ep->mine->tx_word, (uint64_t)ep->gen << SH_GEN_SHIFT, nd->wc);
     return ep->gen;
 }
 
@@ -151,7 +151,7 @@ static void users(sh_node *nd, uint32_t peer, int more)
 }
 
 /* taken -> OPEN with that slot of that peer. Its descriptor is read once and checked; who accepted may have grown its ring already.
- * What a first look at the slot finds (SH_LOOK_*), SH_RESET when the slot is not of that generation (any more), SH_VIOLATION when the descriptor is
+ * What a first look at the slot finds (SH_POLL_*), SH_RESET when the slot is not of that generation (any more), SH_VIOLATION when the descriptor is
  * impossible, SH_STALE. */
 int sh_ep_open(sh_ep *ep, uint32_t peer, uint32_t peer_slot, uint32_t peer_gen)
 {
@@ -164,7 +164,7 @@ int sh_ep_open(sh_ep *ep, uint32_t peer, uint32_t peer_slot, uint32_t peer_gen)
     if (!sh_may_write(nd))
         return SH_STALE;
     ring = sh_load(&theirs->ring, nd->wc);
-    p = sh_load(&theirs->p, nd->wc);
+    p = sh_load(&theirs->tx_word, nd->wc);
     if (SH_GEN(p) != peer_gen || SH_GEN(ring) != peer_gen)
         return SH_RESET;
     ep->peer = peer;
@@ -172,14 +172,14 @@ int sh_ep_open(sh_ep *ep, uint32_t peer, uint32_t peer_slot, uint32_t peer_gen)
         return SH_VIOLATION;
     ep->peer_slot = peer_slot;
     ep->peer_gen = peer_gen;
-    ep->p_last = (uint64_t)peer_gen << SH_GEN_SHIFT;
+    ep->tx_last = (uint64_t)peer_gen << SH_GEN_SHIFT;
     ep->moved = 0;
     ep->theirs = theirs;
     nd->links[peer].open[SH_WORD(ep->slot)] |= SH_BIT(ep->slot);
     sh_put(&ep->mine->link, (uint64_t)ep->gen << SH_GEN_SHIFT | (uint64_t)peer << 32 | (uint64_t)peer_slot << 16 | 1u << 8);
     ep->followed = 1; /* for who reads through Python, it has grown from nothing */
     users(nd, peer, 1);
-    return sh_look(ep);
+    return sh_poll(ep);
 }
 
 /* The peer is gone, or this link was restarted: no toggles, no writes; what was published may be read. */
@@ -199,7 +199,7 @@ void sh_ep_release(sh_ep *ep, int notify)
     if (!sh_may_write(nd))
         return;
     ep->gen = (ep->gen + 1) & SH_GEN_MASK;
-    sh_store(&ep->mine->p, (uint64_t)ep->gen << SH_GEN_SHIFT, nd->wc);
+    sh_store(&ep->mine->tx_word, (uint64_t)ep->gen << SH_GEN_SHIFT, nd->wc);
     sh_put(&ep->mine->link, 0);
     if (ep->theirs && (nd->touched[w] & ~keep))
         sh_acknowledge(nd, ep); /* a spin may have taken the bell and left the toggle: the slot's next user would never be told */
@@ -208,7 +208,7 @@ void sh_ep_release(sh_ep *ep, int notify)
         nd->links[ep->peer].open[w] &= keep;
         nd->links[ep->peer].moved += ep->moved;
         /* Who was told REL waits for nothing more, and who has released needs no news: a bell for these would speak of nothing. */
-        if (notify && !ep->orphan && !(ep->flags & SH_REL) && SH_GEN(sh_load(&ep->theirs->p, nd->wc)) == ep->peer_gen)
+        if (notify && !ep->orphan && !(ep->flags & SH_DONE) && SH_GEN(sh_load(&ep->theirs->tx_word, nd->wc)) == ep->peer_gen)
             sh_notify_slot(nd, ep->peer, ep->peer_slot);
         users(nd, ep->peer, -1);
     }

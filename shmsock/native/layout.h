@@ -39,10 +39,10 @@ struct sh_header {
 struct sh_section { /* first page of a section */
     uint64_t claim; /* nonce of the owner, 0 = nobody; beside the region id the only word that is compare-and-swapped */
     uint8_t pad0[56];
-    uint64_t beat;  /* keeper: +1 for each tenth of a second */
-    uint64_t pumps; /* keeper: copy of the owner's pump counter */
+    uint64_t beat;  /* heartbeat: +1 for each tenth of a second */
+    uint64_t pumps; /* heartbeat: copy of the owner's pump counter */
     uint8_t pad1[48];
-    uint64_t sleeping; /* +1 at each change; odd: the owner's loop sleeps, ring it */
+    uint64_t sleep_seq; /* +1 at each change; odd: the owner's loop sleeps, ring it */
     uint8_t pad2[56];
     uint64_t incarnation; /* random, nonzero: one life of one owner */
     uint64_t state;       /* enum sh_state, stored last at attach */
@@ -64,8 +64,8 @@ struct sh_section { /* first page of a section */
 };
 
 struct sh_pair { /* what i says to j: in section i, one for every j, i included */
-    uint64_t bell; /* pair_inc of i towards j : 32 | count : 32 */
-    uint64_t rang; /* j's sleeping word that i last rang for */
+    uint64_t notify_seq; /* pair_inc of i towards j : 32 | count : 32 */
+    uint64_t kicked_for; /* j's sleep_seq word that i last kicked_for for */
     uint8_t pad0[48];
     uint64_t outbox; /* adopted pair_inc of j : 32 | message tail : 32 */
     uint8_t pad1[56];
@@ -80,9 +80,9 @@ struct sh_slot {
     uint64_t link; /* generation:24 | peer section:8 | peer slot:16 | state:8 | 0:8; for people and tools only */
     uint64_t ring; /* of the largest so far: generation:24 | epoch:4 | log2(bytes):6 | (offset in section) / 4096 : 30 */
     uint8_t pad0[48];
-    uint64_t p; /* as producer: generation:24 | epoch:4 | WANT REL RST FIN : 4 | tail:32 */
+    uint64_t tx_word; /* as producer: generation:24 | epoch:4 | WANT REL RST FIN : 4 | tail:32 */
     uint8_t pad1[56];
-    uint64_t c; /* as consumer: generation:24 | 0:8 | head:32 */
+    uint64_t rx_word; /* as consumer: generation:24 | 0:8 | head:32 */
     uint8_t pad2[56];
 };
 
@@ -117,7 +117,7 @@ SH_ASSERT(sizeof(struct sh_header) == SH_PAGE);
 SH_AT(sh_section, claim, 0x000);
 SH_AT(sh_section, beat, 0x040);
 SH_AT(sh_section, pumps, 0x048);
-SH_AT(sh_section, sleeping, 0x080);
+SH_AT(sh_section, sleep_seq, 0x080);
 SH_AT(sh_section, incarnation, 0x0c0);
 SH_AT(sh_section, state, 0x0c8);
 SH_AT(sh_section, listeners, 0x0d0);
@@ -133,16 +133,16 @@ SH_AT(sh_section, doorbell, 0x180);
 SH_AT(sh_section, owner, 0x190);
 SH_AT(sh_section, listener, 0x200);
 SH_ASSERT(sizeof(struct sh_section) == SH_PAGE);
-SH_AT(sh_pair, bell, 0x00);
-SH_AT(sh_pair, rang, 0x08);
+SH_AT(sh_pair, notify_seq, 0x00);
+SH_AT(sh_pair, kicked_for, 0x08);
 SH_AT(sh_pair, outbox, 0x40);
 SH_AT(sh_pair, inbox, 0x80);
 SH_AT(sh_pair, users, 0xc0);
 SH_ASSERT(sizeof(struct sh_pair) == 0x100);
 SH_AT(sh_slot, link, 0x00);
 SH_AT(sh_slot, ring, 0x08);
-SH_AT(sh_slot, p, 0x40);
-SH_AT(sh_slot, c, 0x80);
+SH_AT(sh_slot, tx_word, 0x40);
+SH_AT(sh_slot, rx_word, 0x80);
 SH_ASSERT(sizeof(struct sh_slot) == 192);
 SH_AT(sh_record, length, 0);
 SH_AT(sh_record, src_port, 4);
@@ -164,7 +164,7 @@ SH_ASSERT(sizeof(struct sh_message) == SH_LINE);
 /* P */
 #define SH_FIN (1ull << 32)
 #define SH_RST (1ull << 33)
-#define SH_REL (1ull << 34)
+#define SH_DONE (1ull << 34)
 #define SH_WANT (1ull << 35)
 #define SH_GEN_SHIFT 40
 #define SH_GEN_MASK 0xffffffu

@@ -81,19 +81,19 @@ int sh_listen_find(const void *base, const sh_geometry *g, uint32_t section, uin
     return 0;
 }
 
-/* One look at all sections, for who wants to know whether anything is new: SH_GLANCE words of each into words[]: claim, incarnation, state,
+/* One look at all sections, for who wants to know whether anything is new: SH_SURVEY words of each into words[]: claim, incarnation, state,
  * doorbell, beat. Returns a mask of the sections where another of them than the beat is not as it was in words[] before. */
-uint64_t sh_glance(const void *base, const sh_geometry *g, uint64_t *words, int wc)
+uint64_t sh_survey(const void *base, const sh_geometry *g, uint64_t *words, int wc)
 {
     uint64_t changed = 0;
 
-    for (uint32_t j = 0; j < g->peers; j++, words += SH_GLANCE) {
+    for (uint32_t j = 0; j < g->peers; j++, words += SH_SURVEY) {
         const struct sh_section *s = (const struct sh_section *)sh_section_at(base, g, j);
-        const uint64_t *const at[SH_GLANCE] = {&s->claim, &s->incarnation, &s->state, &s->doorbell, &s->beat};
+        const uint64_t *const at[SH_SURVEY] = {&s->claim, &s->incarnation, &s->state, &s->doorbell, &s->beat};
 
-        for (int i = 0; i < SH_GLANCE; i++) {
+        for (int i = 0; i < SH_SURVEY; i++) {
             uint64_t now = sh_load(at[i], wc);
-            if (now != words[i] && i != SH_GLANCE_BEAT)
+            if (now != words[i] && i != SH_SURVEY_BEAT)
                 changed |= 1ull << j;
             words[i] = now;
         }

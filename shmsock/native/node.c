@@ -26,7 +26,7 @@ sh_node *sh_node_new(void *memory, void *base, const sh_geometry *g, uint32_t se
     nd->words = (g->slots + 63) / 64;
     nd->region_id = sh_load(&((struct sh_header *)base)->region_id, wc);
     nd->claim_at = &((struct sh_section *)sh_section_at(base, g, self))->claim;
-    nd->sleeping_at = &((struct sh_section *)sh_section_at(base, g, self))->sleeping;
+    nd->sleep_seq_at = &((struct sh_section *)sh_section_at(base, g, self))->sleep_seq;
     for (uint32_t j = 0; j < g->peers; j++) {
         struct sh_link *l = &nd->links[j];
         uint8_t *out = (uint8_t *)sh_pair_at(base, g, self, j), *in = (uint8_t *)sh_pair_at(base, g, j, self);
@@ -39,7 +39,7 @@ sh_node *sh_node_new(void *memory, void *base, const sh_geometry *g, uint32_t se
         l->t_in = (uint64_t *)(in + g->toggle_off);
         l->a_in = (uint64_t *)(in + g->ack_off);
         l->m_in = (struct sh_message *)(in + g->message_off);
-        l->sleeping = &((struct sh_section *)sh_section_at(base, g, j))->sleeping;
+        l->sleep_seq = &((struct sh_section *)sh_section_at(base, g, j))->sleep_seq;
     }
     for (uint32_t s = 0; s < g->slots; s++) {
         nd->eps[s].nd = nd;
@@ -56,14 +56,14 @@ void sh_node_claim(sh_node *nd, uint64_t claim)
     nd->owner = sh_thread();
     for (uint32_t s = 0; s < nd->g.slots; s++) {
         sh_ep *ep = &nd->eps[s];
-        ep->gen = (SH_GEN(sh_peek(&ep->mine->p)) + 1) & SH_GEN_MASK;
+        ep->gen = (SH_GEN(sh_peek(&ep->mine->tx_word)) + 1) & SH_GEN_MASK;
         sh_put(&ep->mine->link, 0);
         sh_put(&ep->mine->ring, (uint64_t)ep->gen << SH_GEN_SHIFT);
-        sh_put(&ep->mine->p, (uint64_t)ep->gen << SH_GEN_SHIFT);
-        sh_put(&ep->mine->c, (uint64_t)ep->gen << SH_GEN_SHIFT);
+        sh_put(&ep->mine->tx_word, (uint64_t)ep->gen << SH_GEN_SHIFT);
+        sh_put(&ep->mine->rx_word, (uint64_t)ep->gen << SH_GEN_SHIFT);
     }
-    nd->sleep = (sh_peek(nd->sleeping_at) + 2) & ~1ull; /* awake, and no sleep that anybody rang a former owner for */
-    sh_put(nd->sleeping_at, nd->sleep);
+    nd->sleep = (sh_peek(nd->sleep_seq_at) + 2) & ~1ull; /* awake, and no sleep that anybody kicked_for a former owner for */
+    sh_put(nd->sleep_seq_at, nd->sleep);
     sh_fence(nd->wc);
     __atomic_store_n(&nd->inert, 0, __ATOMIC_RELEASE);
 }
@@ -89,7 +89,7 @@ uint64_t sh_node_counter(sh_node *nd, int which)
 /* Take in one peer's bell: acknowledge its toggles and keep what is open as ready. 1 when the pump has something to do. */
 int sh_collect(sh_node *nd, struct sh_link *l)
 {
-    uint64_t bell = sh_load(&l->in->bell, nd->wc), box, any = 0; /* SYNC BELL: bell before toggles */
+    uint64_t bell = sh_load(&l->in->notify_seq, nd->wc), box, any = 0; /* SYNC BELL: bell before toggles */
     uint32_t looks = 0;
     int acked = 0;
 
@@ -125,10 +125,10 @@ int sh_collect(sh_node *nd, struct sh_link *l)
 }
 
 /* From here on until the next safety look, no word of this peer makes us do anything. */
-void sh_mute(sh_node *nd, struct sh_link *l)
+void sh_rate_limit(sh_node *nd, struct sh_link *l)
 {
-    if (!__atomic_exchange_n(&l->muted, 1, __ATOMIC_ACQ_REL))
-        __atomic_fetch_add(&nd->n[SH_N_MUTED], 1, __ATOMIC_RELAXED);
+    if (!__atomic_exchange_n(&l->rate_limited, 1, __ATOMIC_ACQ_REL))
+        __atomic_fetch_add(&nd->n[SH_N_RATE_LIMITED], 1, __ATOMIC_RELAXED);
 }
 
 /* A store costs a peer less than the look that it causes. So a thousand looks are weighed: did they take more than a second, or did something
@@ -146,12 +146,12 @@ void sh_weigh(sh_node *nd, struct sh_link *l)
             l->moved += ep->moved;
             ep->moved = 0;
         }
-    if (l->looks < due + SH_LOOKS)
+    if (l->polls < due + SH_POLLS)
         return;
-    if (now - l->weighed_ns < 1000000000u && l->moved < (l->looks - due) / 4)
-        sh_mute(nd, l);
+    if (now - l->weighed_ns < 1000000000u && l->moved < (l->polls - due) / 4)
+        sh_rate_limit(nd, l);
     l->weighed_ns = now;
-    l->looks = due;
+    l->polls = due;
     l->moved = 0;
 }
 
@@ -160,9 +160,9 @@ int sh_inspect(sh_node *nd, uint32_t peer)
 {
     struct sh_link *l = &nd->links[peer];
 
-    if (!sh_muted(l))
+    if (!sh_rate_limited(l))
         sh_caused(nd, l, 1);
-    return !sh_muted(l);
+    return !sh_rate_limited(l);
 }
 
 /* What the bells of `look` and the ready slots have to say. Fills out[] with what a look at the slot found << 32 | kind << 24 | (slot or
@@ -177,9 +177,9 @@ int sh_pass(sh_node *nd, uint64_t *out, int max, uint64_t look, uint64_t now)
 
         if (!(look >> j & 1))
             continue;
-        if (sh_peek(&l->in->bell) != l->last && !sh_muted(l)) {
+        if (sh_peek(&l->in->notify_seq) != l->last && !sh_rate_limited(l)) {
             if (nd->woke)
-                sh_doubt(nd, l, now);
+                sh_suspect_loss(nd, l, now);
             sh_collect(nd, l);
         }
         if (!l->news)
@@ -197,14 +197,14 @@ int sh_pass(sh_node *nd, uint64_t *out, int max, uint64_t look, uint64_t now)
     for (uint32_t k = 0, w = nd->start % nd->words; k < nd->words && n < max; k++, w = w + 1 < nd->words ? w + 1 : 0) {
         for (; nd->ready[w] && n < max; nd->ready[w] &= nd->ready[w] - 1) {
             uint32_t slot = w * 64 + (uint32_t)__builtin_ctzll(nd->ready[w]);
-            out[n++] = (uint64_t)sh_look_at(&nd->eps[slot], now) << 32 | SH_EV_SLOT << 24 | slot;
+            out[n++] = (uint64_t)sh_poll_at(&nd->eps[slot], now) << 32 | SH_EV_SLOT << 24 | slot;
         }
     }
     return n;
 }
 
 /* Slots that nobody came back to: the next pass looks at them. */
-void sh_take_later(sh_node *nd)
+void sh_queue_later(sh_node *nd)
 {
     for (uint32_t w = 0; w < nd->words; w++) {
         nd->ready[w] |= nd->later[w] & ~nd->touched[w];
@@ -212,7 +212,7 @@ void sh_take_later(sh_node *nd)
     }
 }
 
-/* The keeper tells of it beside the beat. */
+/* The heartbeat tells of it beside the beat. */
 static uint64_t count_pump(sh_node *nd)
 {
     uint64_t pumps = nd->n[SH_N_PUMPS] + 1;
@@ -230,15 +230,15 @@ int sh_pump(sh_node *nd, uint64_t *out, int max)
         return SH_STALE;
     now = sh_turn(nd);
     if (count_pump(nd) % 16 && !nd->attention && !__atomic_load_n(&nd->strangers, __ATOMIC_RELAXED))
-        look = nd->known; /* each bell is on a page of its own, and cold ones cost more than all the rest */
+        look = nd->known_peers; /* each bell is on a page of its own, and cold ones cost more than all the rest */
     else
         __atomic_store_n(&nd->strangers, 0, __ATOMIC_RELAXED);
-    sh_take_later(nd);
+    sh_queue_later(nd);
     sh_rearm_touched(nd);
     return sh_pass(nd, out, max, look, now);
 }
 
-/* Nothing is owed a pass: the loop may sleep, once the keeper (or a doorbell) watches the bells. */
+/* Nothing is owed a pass: the loop may sleep, once the heartbeat (or a doorbell) watches the bells. */
 int sh_quiet(sh_node *nd)
 {
     uint64_t any = nd->attention;
@@ -258,14 +258,14 @@ int sh_safety(sh_node *nd)
         return 0;
     for (uint32_t j = 0; j < nd->g.peers; j++) {
         struct sh_link *l = &nd->links[j];
-        uint64_t bell = sh_load(&l->in->bell, nd->wc), box;
+        uint64_t bell = sh_load(&l->in->notify_seq, nd->wc), box;
         int suspect = 0;
 
-        if (sh_muted(l)) {
-            __atomic_store_n(&l->muted, 0, __ATOMIC_RELEASE);
+        if (sh_rate_limited(l)) {
+            __atomic_store_n(&l->rate_limited, 0, __ATOMIC_RELEASE);
             nd->kick = 1;
             l->weighed_ns = sh_clock();
-            l->looks = l->moved = 0;
+            l->polls = l->moved = 0;
             sh_collect(nd, l);
             continue;
         }
@@ -282,8 +282,8 @@ int sh_safety(sh_node *nd)
             for (uint64_t m = l->open[w] & ~due; m; m &= m - 1) {
                 sh_ep *ep = &nd->eps[w * 64 + (uint32_t)__builtin_ctzll(m)];
                 /* WANT is published without a bell: it is seen when bytes are taken */
-                if (((sh_load(&ep->theirs->p, nd->wc) ^ ep->p_last) & ~SH_WANT)
-                    || ((ep->flags & SH_WANT) && SH_LOW(sh_load(&ep->theirs->c, nd->wc)) != ep->head_seen)) {
+                if (((sh_load(&ep->theirs->tx_word, nd->wc) ^ ep->tx_last) & ~SH_WANT)
+                    || ((ep->flags & SH_WANT) && SH_LOW(sh_load(&ep->theirs->rx_word, nd->wc)) != ep->head_seen)) {
                     nd->ready[w] |= SH_BIT(ep->slot);
                     suspect = 1;
                 }
@@ -325,8 +325,8 @@ void sh_restart(sh_node *nd, uint32_t peer, uint32_t pair_inc)
     l->my_inc = pair_inc;
     l->peer_inc = l->msg_tail = l->msg_head = l->msg_acked = l->asked = 0;
     l->news = l->suspected = l->unread = 0;
-    l->count = SH_LOW(sh_peek(&l->out->bell)); /* goes on from there, so that no half of the word stays as it was */
-    sh_ring_bell(nd, l); /* last: who sees the tag sees the cleared words */
+    l->count = SH_LOW(sh_peek(&l->out->notify_seq)); /* goes on from there, so that no half of the word stays as it was */
+    sh_notify_peer(nd, l); /* last: who sees the tag sees the cleared words */
     sh_fence(nd->wc);
     /* no bell has the tag 0 and the count all ones: the next pump takes this for a change */
     __atomic_store_n(&l->last, 0xffffffffull, __ATOMIC_RELAXED);
@@ -336,18 +336,18 @@ void sh_restart(sh_node *nd, uint32_t peer, uint32_t pair_inc)
 uint32_t sh_adopt(sh_node *nd, uint32_t peer)
 {
     struct sh_link *l = &nd->links[peer];
-    uint64_t bell;
+    uint64_t notify_seq;
 
     if (!sh_may_write(nd))
         return 0;
-    bell = sh_load(&l->in->bell, nd->wc);
-    l->peer_inc = SH_HIGH(bell);
+    notify_seq = sh_load(&l->in->notify_seq, nd->wc);
+    l->peer_inc = SH_HIGH(notify_seq);
     l->moved++;
-    sh_know(nd, peer, 1);
+    sh_know_peer(nd, peer, 1);
     l->users_tag = l->peer_inc;
     l->msg_tail = l->msg_head = l->msg_acked = l->asked = 0;
     l->news = l->suspected = l->unread = 0;
-    __atomic_store_n(&l->last, bell, __ATOMIC_RELAXED);
+    __atomic_store_n(&l->last, notify_seq, __ATOMIC_RELAXED);
     for (uint32_t w = 0; w < nd->words; w++) {
         l->open[w] = 0;
         l->a[w] = sh_load(&l->t_in[w], nd->wc);
@@ -357,7 +357,7 @@ uint32_t sh_adopt(sh_node *nd, uint32_t peer)
     sh_store(&l->out->outbox, SH_PACK(l->peer_inc, 0), nd->wc);
     sh_store(&l->out->inbox, SH_PACK(l->peer_inc, 0), nd->wc);
     sh_fence(nd->wc);
-    sh_ring_bell(nd, l);
+    sh_notify_peer(nd, l);
     /* look at everything, regardless of bits and bell */
     if (SH_HIGH(sh_load(&l->in->outbox, nd->wc)) == l->my_inc) {
         l->news |= SH_NEWS_MAIL;
@@ -373,5 +373,5 @@ int sh_adopted(sh_node *nd, uint32_t peer)
 
     if (!sh_may_write(nd))
         return SH_STALE;
-    return l->peer_inc ? SH_HIGH(sh_load(&l->in->bell, nd->wc)) == l->peer_inc : SH_EMPTY;
+    return l->peer_inc ? SH_HIGH(sh_load(&l->in->notify_seq, nd->wc)) == l->peer_inc : SH_EMPTY;
 }

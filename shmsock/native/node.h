@@ -24,27 +24,27 @@ struct sh_link { /* towards one peer */
     uint32_t asked;            /* CONNECTs that it has not answered: each gets exactly one answer */
     uint32_t msg_acked;        /* head as published: behind msg_head while what the last message asked for is being done */
     uint32_t users, users_tag; /* connections that may still read the peer's rings, and the tag under which they are published */
-    uint64_t last;             /* the peer's bell as the pump last saw it; the keeper reads it too, hence atomic */
+    uint64_t last;             /* the peer's bell as the pump last saw it; the heartbeat reads it too, hence atomic */
     int news;                  /* SH_NEWS_*: what the pump has yet to report */
     int unread;                /* mail was reported, and the caller has not yet seen that there is no more */
     uint64_t suspect;          /* bell at a safety look that found something; still the same at the next: healed */
     int suspected;
     uint64_t weighed_ns;       /* sh_weigh(): the last time, and since then: */
-    uint32_t looks;            /* how often its words made us look at something, */
+    uint32_t polls;            /* how often its words made us look at something, */
     uint32_t moved;            /* and what came of it: bytes, space, an end, a message, a life; without what its slots count (ep->moved) */
-    int muted;                 /* nothing came of a thousand looks within a second: until the next safety look; atomic */
-    const uint64_t *sleeping;  /* the peer's word */
-    uint64_t rung;             /* value of it that the peer was rung for */
-    int reach, reach_fd;       /* SH_REACH_*, and by what */
-    uint64_t reach_at;
-    uint32_t reach_value;
+    int rate_limited;                 /* nothing came of a thousand looks within a second: until the next safety look; atomic */
+    const uint64_t *sleep_seq;  /* the peer's word */
+    uint64_t kicked;             /* value of it that the peer was rung for */
+    int wake_out, kick_fd;       /* SH_WAKE_OUT_*, and by what */
+    uint64_t kick_at;
+    uint32_t kick_value;
     int stuck;                 /* a ring to it did not end by itself: it is not rung any more; atomic */
-    int rings;                 /* SH_RINGS_*; atomic */
+    int wake_in;                 /* SH_WAKE_IN_*; atomic */
     int there;                 /* somebody who says so */
     int missed;                /* but it did, and nothing came: its bell is polled until a doorbell of its comes through */
-    uint64_t doubt;            /* our sleep in which its bell moved and nothing had rung; 0: none */
-    uint64_t doubt_ns, doubt_received;
-    int doubt_rang;            /* the peer did ring for that sleep */
+    uint64_t loss_sleep;            /* our sleep in which its bell moved and nothing had rung; 0: none */
+    uint64_t loss_ns, loss_received;
+    int loss_kicked;            /* the peer did ring for that sleep */
     uint64_t t[SH_MAX_WORDS];    /* my toggles */
     uint64_t a[SH_MAX_WORDS];    /* my acknowledgements */
     uint64_t open[SH_MAX_WORDS]; /* my slots open with this peer */
@@ -64,7 +64,7 @@ struct sh_ep {
     uint32_t reading_gen;         /* gen when a read was begun; SH_NOT_READING: it is no generation */
 #define SH_NOT_READING (~0u)
     uint64_t flags;               /* epoch and FIN RST REL WANT as published in P */
-    uint64_t p_last;              /* the peer's P as last taken over */
+    uint64_t tx_last;              /* the peer's P as last taken over */
     uint32_t moved;               /* how often that, or head_seen, moved, whoever took it over; until sh_weigh() adds it up */
     uint32_t peer, peer_slot, slot;
     uint8_t orphan;               /* the peer is gone: what it published may still be read */
@@ -78,8 +78,8 @@ struct sh_ep {
     uint64_t spun_ns;             /* of it, in turns of the loop that ended before it did */
     uint32_t misses;              /* spins that found nothing */
     uint32_t patience;            /* how much rarer the long ones among them have become */
-    int32_t flow;                 /* small reads in a row, with no write in between; negative: writes with no read; up to SH_FLOWS */
-    uint64_t looked_ns;           /* when the last read looked at P */
+    int32_t one_way;                 /* small reads in a row, with no write in between; negative: writes with no read; up to SH_ONE_WAY */
+    uint64_t polled_ns;           /* when the last read looked at P */
 };
 
 struct sh_node {
@@ -105,23 +105,23 @@ struct sh_node {
     int alone;                    /* nobody else wanted this CPU when a spin last offered it */
     int attention;                /* a bell spoke of a message or a new life: the pump must run */
     uint32_t start;               /* peer the next pump begins with: nobody is always last */
-    uint64_t *sleeping_at;
-    uint64_t sleep;               /* the sleeping word as published; the keeper reads it too, hence atomic */
-    uint64_t known;               /* peers whose bells are looked at each time; those of strangers now and then; written by the owner alone; atomic */
+    uint64_t *sleep_seq_at;
+    uint64_t sleep;               /* the sleep_seq word as published; the heartbeat reads it too, hence atomic */
+    uint64_t known_peers;               /* peers whose bells are looked at each time; those of strangers now and then; written by the owner alone; atomic */
     int strangers;                /* one of them has moved its bell, or may have: look at all; atomic */
-    int doubts;                   /* links with a doubt */
+    int losses;                   /* links with a doubt */
     uint64_t by_futex;            /* peers that wake us by a futex; atomic */
-    int kick;                     /* the keeper is to watch somebody else than before */
+    int kick;                     /* the heartbeat is to watch somebody else than before */
     int woke;                     /* slept since the last pump */
     uint64_t slept_received;      /* n[SH_N_RECEIVED] when it fell asleep */
-    uint64_t polled;              /* peers that do not ring: the keeper looks at their bells; atomic */
-    uint64_t ringing;             /* count << 8 | peer of the ring being written to an eventfd, 0: none; atomic */
-    int unsticking;               /* the keeper is at the descriptor of that ring; atomic */
-    uint64_t rings;
+    uint64_t must_poll;              /* peers that do not ring: the heartbeat looks at their bells; atomic */
+    uint64_t kicking;             /* count << 8 | peer of the ring being written to an eventfd, 0: none; atomic */
+    int unsticking;               /* the heartbeat is at the descriptor of that ring; atomic */
+    uint64_t kick_count;
     void *(*let_go)(void);        /* before such a write, which may wait: whoever runs Python lets other threads run; NULL: none does */
     void (*take_back)(void *);
-    uint64_t storm_ns;            /* when counting of spurious doorbells began */
-    uint32_t storm;
+    uint64_t flood_ns;            /* when counting of spurious doorbells began */
+    uint32_t flood;
     uint64_t ready[SH_MAX_WORDS];   /* slots the pump owes a look */
     uint64_t touched[SH_MAX_WORDS]; /* read since the last pump: their toggles are left unacknowledged until then */
     uint64_t later[SH_MAX_WORDS];   /* were touched: looked at next time, if they are not touched again */
@@ -129,8 +129,8 @@ struct sh_node {
     struct sh_ep *eps;
 };
 
-#define SH_FLOWS 32 /* so many in a row: bytes flow one way */
-#define SH_LOOKS 1000u /* so many at a peer are weighed against what moved */
+#define SH_ONE_WAY 32 /* so many in a row: bytes flow one way */
+#define SH_POLLS 1000u /* so many at a peer are weighed against what moved */
 
 #define SH_NEWS_TAG 1  /* the bell carries another pair_inc than the adopted one */
 #define SH_NEWS_MAIL 2 /* messages wait */
@@ -140,25 +140,25 @@ struct sh_node {
 
 uint8_t *sh_section_at(const void *base, const sh_geometry *g, uint32_t section);
 struct sh_pair *sh_pair_at(const void *base, const sh_geometry *g, uint32_t of, uint32_t towards);
-void sh_ring_bell(sh_node *nd, struct sh_link *l);
+void sh_notify_peer(sh_node *nd, struct sh_link *l);
 void sh_wake_up(sh_node *nd);
 void sh_unstick(sh_node *nd, uint64_t *seen);
-void sh_doubt(sh_node *nd, struct sh_link *l, uint64_t now);
+void sh_suspect_loss(sh_node *nd, struct sh_link *l, uint64_t now);
 void sh_notify_slot(sh_node *nd, uint32_t peer, uint32_t slot);
-int sh_bells_differ(const sh_node *nd, uint64_t of);
+int sh_any_notified(const sh_node *nd, uint64_t of);
 uint64_t sh_drain(int fd);
-void sh_know(sh_node *nd, uint32_t peer, int known);
+void sh_know_peer(sh_node *nd, uint32_t peer, int known);
 #define SH_ALL (~0ull)
 int sh_collect(sh_node *nd, struct sh_link *l);
 void sh_weigh(sh_node *nd, struct sh_link *l);
-void sh_mute(sh_node *nd, struct sh_link *l);
+void sh_rate_limit(sh_node *nd, struct sh_link *l);
 int sh_refresh(sh_ep *ep);
 int sh_ring_of(sh_ep *ep, uint64_t ring, uint32_t least);
 int sh_follow(sh_ep *ep, uint64_t p);
 int64_t sh_now(sh_ep *ep, uint32_t want);
 int64_t sh_begin(sh_ep *ep, uint32_t want, uint32_t min, int spin);
 void sh_copy_ring(const sh_ep *ep, void *to, uint32_t at, uint32_t n);
-int sh_copy_taken(sh_ep *ep, void *to, uint32_t at, uint32_t n, uint32_t header);
+int sh_read_out(sh_ep *ep, void *to, uint32_t at, uint32_t n, uint32_t header);
 int sh_see_head(sh_ep *ep);
 int sh_writable(sh_ep *ep);
 int sh_room(sh_ep *ep, uint32_t need, uint64_t wish);
@@ -172,11 +172,11 @@ int sh_asked(sh_node *nd, uint64_t now);
 int sh_acknowledge(sh_node *nd, sh_ep *ep);
 int sh_space_came(const sh_ep *ep);
 void sh_rearm_touched(sh_node *nd);
-void sh_take_later(sh_node *nd);
-int sh_look_at(sh_ep *ep, uint64_t now);
+void sh_queue_later(sh_node *nd);
+int sh_poll_at(sh_ep *ep, uint64_t now);
 int sh_pass(sh_node *nd, uint64_t *out, int max, uint64_t look, uint64_t now);
 
-static inline uint64_t sh_p_word(const sh_ep *ep)
+static inline uint64_t sh_tx_word(const sh_ep *ep)
 {
     return (uint64_t)ep->gen << SH_GEN_SHIFT | ep->flags | ep->tail;
 }
@@ -193,16 +193,16 @@ static inline uint64_t sh_ring_word(const sh_ep *ep, uint64_t ring_off)
 /* The peer makes us look so often. What came of the looks before is counted by now. */
 static inline void sh_caused(sh_node *nd, struct sh_link *l, uint32_t looks)
 {
-    if (SH_UNLIKELY(l->looks >= SH_LOOKS))
+    if (SH_UNLIKELY(l->polls >= SH_POLLS))
         sh_weigh(nd, l);
-    l->looks += looks;
+    l->polls += looks;
 }
 
 /* The lines of the next bytes come with the word that tells of them, not after it. */
-static inline void sh_expect_bytes(const sh_ep *ep)
+static inline void sh_prefetch_bytes(const sh_ep *ep)
 {
-    sh_expect(ep->rx + (ep->head & (ep->rx_bytes - 1)));
-    sh_expect(ep->rx + ((ep->head + SH_LINE) & (ep->rx_bytes - 1)));
+    sh_prefetch(ep->rx + (ep->head & (ep->rx_bytes - 1)));
+    sh_prefetch(ep->rx + ((ep->head + SH_LINE) & (ep->rx_bytes - 1)));
 }
 
 /* pthread_self() without a call. */
@@ -223,13 +223,13 @@ static inline int sh_holds(const sh_node *nd)
 }
 
 /* Bytes come one way, in small pieces, and are still to be looked for. */
-static inline int sh_flows(const sh_ep *ep, uint32_t least)
+static inline int sh_one_way(const sh_ep *ep, uint32_t least)
 {
-    return ep->flow == SH_FLOWS && ep->tail_seen - ep->head < least && ep->nd->spin_max_ns;
+    return ep->one_way == SH_ONE_WAY && ep->tail_seen - ep->head < least && ep->nd->spin_max_ns;
 }
 
-/* The keeper mutes, too. */
-static inline int sh_muted(const struct sh_link *l) { return __atomic_load_n(&l->muted, __ATOMIC_ACQUIRE); }
+/* The heartbeat mutes, too. */
+static inline int sh_rate_limited(const struct sh_link *l) { return __atomic_load_n(&l->rate_limited, __ATOMIC_ACQUIRE); }
 
 /* Is it time to let the loop turn? */
 static inline int sh_over_at(sh_node *nd, uint64_t now) { return SH_UNLIKELY(now >= nd->ask_ns) && sh_asked(nd, now); }

@@ -21,12 +21,12 @@ void sh_notify_slot(sh_node *nd, uint32_t peer, uint32_t slot)
     *t ^= SH_BIT(slot);
     nd->n[SH_N_NOTIFY]++;
     sh_put(&l->t_out[SH_WORD(slot)], *t);
-    sh_ring_bell(nd, l); /* SYNC BELL: toggle before bell; partner: sh_collect, bell before toggle */
+    sh_notify_peer(nd, l); /* SYNC BELL: toggle before bell; partner: sh_collect, bell before toggle */
 }
 
 static void publish(sh_ep *ep)
 {
-    sh_store(&ep->mine->p, sh_p_word(ep), ep->nd->wc); /* SYNC P: bytes before tail; partner: sh_refresh */
+    sh_store(&ep->mine->tx_word, sh_tx_word(ep), ep->nd->wc); /* SYNC P: bytes before tail; partner: sh_refresh */
 }
 
 /* ---- producer ---- */
@@ -34,7 +34,7 @@ static void publish(sh_ep *ep)
 /* Take over the consumer's head. It may only grow, and never past what was written. */
 int sh_see_head(sh_ep *ep)
 {
-    uint64_t c = sh_load(&ep->theirs->c, ep->nd->wc);
+    uint64_t c = sh_load(&ep->theirs->rx_word, ep->nd->wc);
 
     if (SH_GEN(c) != ep->peer_gen)
         return 0; /* its P says what happened */
@@ -53,11 +53,11 @@ int sh_writable(sh_ep *ep)
 
     if (SH_UNLIKELY(!sh_may_write(ep->nd)))
         return SH_STALE;
-    if (SH_UNLIKELY(!ep->theirs || ep->orphan || (ep->flags & (SH_FIN | SH_RST | SH_REL))))
+    if (SH_UNLIKELY(!ep->theirs || ep->orphan || (ep->flags & (SH_FIN | SH_RST | SH_DONE))))
         return SH_CLOSED;
     /* Its last word, and not what a pass has seen of it: the next pass may be many writes away. */
-    p = sh_peek(&ep->theirs->p) ^ (uint64_t)ep->peer_gen << SH_GEN_SHIFT;
-    if (SH_UNLIKELY(p & ((uint64_t)SH_GEN_MASK << SH_GEN_SHIFT | SH_REL | SH_RST)))
+    p = sh_peek(&ep->theirs->tx_word) ^ (uint64_t)ep->peer_gen << SH_GEN_SHIFT;
+    if (SH_UNLIKELY(p & ((uint64_t)SH_GEN_MASK << SH_GEN_SHIFT | SH_DONE | SH_RST)))
         return SH_CLOSED;
     return 0;
 }
@@ -104,12 +104,12 @@ void sh_commit(sh_ep *ep, uint32_t n)
 {
     ep->nd->moved_space += (ep->flags & SH_WANT) != 0;
     ep->tail += n;
-    ep->flow = ep->flow > 0 ? -1 : ep->flow > -SH_FLOWS ? ep->flow - 1 : ep->flow;
+    ep->one_way = ep->one_way > 0 ? -1 : ep->one_way > -SH_ONE_WAY ? ep->one_way - 1 : ep->one_way;
     ep->flags &= ~SH_WANT;
     publish(ep);
     sh_notify_slot(ep->nd, ep->peer, ep->peer_slot);
-    if (ep->flow == -SH_FLOWS) /* more is to come: the next fence need not wait for the next line */
-        sh_take_line(ep->tx + ((ep->tail + SH_LINE - 1) & (ep->tx_bytes - 1)));
+    if (ep->one_way == -SH_ONE_WAY) /* more is to come: the next fence need not wait for the next line */
+        sh_prefetch_write(ep->tx + ((ep->tail + SH_LINE - 1) & (ep->tx_bytes - 1)));
 }
 
 /* Put up to n bytes into the ring. Returns how many went in, fewer only when the ring is full (WANT is set then). */
@@ -143,21 +143,21 @@ int64_t sh_write_some(sh_ep *ep, const void *data, uint64_t n)
     return (int64_t)(n - left);
 }
 
-/* FIN, REL, RST. Who says REL looks once, at whether the peer has: returns what sh_look() does, or 0. */
+/* FIN, REL, RST. Who says REL looks once, at whether the peer has: returns what sh_poll() does, or 0. */
 int sh_ep_shut(sh_ep *ep, int fin, int rel, int rst)
 {
     if (!ep->theirs || !sh_may_write(ep->nd))
         return 0;
-    ep->flags = (ep->flags & ~SH_WANT) | (fin ? SH_FIN : 0) | (rel ? SH_REL : 0) | (rst ? SH_RST : 0);
+    ep->flags = (ep->flags & ~SH_WANT) | (fin ? SH_FIN : 0) | (rel ? SH_DONE : 0) | (rst ? SH_RST : 0);
     publish(ep);
     sh_notify_slot(ep->nd, ep->peer, ep->peer_slot);
-    return rel ? sh_look(ep) : 0;
+    return rel ? sh_poll(ep) : 0;
 }
 
 /* Bytes published that the peer has not taken; 0 when nobody will ever take them. */
 uint64_t sh_ep_unsent(sh_ep *ep)
 {
-    if (!sh_may_write(ep->nd) || !ep->theirs || sh_refresh(ep) < 0 || (ep->p_last & (SH_REL | SH_RST)) || sh_see_head(ep) < 0)
+    if (!sh_may_write(ep->nd) || !ep->theirs || sh_refresh(ep) < 0 || (ep->tx_last & (SH_DONE | SH_RST)) || sh_see_head(ep) < 0)
         return 0;
     return ep->tail - ep->head_seen;
 }
@@ -176,7 +176,7 @@ int sh_wait_space(sh_ep *ep, int spin)
     if (spin) {
         uint64_t now = sh_clock();
         if (!sh_over_at(ep->nd, now)
-            && sh_spin_on(ep, &ep->theirs->c, (uint64_t)ep->peer_gen << SH_GEN_SHIFT | ep->head_seen, now) > 0) {
+            && sh_spin_on(ep, &ep->theirs->rx_word, (uint64_t)ep->peer_gen << SH_GEN_SHIFT | ep->head_seen, now) > 0) {
             if ((r = sh_see_head(ep)) < 0)
                 return r;
             if (space_of(ep))
@@ -194,35 +194,35 @@ static int gave_up(const sh_ep *ep)
 {
     const struct sh_link *l = &ep->nd->links[ep->peer];
 
-    return ep->accepted && !ep->orphan && (ep->p_last & ~(SH_FIN | SH_REL)) == (uint64_t)ep->peer_gen << SH_GEN_SHIFT
-        && SH_HIGH(sh_load(&l->in->bell, ep->nd->wc)) == l->peer_inc;
+    return ep->accepted && !ep->orphan && (ep->tx_last & ~(SH_FIN | SH_DONE)) == (uint64_t)ep->peer_gen << SH_GEN_SHIFT
+        && SH_HIGH(sh_load(&l->in->notify_seq, ep->nd->wc)) == l->peer_inc;
 }
 
 /* Take over the peer's P: copied once, checked, and only the copy is used. 0, SH_RESET or SH_VIOLATION. */
 int sh_refresh(sh_ep *ep)
 {
-    uint64_t p = sh_load(&ep->theirs->p, ep->nd->wc), ended; /* SYNC P */
+    uint64_t p = sh_load(&ep->theirs->tx_word, ep->nd->wc), ended; /* SYNC P */
     int r;
 
-    if (p == ep->p_last)
+    if (p == ep->tx_last)
         return 0;
     if (SH_GEN(p) != ep->peer_gen) {
         if (!gave_up(ep))
             return SH_RESET;
-        ep->p_last |= SH_FIN | SH_REL;
+        ep->tx_last |= SH_FIN | SH_DONE;
         ep->moved++;
         return 0;
     }
-    if (SH_UNLIKELY((p ^ ep->p_last) & SH_EPOCHS) && (r = sh_follow(ep, p)) < 0)
+    if (SH_UNLIKELY((p ^ ep->tx_last) & SH_EPOCHS) && (r = sh_follow(ep, p)) < 0)
         return r;
     if (SH_LOW(p) - ep->head > ep->rx_bytes || SH_LOW(p) - ep->head < ep->tail_seen - ep->head
-        || ((ended = ep->p_last & (SH_FIN | SH_REL)) && ((p & ended) != ended || ((ended & SH_FIN) && SH_LOW(p) != ep->tail_seen))))
+        || ((ended = ep->tx_last & (SH_FIN | SH_DONE)) && ((p & ended) != ended || ((ended & SH_FIN) && SH_LOW(p) != ep->tail_seen))))
         return SH_VIOLATION;
     if (p & SH_RST)
         return SH_RESET;
-    if (SH_LIKELY(SH_LOW(p) != ep->tail_seen) || ((p ^ ep->p_last) & ~SH_IDLE_BITS))
+    if (SH_LIKELY(SH_LOW(p) != ep->tail_seen) || ((p ^ ep->tx_last) & ~SH_IDLE_BITS))
         ep->moved++;
-    ep->p_last = p;
+    ep->tx_last = p;
     ep->tail_seen = SH_LOW(p);
     return 0;
 }
@@ -230,7 +230,7 @@ int sh_refresh(sh_ep *ep)
 /* What an empty ring means. */
 static int empty(const sh_ep *ep)
 {
-    return ep->p_last & SH_FIN ? SH_EOF : ep->orphan || (ep->p_last & SH_REL) ? SH_RESET : SH_EMPTY;
+    return ep->tx_last & SH_FIN ? SH_EOF : ep->orphan || (ep->tx_last & SH_DONE) ? SH_RESET : SH_EMPTY;
 }
 
 static int64_t span(sh_ep *ep, uint32_t n)
@@ -270,9 +270,9 @@ int64_t sh_begin(sh_ep *ep, uint32_t want, uint32_t min, int spin)
         return SH_RESET;
     if (sh_over_at(nd, now = sh_clock()))
         return SH_YIELD;
-    if (spin && sh_flows(ep, min))
+    if (spin && sh_one_way(ep, min))
         now = sh_gather(ep, now);
-    ep->looked_ns = now;
+    ep->polled_ns = now;
     for (;;) {
         avail = ep->tail_seen - ep->head;
         if (avail < min) {
@@ -284,7 +284,7 @@ int64_t sh_begin(sh_ep *ep, uint32_t want, uint32_t min, int spin)
             return span(ep, avail < want ? avail : want);
         if (!now && sh_over_at(nd, now = sh_clock()))
             spin = 0;
-        r = spin && !(ep->p_last & SH_FIN) ? sh_spin_on(ep, &ep->theirs->p, ep->p_last, now) : 0;
+        r = spin && !(ep->tx_last & SH_FIN) ? sh_spin_on(ep, &ep->theirs->tx_word, ep->tx_last, now) : 0;
         if (r <= 0)
             return r ? r : avail ? SH_EMPTY : empty(ep);
         now = 0; /* read again when there is something to wait for */
@@ -304,18 +304,18 @@ int sh_read_end(sh_ep *ep, uint32_t n)
     if (SH_UNLIKELY(!ep->theirs || ep->reading_gen != ep->gen))
         return ep->theirs && ep->reading_gen == SH_NOT_READING ? SH_GROW : SH_RESET;
     sh_acquire(nd->wc);
-    if (SH_UNLIKELY(SH_GEN(sh_load(&ep->theirs->p, nd->wc)) != ep->peer_gen))
+    if (SH_UNLIKELY(SH_GEN(sh_load(&ep->theirs->tx_word, nd->wc)) != ep->peer_gen))
         return SH_RESET;
     ep->head += n;
-    ep->flow = n >= FLOW_BYTES ? 0 : ep->flow < 0 ? 1 : ep->flow < SH_FLOWS ? ep->flow + 1 : ep->flow;
+    ep->one_way = n >= FLOW_BYTES ? 0 : ep->one_way < 0 ? 1 : ep->one_way < SH_ONE_WAY ? ep->one_way + 1 : ep->one_way;
     ep->spun_ns = 0;
-    sh_store(&ep->mine->c, (uint64_t)ep->gen << SH_GEN_SHIFT | ep->head, nd->wc);
+    sh_store(&ep->mine->rx_word, (uint64_t)ep->gen << SH_GEN_SHIFT | ep->head, nd->wc);
     nd->touched[SH_WORD(ep->slot)] |= SH_BIT(ep->slot);
     nd->n[SH_N_READS]++;
     nd->n[SH_N_BYTES_IN] += n;
     if (old / quarter != ep->head / quarter) {
         sh_fence(nd->wc); /* SYNC W; a crossing that is not reached is made good by sh_arm and sh_rearm_touched */
-        if (!ep->orphan && (sh_load(&ep->theirs->p, nd->wc) & SH_WANT))
+        if (!ep->orphan && (sh_load(&ep->theirs->tx_word, nd->wc) & SH_WANT))
             sh_notify_slot(nd, ep->peer, ep->peer_slot);
     }
     return 0;
@@ -334,14 +334,14 @@ void sh_copy_ring(const sh_ep *ep, void *to, uint32_t at, uint32_t n)
 }
 
 /* The same, and give their space back, and that of a header before them. As sh_read_end. */
-int sh_copy_taken(sh_ep *ep, void *to, uint32_t at, uint32_t n, uint32_t header)
+int sh_read_out(sh_ep *ep, void *to, uint32_t at, uint32_t n, uint32_t header)
 {
     sh_copy_ring(ep, to, at, n);
     return sh_read_end(ep, n + header);
 }
 
-/* What is the matter with this slot? Bits SH_LOOK_*; MOVED says that bytes came since the last look, or space that is waited for. */
-int sh_look_at(sh_ep *ep, uint64_t now)
+/* What is the matter with this slot? Bits SH_POLL_*; MOVED says that bytes came since the last look, or space that is waited for. */
+int sh_poll_at(sh_ep *ep, uint64_t now)
 {
     uint32_t tail = ep->tail_seen, head = ep->head_seen;
     int bits = 0, r;
@@ -350,19 +350,19 @@ int sh_look_at(sh_ep *ep, uint64_t now)
         return 0;
     r = sh_refresh(ep);
     if (r < 0)
-        return r == SH_RESET ? SH_LOOK_RESET : SH_LOOK_BAD;
+        return r == SH_RESET ? SH_POLL_RESET : SH_POLL_BAD;
     if ((ep->flags & SH_WANT) && sh_see_head(ep) < 0) /* else nobody asks, and the line stays with the peer */
-        return SH_LOOK_BAD;
+        return SH_POLL_BAD;
     if (ep->tail_seen != ep->head)
-        bits |= SH_LOOK_DATA;
-    if (ep->p_last & SH_FIN)
-        bits |= SH_LOOK_FIN;
-    if (ep->p_last & SH_REL)
-        bits |= SH_LOOK_REL;
+        bits |= SH_POLL_DATA;
+    if (ep->tx_last & SH_FIN)
+        bits |= SH_POLL_FIN;
+    if (ep->tx_last & SH_DONE)
+        bits |= SH_POLL_DONE;
     if (space_of(ep))
-        bits |= SH_LOOK_SPACE;
+        bits |= SH_POLL_SPACE;
     if (tail != ep->tail_seen || head != ep->head_seen) {
-        bits |= SH_LOOK_MOVED;
+        bits |= SH_POLL_MOVED;
         if (ep->waiting) { /* a spin would have paid: let the window grow again */
             uint64_t gap = now - ep->wait_since;
             if (gap < ep->nd->spin_max_ns && 2 * gap > ep->window_ns)
@@ -373,7 +373,7 @@ int sh_look_at(sh_ep *ep, uint64_t now)
     return bits;
 }
 
-int sh_look(sh_ep *ep) { return sh_look_at(ep, sh_clock()); }
+int sh_poll(sh_ep *ep) { return sh_poll_at(ep, sh_clock()); }
 
 /* Acknowledge this slot's toggle without looking: the caller fences and looks. */
 int sh_acknowledge(sh_node *nd, sh_ep *ep)
@@ -392,7 +392,7 @@ int sh_acknowledge(sh_node *nd, sh_ep *ep)
  * Space that is known already counts: somebody may have taken the head over and told nobody. */
 int sh_space_came(const sh_ep *ep)
 {
-    return (ep->flags & SH_WANT) && (space_of(ep) || SH_LOW(sh_load(&ep->theirs->c, ep->nd->wc)) != ep->head_seen);
+    return (ep->flags & SH_WANT) && (space_of(ep) || SH_LOW(sh_load(&ep->theirs->rx_word, ep->nd->wc)) != ep->head_seen);
 }
 
 /* Before suspending: from here on the peer must tell. 1: something is there after all, look again. 0: suspend. */
@@ -409,9 +409,9 @@ int sh_arm(sh_ep *ep)
     if (sh_space_came(ep))
         nd->ready[SH_WORD(ep->slot)] |= SH_BIT(ep->slot); /* not the reader's business, but the toggle spoke of it */
     r = sh_refresh(ep);
-    if (r < 0 || ep->tail_seen != ep->head || (ep->p_last & SH_FIN) || ep->orphan)
+    if (r < 0 || ep->tail_seen != ep->head || (ep->tx_last & SH_FIN) || ep->orphan)
         return 1;
-    if (ep->p_last & SH_WANT)
+    if (ep->tx_last & SH_WANT)
         sh_notify_slot(nd, ep->peer, ep->peer_slot);
     ep->waiting = 1;
     ep->wait_since = sh_clock();
@@ -435,10 +435,10 @@ void sh_rearm_touched(sh_node *nd)
     for (uint32_t w = 0; w < nd->words; w++) {
         for (uint64_t m = nd->touched[w]; m; m &= m - 1) {
             sh_ep *ep = &nd->eps[w * 64 + (uint32_t)__builtin_ctzll(m)];
-            uint64_t p = sh_load(&ep->theirs->p, nd->wc);
+            uint64_t p = sh_load(&ep->theirs->tx_word, nd->wc);
 
             /* FIN and REL that a read took over are news to whoever waits for the end, or to write */
-            if (p != ep->p_last || ep->tail_seen != ep->head || (p & (SH_FIN | SH_REL)) || sh_space_came(ep))
+            if (p != ep->tx_last || ep->tail_seen != ep->head || (p & (SH_FIN | SH_DONE)) || sh_space_came(ep))
                 nd->later[w] |= SH_BIT(ep->slot);
             if (!ep->orphan && SH_GEN(p) == ep->peer_gen && (p & SH_WANT))
                 sh_notify_slot(nd, ep->peer, ep->peer_slot);

@@ -27,9 +27,9 @@ uint64_t sh_yield_at(const sh_node *nd, uint64_t now) { return now + (nd->alone 
 /* One step of a spin: others' news end it. Returns the clock, 0 when they have some. */
 static uint64_t spin_step(sh_ep *ep, uint64_t *yield_at)
 {
-    for (uint64_t m = ep->nd->known; m; m &= m - 1) {
+    for (uint64_t m = ep->nd->known_peers; m; m &= m - 1) {
         struct sh_link *l = &ep->nd->links[__builtin_ctzll(m)];
-        if (sh_peek(&l->in->bell) != l->last && !sh_muted(l) && sh_collect(ep->nd, l))
+        if (sh_peek(&l->in->notify_seq) != l->last && !sh_rate_limited(l) && sh_collect(ep->nd, l))
             return 0;
     }
     return sh_clock_and_yield(ep->nd, yield_at);
@@ -47,7 +47,7 @@ static int nothing_ready(const sh_node *nd)
 /* Bytes come seldom, and the peer was rung and has not woken yet. That takes longer than it costs to sleep meanwhile. */
 static int has_to_wake(const sh_node *nd, const struct sh_link *l, uint64_t now)
 {
-    return now - nd->hit_ns > nd->spin_max_ns && sh_peek(l->sleeping) == l->rung;
+    return now - nd->hit_ns > nd->spin_max_ns && sh_peek(l->sleep_seq) == l->kicked;
 }
 
 /* A spin was in vain. Now and then the next is a long one again: where waking is slow, no wait without a spin looks short enough to
@@ -81,7 +81,7 @@ int sh_spin_on(sh_ep *ep, const uint64_t *word, uint64_t seen, uint64_t now)
     yield_at = sh_yield_at(nd, now);
     nd->touched[SH_WORD(ep->slot)] |= SH_BIT(ep->slot); /* this slot is polled: its toggle may stay unacknowledged */
     for (uint32_t k = 1; !((sh_peek(word) ^ seen) & ~SH_IDLE_BITS); k++) {
-        sh_expect_bytes(ep);
+        sh_prefetch_bytes(ep);
         if ((nd->spin_yield_ns || nd->alone) && k % 8) {
             sh_pause();
             continue;
@@ -103,7 +103,7 @@ int sh_spin_on(sh_ep *ep, const uint64_t *word, uint64_t seen, uint64_t now)
     ep->spun_ns = 0;
     ep->misses = ep->patience = 0;
     if (now - start > 4 * GATHER_NS)
-        ep->flow = 0;
+        ep->one_way = 0;
     nd->n[SH_N_SPIN_HIT]++;
     ep->window_ns = window * 2 < nd->spin_max_ns ? window * 2 : nd->spin_max_ns;
     return 1;
@@ -113,7 +113,7 @@ int sh_spin_on(sh_ep *ep, const uint64_t *word, uint64_t seen, uint64_t now)
  * for it than the bytes are. Let some gather. */
 uint64_t sh_gather(sh_ep *ep, uint64_t now)
 {
-    uint64_t until = ep->looked_ns + GATHER_NS;
+    uint64_t until = ep->polled_ns + GATHER_NS;
 
     for (int k = 0; k < 200 && now < until && nothing_ready(ep->nd); k++) { /* bounded, whatever the clock says */
         for (int i = 0; i < 4; i++)

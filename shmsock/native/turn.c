@@ -91,21 +91,21 @@ static int news(sh_node *nd)
 {
     int found = nd->attention;
 
-    for (uint64_t m = nd->known; m; m &= m - 1) {
+    for (uint64_t m = nd->known_peers; m; m &= m - 1) {
         struct sh_link *l = &nd->links[__builtin_ctzll(m)];
-        found |= sh_peek(&l->in->bell) != l->last && !sh_muted(l);
+        found |= sh_peek(&l->in->notify_seq) != l->last && !sh_rate_limited(l);
     }
     for (uint32_t w = 0; w < nd->words; w++) {
         for (uint64_t m = nd->touched[w]; m; m &= m - 1) {
             sh_ep *ep = &nd->eps[w * 64 + (uint32_t)__builtin_ctzll(m)];
-            uint64_t p = sh_peek(&ep->theirs->p);
+            uint64_t p = sh_peek(&ep->theirs->tx_word);
 
-            sh_expect_bytes(ep);
-            if (p == ep->p_last && !sh_space_came(ep))
+            sh_prefetch_bytes(ep);
+            if (p == ep->tx_last && !sh_space_came(ep))
                 continue;
             if (p & SH_WANT) { /* it waits for what was taken: it has to be told of that as well */
                 sh_rearm_touched(nd);
-                sh_take_later(nd);
+                sh_queue_later(nd);
                 return 1;
             }
             nd->ready[w] |= SH_BIT(ep->slot);
@@ -117,16 +117,16 @@ static int news(sh_node *nd)
 
 /* Another pass in the same turn, when there is nothing else to be run: busy-polls for up to ns, from `now` on. Returns what sh_pump() does;
  * 0: nothing came, or the budget of the turn is used up. */
-int sh_pump_on(sh_node *nd, uint64_t *out, int max, uint64_t now, uint64_t ns)
+int sh_pump_more(sh_node *nd, uint64_t *out, int max, uint64_t now, uint64_t ns)
 {
     uint64_t end = now + ns, yield_at = sh_yield_at(nd, now);
     int n;
 
     if (!sh_may_write(nd))
         return SH_STALE;
-    sh_take_later(nd); /* nobody is about to read them, else that would be run first */
+    sh_queue_later(nd); /* nobody is about to read them, else that would be run first */
     for (uint32_t k = 1; now < end && !sh_over_at(nd, now); k++) {
-        if (news(nd) && (n = sh_pass(nd, out, max, nd->known, now))) /* a bell of what was read already says nothing */
+        if (news(nd) && (n = sh_pass(nd, out, max, nd->known_peers, now))) /* a bell of what was read already says nothing */
             return n;
         if ((nd->spin_yield_ns || nd->alone) && k % 8) {
             sh_pause();

@@ -27,7 +27,7 @@ from anyio.abc import SocketAttribute
 import shmsock
 import shmsock.anyio
 from shmsock.aio import names
-from shmsock.aio.turn import Outbox, Port, accelerator
+from shmsock.aio.pump import DatagramOut, FastPath, extension
 from shmsock.engine import layout as lay
 from tests.aio.processes import runner
 
@@ -161,24 +161,24 @@ def beneath(a: Any) -> Held:
     endpoints = list(engine.datagrams)
     ports = []
     for conn in conns[:3]:  # made by hand: nobody tells them of the end
-        ports.append(Port(a, conn, Protocol()))
-        ports[-1].fast = ports[-1].calm = True
-        if accelerator is not None:
-            ports.append(accelerator.Inbox(a, conn, {}))
+        ports.append(FastPath(a, conn, Protocol()))
+        ports[-1].can_read = ports[-1].can_write = True
+        if extension is not None:
+            ports.append(extension.DatagramIn(a, conn, {}))
     routes = endpoints[0].routes if endpoints else {}
     return [
         *(engine, engine.listeners, engine.datagrams, engine.peers, engine.layout, engine.memory),
-        *(engine.handshake, engine.slots, engine.wakes, a.keeper, a.ear, a.region),
+        *(engine.handshake, engine.slots, engine.wakes, a.heartbeat, a.doorbell_listener, a.region),
         *(
             *conns,
             *endpoints,
             *engine.peers.all[:3],
             *engine.listeners,
             *ports,
-            Outbox(a, 7100, routes, Protocol()),
+            DatagramOut(a, 7100, routes, Protocol()),
         ),
         *(*engine.datagrams._links.values(), *engine.datagrams.incoming, *engine.layout.glancer()),
-        *(t.port for t in a.transports if hasattr(t, "port")),
+        *(t.fast_path for t in a.transports if hasattr(t, "fast_path")),
     ]
 
 

@@ -58,7 +58,7 @@ def _nothing_is_left() -> Iterator[None]:
     yield
     gc.collect()
     assert set(shmsock_files()) <= files, "descriptors are left"
-    assert keepers() <= threads, "keeper threads are left"
+    assert keepers() <= threads, "heartbeat threads are left"
 
 
 @pytest.fixture(params=LOOPS)

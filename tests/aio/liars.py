@@ -73,7 +73,7 @@ class Words:
         self.pair = layout.pair(liar, victim)
         self.t, self.a = self.pair + int(g.toggle_off), self.pair + int(g.ack_off)
         self.message = self.pair + int(g.message_off)
-        self.bell, self.rang = self.pair + lay.BELL, self.pair + 8
+        self.bell, self.rang = self.pair + lay.NOTIFY_SEQ, self.pair + 8
         self.slot = next(
             at
             for at in range(self.at + int(g.slot_off), self.at + int(g.slot_off) + layout.slots * 192, 192)

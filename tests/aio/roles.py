@@ -77,7 +77,7 @@ async def honest(region: str, name: str, still: bool) -> None:
         await create_datagram_endpoint(Datagrams, (None, 8000), node=node)
         say("ready")
         await hear()
-        say(node.statistics()["muted"])
+        say(node.statistics()["rate_limited"])
 
 
 async def growing(region: str, sizes: list[int], chunk: int) -> None:

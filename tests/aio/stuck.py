@@ -102,10 +102,10 @@ async def main(url: str, channel: socket.socket, how: str) -> None:
             socket.send_fds(channel, [b"held"], [listener])
             os.close(listener)
             for action in how, "write":
-                rung = ends.a.statistics()["rung"]
-                while ends.a.statistics()["rung"] == rung:
+                rung = ends.a.statistics()["kicks"]
+                while ends.a.statistics()["kicks"] == rung:
                     await (ping(reader, writer) if action == "write" else much.read(4096))
-                channel.send(b"rung")
+                channel.send(b"kicks")
             end.close()
 
 

@@ -167,7 +167,7 @@ def test_two_peers_in_one_process(run: Run, server: Server) -> None:
             async with ends.connection() as (reader, writer):
                 await ping(reader, writer, 100)
                 await ping(reader, writer, 3, 300_000)
-            assert min(*ends.counts("rung"), *ends.counts("received")) > 50
+            assert min(*ends.counts("kicks"), *ends.counts("received")) > 50
             assert ends.counts("healed") == (0, 0)
 
     run(main())
@@ -194,7 +194,7 @@ def test_every_loop(server: Server, backend: str) -> None:
                             assert got == data
                         assert node.statistics()["woken_by"][loop] == "doorbell"
             seen = node.statistics()
-            assert min(seen["rung"], seen["received"]) > 0
+            assert min(seen["kicks"], seen["received"]) > 0
             assert (seen["healed"], seen["spin_hits"]) == (0, 0)
 
     run_on(backend, main)
@@ -211,7 +211,7 @@ def test_with_and_without_doorbells(run: Run, make: Any, directory: Path) -> Non
             assert ends.wakes() == ("futex", "futex")
             async with ends.connection() as (reader, writer):
                 await ping(reader, writer, 100)
-            assert min(*ends.counts("rung"), *ends.counts("received")) > 50
+            assert min(*ends.counts("kicks"), *ends.counts("received")) > 50
             assert ends.counts("healed") == (0, 0)
 
     serving = Server(directory, file)
@@ -247,9 +247,9 @@ def test_few_are_rung_when_hot(run: Run, server: Server, region: str, way: str) 
                     at += len(data)
                 await sending
                 after = node.statistics()
-                counted = ("rung", "suppressed", "notifies_pending", "writes")
+                counted = ("kicks", "suppressed", "notifies_pending", "writes")
                 found.append({key: after[key] - before[key] for key in counted})
-                if found[-1]["rung"] * 100 < found[-1]["writes"]:
+                if found[-1]["kicks"] * 100 < found[-1]["writes"]:
                     break
             else:
                 pytest.fail(f"too many doorbells: {found}")
@@ -275,7 +275,7 @@ class Counting(asyncio.SelectorEventLoop):
 
 def test_idle_is_idle(server: Server, region: str, make: Any) -> None:
     """Ten connections on which nothing is said: what wakes a node is a look around, once a second, be it by
-    doorbells, by futexes, or with neither, where the keeper's looks do not wake it."""
+    doorbells, by futexes, or with neither, where the heartbeat's looks do not wake it."""
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
@@ -389,7 +389,7 @@ async def closing(node: shmsock.Node) -> AsyncIterator[shmsock.Node]:
 
 
 def test_every_doorbell_dropped(run: Run, fake: FakeServer, caplog: pytest.LogCaptureFixture) -> None:
-    """All arrives, at the pace of the keeper's looks; and it is told."""
+    """All arrives, at the pace of the heartbeat's looks; and it is told."""
 
     async def main() -> None:
         relay = Relay(fake)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import shmsock
-from shmsock.aio.turn import accelerator
+from shmsock.aio.pump import extension
 from tests.aio.conftest import End, Run, World, until
 from tests.aio.test_streams import write_until_it_fails
 
@@ -83,7 +83,7 @@ def test_a_buffer_that_is_held_while_somebody_reads(run: Run, world: World, name
             with memoryview(reader._buffer) if name != "read" else memoryview(b""):
                 if name == "read":
                     reader._buffer = NoRoom()  # an empty one has nothing to be held
-                    reader._port.fast = False
+                    reader._port.can_read = False
                 waiting = asyncio.ensure_future(READS[name](reader))
                 await asyncio.sleep(0)
                 s.writer.write(b"A" * size)
@@ -186,7 +186,7 @@ def test_bytes_for_a_handshake_whose_peer_has_gone(run: Run, world: World, close
     run(main())
 
 
-@pytest.mark.skipif(accelerator is not None, reason="the accelerator has no such step")
+@pytest.mark.skipif(extension is not None, reason="the extension has no such step")
 def test_no_memory_between_ring_and_reader(run: Run, world: World) -> None:
     class NoBytes:
         def __getitem__(self, span: Any) -> Any:

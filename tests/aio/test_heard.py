@@ -15,7 +15,7 @@ from shmsock.aio.transport import NO_LINGER
 from tests.aio.conftest import Run, World, until
 
 TURNS = 30
-"""Of a loop that turns all the time: a beat of the keeper takes thousands."""
+"""Of a loop that turns all the time: a beat of the heartbeat takes thousands."""
 
 
 class Ends:
@@ -58,7 +58,7 @@ class Ends:
 async def hears(node: shmsock.Node, act: Callable[[], Any], heard: Callable[[], Any]) -> int:
     """So many turns of the loop from `act`, done while the node sleeps, until it is heard."""
     passes = -1
-    while node.scheduled or node.statistics()["pumps"] != passes:  # its keeper looks often, at first
+    while node.scheduled or node.statistics()["pumps"] != passes:  # its heartbeat looks often, at first
         passes = node.statistics()["pumps"]
         await asyncio.sleep(0.02)
     act()

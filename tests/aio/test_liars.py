@@ -266,7 +266,7 @@ def test_honest_peers_are_never_muted(region: str, load: Load, still: bool, loop
         ):
             await child.says("ready")
             await load(node)
-            assert node.statistics()["muted"] == 0
+            assert node.statistics()["rate_limited"] == 0
             child.tell()
             await child.says("0")
 

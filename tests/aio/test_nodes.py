@@ -537,7 +537,7 @@ os.unlink(region)
 
 
 def test_signals_stay_pythons(run: Run, world: World) -> None:
-    """The keeper thread takes none of them."""
+    """The heartbeat thread takes none of them."""
 
     async def main() -> None:
         loop = asyncio.get_running_loop()

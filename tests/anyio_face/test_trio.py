@@ -189,7 +189,7 @@ def test_who_waits_is_woken_when_a_reader_does_not_come_back(region: str) -> Non
             busy, quiet = await listener.accept(), await listener.accept()
         async with trio.open_nursery() as nursery, busy:
             nursery.start_soon(wait, quiet)
-            with trio.fail_after(30):  # the keeper alone would take 50
+            with trio.fail_after(30):  # the heartbeat alone would take 50
                 for _ in range(1000):
                     await busy.receive(1)
                     await told.wait()

@@ -30,7 +30,7 @@ def _nothing_is_left() -> Iterator[None]:
     yield
     gc.collect()
     assert Counter(descriptors()) <= files, "descriptors are left"
-    assert keepers() <= threads, "keeper threads are left"
+    assert keepers() <= threads, "heartbeat threads are left"
 
 
 @pytest.fixture(scope="package")

@@ -51,7 +51,7 @@ def garbage(rng: random.Random, old: int) -> int:
     ) % (1 << 64)  # fmt: skip
 
 
-class Inbox:
+class DatagramIn:
     """What an endpoint belongs to. `order`: numbered datagrams of one source must come without a gap."""
 
     def __init__(self, node: Node, source: str = "") -> None:
@@ -82,8 +82,8 @@ class Scene:
             node.listen(backlog=1000)
         self.sent, self.got = bytearray(), bytearray()
         self.out, self.into = self.world.open(self.a, self.b)
-        self.boxes = {node: Inbox(node) for node in (self.a, self.b, self.x)}
-        self.ordered, self.numbered = Inbox(self.b, "a"), 0
+        self.boxes = {node: DatagramIn(node) for node in (self.a, self.b, self.x)}
+        self.ordered, self.numbered = DatagramIn(self.b, "a"), 0
         self.world.drain()
 
     def scribble(self) -> None:

@@ -327,7 +327,7 @@ def test_who_says_that_it_reads_delays_reuse_and_does_not_stop_it() -> None:
     world.quiet()
     world.leave(gone)
     world.advance(2)  # it has dropped the link, and does not touch the word any more
-    tag = world.word(world.layout.pair(gone.section, liar.section) + lay.BELL) >> 32
+    tag = world.word(world.layout.pair(gone.section, liar.section) + lay.NOTIFY_SEQ) >> 32
     world.poke(world.layout.pair(liar.section, gone.section) + lay.USERS, tag << 32 | 7)
     before = world.now
     assert world.attach("next").section == gone.section
@@ -339,7 +339,7 @@ def test_nobody_reads_where_nobody_ever_lived() -> None:
     world = World(peers=3)
     liar = world.attach("liar")
     for section in (1, 2):
-        world.poke(world.layout.pair(liar.section, section) + lay.BELL, 0)  # the tags there are 0, too
+        world.poke(world.layout.pair(liar.section, section) + lay.NOTIFY_SEQ, 0)  # the tags there are 0, too
         world.poke(world.layout.pair(liar.section, section) + lay.INBOX, 5)
         world.poke(world.layout.pair(liar.section, section) + lay.USERS, 7)
     before = world.now

@@ -19,7 +19,7 @@ OTHER = b"kernel-of-host-B"
 
 
 def lost_at_once(world: World, node: Node) -> None:
-    """Its lock fell, and the keeper of this kernel has seen it."""
+    """Its lock fell, and the heartbeat of this kernel has seen it."""
     world.kill(node)
     world.drain()
     world.advance(0.1)
@@ -196,7 +196,7 @@ def test_stopped_for_long_and_continued(world: World) -> None:
 def test_who_was_stopped_for_long_connects_before_it_beats(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its loop may be quicker than its keeper: what it says counts as a beat."""
+    """Its loop may be quicker than its heartbeat: what it says counts as a beat."""
     a, b = world.pair()
     world.open(a, b)
     world.stop(a)

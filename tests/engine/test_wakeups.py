@@ -35,13 +35,13 @@ class Sleeper:
     def __init__(self, world: World, node: Node) -> None:
         self.world, self.node = world, node
         self.tasks: list[tuple[Connection, Task]] = []
-        self.woken: set[Connection] = set()
+        self.wake_pending: set[Connection] = set()
         self.asleep = False
         self.hot = False  # its pump goes on in the same turn, while it has nothing else to do
 
     def start(self, conn: Connection, task: Task) -> None:
         self.tasks.append((conn, task))
-        self.woken.add(conn)
+        self.wake_pending.add(conn)
 
     def step(self) -> bool:
         """One turn of the loop. False: asleep, and nothing rang."""
@@ -57,24 +57,24 @@ class Sleeper:
                     next(task)
                 except StopIteration:
                     self.tasks.remove((conn, task))
-        if self.hot and not (self.woken or self.world.busy) and node.pump_on():
+        if self.hot and not (self.wake_pending or self.world.busy) and node.pump_on():
             return True
-        if node.engine.quiet and not node.events and not self.woken:
+        if node.engine.quiet and not node.events and not self.wake_pending:
             self.asleep = node.doorbell is None or bool(node.call(self.world.lib.sh_sleep, node.engine.nd))
         return True
 
     def rung(self) -> bool:
-        """As the keeper finds out, or by a doorbell alone, without anybody who looks at bells."""
+        """As the heartbeat finds out, or by a doorbell alone, without anybody who looks at bells."""
         lib, node = self.world.lib, self.node
         if node.doorbell is None:
-            return bool(lib.sh_fake_bells_differ(node.engine.nd))
+            return bool(lib.sh_fake_any_notified(node.engine.nd))
         if times := node.doorbell.drain():
-            node.call(lib.sh_rung, node.engine.nd, times)
+            node.call(lib.sh_received, node.engine.nd, times)
         return times > 0
 
     def take_ready(self) -> set[Connection]:
-        ready = self.woken | {event.target for event in self.node.take("ready")}
-        self.woken = set()
+        ready = self.wake_pending | {event.target for event in self.node.take("ready")}
+        self.wake_pending = set()
         return ready
 
 
@@ -101,7 +101,7 @@ def writer(
         if rng.random() < 0.1:
             node.pump()
         while rng.random() < lull:  # others run meanwhile
-            side.woken.add(conn)
+            side.wake_pending.add(conn)
             yield
     node.finish(conn)
 
@@ -182,7 +182,7 @@ SPINS = ("spinning", "hot")  # only where the clock goes on meanwhile
 def until_done(
     world: World, sides: dict[Node, Sleeper], rng: random.Random, state: Callable[[], str]
 ) -> None:
-    """Turn by turn in random order. Raises Hung when everybody sleeps and nobody rings."""
+    """Pump by turn in random order. Raises Hung when everybody sleeps and nobody rings."""
     order = list(sides.values())
     world.meanwhile = lambda node: sides[node].step()
     for _ in range(20000):
@@ -252,7 +252,7 @@ def ping(side: Sleeper, conn: Connection, rng: random.Random, arms: bool) -> Tas
         for _ in range(rng.choice((1, 2, 3))):
             left += side.node.write(conn, b"?" * rng.choice((1, 50)))
             while rng.random() < 0.5:
-                side.woken.add(conn)
+                side.wake_pending.add(conn)
                 yield
         side.node.write(conn, b"!")
         while left >= 0:
@@ -342,8 +342,8 @@ def test_nobody_sleeps_forever_who_is_woken_by_doorbells_alone(how: str, kind: s
         world.check()
         for node in world.nodes:
             counts = node.engine.statistics()
-            assert 0 < counts["rung"] < counts["bells"]
-            assert counts["rung"] + counts["suppressed"] <= counts["bells"] + world.layout.peers
+            assert 0 < counts["kicks"] < counts["notifications"]
+            assert counts["kicks"] + counts["suppressed"] <= counts["notifications"] + world.layout.peers
 
 
 RINGING = ["call", "sh_sleep"]
@@ -414,7 +414,7 @@ def test_a_toggle_that_a_spin_passed_over_is_not_left_behind_by_release() -> Non
     (event,) = a.take("connected")
     b.take("ready")
     a.write(event.target, b"hello")
-    assert world.lib.sh_fake_bells_differ(b.engine.nd)
+    assert world.lib.sh_fake_any_notified(b.engine.nd)
     world.quiet()
     assert b.read(t) == b"hello"
     world.check()

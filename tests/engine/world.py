@@ -106,7 +106,7 @@ class FakeDoorbell(Doorbell):
 
 
 class Node:
-    """An engine, and what a process has besides: a CPU, a kernel, locks, a keeper. Calls go through
+    """An engine, and what a process has besides: a CPU, a kernel, locks, a heartbeat. Calls go through
     World.run."""
 
     engine: Engine
@@ -148,8 +148,8 @@ class Node:
 
     def _pump(self) -> list[Event]:
         unlocked = sum(1 << s for s in self.watched if s not in self.locks.table)
-        if self.world.lib.sh_fake_bells_differ(self.engine.nd):
-            self.world.lib.sh_rung(self.engine.nd, 0)  # as the keeper tells of strangers
+        if self.world.lib.sh_fake_any_notified(self.engine.nd):
+            self.world.lib.sh_received(self.engine.nd, 0)  # as the heartbeat tells of strangers
         return self._taken_in(self.engine.look(), unlocked)
 
     def _taken_in(self, words: list[int] | None, unlocked: int = 0) -> list[Event]:
@@ -354,7 +354,7 @@ class World:
             if not more:
                 self.drain()
                 awake = (
-                    self.lib.sh_fake_bells_differ(n.engine.nd) or not n.engine.quiet
+                    self.lib.sh_fake_any_notified(n.engine.nd) or not n.engine.quiet
                     for n in self.running()
                     if n.engine.alive
                 )
@@ -377,7 +377,7 @@ class World:
             self.jitter()
 
     def _beat(self, node: Node) -> None:
-        """What keeper.c does, on a CPU of its own."""
+        """What heartbeat.c does, on a CPU of its own."""
         at = self.layout.section(node.section)
         if (
             self.word(at + lay.CLAIM) != node.engine.claim.word

@@ -51,7 +51,7 @@ byte last[2];
 byte count[2];
 byte sent, got; /* in this life of the link */
 
-/* sh_ring_bell */
+/* sh_notify_peer */
 inline ring_bell(me) {
 	atomic { count[me]++; STORE(me, BELL + me, PACK(inc[me], count[me])) }
 }

@@ -106,7 +106,7 @@ inline refresh(slot) {
 	tail[slot] = LOAD(P + slot)
 }
 
-/* sh_look, and the driver wakes who waits */
+/* sh_poll, and the driver wakes who waits */
 inline look(slot) {
 	atomic {
 		refresh(slot);

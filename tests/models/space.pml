@@ -178,7 +178,7 @@ end:		if
 	if
 	:: ready ->
 		ready = 0;
-		see_head(); /* sh_look */
+		see_head(); /* sh_poll */
 		if
 		:: SPACE -> waiting = 0; goto write
 		:: else

@@ -1,12 +1,12 @@
-/* wake.pml - a loop that falls asleep, and those who wake it (doorbell.c, keeper.c; LAYOUT.md, "Ordering").
+/* wake.pml - a loop that falls asleep, and those who wake it (doorbell.c, heartbeat.c; LAYOUT.md, "Ordering").
  *
  * Up to three senders, each with a bell: the first rings a doorbell, an eventfd that the loop waits on, readable until it
- * is drained; the second stores RANG, the sleep that it rings for, and wakes a futex there, on which the keeper, another
- * thread of the receiver, waits; the third cannot ring, and the keeper looks at its bell. A message is a bell here: what
+ * is drained; the second stores RANG, the sleep that it rings for, and wakes a futex there, on which the heartbeat, another
+ * thread of the receiver, waits; the third cannot ring, and the heartbeat looks at its bell. A message is a bell here: what
  * a bell speaks of is notify.pml's matter.
  *
  *   DOORBELLS, FUTEXES, POLLED   how many bells each sender rings; 0: the sender is not there
- *   TIMERS    how often application code wakes the loop by itself, which the keeper does not see
+ *   TIMERS    how often application code wakes the loop by itself, which the heartbeat does not see
  *   RESTARTS  how often the futex's sender is killed in call(), or attaches again
  *   DEATHS    how often the receiver is killed in its sleep, and attaches again
  *
@@ -23,13 +23,13 @@
  *   ONLY_NEWS       a doorbell after which no bell differs (a pump had seen the bell before the ringer saw us sleep) ends
  *                   no sleep
  *   WAIT_ON_BELL    the futex is the bell, not RANG: what ONLY_NEWS is to a doorbell
- *   NO_RUNG_FOR     the keeper compares bells alone, not what was rung for: the same
+ *   NO_RUNG_FOR     the heartbeat compares bells alone, not what was rung for: the same
  *   SLEEPING_FIRST  the sleeping word before nd->sleep
- *   ARMED_FIRST     the keeper looks at armed before it takes the rings
+ *   ARMED_FIRST     the heartbeat looks at armed before it takes the rings
  *   ARM_LATE        the loop arms after its look at the bells
- *   FILL_FIRST      the keeper fills the eventfd before it takes armed back
- *   NO_KICK         with peers that cannot ring, arming does not wake the keeper
- *   LATE_SEEN       the keeper takes `wake` after its look at armed */
+ *   FILL_FIRST      the heartbeat fills the eventfd before it takes armed back
+ *   NO_KICK         with peers that cannot ring, arming does not wake the heartbeat
+ *   LATE_SEEN       the heartbeat takes `wake` after its look at armed */
 #ifndef DOORBELLS
 #define DOORBELLS 0
 #endif
@@ -51,15 +51,15 @@
 
 #define CPUS 4
 #define DOOR 0 /* the sender with the doorbell, and the eventfd that it fills */
-#define FUTEX 1 /* the sender with the futex, and the eventfd that the keeper fills */
+#define FUTEX 1 /* the sender with the futex, and the eventfd that the heartbeat fills */
 #define MUTE 2 /* the sender that cannot ring */
 #define LOOP 3
 
 #define BELL 0 /* 0 to 2: by sender */
-#define LAST 3 /* 3 to 5: what the pump saw of the bells; not shared, but the keeper is on another CPU */
+#define LAST 3 /* 3 to 5: what the pump saw of the bells; not shared, but the heartbeat is on another CPU */
 #define SLEEPING 6 /* the loop's sleeping word */
-#define SLEEP 7 /* nd->sleep, its copy for the keeper */
-#define ARMED 8 /* the one word that two write, loop and keeper */
+#define SLEEP 7 /* nd->sleep, its copy for the heartbeat */
+#define ARMED 8 /* the one word that two write, loop and heartbeat */
 #define RANG 9 /* of the sender with the futex */
 #define WORDS 10
 #include "memory.h"
@@ -67,8 +67,8 @@
 #define NEVER 255 /* a bell that no sender can have */
 
 bit eventfd[2];
-byte kick; /* `wake` in struct sh_keeper: added to by a locked instruction, so never in a buffer */
-bit queued; /* the kernel has the keeper's thread in futex_waitv */
+byte kick; /* `wake` in struct sh_heartbeat: added to by a locked instruction, so never in a buffer */
+bit queued; /* the kernel has the heartbeat's thread in futex_waitv */
 byte last[3];
 
 /* ---- a sender ---- */
@@ -148,7 +148,7 @@ inline look(who) {
 		if
 		:: bell != last[who] ->
 			last[who] = bell;
-			LOAD(LAST + who) = bell /* in no buffer: a later store would only let the keeper fill the eventfd for nothing */
+			LOAD(LAST + who) = bell /* in no buffer: a later store would only let the heartbeat fill the eventfd for nothing */
 		:: else
 		fi;
 		bell = 0
@@ -206,7 +206,7 @@ active proctype loop()
 turn: /* sh_pump */
 	wake_up();
 	look_at_all();
-arm: /* sh_keeper_arm, sh_sleep */
+arm: /* sh_heartbeat_arm, sh_sleep */
 	atomic {
 #ifndef ARM_LATE
 		STORE(LOOP, ARMED, 1);
@@ -267,7 +267,7 @@ end:		if
 #endif
 	goto turn;
 
-die: /* descriptors and the keeper are new; a keeper that is not queued is no other case: it does nothing that outlives it */
+die: /* descriptors and the heartbeat are new; a heartbeat that is not queued is no other case: it does nothing that outlives it */
 	deaths++;
 attach: /* sh_node_claim */
 	atomic {
@@ -292,7 +292,7 @@ attach: /* sh_node_claim */
 	goto turn
 }
 
-/* ---- the receiver's keeper: run() ---- */
+/* ---- the receiver's heartbeat: run() ---- */
 
 /* The kernel compares and queues in one. What was taken for it is of no use afterwards. */
 #ifdef WAIT_ON_BELL
@@ -322,7 +322,7 @@ inline compare(who) {
 }
 
 #if FUTEXES || POLLED
-active proctype keeper()
+active proctype heartbeat()
 {
 	byte seen, bell, expected;
 
@@ -363,7 +363,7 @@ armed:
 	:: else
 	fi;
 #endif
-	AT_DOOR(compare); AT_FUTEX(compare); AT_MUTE(compare); /* sh_bells_differ() */
+	AT_DOOR(compare); AT_FUTEX(compare); AT_MUTE(compare); /* sh_any_notified() */
 	futex_waitv();
 end2:	if
 	:: !queued

@@ -138,7 +138,7 @@ def test_sdist_and_wheel_are_whole(tmp_path: Path) -> None:
         build.HERE / "LAYOUT.md",
         ROOT / "shmsock" / "py.typed",
     ]
-    needed.append(ROOT / "shmsock" / "tools" / "floor.c")
+    needed.append(ROOT / "shmsock" / "bench" / "floor.c")
     archive = backend(tree, "build_sdist")
     with tarfile.open(archive) as sdist:
         packed = {name.partition("/")[2] for name in sdist.getnames()}

@@ -51,7 +51,7 @@ for line in sys.stdin:
         elif what == "ring":
             peer, vector, register = *rest, opened.doorbell.reach(rest[0])
             os.pwrite(register.fd, (register.value | vector).to_bytes(4, "little"), register.offset)
-        elif what == "rung":
+        elif what == "kicks":
             select.select([opened.doorbell.fd], [], [], rest[0])
             answer = opened.doorbell.drain()
         elif what == "files":
@@ -169,10 +169,10 @@ def test_two_guests(processes: Processes) -> None:
     for one, other, number in (a, b, b_id), (b, a, a_id):
         for vector in 0, 1:
             one.ask("ring", number, vector)
-            assert other.ask("rung", SECONDS) == 1
+            assert other.ask("kicks", SECONDS) == 1
     a.ask("ring", 9999, 0)  # nobody: dropped
     for process in a, b:
-        assert process.ask("rung", 0) == 0
+        assert process.ask("kicks", 0) == 0
 
 
 def test_one_at_a_time(processes: Processes) -> None:
@@ -189,7 +189,7 @@ def test_one_at_a_time(processes: Processes) -> None:
     assert also_a.ask("get", 0) == 77
     also_a.ask("close")
     b.ask("ring", a_id, 1)
-    assert a.ask("rung", SECONDS) == 1
+    assert a.ask("kicks", SECONDS) == 1
     with pytest.raises(Failed, match=r"in use by process \d+ \(python\): stop that first"):
         also_a.ask("unbind", DOORBELL)
     with pytest.raises(Failed, match=f"claimed by vfio-pci: use it as vfio:{DOORBELL}"):
@@ -199,9 +199,9 @@ def test_one_at_a_time(processes: Processes) -> None:
         assert process.open("pci:auto")[:4] == [f"vfio:{DOORBELL}", SIZE, True, a_id]
         assert process.ask("lock", 3)
         process.ask("ring", b_id, 0)
-        assert b.ask("rung", SECONDS) == 1
+        assert b.ask("kicks", SECONDS) == 1
         b.ask("ring", a_id, 0)
-        assert process.ask("rung", SECONDS) == 1
+        assert process.ask("kicks", SECONDS) == 1
 
     a.ask("close")
     works(also_a)

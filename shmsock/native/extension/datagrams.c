@@ -1,51 +1,51 @@
-/* datagrams.c - the short cuts of datagrams: Inbox hands over what a link brings (the twin of Incoming.ready in shmsock/engine/datagram_links.py),
- * Outbox is ShmDatagramTransport.sendto for addresses that were used before. */
+/* datagrams.c - the short cuts of datagrams: DatagramIn hands over what a link brings (the twin of Incoming.ready in shmsock/engine/datagram_links.py),
+ * DatagramOut is ShmDatagramTransport.sendto for addresses that were used before. */
 #include "extension.h"
 
 #define RECORDS_PER_PASS 64
 #define BYTES_PER_PASS (256u << 10)
 
-PyTypeObject *sh_inbox_type, *sh_outbox_type;
-static PyObject *s_holds, *s_straight, *s_datagram_received, *s_raised, *s_send_slowly, *s_handler, *s_data, *s_addr;
+PyTypeObject *sh_datagram_in_type, *sh_datagram_out_type;
+static PyObject *s_paused, *s_sink, *s_datagram_received, *s_raised, *s_send_slowly, *s_handler, *s_data, *s_addr;
 
 /* ---- receiving ---- */
 
 /* Who gets what comes from and for these ports: (protocol, context), and *source; NULL: Python knows, or finds out. Borrowed but for the
  * first. */
-static PyObject *who_takes(Inbox *box, uint32_t ports, PyObject **endpoint, PyObject **source)
+static PyObject *who_takes(DatagramIn *box, uint32_t ports, PyObject **endpoint, PyObject **source)
 {
-    PyObject *key = PyLong_FromUnsignedLong(ports), *flow = key ? PyDict_GetItemWithError(box->flows, key) : NULL, *holds, *straight;
+    PyObject *key = PyLong_FromUnsignedLong(ports), *flow = key ? PyDict_GetItemWithError(box->one_way, key) : NULL, *paused, *sink;
 
     Py_XDECREF(key);
     if (!flow || !PyTuple_Check(flow) || PyTuple_GET_SIZE(flow) != 2)
         return NULL;
     *endpoint = PyTuple_GET_ITEM(flow, 0);
     *source = PyTuple_GET_ITEM(flow, 1);
-    holds = PyObject_GetAttr(*endpoint, s_holds);
-    straight = holds == Py_False ? PyObject_GetAttr(*endpoint, s_straight) : NULL;
-    Py_XDECREF(holds);
-    if (straight && PyTuple_Check(straight) && PyTuple_GET_SIZE(straight) == 2 && PyContext_CheckExact(PyTuple_GET_ITEM(straight, 1)))
-        return straight;
-    Py_XDECREF(straight);
+    paused = PyObject_GetAttr(*endpoint, s_paused);
+    sink = paused == Py_False ? PyObject_GetAttr(*endpoint, s_sink) : NULL;
+    Py_XDECREF(paused);
+    if (sink && PyTuple_Check(sink) && PyTuple_GET_SIZE(sink) == 2 && PyContext_CheckExact(PyTuple_GET_ITEM(sink, 1)))
+        return sink;
+    Py_XDECREF(sink);
     return NULL;
 }
 
 /* 1: that was all. 0: the rest is Python's. -1: an exception. */
-int sh_inbox_drain(Inbox *box)
+int sh_datagram_in_drain(DatagramIn *box)
 {
     sh_node *nd = box->turn->nd;
     uint32_t given = 0;
 
     sh_takes_part(box->turn, &box->turn_end_ns);
     for (int records = 0; records < RECORDS_PER_PASS && given < BYTES_PER_PASS && box->open; records++) {
-        PyObject *straight, *endpoint, *source, *data, *error;
+        PyObject *sink, *endpoint, *source, *data, *error;
         uint32_t ports;
         int64_t span = sh_recv(box->ep, &ports);
         int r = 0;
 
         if (span < 0)
             return span == SH_EMPTY;
-        if (!(straight = who_takes(box, ports, &endpoint, &source))) {
+        if (!(sink = who_takes(box, ports, &endpoint, &source))) {
             nd->n[SH_N_DATAGRAMS_IN]--; /* it is still there, and will be found again */
             return PyErr_Occurred() ? -1 : 0;
         }
@@ -54,14 +54,14 @@ int sh_inbox_drain(Inbox *box)
         data = sh_bytes_out(box->ep, (uint32_t)(span >> 32), (uint32_t)span, SH_RECORD_HEADER);
         given += (uint32_t)span;
         if (data) {
-            PyObject *protocol = PyTuple_GET_ITEM(straight, 0);
-            r = sh_hand_over(PyTuple_GET_ITEM(straight, 1), protocol, s_datagram_received, data, source, &error);
+            PyObject *protocol = PyTuple_GET_ITEM(sink, 0);
+            r = sh_hand_over(PyTuple_GET_ITEM(sink, 1), protocol, s_datagram_received, data, source, &error);
             if (r == 0)
                 r = sh_tell_of(PyObject_GetAttr(endpoint, s_handler), s_raised, error, protocol);
             Py_DECREF(data);
         } else
             r = PyErr_Occurred() ? -1 : 0;
-        Py_DECREF(straight);
+        Py_DECREF(sink);
         Py_DECREF(endpoint);
         Py_DECREF(source);
         if (!data || r < 0)
@@ -72,11 +72,11 @@ int sh_inbox_drain(Inbox *box)
             break;
     }
     if (box->open)
-        sh_look_again(box->turn, box->slot);
+        sh_poll_again(box->turn, box->slot);
     return 1;
 }
 
-static PyObject *inbox_close(Inbox *box, PyObject *unused)
+static PyObject *inbox_close(DatagramIn *box, PyObject *unused)
 {
     (void)unused;
     box->open = 0;
@@ -87,16 +87,16 @@ static PyObject *inbox_close(Inbox *box, PyObject *unused)
 
 static PyObject *inbox_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"turn", "conn", "flows", NULL};
-    PyObject *turn, *conn, *flows;
-    Inbox *box;
+    static char *names[] = {"turn", "conn", "one_way", NULL};
+    PyObject *turn, *conn, *one_way;
+    DatagramIn *box;
     long slot;
 
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!OO!", names, sh_turn_type, &turn, &conn, &PyDict_Type, &flows)
-        || (slot = sh_slot_of(conn, (Turn *)turn)) < 0 || !(box = (Inbox *)type->tp_alloc(type, 0)))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!OO!", names, sh_pump_type, &turn, &conn, &PyDict_Type, &one_way)
+        || (slot = sh_slot_of(conn, (Pump *)turn)) < 0 || !(box = (DatagramIn *)type->tp_alloc(type, 0)))
         return NULL;
-    box->turn = (Turn *)Py_NewRef(turn);
-    box->flows = Py_NewRef(flows);
+    box->turn = (Pump *)Py_NewRef(turn);
+    box->one_way = Py_NewRef(one_way);
     box->slot = (uint32_t)slot;
     box->ep = &box->turn->nd->eps[slot];
     box->open = 1;
@@ -104,28 +104,28 @@ static PyObject *inbox_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     return (PyObject *)box;
 }
 
-static int inbox_traverse(Inbox *box, visitproc visit, void *arg)
+static int inbox_traverse(DatagramIn *box, visitproc visit, void *arg)
 {
     Py_VISIT(Py_TYPE(box));
     Py_VISIT(box->turn);
-    Py_VISIT(box->flows);
+    Py_VISIT(box->one_way);
     return 0;
 }
 
-static int inbox_clear(Inbox *box)
+static int inbox_clear(DatagramIn *box)
 {
     Py_DECREF(inbox_close(box, NULL));
-    return 0; /* turn and flows stay: they end their cycles themselves */
+    return 0; /* turn and one_way stay: they end their cycles themselves */
 }
 
-static void inbox_dealloc(Inbox *box)
+static void inbox_dealloc(DatagramIn *box)
 {
     PyTypeObject *type = Py_TYPE(box);
 
     PyObject_GC_UnTrack(box);
     inbox_clear(box);
     Py_CLEAR(box->turn);
-    Py_CLEAR(box->flows);
+    Py_CLEAR(box->one_way);
     type->tp_free(box);
     Py_DECREF(type);
 }
@@ -134,40 +134,40 @@ static void inbox_dealloc(Inbox *box)
 
 typedef struct {
     PyObject_HEAD
-    Turn *turn;
+    Pump *turn;
     PyObject *routes;    /* address -> (gate, port, entry, ...) */
     PyObject *transport; /* weakly */
     uint32_t port;
-    char calm;
-} Outbox;
+    char can_write;
+} DatagramOut;
 
 /* 1: sent. 0: not by this way. */
-static int send_now(Outbox *box, PyObject *data, PyObject *address)
+static int send_now(DatagramOut *box, PyObject *data, PyObject *address)
 {
     PyObject *route;
-    Port *gate;
+    FastPath *gate;
     uint32_t port, entry;
     Py_ssize_t n;
     int sent;
 
-    if (!box->calm || !PyBytes_CheckExact(data) || !(PyTuple_CheckExact(address) || address == Py_None))
+    if (!box->can_write || !PyBytes_CheckExact(data) || !(PyTuple_CheckExact(address) || address == Py_None))
         return 0;
     route = PyDict_GetItemWithError(box->routes, address);
-    if (!route || !PyTuple_Check(route) || PyTuple_GET_SIZE(route) != 4 || !Py_IS_TYPE(PyTuple_GET_ITEM(route, 3), sh_port_type)) {
+    if (!route || !PyTuple_Check(route) || PyTuple_GET_SIZE(route) != 4 || !Py_IS_TYPE(PyTuple_GET_ITEM(route, 3), sh_fast_path_type)) {
         PyErr_Clear(); /* an address that cannot be looked up: the slow way says so */
         return 0;
     }
-    gate = (Port *)PyTuple_GET_ITEM(route, 3);
+    gate = (FastPath *)PyTuple_GET_ITEM(route, 3);
     port = (uint32_t)PyLong_AsUnsignedLong(PyTuple_GET_ITEM(route, 1));
     entry = (uint32_t)PyLong_AsUnsignedLong(PyTuple_GET_ITEM(route, 2));
     n = PyBytes_GET_SIZE(data);
-    if (!gate->calm || gate->turn != box->turn || PyErr_Occurred() || n > (Py_ssize_t)SH_DATAGRAM_MAX)
+    if (!gate->can_write || gate->turn != box->turn || PyErr_Occurred() || n > (Py_ssize_t)SH_DATAGRAM_MAX)
         return PyErr_Occurred() ? -1 : 0;
     sent = sh_send(gate->ep, box->port, port, entry, PyBytes_AS_STRING(data), (uint32_t)n); /* may let others run, at the end */
     return sent == 1;
 }
 
-static PyObject *outbox_sendto(Outbox *box, PyObject *const *args, Py_ssize_t n, PyObject *keywords)
+static PyObject *outbox_sendto(DatagramOut *box, PyObject *const *args, Py_ssize_t n, PyObject *keywords)
 {
     PyObject *data = n > 0 ? args[0] : NULL, *address = n > 1 ? args[1] : Py_None, *transport, *r;
     Py_ssize_t named = keywords ? PyTuple_GET_SIZE(keywords) : 0;
@@ -199,21 +199,21 @@ static PyObject *outbox_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     static char *names[] = {"turn", "port", "routes", "transport", NULL};
     PyObject *turn, *routes, *transport;
     unsigned int port;
-    Outbox *box;
+    DatagramOut *box;
 
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!IO!O", names, sh_turn_type, &turn, &port, &PyDict_Type, &routes, &transport)
-        || !(box = (Outbox *)type->tp_alloc(type, 0)))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!IO!O", names, sh_pump_type, &turn, &port, &PyDict_Type, &routes, &transport)
+        || !(box = (DatagramOut *)type->tp_alloc(type, 0)))
         return NULL;
-    box->turn = (Turn *)Py_NewRef(turn);
+    box->turn = (Pump *)Py_NewRef(turn);
     box->routes = Py_NewRef(routes);
     box->port = port;
-    box->calm = 1;
+    box->can_write = 1;
     if (!(box->transport = PyWeakref_NewRef(transport, NULL)))
         Py_CLEAR(box);
     return (PyObject *)box;
 }
 
-static int outbox_traverse(Outbox *box, visitproc visit, void *arg)
+static int outbox_traverse(DatagramOut *box, visitproc visit, void *arg)
 {
     Py_VISIT(Py_TYPE(box));
     Py_VISIT(box->turn);
@@ -222,7 +222,7 @@ static int outbox_traverse(Outbox *box, visitproc visit, void *arg)
     return 0;
 }
 
-static void outbox_dealloc(Outbox *box)
+static void outbox_dealloc(DatagramOut *box)
 {
     PyTypeObject *type = Py_TYPE(box);
 
@@ -247,12 +247,12 @@ static PyMethodDef outbox_methods[] = {
 };
 
 static PyMemberDef outbox_members[] = {
-    {"calm", T_BOOL, offsetof(Outbox, calm), 0, "the transport is not being closed"},
+    {"can_write", T_BOOL, offsetof(DatagramOut, can_write), 0, "the transport is not being closed"},
     {NULL, 0, 0, 0, NULL},
 };
 
 static PyType_Slot inbox_slots[] = {
-    {Py_tp_doc, "Takes datagrams from a link, for endpoints that take them straight."},
+    {Py_tp_doc, "Takes datagrams from a link, for endpoints that take them sink."},
     {Py_tp_new, inbox_new},
     {Py_tp_traverse, inbox_traverse},
     {Py_tp_clear, inbox_clear},
@@ -272,22 +272,22 @@ static PyType_Slot outbox_slots[] = {
 };
 
 #define SPEC(type, its_slots) {.name = "shmsock.native._extension." #type, .basicsize = sizeof(type), .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, .slots = its_slots}
-static PyType_Spec inbox_spec = SPEC(Inbox, inbox_slots), outbox_spec = SPEC(Outbox, outbox_slots);
+static PyType_Spec inbox_spec = SPEC(DatagramIn, inbox_slots), outbox_spec = SPEC(DatagramOut, outbox_slots);
 
 int sh_datagrams_ready(PyObject *module)
 {
-    s_holds = PyUnicode_InternFromString("holds");
-    s_straight = PyUnicode_InternFromString("straight");
+    s_paused = PyUnicode_InternFromString("paused");
+    s_sink = PyUnicode_InternFromString("sink");
     s_datagram_received = PyUnicode_InternFromString("datagram_received");
     s_raised = PyUnicode_InternFromString("raised");
     s_send_slowly = PyUnicode_InternFromString("_send_slowly");
     s_handler = PyUnicode_InternFromString("handler");
     s_data = PyUnicode_InternFromString("data");
     s_addr = PyUnicode_InternFromString("addr");
-    if (!s_holds || !s_straight || !s_datagram_received || !s_raised || !s_send_slowly || !s_handler || !s_data || !s_addr)
+    if (!s_paused || !s_sink || !s_datagram_received || !s_raised || !s_send_slowly || !s_handler || !s_data || !s_addr)
         return -1;
-    sh_inbox_type = (PyTypeObject *)PyType_FromSpec(&inbox_spec);
-    sh_outbox_type = (PyTypeObject *)PyType_FromSpec(&outbox_spec);
-    return !sh_inbox_type || !sh_outbox_type || PyModule_AddObjectRef(module, "Inbox", (PyObject *)sh_inbox_type) < 0
-        ? -1 : PyModule_AddObjectRef(module, "Outbox", (PyObject *)sh_outbox_type);
+    sh_datagram_in_type = (PyTypeObject *)PyType_FromSpec(&inbox_spec);
+    sh_datagram_out_type = (PyTypeObject *)PyType_FromSpec(&outbox_spec);
+    return !sh_datagram_in_type || !sh_datagram_out_type || PyModule_AddObjectRef(module, "DatagramIn", (PyObject *)sh_datagram_in_type) < 0
+        ? -1 : PyModule_AddObjectRef(module, "DatagramOut", (PyObject *)sh_datagram_out_type);
 }

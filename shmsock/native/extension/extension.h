@@ -12,46 +12,46 @@
 #define COPY_MAX (1u << 20)    /* bytes in one piece */
 #define KEEP_GIL_MAX (1u << 15) /* bytes that are copied without letting other threads run */
 
-typedef struct port Port;
-typedef struct inbox Inbox;
+typedef struct fast_path FastPath;
+typedef struct datagram_in DatagramIn;
 
 typedef struct {
     PyObject_HEAD
     sh_node *nd;
-    sh_keeper *keeper;
+    sh_heartbeat *heartbeat;
     PyObject *memory; /* tuple of what these two belong to: it is held as long as there is anybody to ask them */
     PyObject *owed;   /* tuple of containers: while one of them is not empty, the engine is owed a pass */
     PyObject *queue;  /* what the loop runs next, or a list that stands for it */
     PyObject *call_soon, *create_future, *context, *pump;
-    Port **ports;     /* by slot: connections with a reader in direct mode, or with a protocol that takes bytes; borrowed */
-    Inbox **inboxes;  /* and links that bring datagrams */
+    FastPath **ports;     /* by slot: connections with a reader in direct mode, or with a protocol that takes bytes; borrowed */
+    DatagramIn **inboxes;  /* and links that bring datagrams */
     uint32_t slots;
     uint64_t turn_end_ns; /* the turn that is counted: how many took something in it, and in the one before */
     uint32_t readers, sharers;
     unsigned long ident;
     unsigned long long unlocked;
     int polled;
-    char scheduled, closed, hurry, listens, known, pumping;
-} Turn;
+    char scheduled, closed, hurry, listens, queue_visible, pumping;
+} Pump;
 
-struct port {
+struct fast_path {
     PyObject_HEAD
-    Turn *turn;
+    Pump *turn;
     PyObject *transport; /* weakly: who has only the port has nothing to say any more */
     PyObject *buffer, *waiter;
-    PyObject *protocol, *context; /* while bytes go straight to its data_received() */
+    PyObject *protocol, *context; /* while bytes go sink to its data_received() */
     sh_ep *ep;
     uint32_t slot;
     Py_ssize_t limit; /* of a line */
     uint64_t turn_end_ns, since_ns; /* the turn in which it read last, and since when; 0: once only */
     unsigned int drains;
-    char calm, fast, woken;
+    char can_write, can_read, wake_pending;
 };
 
-struct inbox {
+struct datagram_in {
     PyObject_HEAD
-    Turn *turn;
-    PyObject *flows; /* source << 16 | destination port -> (endpoint, address of the source) */
+    Pump *turn;
+    PyObject *one_way; /* source << 16 | destination port -> (endpoint, address of the source) */
     sh_ep *ep;
     uint32_t slot;
     uint64_t turn_end_ns; /* the turn in which it brought something last */
@@ -62,35 +62,35 @@ enum sh_op_kind { SH_OP_READ, SH_OP_EXACTLY, SH_OP_LINE, SH_OP_DRAIN, SH_OP_HELP
 
 extern const char *const sh_op_names[SH_OP_KINDS];
 extern PyObject *sh_slow[SH_OP_KINDS]; /* the coroutine functions */
-extern PyTypeObject *sh_turn_type, *sh_port_type, *sh_op_type;
+extern PyTypeObject *sh_pump_type, *sh_fast_path_type, *sh_op_type;
 
-int sh_turn_ready(PyObject *module);
-int sh_port_ready(PyObject *module);
+int sh_pump_ready(PyObject *module);
+int sh_fast_path_ready(PyObject *module);
 int sh_op_ready(PyObject *module);
 int sh_streams_ready(PyObject *module);
 int sh_datagrams_ready(PyObject *module);
 
 PyObject *sh_op_new(PyObject *stream, enum sh_op_kind kind, Py_ssize_t n, PyObject *arg);
 
-int sh_call_soon(Turn *t, PyObject *callback);
-int sh_begin_turn(Turn *t);
-int sh_may_spin(Turn *t);
-int sh_will_run(Turn *t);
-int sh_runs(Turn *t);
+int sh_call_soon(Pump *t, PyObject *callback);
+int sh_begin_turn(Pump *t);
+int sh_may_spin(Pump *t);
+int sh_will_run(Pump *t);
+int sh_runs(Pump *t);
 PyObject *sh_bytes_out(sh_ep *ep, uint32_t at, uint32_t n, uint32_t header);
-void sh_look_again(Turn *t, uint32_t slot);
-long sh_slot_of(PyObject *conn, Turn *turn);
+void sh_poll_again(Pump *t, uint32_t slot);
+long sh_slot_of(PyObject *conn, Pump *turn);
 int sh_hand_over(PyObject *context, PyObject *protocol, PyObject *method, PyObject *data, PyObject *source, PyObject **error);
 int sh_tell_of(PyObject *whom, PyObject *method, PyObject *error, PyObject *about);
-int sh_port_wake(Port *p);
-int sh_port_deliver(Port *p);
-int sh_inbox_drain(Inbox *box);
-int sh_takes_part(Turn *t, uint64_t *last);
-int sh_share_is_used(Port *p);
-int sh_drained(Port *p);
-PyObject *sh_line_out(Port *p, uint32_t at, uint32_t n);
+int sh_fast_path_wake(FastPath *p);
+int sh_fast_path_deliver(FastPath *p);
+int sh_datagram_in_drain(DatagramIn *box);
+int sh_takes_part(Pump *t, uint64_t *last);
+int sh_share_is_used(FastPath *p);
+int sh_drained(FastPath *p);
+PyObject *sh_line_out(FastPath *p, uint32_t at, uint32_t n);
 
 /* To be called at the start of everything that uses the core. */
-static inline int sh_pump_follows(Turn *t) { return t->scheduled ? 0 : sh_begin_turn(t); }
+static inline int sh_pump_follows(Pump *t) { return t->scheduled ? 0 : sh_begin_turn(t); }
 
 #endif

@@ -10,7 +10,7 @@ enum state { START, YIELDED, WAITING, DELEGATED, DONE };
 typedef struct {
     PyObject_HEAD
     PyObject *stream, *arg; /* the StreamReader, StreamWriter or its protocol, and what it was called with */
-    Port *port;
+    FastPath *port;
     PyObject *inner;        /* what is waited for, or the coroutine that does it */
     Py_ssize_t n;
     enum sh_op_kind kind;
@@ -28,7 +28,7 @@ static int spares;
 /* Look, spin if nothing else is to be run, and take. NULL without an exception: *status says why. */
 static PyObject *take(Op *op, int64_t *status)
 {
-    Port *p = op->port;
+    FastPath *p = op->port;
     sh_ep *ep = p->ep;
     uint32_t most = op->kind == SH_OP_LINE || op->n > (Py_ssize_t)COPY_MAX ? COPY_MAX : (uint32_t)op->n;
     uint32_t least = op->kind == SH_OP_EXACTLY ? most : 1, at, n;
@@ -43,7 +43,7 @@ static PyObject *take(Op *op, int64_t *status)
         if (sh_share_is_used(p))
             span = SH_YIELD;
         else
-            span = sh_flows(ep, least) && sh_may_spin(p->turn) ? SH_EMPTY : sh_begin(ep, most, least, 0);
+            span = sh_one_way(ep, least) && sh_may_spin(p->turn) ? SH_EMPTY : sh_begin(ep, most, least, 0);
         if (span == SH_EMPTY && sh_may_spin(p->turn)) {
             Py_BEGIN_ALLOW_THREADS
             span = sh_begin(ep, most, least, 1);
@@ -68,11 +68,11 @@ static PyObject *take(Op *op, int64_t *status)
 
 static void stop_waiting(Op *op)
 {
-    Port *p = op->port;
+    FastPath *p = op->port;
     PyObject *type, *value, *trace;
 
     PyErr_Fetch(&type, &value, &trace);
-    if (type && p->woken) { /* cancelled, most likely: what it was woken for is to be told to those who look at the buffer */
+    if (type && p->wake_pending) { /* cancelled, most likely: what it was wake_pending for is to be told to those who look at the buffer */
         PyObject *tell = PyObject_GetAttr(op->stream, s_on_ready);
         if (!tell || sh_call_soon(p->turn, tell) < 0)
             PyErr_Clear();
@@ -82,8 +82,8 @@ static void stop_waiting(Op *op)
     Py_CLEAR(p->waiter);
     if (PyObject_SetAttr(op->stream, s_waiter, Py_None) < 0)
         PyErr_Clear();
-    if (p->woken) {
-        p->woken = 0;
+    if (p->wake_pending) {
+        p->wake_pending = 0;
         if (p->turn->queue && sh_runs(p->turn) < 0)
             PyErr_Clear();
     }
@@ -92,7 +92,7 @@ static void stop_waiting(Op *op)
 
 static int start_waiting(Op *op)
 {
-    Port *p = op->port;
+    FastPath *p = op->port;
     PyObject *waiter = PyObject_CallNoArgs(p->turn->create_future);
     unaryfunc await_ = waiter && Py_TYPE(waiter)->tp_as_async ? Py_TYPE(waiter)->tp_as_async->am_await : NULL;
 
@@ -167,9 +167,9 @@ static int is_eof(Op *op)
 /* Take, wait, or leave it to the coroutine. */
 static PySendResult go_on(Op *op, PyObject **out)
 {
-    Port *p = op->port;
+    FastPath *p = op->port;
 
-    while (p->fast && p->buffer && !p->waiter && !PyByteArray_GET_SIZE(p->buffer) && (op->kind != SH_OP_EXACTLY || op->n <= (Py_ssize_t)p->ep->rx_bytes)) {
+    while (p->can_read && p->buffer && !p->waiter && !PyByteArray_GET_SIZE(p->buffer) && (op->kind != SH_OP_EXACTLY || op->n <= (Py_ssize_t)p->ep->rx_bytes)) {
         int64_t status = 0;
         int eof;
         PyObject *data = take(op, &status);
@@ -228,7 +228,7 @@ static PySendResult op_send(Op *op, PyObject *value, PyObject **out)
         }
         if (op->kind >= SH_OP_DRAIN && sh_drained(op->port))
             return finish(op, Py_NewRef(Py_None), out);
-        if (op->kind == SH_OP_DRAIN && op->port && op->port->calm)
+        if (op->kind == SH_OP_DRAIN && op->port && op->port->can_write)
             op->port->drains--; /* its helper, which is asked next, counts it */
         if (op->kind >= SH_OP_DRAIN)
             return delegate(op, out);
@@ -458,7 +458,7 @@ PyObject *sh_op_new(PyObject *stream, enum sh_op_kind kind, Py_ssize_t n, PyObje
     }
     op->stream = Py_NewRef(stream);
     op->arg = Py_XNewRef(arg);
-    op->port = Py_IS_TYPE(port, sh_port_type) ? (Port *)port : NULL;
+    op->port = Py_IS_TYPE(port, sh_fast_path_type) ? (FastPath *)port : NULL;
     if (!op->port)
         Py_DECREF(port);
     op->inner = NULL;
@@ -472,7 +472,7 @@ PyObject *sh_op_new(PyObject *stream, enum sh_op_kind kind, Py_ssize_t n, PyObje
 
 int sh_op_ready(PyObject *module)
 {
-    s_port = PyUnicode_InternFromString("_port");
+    s_port = PyUnicode_InternFromString("_fast_path");
     s_waiter = PyUnicode_InternFromString("_waiter");
     s_eof = PyUnicode_InternFromString("_eof");
     s_on_ready = PyUnicode_InternFromString("_on_ready");

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from shmsock import attach, open_connection, start_server
+from shmsock.aio.pump import extension
 from shmsock.aio.streams import ShmStreamReader
-from shmsock.aio.turn import accelerator
 from tests.aio.conftest import Run, World, until
 
-pytestmark = pytest.mark.skipif(accelerator is None, reason="SHMSOCK_ACCELERATOR=0")
+pytestmark = pytest.mark.skipif(extension is None, reason="SHMSOCK_ACCELERATOR=0")
 
 KINDS = ("read", "readexactly", "readline")
 
@@ -201,10 +201,10 @@ def test_a_pump_that_could_not_be_called_is_called_later(region: str, asked: str
 def test_made_by_hand() -> None:
     """Half-made ones do no harm."""
     with pytest.raises(TypeError):
-        accelerator.Op()
+        extension.Op()
     with pytest.raises(TypeError):
-        accelerator.Port.__new__(accelerator.Port)
-    turn = accelerator.Turn.__new__(accelerator.Turn)
+        extension.FastPath.__new__(extension.FastPath)
+    turn = extension.Pump.__new__(extension.Pump)
     assert turn.closed
     turn._pump()
     turn._wake()
@@ -222,11 +222,11 @@ try:
 except TypeError:
     other = interpreters.create(isolated=False)
 failed = interpreters.run_string(
-    other, "import shmsock.aio.turn as t, shmsock.aio.streams; assert t.accelerator is None"
+    other, "import shmsock.aio.pump as t, shmsock.aio.streams; assert t.extension is None"
 )
 interpreters.destroy(other)
 assert not failed, failed
-import asyncio, tests.aio.test_accelerator as here
+import asyncio, tests.aio.test_extension as here
 asyncio.run(here.play("RANDOM", 1))
 """
 

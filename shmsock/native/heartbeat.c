@@ -1,6 +1,6 @@
-/* keeper.c - one native thread per node, without the GIL and with all signals blocked. It beats ten times a second (five times, by two,
- * while all is silent) as long as the section is still ours, wakes the sleeping loop when a bell moved or its time has come, and tells of
- * peers under the same kernel whose lock fell. Peers under the same kernel wake it by a futex (rang), those with doorbells wake the loop themselves; only for the others does
+/* heartbeat.c - one native thread per node, without the GIL and with all signals blocked. It beats ten times a second (five times, by two,
+ * while all is silent) as long as the section is still ours, wakes the sleep_seq loop when a bell moved or its time has come, and tells of
+ * peers under the same kernel whose lock fell. Peers under the same kernel wake it by a futex (kicked_for), those with doorbells wake the loop themselves; only for the others does
  * it look again and again. */
 #include "node.h"
 
@@ -17,9 +17,9 @@
 
 #define LOOK_MIN_NS 20000u
 #define LONG_NS 1000000000u
-#define STORM 1000
+#define FLOOD 1000
 
-struct sh_keeper {
+struct sh_heartbeat {
     sh_node *nd;
     pthread_t thread;
     int event_fd, lock_fd;
@@ -33,20 +33,20 @@ struct sh_keeper {
     int fresh;         /* atomic: something has moved since: look often at first */
     uint64_t watched;  /* peers whose section lock lives under this kernel */
     uint64_t unlocked; /* of those: the lock is gone, hence the process */
-    uint64_t beat, ringing;
+    uint64_t beat, kicking;
     uint32_t beats, vain;
     struct rings { /* of one peer, in this second */
-        uint32_t rang;    /* the word when it was last seen */
+        uint32_t kicked_for;    /* the word when it was last seen */
         uint32_t changes; /* of it: one for each of our sleeps, at most */
         uint32_t nothing; /* rings for a sleep, and for nothing */
     } rings[SH_MAX_PEERS];
-    uint64_t slept; /* our sleeping word when this second began */
+    uint64_t slept; /* our sleep_seq word when this second began */
 };
 
 #define GET(x) __atomic_load_n(&(x), __ATOMIC_ACQUIRE)
 #define SET(x, v) __atomic_store_n(&(x), v, __ATOMIC_RELEASE)
 
-static void ring_owner(sh_keeper *k)
+static void ring_owner(sh_heartbeat *k)
 {
     uint64_t one = 1;
 
@@ -56,7 +56,7 @@ static void ring_owner(sh_keeper *k)
 
 /* Locks are bytes of the region file, one per section, taken by its owner on its own open file description: the kernel drops
  * them when the process dies, however it dies. Returns whether one fell. */
-static int look_at_locks(sh_keeper *k)
+static int look_at_locks(sh_heartbeat *k)
 {
     uint64_t gone = 0;
 
@@ -70,7 +70,7 @@ static int look_at_locks(sh_keeper *k)
 }
 
 /* `tenths`: of a second since the last. */
-static void beat(sh_keeper *k, uint64_t now, uint64_t tenths)
+static void beat(sh_heartbeat *k, uint64_t now, uint64_t tenths)
 {
     sh_node *nd = k->nd;
     struct sh_section *mine = (struct sh_section *)(uintptr_t)nd->claim_at; /* claim is the section's first word */
@@ -80,14 +80,14 @@ static void beat(sh_keeper *k, uint64_t now, uint64_t tenths)
             ring_owner(k); /* somebody took our section, or zeroed the region: store nothing more, fail the node */
         return;
     }
-    sh_unstick(nd, &k->ringing);
+    sh_unstick(nd, &k->kicking);
     sh_put(&mine->pumps, __atomic_load_n(&nd->n[SH_N_PUMPS], __ATOMIC_RELAXED));
     sh_store(&mine->beat, k->beat += tenths, nd->wc);
     if (look_at_locks(k) || !GET(k->armed) || now >= GET(k->deadline))
         ring_owner(k); /* the loop's only clock: its pump samples peers, and counts, so that others see a loop that stands still */
 }
 
-/* ---- sleeping ---- */
+/* ---- sleep_seq ---- */
 
 /* As in linux/futex.h since 5.16, which may be newer than the headers here. */
 struct waiter {
@@ -98,7 +98,7 @@ struct waiter {
 #define WAIT_32 2u
 #define WAIT_PRIVATE 128u
 
-static void count(sh_keeper *k, int which) { __atomic_fetch_add(&k->nd->n[which], 1, __ATOMIC_RELAXED); }
+static void count(sh_heartbeat *k, int which) { __atomic_fetch_add(&k->nd->n[which], 1, __ATOMIC_RELAXED); }
 
 static long wait_for_any(const struct waiter *w, uint32_t n, uint64_t until)
 {
@@ -116,34 +116,34 @@ int sh_futex_works(void *base, uint64_t offset)
     return wait_for_any(&w, 1, sh_clock() + 1) == 0 || errno == EAGAIN || errno == ETIMEDOUT ? 0 : errno;
 }
 
-/* What to wait for: the owner, the rings of others as they are now, and strangers, who wake whoever waits for the own sleeping word. */
-static uint32_t take_rings(sh_keeper *k, uint32_t seen, struct waiter *w)
+/* What to wait for: the owner, the rings of others as they are now, and strangers, who wake whoever waits for the own sleep_seq word. */
+static uint32_t take_rings(sh_heartbeat *k, uint32_t seen, struct waiter *w)
 {
     uint32_t n = 2, sleeps = (uint32_t)(GET(k->nd->sleep) - k->slept) / 2;
 
     w[0] = (struct waiter){.val = seen, .uaddr = (uintptr_t)&k->wake, .flags = WAIT_32 | WAIT_PRIVATE};
-    w[1] = (struct waiter){.val = SH_LOW(sh_peek(k->nd->sleeping_at)), .uaddr = (uintptr_t)k->nd->sleeping_at, .flags = WAIT_32};
+    w[1] = (struct waiter){.val = SH_LOW(sh_peek(k->nd->sleep_seq_at)), .uaddr = (uintptr_t)k->nd->sleep_seq_at, .flags = WAIT_32};
     for (uint64_t m = GET(k->nd->by_futex); k->futexes && m; m &= m - 1) {
         struct sh_link *l = &k->nd->links[__builtin_ctzll(m)];
         struct rings *r = &k->rings[__builtin_ctzll(m)];
-        uint32_t rang;
+        uint32_t kicked_for;
 
-        if (sh_muted(l))
+        if (sh_rate_limited(l))
             continue;
-        rang = SH_LOW(sh_load(&l->in->rang, k->nd->wc));
-        r->changes += rang != r->rang;
-        r->rang = rang;
-        if (r->changes > sleeps + STORM / 2) /* before the others have to be looked for because of it */
-            sh_mute(k->nd, l);
-        w[n++] = (struct waiter){.val = rang, .uaddr = (uintptr_t)&l->in->rang, .flags = WAIT_32};
+        kicked_for = SH_LOW(sh_load(&l->in->kicked_for, k->nd->wc));
+        r->changes += kicked_for != r->kicked_for;
+        r->kicked_for = kicked_for;
+        if (r->changes > sleeps + FLOOD / 2) /* before the others have to be looked for because of it */
+            sh_rate_limit(k->nd, l);
+        w[n++] = (struct waiter){.val = kicked_for, .uaddr = (uintptr_t)&l->in->kicked_for, .flags = WAIT_32};
     }
     return n;
 }
 
-/* Has anybody rung for this sleep, as w tells? `woke` is the word that woke us: who has a doorbell says in rang that it rang that, and only
+/* Has anybody rung for this sleep, as w tells? `woke` is the word that woke us: who has a doorbell says in kicked_for that it kicked_for that, and only
  * if this was a futex all the same has it come through. Who rings for nothing a thousand times a second wakes nobody any more, until the next
  * safety look. */
-static int rung_for(sh_keeper *k, const struct waiter *w, uint32_t n, uint64_t woke)
+static int rung_for(sh_heartbeat *k, const struct waiter *w, uint32_t n, uint64_t woke)
 {
     uint32_t sleep = SH_LOW(GET(k->nd->sleep));
     int found = 0;
@@ -154,21 +154,21 @@ static int rung_for(sh_keeper *k, const struct waiter *w, uint32_t n, uint64_t w
         found = 1;
         for (uint32_t j = 0; j < k->nd->g.peers; j++) {
             struct sh_link *l = &k->nd->links[j];
-            if ((uintptr_t)&l->in->rang != w[i].uaddr || ((GET(l->rings) & SH_RINGS_DOORBELL) && woke != w[i].uaddr))
+            if ((uintptr_t)&l->in->kicked_for != w[i].uaddr || ((GET(l->wake_in) & SH_WAKE_IN_DOORBELL) && woke != w[i].uaddr))
                 continue;
             count(k, SH_N_RECEIVED);
-            if (sh_peek(&l->in->bell) != GET(l->last))
+            if (sh_peek(&l->in->notify_seq) != GET(l->last))
                 continue;
             count(k, SH_N_SPURIOUS);
-            if (++k->rings[j].nothing >= STORM)
-                sh_mute(k->nd, l);
+            if (++k->rings[j].nothing >= FLOOD)
+                sh_rate_limit(k->nd, l);
         }
     }
     return found;
 }
 
 /* Sleep until that time, until the owner wakes us, or until somebody rings who wakes us by a futex. Returns the word that did. */
-static uint64_t sleep_until(sh_keeper *k, const struct waiter *w, uint32_t n, uint64_t until)
+static uint64_t sleep_until(sh_heartbeat *k, const struct waiter *w, uint32_t n, uint64_t until)
 {
     struct timespec t = {.tv_sec = (time_t)(until / 1000000000u), .tv_nsec = (long)(until % 1000000000u)};
 
@@ -181,7 +181,7 @@ static uint64_t sleep_until(sh_keeper *k, const struct waiter *w, uint32_t n, ui
     return 0;
 }
 
-static void new_second(sh_keeper *k)
+static void new_second(sh_heartbeat *k)
 {
     k->vain = 0;
     k->slept = GET(k->nd->sleep);
@@ -191,7 +191,7 @@ static void new_second(sh_keeper *k)
 
 static void *run(void *arg)
 {
-    sh_keeper *k = arg;
+    sh_heartbeat *k = arg;
     uint64_t next_beat = sh_clock(), pause_ns = LOOK_MIN_NS, since = next_beat, woke = 0, tenths = 1;
     int stranger = 0, found;
 
@@ -206,26 +206,26 @@ static void *run(void *arg)
         if (now >= next_beat) {
             beat(k, now, tenths);
             /* Nobody has said anything for so long, and who would can ring: in an emulated guest each wake costs 0.04 % of a CPU. */
-            tenths = GET(k->armed) && GET(k->deadline) > now + 2 * k->beat_ns && now - since > LONG_NS && !GET(k->nd->polled) ? 2 : 1;
+            tenths = GET(k->armed) && GET(k->deadline) > now + 2 * k->beat_ns && now - since > LONG_NS && !GET(k->nd->must_poll) ? 2 : 1;
             next_beat = now + tenths * k->beat_ns;
             stranger = 1; /* who can ring nobody is found now */
             if (++k->beats % 10 == 0)
                 new_second(k);
         }
-        /* First what others rang for, then whether and how the loop sleeps, as it does not wake us when it falls asleep: who rings for a
+        /* First what others kicked_for for, then whether and how the loop sleeps, as it does not wake us when it falls asleep: who rings for a
          * sleep has seen it, so it is either seen here, or no longer as in w, and the kernel does not let us wait. */
         n = take_rings(k, seen, w);
-        if (k->vain >= STORM) { /* somebody wakes us for nothing, madly: look, and let nobody wake us, for the rest of this second */
+        if (k->vain >= FLOOD) { /* somebody wakes us for nothing, madly: look, and let nobody wake us, for the rest of this second */
             n = 1;
             stranger = 1;
         }
         if (!GET(k->armed) || GET(k->nd->inert)) {
             woke = sleep_until(k, w, n, next_beat);
-            stranger |= woke == (uintptr_t)k->nd->sleeping_at;
+            stranger |= woke == (uintptr_t)k->nd->sleep_seq_at;
             continue;
         }
-        found = rung_for(k, w, n, woke) | sh_bells_differ(k->nd, GET(k->nd->known)); /* level, not edge: what came before arming, too */
-        if (!found && stranger && sh_bells_differ(k->nd, SH_ALL)) {
+        found = rung_for(k, w, n, woke) | sh_any_notified(k->nd, GET(k->nd->known_peers)); /* level, not edge: what came before arming, too */
+        if (!found && stranger && sh_any_notified(k->nd, SH_ALL)) {
             SET(k->nd->strangers, 1);
             found = 1;
         }
@@ -235,11 +235,11 @@ static void *run(void *arg)
             k->vain = 0;
             SET(k->armed, 0);
             ring_owner(k);
-            sched_yield(); /* on one CPU the loop comes first: whoever rang waits for it, and not for us */
+            sched_yield(); /* on one CPU the loop comes first: whoever kicked_for waits for it, and not for us */
             continue;
         }
         until = n == 1 && now + k->cap_ns < next_beat ? now + k->cap_ns : next_beat;
-        if (GET(k->nd->polled)) {
+        if (GET(k->nd->must_poll)) {
             if (__atomic_exchange_n(&k->fresh, 0, __ATOMIC_ACQ_REL))
                 pause_ns = LOOK_MIN_NS;
             until = now + pause_ns < until ? now + pause_ns : until;
@@ -249,16 +249,16 @@ static void *run(void *arg)
                 pause_ns = cap;
         }
         woke = sleep_until(k, w, n, until);
-        stranger = woke == (uintptr_t)k->nd->sleeping_at;
+        stranger = woke == (uintptr_t)k->nd->sleep_seq_at;
     }
     return NULL;
 }
 
 /* How much memory one takes: the caller's, all zeros, as that of a node. */
-uint64_t sh_keeper_bytes(void) { return sizeof(sh_keeper); }
+uint64_t sh_heartbeat_bytes(void) { return sizeof(sh_heartbeat); }
 
 /* 0 or an errno. */
-int sh_keeper_start(sh_keeper *k, sh_node *nd, int event_fd, int lock_fd, uint64_t beat_ns, uint64_t cap_ns, int futexes)
+int sh_heartbeat_start(sh_heartbeat *k, sh_node *nd, int event_fd, int lock_fd, uint64_t beat_ns, uint64_t cap_ns, int futexes)
 {
     sigset_t all, old;
     int error;
@@ -276,20 +276,20 @@ int sh_keeper_start(sh_keeper *k, sh_node *nd, int event_fd, int lock_fd, uint64
     error = pthread_create(&k->thread, NULL, run, k);
     pthread_sigmask(SIG_SETMASK, &old, NULL);
     if (!error)
-        pthread_setname_np(k->thread, "shmsock-keeper");
+        pthread_setname_np(k->thread, "shmsock-heartbeat");
     return error;
 }
 
-static void wake(sh_keeper *k)
+static void wake(sh_heartbeat *k)
 {
     __atomic_add_fetch(&k->wake, 1, __ATOMIC_ACQ_REL);
     syscall(SYS_futex, &k->wake, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
 }
 
 /* The loop is about to wait, and nothing is owed a pass. 1: wait; the eventfd is filled when the first bell differs, and at the first beat
- * behind what is due (`hurry`: at the next). 0: somebody was quicker, pump again. Armed first: the bells that R2 looks at are the keeper's
+ * behind what is due (`hurry`: at the next). 0: somebody was quicker, pump again. Armed first: the bells that R2 looks at are the heartbeat's
  * from here on. */
-int sh_keeper_arm(sh_keeper *k, int hurry)
+int sh_heartbeat_arm(sh_heartbeat *k, int hurry)
 {
     uint64_t moved = sh_moved(k->nd);
 
@@ -303,21 +303,21 @@ int sh_keeper_arm(sh_keeper *k, int hurry)
         SET(k->armed, 0);
         return 0;
     }
-    if (GET(k->nd->polled) || k->nd->kick)
+    if (GET(k->nd->must_poll) || k->nd->kick)
         wake(k); /* it sleeps until the next beat, and is to look more often, or at somebody else */
     k->nd->kick = 0;
     return 1;
 }
 
 /* Empty the eventfd; before the pump looks, never after: what comes in between must fill it again. Returns SH_HEARD_*: what else is due. */
-int sh_keeper_heard(sh_keeper *k)
+int sh_heartbeat_heard(sh_heartbeat *k)
 {
     if (!k->ended)
         sh_drain(k->event_fd);
-    return (sh_keeper_unlocked(k) ? SH_HEARD_LOCK : 0) | (k->nd->doubts ? SH_HEARD_DOUBT : 0);
+    return (sh_heartbeat_unlocked(k) ? SH_HEARD_LOCK : 0) | (k->nd->losses ? SH_HEARD_SUSPECTED_LOSS : 0);
 }
 
-void sh_keeper_watch(sh_keeper *k, uint32_t peer, int locked)
+void sh_heartbeat_watch(sh_heartbeat *k, uint32_t peer, int locked)
 {
     if (k->lock_fd < 0)
         return;
@@ -328,10 +328,10 @@ void sh_keeper_watch(sh_keeper *k, uint32_t peer, int locked)
         __atomic_fetch_and(&k->watched, ~(1ull << peer), __ATOMIC_ACQ_REL);
 }
 
-uint64_t sh_keeper_unlocked(sh_keeper *k) { return GET(k->unlocked) & GET(k->watched); }
+uint64_t sh_heartbeat_unlocked(sh_heartbeat *k) { return GET(k->unlocked) & GET(k->watched); }
 
 /* The thread ends; `join` is 0 in a forked child, which has none. The eventfd is the caller's again. What is called from here on does nothing. */
-void sh_keeper_stop(sh_keeper *k, int join)
+void sh_heartbeat_stop(sh_heartbeat *k, int join)
 {
     if (k->ended)
         return;

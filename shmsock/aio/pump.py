@@ -1,7 +1,7 @@
 """When the pump runs. It is a callback of the loop, never a task: after a look it comes again by `call_soon`,
-as long as bytes move, or lets the keeper watch and the loop sleep.
+as long as bytes move, or lets the heartbeat watch and the loop sleep.
 
-What runs at every message is here twice: as Python over cffi, and in C (native/accelerator), which is used
+What runs at every message is here twice: as Python over cffi, and in C (native/extension), which is used
 unless SHMSOCK_ACCELERATOR is 0. Both do the same.
 """
 
@@ -21,15 +21,15 @@ from typing import Any
 from shmsock.engine.connection import COPY_MAX, SH_TAKE
 from shmsock.engine.engine import Engine
 from shmsock.errors import wrong_thread
-from shmsock.wakeup import Keeper
+from shmsock.wakeup import Heartbeat
 
 GLANCE_NS, SPIN_NS = 3_000, 50_000  # of a pump in one go; then the loop looks after others
 
-__all__ = ["Outbox", "Port", "Turn", "accelerator", "ready_queue", "selector"]
+__all__ = ["DatagramOut", "FastPath", "Pump", "extension", "ready_queue", "selector"]
 
 
 def _load() -> Any:
-    """The accelerator's module, which is in the same shared object as the core; None: there is none, or it is
+    """The extension's module, which is in the same shared object as the core; None: there is none, or it is
     not wanted."""
     if os.environ.get("SHMSOCK_ACCELERATOR", "1") == "0":
         return None
@@ -45,7 +45,7 @@ def _load() -> Any:
     return module
 
 
-accelerator = _load()
+extension = _load()
 
 
 def ready_queue(loop: Any) -> Any:
@@ -69,25 +69,25 @@ def selector(loop: Any) -> int:
     return -1 if fileno is None else int(fileno())
 
 
-class _Turn:
+class _Pump:
     """The pump's side of a node. What it does seldom is the node's: check(), _heard() and _attend()."""
 
     def __init__(
         self,
         engine: Engine,
-        keeper: Keeper,
+        heartbeat: Heartbeat,
         loop: Any,
         context: contextvars.Context,
         ident: int,
         queue: Any = None,
     ) -> None:
-        self._engine, self._keeper, self._loop, self.context = engine, keeper, loop, context
+        self._engine, self._keeper, self._loop, self.context = engine, heartbeat, loop, context
         self._lib, self._nd = engine.lib, engine.nd
         self.ident = ident
         self.scheduled = False  # the pump will run in the next turn of the loop
         self.closed = False
-        self.hurry = False  # the keeper's next beat is waited for
-        self.listens = False  # there is more than the keeper to hear
+        self.hurry = False  # the heartbeat's next beat is waited for
+        self.listens = False  # there is more than the heartbeat to hear
         self.unlocked = 0  # mask of sections whose lock fell
         #: A reader is about to look at its ring itself, after this turn of the loop: so many passes of the
         #: pump may be left out, soon after the last one. What a pass acknowledges, the peer must tell anew.
@@ -185,7 +185,7 @@ class _Turn:
         raise NotImplementedError
 
     def _heard(self, news: int) -> None:
-        """The keeper has more to tell than that a bell moved; or something else has."""
+        """The heartbeat has more to tell than that a bell moved; or something else has."""
         raise NotImplementedError
 
     def _attend(self, words: list[int] | None, now: int) -> bool:
@@ -193,21 +193,32 @@ class _Turn:
         raise NotImplementedError
 
 
-class _Port:
+class _FastPath:
     """What the short cuts of one connection ask. `calm`: writes go straight to the ring and drain() has
     nothing to wait for. `fast`: a reader takes its bytes from the ring, no exception is set, and nobody
     waits. `woken`: the pump has woken who waits."""
 
-    __slots__ = ("_conn", "_ep", "_room", "_take", "_taken", "_turn", "calm", "drains", "fast", "woken")
+    __slots__ = (
+        "_conn",
+        "_ep",
+        "_room",
+        "_take",
+        "_taken",
+        "_turn",
+        "can_read",
+        "can_write",
+        "drains",
+        "wake_pending",
+    )
 
     def __init__(self, turn: Any, conn: Any, transport: Any) -> None:
         self._turn, self._conn, self._ep, self._take = turn, conn, conn.ep, conn.engine.lib.sh_take
-        self.calm, self.drains, self.fast, self.woken = True, 0, False, False
+        self.can_write, self.drains, self.can_read, self.wake_pending = True, 0, False, False
         self._room, self._taken = conn.engine.memory.room
 
     def take(self, most: int, least: int = 1) -> bytes | None:
         """`least` to `most` bytes, maybe after a spin; None: the slow way."""
-        if not self.fast:
+        if not self.can_read:
             return None
         turn, take = self._turn, self._take
         if not turn.scheduled:
@@ -226,7 +237,7 @@ class _Port:
     def put(self, data: Any) -> int | None:
         """For a send(): how many bytes went into the ring; None: all of them, and others need not run
         yet."""
-        if not (self.calm and type(data) is bytes and data):
+        if not (self.can_write and type(data) is bytes and data):
             return 0
         turn, conn = self._turn, self._conn
         lib = conn.engine.lib
@@ -244,16 +255,16 @@ class _Port:
 
     def detach(self) -> None:
         """No reader takes bytes any more."""
-        self.fast = False
+        self.can_read = False
 
 
-class _Outbox:
+class _DatagramOut:
     """The short cut of a datagram transport. `calm`: it is not being closed."""
 
     def __init__(self, turn: Any, port: int, routes: dict[Any, Any], transport: Any) -> None:
-        self.calm = True
+        self.can_write = True
 
 
-Turn: Any = _Turn if accelerator is None else accelerator.Turn
-Port: Any = _Port if accelerator is None else accelerator.Port
-Outbox: Any = _Outbox if accelerator is None else accelerator.Outbox
+Pump: Any = _Pump if extension is None else extension.Pump
+FastPath: Any = _FastPath if extension is None else extension.FastPath
+DatagramOut: Any = _DatagramOut if extension is None else extension.DatagramOut

@@ -7,16 +7,16 @@
 #define EVENTS 64
 #define GLANCE_NS 2000u /* not worth giving the GIL away for */
 #define SPIN_NS 50000u  /* in one go; then the loop has to look after others */
-#define UNUSUAL (SH_LOOK_FIN | SH_LOOK_REL | SH_LOOK_RESET | SH_LOOK_BAD)
+#define UNUSUAL (SH_POLL_FIN | SH_POLL_DONE | SH_POLL_RESET | SH_POLL_BAD)
 
-PyTypeObject *sh_turn_type;
+PyTypeObject *sh_pump_type;
 static PyObject *with_context; /* ("context",) */
 static PyObject *s_check, *s_heard, *s_attend, *s_pump_follows;
 
 /* ---- turns ---- */
 
 /* In the context of the pump. */
-int sh_call_soon(Turn *t, PyObject *callback)
+int sh_call_soon(Pump *t, PyObject *callback)
 {
     PyObject *args[] = {callback, t->context}, *handle;
 
@@ -29,7 +29,7 @@ int sh_call_soon(Turn *t, PyObject *callback)
     return handle ? 0 : -1;
 }
 
-int sh_begin_turn(Turn *t)
+int sh_begin_turn(Pump *t)
 {
     if (PyThread_get_thread_ident() != t->ident) {
         PyObject *r = PyObject_CallMethodNoArgs((PyObject *)t, s_check); /* raises */
@@ -44,18 +44,18 @@ int sh_begin_turn(Turn *t)
     return 0;
 }
 
-int sh_may_spin(Turn *t) { return PyObject_Size(t->queue) + t->pumping < 2; }
+int sh_may_spin(Pump *t) { return PyObject_Size(t->queue) + t->pumping < 2; }
 
-int sh_will_run(Turn *t) { return t->known ? 0 : PyList_Append(t->queue, Py_None); }
+int sh_will_run(Pump *t) { return t->queue_visible ? 0 : PyList_Append(t->queue, Py_None); }
 
-int sh_runs(Turn *t)
+int sh_runs(Pump *t)
 {
-    Py_ssize_t n = t->known || !t->queue ? 0 : PyList_GET_SIZE(t->queue);
+    Py_ssize_t n = t->queue_visible || !t->queue ? 0 : PyList_GET_SIZE(t->queue);
 
     return n ? PyList_SetSlice(t->queue, n - 1, n, NULL) : 0;
 }
 
-static int owed(Turn *t)
+static int owed(Pump *t)
 {
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(t->owed); i++)
         if (PyObject_Size(PyTuple_GET_ITEM(t->owed, i)))
@@ -64,7 +64,7 @@ static int owed(Turn *t)
 }
 
 /* Python's part of a pass. n < 0: this node is over. 1: somebody was told of something. */
-static int attend(Turn *t, const uint64_t *words, int n, uint64_t now)
+static int attend(Pump *t, const uint64_t *words, int n, uint64_t now)
 {
     PyObject *list = n < 0 ? Py_NewRef(Py_None) : PyList_New(n), *clock = list ? PyLong_FromUnsignedLongLong(now) : NULL, *r = NULL;
     int told = -1;
@@ -86,33 +86,33 @@ out:
     return told;
 }
 
-static int fall_asleep(Turn *t)
+static int fall_asleep(Pump *t)
 {
-    return __atomic_load_n(&t->nd->inert, __ATOMIC_ACQUIRE) || sh_keeper_arm(t->keeper, t->hurry);
+    return __atomic_load_n(&t->nd->inert, __ATOMIC_ACQUIRE) || sh_heartbeat_arm(t->heartbeat, t->hurry);
 }
 
 /* Readers that wait for bytes, and protocols that take them or datagrams, which is what happens most, get theirs from here; Python attends to the rest.
  * 1: somebody was told of something. */
-static int tell(Turn *t, uint64_t *words, int n, uint64_t now)
+static int tell(Pump *t, uint64_t *words, int n, uint64_t now)
 {
     PyObject *type = NULL, *value = NULL, *trace = NULL;
     int left = 0, told = 0;
 
     for (int i = 0; i < n; i++) {
         uint32_t kind = words[i] >> 24 & 0xff, slot = words[i] & 0xffffff, bits = (uint32_t)(words[i] >> 32);
-        Port *p = kind == SH_EV_SLOT && slot < t->slots ? t->ports[slot] : NULL;
-        Inbox *box = kind == SH_EV_SLOT && slot < t->slots ? t->inboxes[slot] : NULL;
+        FastPath *p = kind == SH_EV_SLOT && slot < t->slots ? t->ports[slot] : NULL;
+        DatagramIn *box = kind == SH_EV_SLOT && slot < t->slots ? t->inboxes[slot] : NULL;
         PyObject *whose = box ? (PyObject *)box : (PyObject *)p;
         int r = 0;
 
-        if (whose && bits && !(bits & UNUSUAL) && (box || p->calm)) {
+        if (whose && bits && !(bits & UNUSUAL) && (box || p->can_write)) {
             Py_INCREF(whose);
             if (box)
-                r = sh_inbox_drain(box);
+                r = sh_datagram_in_drain(box);
             else if (p->protocol)
-                r = sh_port_deliver(p);
-            else if (p->waiter && p->fast)
-                r = sh_port_wake(p) < 0 ? -1 : 1;
+                r = sh_fast_path_deliver(p);
+            else if (p->waiter && p->can_read)
+                r = sh_fast_path_wake(p) < 0 ? -1 : 1;
             Py_DECREF(whose);
             told |= r > 0;
             if (r > 0)
@@ -141,10 +141,10 @@ static int tell(Turn *t, uint64_t *words, int n, uint64_t now)
 }
 
 /* May this turn of the loop go on with the pump? Nothing else is to be run. */
-static int is_alone(Turn *t, int owes) { return !owes && t->known && PyObject_Size(t->queue) == 0; }
+static int is_alone(Pump *t, int owes) { return !owes && t->queue_visible && PyObject_Size(t->queue) == 0; }
 
 /* The next pass: 1, and what it found; or 0, and whether the loop is to come again (or may sleep). */
-static int next_pass(Turn *t, uint64_t *words, int *n, uint64_t now, int told, int *again)
+static int next_pass(Pump *t, uint64_t *words, int *n, uint64_t now, int told, int *again)
 {
     int owes = owed(t), alone = is_alone(t, owes), hot;
 
@@ -157,13 +157,13 @@ static int next_pass(Turn *t, uint64_t *words, int *n, uint64_t now, int told, i
         *again = told || !fall_asleep(t);
     if (hot < 2 || (!alone && hot == 2))
         return 0;
-    if (alone && (*n = sh_pump_on(t->nd, words, EVENTS, now, t->nd->spin_max_ns / 64 > GLANCE_NS ? t->nd->spin_max_ns / 64 : GLANCE_NS)))
+    if (alone && (*n = sh_pump_more(t->nd, words, EVENTS, now, t->nd->spin_max_ns / 64 > GLANCE_NS ? t->nd->spin_max_ns / 64 : GLANCE_NS)))
         return 1;
-    if (told) /* what it did may be for others, and the loop's to pass on: uvloop holds writes to sockets back until the turn ends */
+    if (told) /* what it did may be for others, and the loop's to pass on: uvloop paused writes to sockets back until the turn ends */
         return 0;
     Py_BEGIN_ALLOW_THREADS
     if (alone)
-        *n = sh_pump_on(t->nd, words, EVENTS, now, SPIN_NS);
+        *n = sh_pump_more(t->nd, words, EVENTS, now, SPIN_NS);
     else
         sched_yield();
     Py_END_ALLOW_THREADS
@@ -171,7 +171,7 @@ static int next_pass(Turn *t, uint64_t *words, int *n, uint64_t now, int told, i
 }
 
 /* One turn of the loop: a pass, and more of them as long as there are news and nobody else has anything to do. */
-static int pump(Turn *t)
+static int pump(Pump *t)
 {
     uint64_t words[EVENTS], now;
     int n, told, again;
@@ -211,22 +211,22 @@ static int pump(Turn *t)
 
 static PyObject *none_unless(int failed) { return failed < 0 ? NULL : Py_NewRef(Py_None); }
 
-static PyObject *turn_begin(Turn *t, PyObject *unused) { (void)unused; return none_unless(sh_begin_turn(t)); }
-static PyObject *turn_stir(Turn *t, PyObject *unused) { (void)unused; return t->scheduled || t->closed ? Py_NewRef(Py_None) : PyObject_CallMethodNoArgs((PyObject *)t, s_pump_follows); }
-static PyObject *turn_may_spin(Turn *t, PyObject *unused) { (void)unused; return PyBool_FromLong(sh_may_spin(t)); }
-static PyObject *turn_will_run(Turn *t, PyObject *unused) { (void)unused; return none_unless(sh_will_run(t)); }
-static PyObject *turn_runs(Turn *t, PyObject *unused) { (void)unused; return none_unless(sh_runs(t)); }
-static PyObject *turn_pump(Turn *t, PyObject *unused) { (void)unused; return none_unless(pump(t)); }
-static PyObject *turn_woken(Turn *t, PyObject *unused) { (void)unused; return none_unless(t->scheduled ? 0 : pump(t)); }
+static PyObject *turn_begin(Pump *t, PyObject *unused) { (void)unused; return none_unless(sh_begin_turn(t)); }
+static PyObject *turn_stir(Pump *t, PyObject *unused) { (void)unused; return t->scheduled || t->closed ? Py_NewRef(Py_None) : PyObject_CallMethodNoArgs((PyObject *)t, s_pump_follows); }
+static PyObject *turn_may_spin(Pump *t, PyObject *unused) { (void)unused; return PyBool_FromLong(sh_may_spin(t)); }
+static PyObject *turn_will_run(Pump *t, PyObject *unused) { (void)unused; return none_unless(sh_will_run(t)); }
+static PyObject *turn_runs(Pump *t, PyObject *unused) { (void)unused; return none_unless(sh_runs(t)); }
+static PyObject *turn_pump(Pump *t, PyObject *unused) { (void)unused; return none_unless(pump(t)); }
+static PyObject *turn_woken(Pump *t, PyObject *unused) { (void)unused; return none_unless(t->scheduled ? 0 : pump(t)); }
 
-static PyObject *turn_wake(Turn *t, PyObject *unused)
+static PyObject *turn_wake(Pump *t, PyObject *unused)
 {
     int news;
 
     (void)unused;
     if (t->closed)
         Py_RETURN_NONE;
-    news = sh_keeper_heard(t->keeper);
+    news = sh_heartbeat_heard(t->heartbeat);
     if (news || t->listens || t->hurry) {
         PyObject *number = PyLong_FromLong(news), *r = number ? PyObject_CallMethodOneArg((PyObject *)t, s_heard, number) : NULL;
         Py_XDECREF(number);
@@ -253,7 +253,7 @@ static int borrow(PyObject *owner, void *to, PyObject *memory, Py_ssize_t i)
 /* Detached until it is attached. */
 static PyObject *turn_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    Turn *t = (Turn *)type->tp_alloc(type, 0);
+    Pump *t = (Pump *)type->tp_alloc(type, 0);
 
     (void)args;
     (void)kwargs;
@@ -272,25 +272,25 @@ static void *let_others_run(void)
 
 static void go_on(void *mine) { PyEval_RestoreThread(mine); }
 
-static int turn_init(Turn *t, PyObject *args, PyObject *kwargs)
+static int turn_init(Pump *t, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"engine", "keeper", "loop", "context", "ident", "queue", NULL};
-    PyObject *engine, *keeper, *loop, *context, *queue;
+    static char *names[] = {"engine", "heartbeat", "loop", "context", "ident", "queue", NULL};
+    PyObject *engine, *heartbeat, *loop, *context, *queue;
 
     if (t->memory) {
         PyErr_SetString(PyExc_RuntimeError, "a node is made once");
         return -1;
     }
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOkO", names, &engine, &keeper, &loop, &context, &t->ident, &queue)
-        || !(t->memory = PyTuple_New(2)) || borrow(keeper, &t->keeper, t->memory, 0) < 0 || !(t->owed = PyObject_GetAttrString(engine, "owed"))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOkO", names, &engine, &heartbeat, &loop, &context, &t->ident, &queue)
+        || !(t->memory = PyTuple_New(2)) || borrow(heartbeat, &t->heartbeat, t->memory, 0) < 0 || !(t->owed = PyObject_GetAttrString(engine, "owed"))
         || !(t->call_soon = PyObject_GetAttrString(loop, "call_soon"))
         || !(t->create_future = PyObject_GetAttrString(loop, "create_future"))
         || !(t->pump = PyObject_GetAttrString((PyObject *)t, "_pump"))
         || borrow(engine, &t->nd, t->memory, 1) < 0)
         return -1;
     t->context = Py_NewRef(context);
-    t->known = queue != Py_None;
-    t->queue = t->known ? Py_NewRef(queue) : Py_BuildValue("[O]", Py_None);
+    t->queue_visible = queue != Py_None;
+    t->queue = t->queue_visible ? Py_NewRef(queue) : Py_BuildValue("[O]", Py_None);
     t->slots = t->nd->g.slots;
     t->ports = PyMem_Calloc(t->slots, sizeof *t->ports);
     t->inboxes = PyMem_Calloc(t->slots, sizeof *t->inboxes);
@@ -304,7 +304,7 @@ static int turn_init(Turn *t, PyObject *args, PyObject *kwargs)
     return 0;
 }
 
-static int turn_traverse(Turn *t, visitproc visit, void *arg)
+static int turn_traverse(Pump *t, visitproc visit, void *arg)
 {
     Py_VISIT(Py_TYPE(t));
     Py_VISIT(t->memory);
@@ -317,7 +317,7 @@ static int turn_traverse(Turn *t, visitproc visit, void *arg)
     return 0;
 }
 
-static int turn_clear(Turn *t)
+static int turn_clear(Pump *t)
 {
     t->closed = 1; /* what is called from here on finds nothing to work with */
     Py_CLEAR(t->owed);
@@ -329,7 +329,7 @@ static int turn_clear(Turn *t)
     return 0;
 }
 
-static void turn_dealloc(Turn *t)
+static void turn_dealloc(Pump *t)
 {
     PyTypeObject *type = Py_TYPE(t);
 
@@ -357,15 +357,15 @@ static PyMethodDef methods[] = {
 };
 
 static PyMemberDef members[] = {
-    {"scheduled", T_BOOL, offsetof(Turn, scheduled), 0, "the pump will run in the next turn of the loop"},
-    {"closed", T_BOOL, offsetof(Turn, closed), 0, "detached"},
-    {"hurry", T_BOOL, offsetof(Turn, hurry), 0, "the keeper's next beat is waited for"},
-    {"listens", T_BOOL, offsetof(Turn, listens), 0, "there is more than the keeper to hear"},
-    {"unlocked", T_ULONGLONG, offsetof(Turn, unlocked), 0, "mask of sections whose lock fell"},
-    {"polled", T_INT, offsetof(Turn, polled), 0, "passes that may be left out, soon after the last one"},
-    {"ident", T_ULONG, offsetof(Turn, ident), READONLY, "of the thread"},
-    {"context", T_OBJECT_EX, offsetof(Turn, context), READONLY, "of the pump"},
-    {"queue", T_OBJECT_EX, offsetof(Turn, queue), READONLY, "more than one in it: do not spin"},
+    {"scheduled", T_BOOL, offsetof(Pump, scheduled), 0, "the pump will run in the next turn of the loop"},
+    {"closed", T_BOOL, offsetof(Pump, closed), 0, "detached"},
+    {"hurry", T_BOOL, offsetof(Pump, hurry), 0, "the heartbeat's next beat is waited for"},
+    {"listens", T_BOOL, offsetof(Pump, listens), 0, "there is more than the heartbeat to hear"},
+    {"unlocked", T_ULONGLONG, offsetof(Pump, unlocked), 0, "mask of sections whose lock fell"},
+    {"polled", T_INT, offsetof(Pump, polled), 0, "passes that may be left out, soon after the last one"},
+    {"ident", T_ULONG, offsetof(Pump, ident), READONLY, "of the thread"},
+    {"context", T_OBJECT_EX, offsetof(Pump, context), READONLY, "of the pump"},
+    {"queue", T_OBJECT_EX, offsetof(Pump, queue), READONLY, "more than one in it: do not spin"},
     {NULL, 0, 0, 0, NULL},
 };
 
@@ -382,20 +382,20 @@ static PyType_Slot slots[] = {
 };
 
 static PyType_Spec spec = {
-    .name = "shmsock.native._extension.Turn",
-    .basicsize = sizeof(Turn),
+    .name = "shmsock.native._extension.Pump",
+    .basicsize = sizeof(Pump),
     .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
     .slots = slots,
 };
 
-int sh_turn_ready(PyObject *module)
+int sh_pump_ready(PyObject *module)
 {
     s_check = PyUnicode_InternFromString("check");
     s_heard = PyUnicode_InternFromString("_heard");
     s_attend = PyUnicode_InternFromString("_attend");
     s_pump_follows = PyUnicode_InternFromString("_pump_follows");
     with_context = Py_BuildValue("(s)", "context");
-    sh_turn_type = (PyTypeObject *)PyType_FromSpec(&spec);
-    return s_check && s_heard && s_attend && s_pump_follows && with_context && sh_turn_type
-        ? PyModule_AddObjectRef(module, "Turn", (PyObject *)sh_turn_type) : -1;
+    sh_pump_type = (PyTypeObject *)PyType_FromSpec(&spec);
+    return s_check && s_heard && s_attend && s_pump_follows && with_context && sh_pump_type
+        ? PyModule_AddObjectRef(module, "Pump", (PyObject *)sh_pump_type) : -1;
 }

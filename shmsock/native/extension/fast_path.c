@@ -1,7 +1,7 @@
 /* port.c - what the hot calls know of one connection: the twin of _Port in shmsock/aio/turn.py, and the short cut of ShmTransport.write. */
 #include "extension.h"
 
-PyTypeObject *sh_port_type;
+PyTypeObject *sh_fast_path_type;
 /* Interned: CPython's cache of lookups goes by the address of a name, and keeps each name that it was asked for. */
 static PyObject *s_done, *s_set_result, *s_write_rest, *s_slot, *s_limit, *s_buffer, *s_raised, *s_data_received;
 
@@ -12,18 +12,18 @@ static PyObject *s_done, *s_set_result, *s_write_rest, *s_slot, *s_limit, *s_buf
 #define LINE 256u /* bytes of a ring in which a line is looked for first */
 
 /* The next pass is owed a look at this slot. */
-void sh_look_again(Turn *t, uint32_t slot) { t->nd->ready[SH_WORD(slot)] |= SH_BIT(slot); }
+void sh_poll_again(Pump *t, uint32_t slot) { t->nd->ready[SH_WORD(slot)] |= SH_BIT(slot); }
 
 /* The one who waits may go on. */
-int sh_port_wake(Port *p)
+int sh_fast_path_wake(FastPath *p)
 {
     PyObject *waiter = Py_NewRef(p->waiter), *done = PyObject_CallMethodNoArgs(waiter, s_done), *r = NULL;
     int is_done = done ? PyObject_IsTrue(done) : -1;
 
     if (!is_done) {
         r = PyObject_CallMethodOneArg(waiter, s_set_result, Py_None);
-        if (r && !p->woken) {
-            p->woken = 1;
+        if (r && !p->wake_pending) {
+            p->wake_pending = 1;
             is_done = sh_will_run(p->turn);
         }
     }
@@ -38,7 +38,7 @@ PyObject *sh_bytes_out(sh_ep *ep, uint32_t at, uint32_t n, uint32_t header)
 {
     PyObject *data = PyBytes_FromStringAndSize(NULL, n);
 
-    if (data && sh_copy_taken(ep, PyBytes_AS_STRING(data), at, n, header))
+    if (data && sh_read_out(ep, PyBytes_AS_STRING(data), at, n, header))
         Py_CLEAR(data);
     return data;
 }
@@ -84,13 +84,13 @@ int sh_tell_of(PyObject *whom, PyObject *method, PyObject *error, PyObject *abou
 
 /* The twin of ReadSide._deliver: what is there goes to data_received(), in the connection's context. 1: that was all. 0: the rest is
  * Python's, which finds out the same. (A protocol that paused, or is another now, has asked for what is left itself.) */
-int sh_port_deliver(Port *p)
+int sh_fast_path_deliver(FastPath *p)
 {
     uint32_t given = 0;
     int64_t span = 0;
 
     sh_takes_part(p->turn, &p->turn_end_ns);
-    while (p->protocol && p->calm && given < DELIVER_MAX && (span = sh_now(p->ep, PIECE)) > 0) {
+    while (p->protocol && p->can_write && given < DELIVER_MAX && (span = sh_now(p->ep, PIECE)) > 0) {
         PyObject *data = sh_bytes_out(p->ep, (uint32_t)(span >> 32), (uint32_t)span, 0), *error;
         int r;
 
@@ -107,14 +107,14 @@ int sh_port_deliver(Port *p)
             break;
     }
     if (span > 0 && p->protocol)
-        sh_look_again(p->turn, p->slot);
+        sh_poll_again(p->turn, p->slot);
     return span > 0 || span == SH_EMPTY;
 }
 
 /* Take the line out that begins there. It is looked for in a copy: whatever its writer does meanwhile, it has one end. The copies are small
  * at first, since many lines may be there, and larger for long ones. NULL without an exception: no whole one is there, or it is longer than
  * allowed. */
-PyObject *sh_line_out(Port *p, uint32_t at, uint32_t n)
+PyObject *sh_line_out(FastPath *p, uint32_t at, uint32_t n)
 {
     char begin[LINE];
     uint32_t done = 0, size = LINE, most = (Py_ssize_t)n <= p->limit + 1 ? n : (uint32_t)p->limit + 1;
@@ -148,7 +148,7 @@ PyObject *sh_line_out(Port *p, uint32_t at, uint32_t n)
 }
 
 /* Counts who takes something in this turn of the loop; `last` is its own note of that. 1: for the first time. */
-int sh_takes_part(Turn *t, uint64_t *last)
+int sh_takes_part(Pump *t, uint64_t *last)
 {
     if (t->turn_end_ns != t->nd->turn_end_ns) {
         t->turn_end_ns = t->nd->turn_end_ns;
@@ -164,26 +164,26 @@ int sh_takes_part(Turn *t, uint64_t *last)
 
 /* A turn's budget is shared by as many as took part in the last one: reads in C are so quick that the first would leave the others nothing.
  * The clock is that of the last look. */
-int sh_share_is_used(Port *p)
+int sh_share_is_used(FastPath *p)
 {
-    Turn *t = p->turn;
+    Pump *t = p->turn;
 
     if (sh_takes_part(t, &p->turn_end_ns))
         p->since_ns = 0;
     else if (!p->since_ns)
-        p->since_ns = p->ep->looked_ns;
-    return p->since_ns && t->sharers > 1 && (p->ep->looked_ns - p->since_ns) * t->sharers > t->nd->hold_ns;
+        p->since_ns = p->ep->polled_ns;
+    return p->since_ns && t->sharers > 1 && (p->ep->polled_ns - p->since_ns) * t->sharers > t->nd->hold_ns;
 }
 
 /* Has a drain nothing to wait for? Reads look at the clock each time; of drains every eighth is enough to keep a turn within its budget.
  * Their coroutine looks at the reader's exception as well, and lets the loop turn. */
-int sh_drained(Port *p)
+int sh_drained(FastPath *p)
 {
-    return p && p->calm && (++p->drains & 7 || (p->fast && p->turn->scheduled && !sh_over(p->turn->nd)));
+    return p && p->can_write && (++p->drains & 7 || (p->can_read && p->turn->scheduled && !sh_over(p->turn->nd)));
 }
 
 /* The slow way. A transport that is no more is one whose connection is lost: it would at most warn. */
-static PyObject *write_rest(Port *p, PyObject *data, int64_t taken)
+static PyObject *write_rest(FastPath *p, PyObject *data, int64_t taken)
 {
     PyObject *transport = p->transport ? PyObject_CallNoArgs(p->transport) : Py_NewRef(Py_None);
     PyObject *number = transport ? PyLong_FromLongLong(taken) : NULL, *r = NULL;
@@ -196,7 +196,7 @@ static PyObject *write_rest(Port *p, PyObject *data, int64_t taken)
 }
 
 /* What sh_write() says. */
-static int64_t write_out(Port *p, PyObject *data)
+static int64_t write_out(FastPath *p, PyObject *data)
 {
     Py_ssize_t n = PyBytes_GET_SIZE(data);
     int64_t taken;
@@ -210,11 +210,11 @@ static int64_t write_out(Port *p, PyObject *data)
     return taken;
 }
 
-static PyObject *port_write(Port *p, PyObject *data)
+static PyObject *port_write(FastPath *p, PyObject *data)
 {
     int64_t taken = 0;
 
-    if (p->calm && PyBytes_CheckExact(data)) {
+    if (p->can_write && PyBytes_CheckExact(data)) {
         taken = write_out(p, data);
         if (SH_LIKELY(taken == PyBytes_GET_SIZE(data)))
             return sh_pump_follows(p->turn) < 0 ? NULL : Py_NewRef(Py_None);
@@ -223,9 +223,9 @@ static PyObject *port_write(Port *p, PyObject *data)
 }
 
 /* For a receive() that has let the loop turn: 1 to `most` bytes; None: the slow way. */
-static PyObject *port_take(Port *p, PyObject *most)
+static PyObject *port_take(FastPath *p, PyObject *most)
 {
-    Py_ssize_t n = p->fast ? PyLong_AsSsize_t(most) : 0;
+    Py_ssize_t n = p->can_read ? PyLong_AsSsize_t(most) : 0;
     uint32_t want = n > (Py_ssize_t)COPY_MAX ? COPY_MAX : (uint32_t)n;
     PyObject *data;
     int64_t span;
@@ -247,11 +247,11 @@ static PyObject *port_take(Port *p, PyObject *most)
 }
 
 /* For a send(): how many bytes went into the ring; None: all of them, and others need not run yet. */
-static PyObject *port_put(Port *p, PyObject *data)
+static PyObject *port_put(FastPath *p, PyObject *data)
 {
     int64_t taken = 0;
 
-    if (p->calm && PyBytes_CheckExact(data) && PyBytes_GET_SIZE(data)) {
+    if (p->can_write && PyBytes_CheckExact(data) && PyBytes_GET_SIZE(data)) {
         taken = write_out(p, data);
         if (sh_pump_follows(p->turn) < 0)
             return NULL;
@@ -262,7 +262,7 @@ static PyObject *port_put(Port *p, PyObject *data)
 }
 
 /* A reader in direct mode: from now on the pump may wake it from C. */
-static PyObject *port_attach(Port *p, PyObject *reader)
+static PyObject *port_attach(FastPath *p, PyObject *reader)
 {
     PyObject *limit = PyObject_GetAttr(reader, s_limit), *buffer = PyObject_GetAttr(reader, s_buffer);
 
@@ -277,7 +277,7 @@ static PyObject *port_attach(Port *p, PyObject *reader)
 }
 
 /* receive(protocol, context): from now on the pump gives bytes to it; None: it is Python's. */
-static PyObject *port_receive(Port *p, PyObject *args)
+static PyObject *port_receive(FastPath *p, PyObject *args)
 {
     PyObject *protocol, *context;
 
@@ -291,15 +291,15 @@ static PyObject *port_receive(Port *p, PyObject *args)
 }
 
 /* The collector ends things in any order. */
-static void let_go(Port *p)
+static void let_go(FastPath *p)
 {
-    p->fast = 0;
+    p->can_read = 0;
     if (p->turn && p->turn->ports && p->turn->ports[p->slot] == p)
         p->turn->ports[p->slot] = NULL;
 }
 
 /* No reader takes bytes any more. */
-static PyObject *port_detach(Port *p, PyObject *unused)
+static PyObject *port_detach(FastPath *p, PyObject *unused)
 {
     (void)unused;
     let_go(p);
@@ -308,7 +308,7 @@ static PyObject *port_detach(Port *p, PyObject *unused)
 }
 
 /* Of a connection of that node; -1: an exception. */
-long sh_slot_of(PyObject *conn, Turn *turn)
+long sh_slot_of(PyObject *conn, Pump *turn)
 {
     PyObject *number = PyObject_GetAttr(conn, s_slot);
     long slot = number ? PyLong_AsLong(number) : -1;
@@ -319,35 +319,35 @@ long sh_slot_of(PyObject *conn, Turn *turn)
     return PyErr_Occurred() ? -1 : slot;
 }
 
-static int fill(Port *p, PyObject *args, PyObject *kwargs)
+static int fill(FastPath *p, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"turn", "conn", "transport", NULL};
     PyObject *turn, *conn, *transport;
     long slot;
 
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!OO", names, sh_turn_type, &turn, &conn, &transport)
-        || (slot = sh_slot_of(conn, (Turn *)turn)) < 0)
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!OO", names, sh_pump_type, &turn, &conn, &transport)
+        || (slot = sh_slot_of(conn, (Pump *)turn)) < 0)
         return -1;
-    p->turn = (Turn *)Py_NewRef(turn);
+    p->turn = (Pump *)Py_NewRef(turn);
     if (!(p->transport = PyWeakref_NewRef(transport, NULL)))
         return -1;
     p->slot = (uint32_t)slot;
     p->ep = &p->turn->nd->eps[slot];
-    p->calm = 1;
+    p->can_write = 1;
     return 0;
 }
 
 /* There is none without its node: nothing below asks. */
 static PyObject *port_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    Port *p = (Port *)type->tp_alloc(type, 0);
+    FastPath *p = (FastPath *)type->tp_alloc(type, 0);
 
     if (p && fill(p, args, kwargs) < 0)
         Py_CLEAR(p);
     return (PyObject *)p;
 }
 
-static int port_traverse(Port *p, visitproc visit, void *arg)
+static int port_traverse(FastPath *p, visitproc visit, void *arg)
 {
     Py_VISIT(Py_TYPE(p));
     Py_VISIT(p->turn);
@@ -359,10 +359,10 @@ static int port_traverse(Port *p, visitproc visit, void *arg)
     return 0;
 }
 
-static int port_clear(Port *p)
+static int port_clear(FastPath *p)
 {
     let_go(p);
-    p->calm = 0;
+    p->can_write = 0;
     Py_CLEAR(p->transport);
     Py_CLEAR(p->buffer);
     Py_CLEAR(p->waiter);
@@ -371,7 +371,7 @@ static int port_clear(Port *p)
     return 0; /* the turn stays: what is called all the same finds its node */
 }
 
-static void port_dealloc(Port *p)
+static void port_dealloc(FastPath *p)
 {
     PyTypeObject *type = Py_TYPE(p);
 
@@ -393,10 +393,10 @@ static PyMethodDef methods[] = {
 };
 
 static PyMemberDef members[] = {
-    {"calm", T_BOOL, offsetof(Port, calm), 0, "writes go straight to the ring and drain() has nothing to wait for"},
-    {"fast", T_BOOL, offsetof(Port, fast), 0, "a reader takes its bytes from the ring, no exception is set, and nobody waits in Python"},
-    {"woken", T_BOOL, offsetof(Port, woken), 0, "the pump has woken who waits"},
-    {"drains", T_UINT, offsetof(Port, drains), 0, "of those that had nothing to wait for"},
+    {"can_write", T_BOOL, offsetof(FastPath, can_write), 0, "writes go sink to the ring and drain() has nothing to wait for"},
+    {"can_read", T_BOOL, offsetof(FastPath, can_read), 0, "a reader takes its bytes from the ring, no exception is set, and nobody waits in Python"},
+    {"wake_pending", T_BOOL, offsetof(FastPath, wake_pending), 0, "the pump has wake_pending who waits"},
+    {"drains", T_UINT, offsetof(FastPath, drains), 0, "of those that had nothing to wait for"},
     {NULL, 0, 0, 0, NULL},
 };
 
@@ -412,13 +412,13 @@ static PyType_Slot slots[] = {
 };
 
 static PyType_Spec spec = {
-    .name = "shmsock.native._extension.Port",
-    .basicsize = sizeof(Port),
+    .name = "shmsock.native._extension.FastPath",
+    .basicsize = sizeof(FastPath),
     .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
     .slots = slots,
 };
 
-int sh_port_ready(PyObject *module)
+int sh_fast_path_ready(PyObject *module)
 {
     s_done = PyUnicode_InternFromString("done");
     s_set_result = PyUnicode_InternFromString("set_result");
@@ -428,7 +428,7 @@ int sh_port_ready(PyObject *module)
     s_buffer = PyUnicode_InternFromString("_buffer");
     s_raised = PyUnicode_InternFromString("_raised");
     s_data_received = PyUnicode_InternFromString("data_received");
-    sh_port_type = (PyTypeObject *)PyType_FromSpec(&spec);
-    return s_done && s_set_result && s_write_rest && s_slot && s_limit && s_buffer && s_raised && s_data_received && sh_port_type
-        ? PyModule_AddObjectRef(module, "Port", (PyObject *)sh_port_type) : -1;
+    sh_fast_path_type = (PyTypeObject *)PyType_FromSpec(&spec);
+    return s_done && s_set_result && s_write_rest && s_slot && s_limit && s_buffer && s_raised && s_data_received && sh_fast_path_type
+        ? PyModule_AddObjectRef(module, "FastPath", (PyObject *)sh_fast_path_type) : -1;
 }
