@@ -527,7 +527,7 @@ class ShmTransport(ReadSide):
         self._eof_wanted, self._broken = before._eof_wanted, before._broken
         self._extra.update({name: before._extra[name] for name in ("peername", "sockname")})
         self.get_extra_info("socket")._options = before.get_extra_info("socket")._options
-        before.superseded, before._closing, before.port.can_write = True, True, False
+        before.superseded, before._closing, before.fast_path.can_write = True, True, False
         before._end(None)
         self._settle()
 
