@@ -85,7 +85,7 @@ static void call(sh_node *nd, struct sh_link *l)
 
     if (l->wake_out == SH_WAKE_OUT_NONE)
         return;
-    sh_fence(nd->wc); /* SYNC F2: bell before the look at sleep_seq; partner: R2, sleep_seq before the look at the bells */
+    sh_fence(nd->wc); /* SYNC F2: notify_seq before the load of sleep_seq; partner: R2, sleep_seq before the loads of notify_seq */
     sleep = sh_load(l->sleep_seq, nd->wc);
     if (!(sleep & 1) || sleep == l->kicked) {
         nd->n[SH_N_SUPPRESSED]++;
@@ -183,7 +183,7 @@ int sh_sleep(sh_node *nd)
         nd->slept_received = __atomic_load_n(&nd->n[SH_N_RECEIVED], __ATOMIC_RELAXED);
         change_sleep(nd);
     }
-    sh_fence(nd->wc); /* SYNC R2: sleep_seq before the look at the bells; partner: F2, bell before the look at sleep_seq */
+    sh_fence(nd->wc); /* SYNC R2: sleep_seq before the loads of notify_seq; partner: F2, notify_seq before the load of sleep_seq */
     if (!sh_any_notified(nd, SH_ALL))
         return 1;
     __atomic_store_n(&nd->strangers, 1, __ATOMIC_RELAXED);

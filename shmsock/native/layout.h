@@ -42,7 +42,7 @@ struct sh_section { /* first page of a section */
     uint64_t beat;  /* heartbeat: +1 for each tenth of a second */
     uint64_t pumps; /* heartbeat: copy of the owner's pump counter */
     uint8_t pad1[48];
-    uint64_t sleep_seq; /* +1 at each change; odd: the owner's loop sleeps, ring it */
+    uint64_t sleep_seq; /* +1 at each change; odd: the owner's loop sleeps: kick it */
     uint8_t pad2[56];
     uint64_t incarnation; /* random, nonzero: one life of one owner */
     uint64_t state;       /* enum sh_state, stored last at attach */
@@ -65,7 +65,7 @@ struct sh_section { /* first page of a section */
 
 struct sh_pair { /* what i says to j: in section i, one for every j, i included */
     uint64_t notify_seq; /* pair_inc of i towards j : 32 | count : 32 */
-    uint64_t kicked_for; /* j's sleep_seq word that i last kicked_for for */
+    uint64_t kicked_for; /* the value of j's sleep_seq that i last kicked for */
     uint8_t pad0[48];
     uint64_t outbox; /* adopted pair_inc of j : 32 | message tail : 32 */
     uint8_t pad1[56];
@@ -80,7 +80,7 @@ struct sh_slot {
     uint64_t link; /* generation:24 | peer section:8 | peer slot:16 | state:8 | 0:8; for people and tools only */
     uint64_t ring; /* of the largest so far: generation:24 | epoch:4 | log2(bytes):6 | (offset in section) / 4096 : 30 */
     uint8_t pad0[48];
-    uint64_t tx_word; /* as producer: generation:24 | epoch:4 | WANT REL RST FIN : 4 | tail:32 */
+    uint64_t tx_word; /* as producer: generation:24 | epoch:4 | WANT DONE RST FIN : 4 | tail:32 */
     uint8_t pad1[56];
     uint64_t rx_word; /* as consumer: generation:24 | 0:8 | head:32 */
     uint8_t pad2[56];

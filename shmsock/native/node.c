@@ -89,7 +89,7 @@ uint64_t sh_node_counter(sh_node *nd, int which)
 /* Take in one peer's bell: acknowledge its toggles and keep what is open as ready. 1 when the pump has something to do. */
 int sh_collect(sh_node *nd, struct sh_link *l)
 {
-    uint64_t bell = sh_load(&l->in->notify_seq, nd->wc), box, any = 0; /* SYNC BELL: bell before toggles */
+    uint64_t bell = sh_load(&l->in->notify_seq, nd->wc), box, any = 0; /* SYNC NOTIFY: notify_seq before toggles; partner: sh_notify_slot */
     uint32_t looks = 0;
     int acked = 0;
 

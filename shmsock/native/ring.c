@@ -21,7 +21,7 @@ void sh_notify_slot(sh_node *nd, uint32_t peer, uint32_t slot)
     *t ^= SH_BIT(slot);
     nd->n[SH_N_NOTIFY]++;
     sh_put(&l->t_out[SH_WORD(slot)], *t);
-    sh_notify_peer(nd, l); /* SYNC BELL: toggle before bell; partner: sh_collect, bell before toggle */
+    sh_notify_peer(nd, l); /* SYNC NOTIFY: toggle before notify_seq; partner: sh_collect */
 }
 
 static void publish(sh_ep *ep)
