@@ -8,6 +8,41 @@
 #include <stdint.h>
 
 /* cdef-begin */
+/* ---- what lies where: LAYOUT.md in numbers, asserted in layout.h. Python makes its constants of these ---- */
+#define SH_MAGIC 0x314b434f534d4853ull /* the bytes "SHMSOCK1" */
+enum sh_limit {
+    SH_VERSION = 4,
+    SH_LINE = 64,
+    SH_PAGE = 4096,
+    SH_MAX_PEERS = 64,
+    SH_MIN_SLOTS = 16,
+    SH_MAX_SLOTS = 2048,
+    SH_MESSAGES = 64,    /* in the ring of one direction */
+    SH_LISTENERS = 448,  /* of a section */
+    SH_MIN_RING = 4096,
+    SH_MAX_RING = 1 << 30,
+    SH_RECORD_HEADER = 8,
+    SH_DATAGRAM_MAX = 65507, /* as UDP over IPv4 */
+    SH_COPY_MAX = 1 << 20 /* bytes copied in one piece: a look at whether the section is still ours is never further away */
+};
+enum sh_header_at { SH_HEADER_MAGIC = 0, SH_HEADER_VERSION = 8, SH_HEADER_REGION_ID = 16, SH_HEADER_REGION_BYTES = 24, SH_HEADER_SIZE = 4096 };
+enum sh_section_at {
+    SH_SECTION_CLAIM = 0x000, SH_SECTION_BEAT = 0x040, SH_SECTION_PUMPS = 0x048, SH_SECTION_SLEEP_SEQ = 0x080,
+    SH_SECTION_INCARNATION = 0x0c0, SH_SECTION_STATE = 0x0c8, SH_SECTION_LISTENERS = 0x0d0, SH_SECTION_FLAGS = 0x0d8,
+    SH_SECTION_NAME = 0x100, SH_SECTION_MACHINE_ID = 0x140, SH_SECTION_BOOT_ID = 0x150, SH_SECTION_PID = 0x160,
+    SH_SECTION_DEV = 0x168, SH_SECTION_INO = 0x170, SH_SECTION_LEFT = 0x178, SH_SECTION_DOORBELL = 0x180,
+    SH_SECTION_RESERVED = 0x188, SH_SECTION_OWNER = 0x190, SH_SECTION_LISTENER = 0x200, SH_SECTION_SIZE = 4096
+};
+enum sh_pair_at { SH_PAIR_NOTIFY_SEQ = 0x00, SH_PAIR_KICKED_FOR = 0x08, SH_PAIR_OUTBOX = 0x40, SH_PAIR_INBOX = 0x80, SH_PAIR_USERS = 0xc0, SH_PAIR_SIZE = 0x100 };
+enum sh_slot_at { SH_SLOT_LINK = 0x00, SH_SLOT_RING = 0x08, SH_SLOT_TX_WORD = 0x40, SH_SLOT_RX_WORD = 0x80, SH_SLOT_SIZE = 192 };
+enum sh_message_at {
+    SH_MESSAGE_SRC_INC = 0, SH_MESSAGE_DST_INC = 4, SH_MESSAGE_SEQ = 8, SH_MESSAGE_KIND = 12, SH_MESSAGE_REASON = 13,
+    SH_MESSAGE_SLOT = 16, SH_MESSAGE_DST_SLOT = 18, SH_MESSAGE_GEN = 20, SH_MESSAGE_DST_GEN = 24, SH_MESSAGE_PORT = 28,
+    SH_MESSAGE_SRC_PORT = 30, SH_MESSAGE_SIZE = 64
+};
+enum sh_word_bit { SH_FIN_BIT = 32, SH_RST_BIT, SH_DONE_BIT, SH_WANT_BIT, SH_EPOCH_SHIFT, SH_GEN_SHIFT = 40 }; /* in P and C */
+
+/* ---- types, and what the core answers ---- */
 typedef struct sh_node sh_node;
 typedef struct sh_ep sh_ep;
 typedef struct sh_heartbeat sh_heartbeat;
@@ -48,9 +83,9 @@ enum sh_bits {
 };
 enum sh_event { SH_EV_SLOT = 0, SH_EV_ADOPT = 1, SH_EV_MESSAGE = 2 };
 enum sh_sizes { SH_TAKE = 4096 }; /* bytes that sh_take() copies */
-enum sh_survey { SH_SURVEY_BEAT = 4, SH_SURVEY }; /* words per section */
-enum sh_counter {
-    SH_N_PUMPS, SH_N_READS, SH_N_WRITES, SH_N_BYTES_IN, SH_N_BYTES_OUT, SH_N_NOTIFY, SH_N_PENDING, SH_N_SPIN_HIT, SH_N_SPIN_MISS,
+enum sh_survey { SH_SURVEY_CLAIM, SH_SURVEY_INCARNATION, SH_SURVEY_STATE, SH_SURVEY_DOORBELL, SH_SURVEY_BEAT, SH_SURVEY }; /* words per section */
+enum sh_counter { /* by these names, in lower case, statistics() tells of them */
+    SH_N_PUMPS, SH_N_READS, SH_N_WRITES, SH_N_BYTES_IN, SH_N_BYTES_OUT, SH_N_NOTIFIES, SH_N_NOTIFIES_PENDING, SH_N_SPIN_HITS, SH_N_SPIN_MISSES,
     SH_N_WAKEUPS, SH_N_HEALED, SH_N_NOTIFICATIONS, SH_N_DATAGRAMS_IN, SH_N_DATAGRAMS_OUT, SH_N_KICKS, SH_N_SUPPRESSED,
     SH_N_RECEIVED, SH_N_SPURIOUS, SH_N_RATE_LIMITED, SH_N_COUNTERS
 };

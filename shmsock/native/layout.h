@@ -5,6 +5,8 @@
 #ifndef SHMSOCK_LAYOUT_H
 #define SHMSOCK_LAYOUT_H
 
+#include "core.h"
+
 #include <assert.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -13,20 +15,7 @@
 #error "the shared layout is little-endian"
 #endif
 
-#define SH_MAGIC 0x314b434f534d4853ull /* the bytes "SHMSOCK1" */
-#define SH_VERSION 4u
-#define SH_LINE 64u
-#define SH_PAGE 4096u
-#define SH_MAX_PEERS 64u
-#define SH_MIN_SLOTS 16u
-#define SH_MAX_SLOTS 2048u
-#define SH_MAX_WORDS (SH_MAX_SLOTS / 64u)
-#define SH_MESSAGES 64u
-#define SH_LISTENERS 448u
-#define SH_MIN_RING 4096u
-#define SH_MAX_RING (1u << 30)
-#define SH_RECORD_HEADER 8u
-#define SH_DATAGRAM_MAX 65507u /* as UDP over IPv4 */
+#define SH_MAX_WORDS (SH_MAX_SLOTS / 64)
 
 struct sh_header {
     uint64_t magic;        /* published last */
@@ -107,72 +96,72 @@ struct sh_message {
     uint8_t reserved1[32];
 };
 
-#define SH_ASSERT(what) static_assert(what, #what)
-#define SH_AT(type, field, offset) SH_ASSERT(offsetof(struct type, field) == (offset))
-SH_AT(sh_header, magic, 0);
-SH_AT(sh_header, version, 8);
-SH_AT(sh_header, region_id, 16);
-SH_AT(sh_header, region_bytes, 24);
-SH_ASSERT(sizeof(struct sh_header) == SH_PAGE);
-SH_AT(sh_section, claim, 0x000);
-SH_AT(sh_section, beat, 0x040);
-SH_AT(sh_section, pumps, 0x048);
-SH_AT(sh_section, sleep_seq, 0x080);
-SH_AT(sh_section, incarnation, 0x0c0);
-SH_AT(sh_section, state, 0x0c8);
-SH_AT(sh_section, listeners, 0x0d0);
-SH_AT(sh_section, flags, 0x0d8);
-SH_AT(sh_section, name, 0x100);
-SH_AT(sh_section, machine_id, 0x140);
-SH_AT(sh_section, boot_id, 0x150);
-SH_AT(sh_section, pid, 0x160);
-SH_AT(sh_section, dev, 0x168);
-SH_AT(sh_section, ino, 0x170);
-SH_AT(sh_section, left, 0x178);
-SH_AT(sh_section, doorbell, 0x180);
-SH_AT(sh_section, owner, 0x190);
-SH_AT(sh_section, listener, 0x200);
-SH_ASSERT(sizeof(struct sh_section) == SH_PAGE);
-SH_AT(sh_pair, notify_seq, 0x00);
-SH_AT(sh_pair, kicked_for, 0x08);
-SH_AT(sh_pair, outbox, 0x40);
-SH_AT(sh_pair, inbox, 0x80);
-SH_AT(sh_pair, users, 0xc0);
-SH_ASSERT(sizeof(struct sh_pair) == 0x100);
-SH_AT(sh_slot, link, 0x00);
-SH_AT(sh_slot, ring, 0x08);
-SH_AT(sh_slot, tx_word, 0x40);
-SH_AT(sh_slot, rx_word, 0x80);
-SH_ASSERT(sizeof(struct sh_slot) == 192);
-SH_AT(sh_record, length, 0);
-SH_AT(sh_record, src_port, 4);
-SH_AT(sh_record, dst_port, 6);
-SH_ASSERT(sizeof(struct sh_record) == SH_RECORD_HEADER);
-SH_AT(sh_message, src_inc, 0);
-SH_AT(sh_message, dst_inc, 4);
-SH_AT(sh_message, seq, 8);
-SH_AT(sh_message, kind, 12);
-SH_AT(sh_message, reason, 13);
-SH_AT(sh_message, slot, 16);
-SH_AT(sh_message, dst_slot, 18);
-SH_AT(sh_message, gen, 20);
-SH_AT(sh_message, dst_gen, 24);
-SH_AT(sh_message, port, 28);
-SH_AT(sh_message, src_port, 30);
-SH_ASSERT(sizeof(struct sh_message) == SH_LINE);
+#define SH_AT(type, field, offset) static_assert(offsetof(struct sh_##type, field) == SH_##offset, #offset)
+#define SH_SIZE(type, size) static_assert(sizeof(struct sh_##type) == SH_##size, #size)
+SH_AT(header, magic, HEADER_MAGIC);
+SH_AT(header, version, HEADER_VERSION);
+SH_AT(header, region_id, HEADER_REGION_ID);
+SH_AT(header, region_bytes, HEADER_REGION_BYTES);
+SH_SIZE(header, HEADER_SIZE);
+SH_AT(section, claim, SECTION_CLAIM);
+SH_AT(section, beat, SECTION_BEAT);
+SH_AT(section, pumps, SECTION_PUMPS);
+SH_AT(section, sleep_seq, SECTION_SLEEP_SEQ);
+SH_AT(section, incarnation, SECTION_INCARNATION);
+SH_AT(section, state, SECTION_STATE);
+SH_AT(section, listeners, SECTION_LISTENERS);
+SH_AT(section, flags, SECTION_FLAGS);
+SH_AT(section, name, SECTION_NAME);
+SH_AT(section, machine_id, SECTION_MACHINE_ID);
+SH_AT(section, boot_id, SECTION_BOOT_ID);
+SH_AT(section, pid, SECTION_PID);
+SH_AT(section, dev, SECTION_DEV);
+SH_AT(section, ino, SECTION_INO);
+SH_AT(section, left, SECTION_LEFT);
+SH_AT(section, doorbell, SECTION_DOORBELL);
+SH_AT(section, reserved1, SECTION_RESERVED);
+SH_AT(section, owner, SECTION_OWNER);
+SH_AT(section, listener, SECTION_LISTENER);
+SH_SIZE(section, SECTION_SIZE);
+SH_AT(pair, notify_seq, PAIR_NOTIFY_SEQ);
+SH_AT(pair, kicked_for, PAIR_KICKED_FOR);
+SH_AT(pair, outbox, PAIR_OUTBOX);
+SH_AT(pair, inbox, PAIR_INBOX);
+SH_AT(pair, users, PAIR_USERS);
+SH_SIZE(pair, PAIR_SIZE);
+SH_AT(slot, link, SLOT_LINK);
+SH_AT(slot, ring, SLOT_RING);
+SH_AT(slot, tx_word, SLOT_TX_WORD);
+SH_AT(slot, rx_word, SLOT_RX_WORD);
+SH_SIZE(slot, SLOT_SIZE);
+static_assert(offsetof(struct sh_record, length) == 0, "record");
+static_assert(offsetof(struct sh_record, src_port) == 4, "record");
+static_assert(offsetof(struct sh_record, dst_port) == 6, "record");
+SH_SIZE(record, RECORD_HEADER);
+SH_AT(message, src_inc, MESSAGE_SRC_INC);
+SH_AT(message, dst_inc, MESSAGE_DST_INC);
+SH_AT(message, seq, MESSAGE_SEQ);
+SH_AT(message, kind, MESSAGE_KIND);
+SH_AT(message, reason, MESSAGE_REASON);
+SH_AT(message, slot, MESSAGE_SLOT);
+SH_AT(message, dst_slot, MESSAGE_DST_SLOT);
+SH_AT(message, gen, MESSAGE_GEN);
+SH_AT(message, dst_gen, MESSAGE_DST_GEN);
+SH_AT(message, port, MESSAGE_PORT);
+SH_AT(message, src_port, MESSAGE_SRC_PORT);
+SH_SIZE(message, MESSAGE_SIZE);
 
 /* P */
-#define SH_FIN (1ull << 32)
-#define SH_RST (1ull << 33)
-#define SH_DONE (1ull << 34)
-#define SH_WANT (1ull << 35)
-#define SH_GEN_SHIFT 40
+#define SH_FIN (1ull << SH_FIN_BIT)
+#define SH_RST (1ull << SH_RST_BIT)
+#define SH_DONE (1ull << SH_DONE_BIT)
+#define SH_WANT (1ull << SH_WANT_BIT)
 #define SH_GEN_MASK 0xffffffu
 #define SH_GEN(w) ((uint32_t)((w) >> SH_GEN_SHIFT))
-#define SH_EPOCH_ONE (1ull << 36)
-#define SH_EPOCHS (15ull << 36)
+#define SH_EPOCH_ONE (1ull << SH_EPOCH_SHIFT)
+#define SH_EPOCHS (15ull << SH_EPOCH_SHIFT)
 #define SH_EPOCH_LEAD 7u /* by so much it may be ahead of what the reader knows, modulo 16 */
-#define SH_EPOCH(w) ((uint32_t)((w) >> 36) & 15u)
+#define SH_EPOCH(w) ((uint32_t)((w) >> SH_EPOCH_SHIFT) & 15u)
 #define SH_LOW(w) ((uint32_t)(w))
 #define SH_HIGH(w) ((uint32_t)((w) >> 32))
 #define SH_PACK(high, low) ((uint64_t)(high) << 32 | (uint32_t)(low))

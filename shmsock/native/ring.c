@@ -3,7 +3,6 @@
  * The rules' names (F1, R1, W) are those of LAYOUT.md, "Ordering". Each comment "SYNC X" has its partner of the same name. */
 #include "node.h"
 
-#define COPY_MAX (1u << 20) /* bytes in one piece: a look at whether the section is still ours is never further away than this */
 #define FLOW_BYTES 4096u    /* smaller pieces than these may gather */
 
 /* ---- telling the peer ---- */
@@ -15,11 +14,11 @@ void sh_notify_slot(sh_node *nd, uint32_t peer, uint32_t slot)
 
     sh_fence(nd->wc); /* SYNC F1: what was published, before the look at A; partner: R1, A before the look at P */
     if ((sh_load(&l->a_in[SH_WORD(slot)], nd->wc) ^ *t) & SH_BIT(slot)) {
-        nd->n[SH_N_PENDING]++; /* the peer was told and has not looked yet: it will see this too */
+        nd->n[SH_N_NOTIFIES_PENDING]++; /* the peer was told and has not looked yet: it will see this too */
         return;
     }
     *t ^= SH_BIT(slot);
-    nd->n[SH_N_NOTIFY]++;
+    nd->n[SH_N_NOTIFIES]++;
     sh_put(&l->t_out[SH_WORD(slot)], *t);
     sh_notify_peer(nd, l); /* SYNC NOTIFY: toggle before notify_seq; partner: sh_collect */
 }
@@ -129,8 +128,8 @@ int64_t sh_write_some(sh_ep *ep, const void *data, uint64_t n)
         if (!r)
             break;
         m = left < (uint32_t)r ? (uint32_t)left : (uint32_t)r;
-        if (m > COPY_MAX)
-            m = COPY_MAX;
+        if (m > SH_COPY_MAX)
+            m = SH_COPY_MAX;
         sh_stage(ep, 0, from, m);
         sh_commit(ep, m);
         from += m;

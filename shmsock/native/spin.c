@@ -55,7 +55,7 @@ static int has_to_wake(const sh_node *nd, const struct sh_link *l, uint64_t now)
 static void missed(sh_ep *ep, uint64_t window)
 {
     ep->spun_ns = 0;
-    ep->nd->n[SH_N_SPIN_MISS]++;
+    ep->nd->n[SH_N_SPIN_MISSES]++;
     if (++ep->misses >= 16u << ep->patience) { /* less and less often: at a steady pace it would only cost */
         ep->misses = 0;
         ep->patience += ep->patience < 6;
@@ -104,7 +104,7 @@ int sh_spin_on(sh_ep *ep, const uint64_t *word, uint64_t seen, uint64_t now)
     ep->misses = ep->patience = 0;
     if (now - start > 4 * GATHER_NS)
         ep->one_way = 0;
-    nd->n[SH_N_SPIN_HIT]++;
+    nd->n[SH_N_SPIN_HITS]++;
     ep->window_ns = window * 2 < nd->spin_max_ns ? window * 2 : nd->spin_max_ns;
     return 1;
 }

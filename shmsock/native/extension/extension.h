@@ -9,7 +9,6 @@
 
 #include "../node.h"
 
-#define COPY_MAX (1u << 20)    /* bytes in one piece */
 #define KEEP_GIL_MAX (1u << 15) /* bytes that are copied without letting other threads run */
 
 typedef struct fast_path FastPath;

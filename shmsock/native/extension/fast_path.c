@@ -226,7 +226,7 @@ static PyObject *port_write(FastPath *p, PyObject *data)
 static PyObject *port_take(FastPath *p, PyObject *most)
 {
     Py_ssize_t n = p->can_read ? PyLong_AsSsize_t(most) : 0;
-    uint32_t want = n > (Py_ssize_t)COPY_MAX ? COPY_MAX : (uint32_t)n;
+    uint32_t want = n > (Py_ssize_t)SH_COPY_MAX ? SH_COPY_MAX : (uint32_t)n;
     PyObject *data;
     int64_t span;
 

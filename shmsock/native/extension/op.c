@@ -30,7 +30,7 @@ static PyObject *take(Op *op, int64_t *status)
 {
     FastPath *p = op->port;
     sh_ep *ep = p->ep;
-    uint32_t most = op->kind == SH_OP_LINE || op->n > (Py_ssize_t)COPY_MAX ? COPY_MAX : (uint32_t)op->n;
+    uint32_t most = op->kind == SH_OP_LINE || op->n > (Py_ssize_t)SH_COPY_MAX ? SH_COPY_MAX : (uint32_t)op->n;
     uint32_t least = op->kind == SH_OP_EXACTLY ? most : 1, at, n;
     PyObject *data = NULL;
     int64_t span;

@@ -10,7 +10,7 @@ static PyObject *ask_for(PyObject *stream, enum sh_op_kind kind, PyObject *numbe
 
     if (number && PyLong_CheckExact(number) && (n = PyLong_AsSsize_t(number)) < 0)
         PyErr_Clear();
-    if (kind == SH_OP_EXACTLY && n > (Py_ssize_t)COPY_MAX)
+    if (kind == SH_OP_EXACTLY && n > (Py_ssize_t)SH_COPY_MAX)
         n = -1;
     return sh_op_new(stream, kind, n, number);
 }
