@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from shmsock.bench.pairs import DOORBELLS, FLOOR, OFF, OURS, STOCK, TCP, UDP, UNIX
+from shmsock.bench.pairs import DOORBELLS, FLOOR, OURS, STOCK, TCP, UDP, UNIX
 
 __all__ = ["MARKS", "Mark", "judge"]
 
@@ -51,7 +51,6 @@ def _of_loops(measure: str, most: float, ours: str = "shmsock", theirs: str = "{
 MARKS = (
     Mark("echo", "p50_us", most=1 / 60),
     Mark("echo", "p99_us", than=(OURS,), than_key="p50_us", most=4),
-    Mark("echo", "p50_us", OFF, most=1 / 35),
     Mark("echo", "p50_us", STOCK, (OURS,), most=1.25),
     *_of_loops("protocol", 1 / 15),
     *_of_loops("datagram", 1 / 12, theirs=UDP.replace("uvloop", "{}")),

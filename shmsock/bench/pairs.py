@@ -20,7 +20,6 @@ from shmsock.region import create_file
 __all__ = [
     "DOORBELLS",
     "FLOOR",
-    "OFF",
     "OURS",
     "STOCK",
     "TCP",
@@ -41,7 +40,7 @@ __all__ = [
     "with_unix",
 ]
 
-HANDLERS = Path(__file__).with_name("bench_handlers.py")
+HANDLERS = Path(__file__).with_name("handlers.py")
 LABELS = {
     "asyncio": "{loop} TCP",
     "unix": "{loop} UNIX",
@@ -63,7 +62,6 @@ DOORBELLS = "doorbells"
 """A note: how regions of guests are told apart."""
 OURS, TCP, UNIX, UDP = "shmsock, uvloop", "uvloop TCP", "uvloop UNIX", "uvloop UDP"
 STOCK = "stock asyncio on shmsock's uvloop loop"
-OFF = f"{OURS}, accelerator off"
 FLOOR = LABELS["floor"]
 
 
@@ -79,7 +77,6 @@ class Variant:
     """Which, where there are several; `note` tells them apart."""
     note: str = ""
     udp: bool = False
-    accelerator: bool = True
 
     @property
     def is_tcp(self) -> bool:
@@ -96,14 +93,11 @@ class Variant:
         label = LABELS[self.module].format(loop=self.loop)
         if self.udp:
             label = label.replace("TCP", "UDP")
-        notes = [self.note] if self.note else []
-        notes += [] if self.accelerator else ["accelerator off"]
-        return ", ".join([label, *notes])
+        return f"{label}, {self.note}" if self.note else label
 
     @property
     def environment(self) -> dict[str, str]:
-        region = {"SHMSOCK_REGION": self.region} if self.region else {}
-        return region if self.accelerator else {**region, "SHMSOCK_ACCELERATOR": "0"}
+        return {"SHMSOCK_REGION": self.region} if self.region else {}
 
     def role(self, role: str, *more: object) -> list[str]:
         stock = ("--shm-loop",) if self.stock else ()
@@ -141,8 +135,7 @@ def short() -> list[Variant]:
 
 def all_streams() -> list[Variant]:
     """Whatever carries a message to another process and back."""
-    off = Variant("shmsock", loops()[0], accelerator=False)
-    return [*variants(), off, *(Variant("unix", loop) for loop in loops()), *installed()]
+    return [*variants(), *(Variant("unix", loop) for loop in loops()), *installed()]
 
 
 def installed() -> list[Variant]:

@@ -1,4 +1,4 @@
-"""The command `shmsock bench`: its options, and what they choose."""
+"""`shmsock bench`: its options, and what they choose."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 
-from shmsock.commands import show
+from shmsock.commands.console import console
 from shmsock.errors import region_error
 
-__all__ = ["bench_command"]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["bench"]
 
 PORT = 7000
 Report = dict[str, Any]
 
 
-class Tcp(click.ParamType[tuple[str | None, int]]):
+class HostPort(click.ParamType[tuple[str | None, int]]):
     """HOST:PORT, or a port alone."""
 
     name = "[host:]port"
@@ -37,8 +39,8 @@ class Tcp(click.ParamType[tuple[str | None, int]]):
         return host.strip("[]") or None, int(port)
 
 
-def _options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What all that measures has."""
+def _measuring(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of all that measures."""
     file = click.Path(dir_okay=False, writable=True)
     file_or_dash = click.Path(dir_okay=False, writable=True, allow_dash=True)
     for option in (
@@ -53,32 +55,44 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def _attaching(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of an end that runs on a machine of its own."""
+    for option in (
+        click.option("--cpu", type=click.IntRange(0), help="Where the process that is measured stays."),
+        click.option("--name", help="Of this side; else SHMSOCK_NAME, or the host's name."),
+        click.option(
+            "--region", metavar="URL", help="What to attach to; else SHMSOCK_REGION, or the default."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def _write(
     measure: Callable[[Console], Report],
-    file: str | None,
-    text: str | None,
-    plot: str | None,
+    options: dict[str, Any],
     measures: Sequence[Any],
     sweeps: Sequence[Any] = (),
 ) -> None:
     """Measure, and write what was measured wherever it is wanted. What would fail then fails now."""
-    from shmsock.bench import plot as bench_plot
+    from shmsock.bench import plot
 
-    for path in (file, text, plot):
+    file, text, picture = (options[name] for name in ("file", "text", "plot"))
+    for path in (file, text, picture):
         if path not in (None, "-"):
             _check_writable(Path(str(path)))
-    if plot:
-        bench_plot.need_plot(measures, sweeps)
-    console = show.console(record=text is not None)
-    report = measure(console)
+    if picture:
+        plot.need_plot(measures, sweeps)
+    out = console(record=text is not None)
+    report = measure(out)
     if file == "-":
         click.echo(json.dumps(report, indent=2))
     elif file:
         Path(file).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if text:
-        Path(text).write_text(console.export_text(), encoding="utf-8")
-    if plot:
-        bench_plot.plot(report, plot)
+        Path(text).write_text(out.export_text(), encoding="utf-8")
+    if picture:
+        plot.plot(report, picture)
 
 
 def _check_writable(path: Path) -> None:
@@ -90,16 +104,16 @@ def _check_writable(path: Path) -> None:
 
 
 def _chosen(only: str) -> tuple[list[Any], list[Any]]:
-    from shmsock.bench import measures as bench_measures
+    from shmsock.bench.measures import chosen
 
     try:
-        return bench_measures.chosen(only)
+        return chosen(only)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--only") from None
 
 
 @click.group("bench", invoke_without_command=True)
-@_options
+@_measuring
 @click.option("--all", "everything", is_flag=True, help="The whole suite, --sizes and --connections too.")
 @click.option("--sizes", is_flag=True, help="Throughput by the size of a write, 1 B to 1 MiB.")
 @click.option("--connections", is_flag=True, help="Echoes by the number of connections, 1 to 1000.")
@@ -110,7 +124,7 @@ def _chosen(only: str) -> tuple[list[Any], list[Any]]:
 @click.option("--vm", is_flag=True, help="Between two guests, beside virtio-net. Needs root.")
 @click.option("--doorbells", is_flag=True, help="With --vm: an ivshmem-doorbell device too, through vfio.")
 @click.pass_context
-def bench_command(context: click.Context, /, **options: Any) -> None:
+def bench(context: click.Context, /, **options: Any) -> None:
     """Round trips and throughput beside TCP and what else there is: in the same run, medians over its rounds.
 
     Without options the two figures that matter most; --all is the suite, which takes minutes and needs
@@ -130,15 +144,15 @@ def bench_command(context: click.Context, /, **options: Any) -> None:
     rounds, seconds = options["rounds"] or rounds, options["seconds"] or seconds
 
     def measure(console: Console) -> Report:
-        from shmsock.bench import runner as bench
+        from shmsock.bench import runner
 
         if options["vm"]:
             from shmsock.bench.vm import bench_guests
 
             return bench_guests(console, rounds, seconds, measures, options["doorbells"])
-        return bench.bench(console, bench.Host(console), rounds, seconds, measures, sweeps)
+        return runner.bench(console, runner.Host(console), rounds, seconds, measures, sweeps)
 
-    _write(measure, options["file"], options["text"], options["plot"], measures, sweeps)
+    _write(measure, options, measures, sweeps)
 
 
 def _list() -> None:
@@ -198,38 +212,27 @@ def _plan(options: dict[str, Any]) -> tuple[list[Any], list[Any], int, float]:
     return measures, sweeps, 3, 0.5
 
 
-_region = click.option(
-    "--region", metavar="URL", help="What to attach to; else SHMSOCK_REGION, or the default."
-)
-_name = click.option("--name", help="Of this side; else SHMSOCK_NAME, or the host's name.")
-_cpu = click.option("--cpu", type=click.IntRange(0), help="Where the process that is measured stays.")
-
-
-@bench_command.command()
+@bench.command()
 @click.option("--listen", type=click.IntRange(0, 65535), default=PORT, show_default=True, metavar="PORT")
-@click.option("--tcp", type=Tcp(), metavar="[HOST:]PORT", help="Listen there too, for TCP beside it.")
-@_region
-@_name
-@_cpu
+@click.option("--tcp", type=HostPort(), metavar="[HOST:]PORT", help="Listen there too, for TCP beside it.")
+@_attaching
 def serve(
     listen: int, tcp: tuple[str | None, int] | None, region: str | None, name: str | None, cpu: int | None
 ) -> None:
     """Be the other end of `shmsock bench connect`, until standard input ends or Ctrl-C."""
-    from shmsock.bench import remote as bench_remote
+    from shmsock.bench import remote
 
-    bench_remote.serve(show.console(), listen, tcp, region, name, cpu)
+    remote.serve(console(), listen, tcp, region, name, cpu)
 
 
-@bench_command.command()
+@bench.command()
 @click.argument("host")
 @click.option("--port", type=click.IntRange(1, 65535), default=PORT, show_default=True)
 @click.option(
-    "--tcp", type=Tcp(), metavar="HOST:PORT", help="TCP beside it, to what the other end listens on."
+    "--tcp", type=HostPort(), metavar="HOST:PORT", help="TCP beside it, to what the other end listens on."
 )
-@_region
-@_name
-@_cpu
-@_options
+@_attaching
+@_measuring
 def connect(
     host: str,
     port: int,
@@ -237,30 +240,18 @@ def connect(
     region: str | None,
     name: str | None,
     cpu: int | None,
-    only: str | None,
-    rounds: int | None,
-    seconds: float | None,
-    file: str | None,
-    text: str | None,
-    plot: str | None,
+    **options: Any,
 ) -> None:
     """Measure against `shmsock bench serve` on HOST, the name of a peer: in another VM, or on this host."""
-    from shmsock.bench import remote as bench_remote
-    from shmsock.bench.measures import MEASURES
+    from shmsock.bench.remote import REMOTE, Remote, bench_remote
 
     if tcp and tcp[0] is None:
         raise click.BadParameter("the host is missing: expected HOST:PORT", param_hint="--tcp")
-    measures = _chosen(only)[0] if only else [MEASURES[name] for name in ("echo", "bulk", "drain", "connect")]
-    if other := [m.name for m in measures if m.name not in bench_remote.REMOTE]:
-        there = ", ".join(bench_remote.REMOTE)
+    measures = _chosen(options["only"] or "echo,bulk,drain,connect")[0]
+    if other := [m.name for m in measures if m.name not in REMOTE]:
         raise click.BadParameter(
-            f"{', '.join(other)}: between two machines there are {there}", param_hint="--only"
+            f"{', '.join(other)}: between two machines there are {', '.join(REMOTE)}", param_hint="--only"
         )
-    place = bench_remote.Remote((host, port), tcp, region, name, cpu)
-    _write(
-        lambda console: bench_remote.bench_remote(console, place, rounds or 3, seconds or 0.5, measures),
-        file,
-        text,
-        plot,
-        measures,
-    )
+    place = Remote((host, port), tcp, region, name, cpu)
+    rounds, seconds = options["rounds"] or 3, options["seconds"] or 0.5
+    _write(lambda console: bench_remote(console, place, rounds, seconds, measures), options, measures)

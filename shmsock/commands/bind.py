@@ -13,14 +13,58 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import click
+
+from shmsock.commands.group import Failed
+from shmsock.commands.params import Address
 from shmsock.errors import region_error
 from shmsock.region.bar2 import the_device
 from shmsock.region.iommu import DEV, NOIOMMU_SWITCH, Group, no_iommu, not_viable, read_group, users
 from shmsock.region.pci import SYSFS, PciDevice
 
-__all__ = ["VFIO", "Plan", "Step", "plan_bind", "plan_unbind"]
+__all__ = ["VFIO", "Plan", "Step", "bind", "plan_bind", "plan_unbind", "unbind"]
 
 VFIO = "vfio-pci"
+
+
+@click.command()
+@click.argument("address", type=Address())
+@click.option("--driver", default="vfio-pci", show_default=True, help="One made from vfio-pci will do too.")
+@click.option("--noiommu", is_flag=True, help="Where there is no IOMMU. Taints the kernel.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+def bind(address: str, driver: str, noiommu: bool, yes: bool, dry_run: bool) -> None:
+    """Give the ivshmem-doorbell device at ADDRESS to vfio-pci, so that programs get its interrupts.
+
+    In a guest, as root. ADDRESS is as in `shmsock info`, such as 0000:00:04.0. Says what it will do, as shell
+    commands, and asks.
+    """
+    _carry_out(plan_bind(address, driver=driver, noiommu=noiommu), yes, dry_run)
+
+
+@click.command()
+@click.argument("address", type=Address())
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+def unbind(address: str, yes: bool, dry_run: bool) -> None:
+    """Take the device at ADDRESS back from vfio-pci: undoes `shmsock bind`."""
+    _carry_out(plan_unbind(address), yes, dry_run)
+
+
+def _carry_out(plan: Plan, yes: bool, dry_run: bool) -> None:
+    for line in plan.lines():
+        click.echo(line)
+    if plan.steps:
+        if dry_run:
+            return
+        if os.geteuid() != 0:
+            raise Failed("only root can do this; nothing was changed")
+        if not yes and not click.confirm("Do it?", err=True):
+            raise Failed("nothing was changed")
+        plan.apply()
+        click.echo("done")
+    for line in plan.then():
+        click.echo(line)
 
 
 @dataclass(frozen=True)

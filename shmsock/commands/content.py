@@ -30,7 +30,7 @@ __all__ = [
     "busy_sections",
     "describe_device",
     "describe_region",
-    "look",
+    "inspect",
     "old_files",
     "sections",
 ]
@@ -39,7 +39,7 @@ BEAT_S = 0.5
 """A beat moves five times a second at least: one that stands still so long is silent (or its machine very
 busy)."""
 SLOT_BYTES, SLOT_P = 192, 0x40
-FIN, REL = 1 << 32, 1 << 34
+FIN, DONE = 1 << 32, 1 << 34
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Content:
     sections: list[Section] = field(default_factory=list)
 
 
-def look(region: Region, watch_s: float = BEAT_S) -> Content:
+def inspect(region: Region, watch_s: float = BEAT_S) -> Content:
     """Read a region that others may be using. Takes `watch_s` seconds when it is formatted."""
     head = _head(region)
     word = int.from_bytes(head[:8], "little")
@@ -210,7 +210,7 @@ def _connections(layout: Layout, section: int) -> list[dict[str, Any]]:
         link = load(at + slot * SLOT_BYTES)
         if link:
             flags = load(at + slot * SLOT_BYTES + SLOT_P)
-            state = "closing" if flags & REL else "half-closed" if flags & FIN else "open"
+            state = "closing" if flags & DONE else "half-closed" if flags & FIN else "open"
             found.append(
                 {
                     "slot": slot,
@@ -225,7 +225,7 @@ def _connections(layout: Layout, section: int) -> list[dict[str, Any]]:
 
 def busy_sections(region: Region) -> list[str]:
     """Who uses a region: their beat moves, or this kernel says that they run. Nobody, if it is no region."""
-    content = look(region)
+    content = inspect(region)
     busy = []
     for section in content.sections:
         if section.state in ("live", "attaching", "leaving") or (
@@ -269,7 +269,7 @@ def _content_of(holder: Holder, path: str) -> Content | None:
                 os.close(fd)
                 raise
             with region:
-                return look(region)
+                return inspect(region)
     except OSError:
         pass  # it has ended, or is another user's
     return None

@@ -1,138 +1,23 @@
-"""`shmsock demo-vm`: two QEMU guests without any network, and this host as a third peer, on one region."""
+"""`shmsock demo-vm`: shmsock between two guests and this host."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+import sys
 
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
+import click
 
-from shmsock.bench.child import Child, have_uvloop
-from shmsock.commands.demo import progress_bar, worker
-from shmsock.guests.pair import GuestsFailed, boot_pair
-from shmsock.guests.qemu import Command, Fleet, Guest, GuestError, GuestUnavailable
-
-__all__ = ["guest_lines", "run_demo_vm"]
-
-LINE_S = 300.0
-PORT = 7000
+__all__ = ["demo_vm"]
 
 
-def guest_lines(command: Command) -> Iterator[dict[str, Any]]:
-    """What a worker in a guest says, up to "done"."""
-    while True:
-        said: dict[str, Any] = json.loads(command.readline(LINE_S))
-        yield said
-        if said["event"] == "done":
-            command.wait(LINE_S, check=True)
-            return
+@click.command("demo-vm")
+@click.option(
+    "--megabytes", type=click.IntRange(1, 1000), default=200, show_default=True, help="Of the file, each way."
+)
+@click.option("--echoes", type=click.IntRange(1, 10_000_000), default=10_000, show_default=True)
+def demo_vm(megabytes: int, echoes: int) -> None:
+    """Two QEMU guests without a network: a file both ways at once, echoes, and this host as a third peer."""
+    from shmsock.bench.demo_vm import run_demo_vm
+    from shmsock.commands.console import console
 
-
-def run_demo_vm(console: Console, size: int, echoes: int) -> bool:
-    """True: all arrived. Raises OSError (packages that are missing, ...)."""
-    try:
-        with Fleet() as fleet:
-            return _Demo(console, fleet, size, echoes).run()
-    except GuestUnavailable as error:
-        raise GuestsFailed(f"{error}; or run `make demo-vm`, which installs them") from error
-    except GuestError as error:
-        raise GuestsFailed(f"{error}") from error
-
-
-class _Demo:
-    def __init__(self, console: Console, fleet: Fleet, size: int, echoes: int) -> None:
-        self.console, self.fleet, self.size, self.echoes = console, fleet, size, echoes
-        self.table = Table(title="What went over BAR2", title_justify="left", title_style="bold")
-        for column in ("", "what", "how fast", "arrived"):
-            self.table.add_column(column)
-        self.good = True
-        self.loop = ("--loop", "uvloop" if have_uvloop() else "asyncio")
-
-    def run(self) -> bool:
-        guests, path = boot_pair(self.console, self.fleet)
-        a, b = guests
-        for guest in guests:
-            self._check_network(guest)
-        serving = [guest.start(self._worker("serve", "--file", "/tmp/file")) for guest in guests]
-        for guest, command in zip(guests, serving, strict=True):
-            said = json.loads(command.readline(LINE_S))
-            self.console.print(
-                f"  {guest.name} serves port {said['port']} on {said['region']}, section {said['section']}"
-            )
-        self._file_both_ways(a, b)
-        self._echo(a, "vm-b")
-        self._third_peer(path)
-        for command in serving:
-            command.close_stdin()
-            command.wait(LINE_S, check=True)
-        self.console.print(self.table)
-        return self.good
-
-    def _worker(self, role: str, *more: object) -> list[str]:
-        return ["python", *worker(role, *self.loop, "--port", PORT, *more)[1:]]
-
-    def _check_network(self, guest: Guest) -> None:
-        found = guest.run(["ls", "/sys/class/net"]).text.split()
-        if found != ["lo"]:
-            raise GuestsFailed(f"{guest.name} has network devices, expected none: {', '.join(found)}")
-        self.console.print(f"  {guest.name}: no network device; /sys/class/net has only {found[0]}")
-
-    def _row(self, who: str, what: str, speed: str, good: bool, arrived: str) -> None:
-        self.good &= good
-        self.table.add_row(who, what, speed, f"[green]{arrived}[/]" if good else "[red]NO[/]")
-
-    def _file_both_ways(self, a: Guest, b: Guest) -> None:
-        """Files of random bytes in the guests' own memory; hashed at both ends while they pass."""
-        with self.console.status("making a file of random bytes in each guest"):
-            script = f"head -c {self.size} /dev/urandom > /tmp/file"
-            with ThreadPoolExecutor(2) as pool:
-                made = [pool.submit(g.run, ["sh", "-c", script], timeout=LINE_S) for g in (a, b)]
-                for done in made:
-                    done.result()
-        send = self._worker("send", "vm-b", "--bytes", self.size, "--file", "/tmp/file", "--both")
-        with progress_bar(self.console) as bar, a.start(send) as command:
-            tasks = {"sent": bar.add_task("vm-a to vm-b", total=self.size)}
-            tasks["received"] = bar.add_task("vm-b to vm-a", total=self.size)
-            said = self._follow(guest_lines(command), bar, tasks)
-        speed = f"{self.size / said['seconds'] / 1e6:.0f} MB/s each way"
-        what = f"{self.size / 1e6:.0f} MB, both ways at once"
-        for way, sha in (("vm-a to vm-b", said["sha256_sent"]), ("vm-b to vm-a", said["sha256_received"])):
-            self._row(way, what, speed, said["same"], f"SHA-256 {sha[:12]}... at both ends")
-
-    def _follow(
-        self, lines: Iterator[dict[str, Any]], bar: Progress, tasks: dict[str, Any]
-    ) -> dict[str, Any]:
-        said: dict[str, Any] = {}
-        for said in lines:
-            for what, task in tasks.items():
-                bar.update(task, completed=said[what])
-        return said
-
-    def _echo(self, guest: Guest, to: str) -> None:
-        status = self.console.status(f"{self.echoes} echoes of 64 B from {guest.name} to {to}")
-        with status, guest.start(self._worker("echo", to, "--count", self.echoes)) as command:
-            *_, said = guest_lines(command)
-        self._echo_row(f"{guest.name} to {to}", said)
-
-    def _echo_row(self, way: str, said: dict[str, Any]) -> None:
-        speed = f"p50 {said['p50_us']:.0f} us, p99 {said['p99_us']:.0f} us"
-        self._row(way, f"{said['count']} echoes of 64 B", speed, True, "every byte as it was sent")
-
-    def _third_peer(self, path: str) -> None:
-        """This host, on the very same file."""
-        own = ("--region", path, "--name", "host", *self.loop, "--port", PORT)
-        for name in ("vm-a", "vm-b"):
-            with self.console.status(f"this host talks to {name}"):
-                with Child(worker("echo", name, *own, "--count", max(1, self.echoes // 10))) as child:
-                    *_, said = child.lines()
-                self._echo_row(f"host to {name}", said)
-                size = max(1, self.size // 10)
-                with Child(worker("send", name, *own, "--bytes", size)) as child:
-                    *_, said = child.lines()
-            speed = f"{size / said['seconds'] / 1e6:.0f} MB/s"
-            sha = f"SHA-256 {said['sha256_sent'][:12]}... at both ends"
-            self._row(f"host to {name}", f"{size / 1e6:.0f} MB", speed, said["same"], sha)
+    if not run_demo_vm(console(), megabytes * 1_000_000, echoes):
+        sys.exit(1)

@@ -2,19 +2,58 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import click
+
+from shmsock import region as regions
 from shmsock.address import boot_id
 from shmsock.commands.content import Section, sections
-from shmsock.engine.attach import Seen, reap
+from shmsock.engine import attach
 from shmsock.engine.layout import read_layout
 from shmsock.engine.memory import Memory, native_core
 from shmsock.errors import command, region_error
 from shmsock.region.base import Region
 
-__all__ = ["Reaped", "reap_region"]
+__all__ = ["Reaped", "reap", "reap_region"]
+
+
+@click.command()
+@click.argument("region", required=False)
+@click.option(
+    "--section",
+    "wanted",
+    multiple=True,
+    metavar="N",
+    help="A silent section to free, by number or name; repeatable.",
+)
+@click.option("--yes", is_flag=True, help="Do not ask before freeing a silent section.")
+@click.option(
+    "--watch",
+    type=click.FloatRange(1, 600),
+    default=3.0,
+    show_default=True,
+    help="Seconds for which a beat must stand still.",
+)
+def reap(region: str | None, wanted: tuple[str, ...], yes: bool, watch: float) -> None:
+    """Free the sections of REGION whose owners are gone: those proven dead, and silent ones that you name."""
+    with regions.open(region) as opened:
+        done = reap_region(opened, wanted, None if yes else _confirm, watch)
+    for line in done.lines():
+        click.echo(line)
+    if done.refused:
+        sys.exit(1)
+
+
+def _confirm(section: Section) -> bool:
+    return click.confirm(
+        f"Section {section.number} ({section.title}) is silent. If its owner comes back, it finds its "
+        "connections lost. Free it?",
+        err=True,
+    )
 
 
 @dataclass
@@ -65,10 +104,10 @@ def reap_region(
             elif section.state == "silent":
                 words[section.number] = memory.load(layout.section(section.number))
 
-        def force(found: Seen) -> bool:
+        def force(found: attach.Seen) -> bool:
             return words.get(found.section) == found.claim
 
-        steps, freed = reap(layout, region, boot_id(), force=force, watch_s=watch_s), []
+        steps, freed = attach.reap(layout, region, boot_id(), force=force, watch_s=watch_s), []
         try:
             while True:
                 time.sleep(next(steps))

@@ -128,11 +128,9 @@ def test_an_unfair_measure_is_refused() -> None:
 def test_labels_and_environments() -> None:
     names = [v.label for v in over.all_streams()]
     assert len(set(names)) == len(names)
-    assert {over.OURS, over.TCP, over.UNIX, over.STOCK, over.OFF} <= set(names)
+    assert {over.OURS, over.TCP, over.UNIX, over.STOCK} <= set(names)
     assert over.UDP in [v.label for v in over.datagrams()]
     assert Variant("shmsock", "uvloop", note="doorbells", region="r").environment == {"SHMSOCK_REGION": "r"}
-    (off,) = (v for v in over.all_streams() if not v.accelerator)
-    assert (off.label, off.environment) == (over.OFF, {"SHMSOCK_ACCELERATOR": "0"})
 
 
 def test_where_packages_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -284,10 +284,10 @@ def test_a_busy_machine_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert known == {"cpus": 2, "load_after": 4.1}
 
 
-def test_machine_without_accelerator_and_uvloop(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "no accelerator" not in bench_machine.describe({**bench_machine.machine(), "accelerator": True})
-    monkeypatch.setattr(bench_machine, "accelerator", None)
-    assert "no accelerator" in bench_machine.describe(bench_machine.machine())
+def test_machine_without_extension_and_uvloop(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "no extension" not in bench_machine.describe({**bench_machine.machine(), "extension": True})
+    monkeypatch.setattr(bench_machine, "extension", None)
+    assert "no extension" in bench_machine.describe(bench_machine.machine())
     monkeypatch.setattr(bench_machine, "have_uvloop", lambda: False)
     assert "uvloop" not in bench_machine.machine()
     assert "no uvloop" in bench_machine.describe(bench_machine.machine())

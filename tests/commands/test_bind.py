@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from shmsock import cli
+from shmsock.cli import cli
+from shmsock.commands import bind as bind_module
 from shmsock.commands.bind import Plan, Step, plan_bind, plan_unbind
 from shmsock.errors import RegionError
 from shmsock.region.iommu import NOIOMMU_SWITCH
@@ -107,11 +108,11 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
 def shmsock(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """The command, over that kernel."""
     options: dict[str, Any] = {"sysfs": kernel.root, "dev": "/dev/vfio", "proc": str(kernel.proc)}
-    monkeypatch.setattr(cli, "plan_bind", partial(plan_bind, **options))
-    monkeypatch.setattr(cli, "plan_unbind", partial(plan_unbind, **options))
+    monkeypatch.setattr(bind_module, "plan_bind", partial(plan_bind, **options))
+    monkeypatch.setattr(bind_module, "plan_unbind", partial(plan_unbind, **options))
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     return lambda *arguments, text="": CliRunner().invoke(
-        cli.cli, list(arguments), input=text, prog_name="shmsock"
+        cli, list(arguments), input=text, prog_name="shmsock"
     )
 
 
@@ -345,9 +346,9 @@ def test_still_bound(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_only_root_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     written = tmp_path / "x"
     plan = Plan("a plan", [Step("why", str(written), "1")])
-    monkeypatch.setattr(cli, "plan_bind", lambda *_, **__: plan)
+    monkeypatch.setattr(bind_module, "plan_bind", lambda *_, **__: plan)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     for options in ([], ["--yes"]):
-        result = CliRunner().invoke(cli.cli, ["bind", *options, ADDRESS], prog_name="shmsock")
+        result = CliRunner().invoke(cli, ["bind", *options, ADDRESS], prog_name="shmsock")
         assert (result.exit_code, "only root" in result.stderr, "Do it?" in result.stderr) == (1, True, False)
     assert not written.exists()

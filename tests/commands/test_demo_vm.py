@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shmsock.commands import demo_vm
+from shmsock.bench import demo_vm
 from shmsock.guests import image as guest_image
 from shmsock.guests.qemu import Fleet, GuestError
 from tests.commands.test_cli import bad, good

@@ -1,9 +1,9 @@
 """One process at one end of a demonstration, on this host or in a guest. Prints a JSON object per line.
 
-    python -m shmsock.commands.worker serve --port 7000 [--file F] [--save F]   until its standard input ends
-    python -m shmsock.commands.worker echo vm-b --port 7000 --count 10000
-    python -m shmsock.commands.worker send vm-b --port 7000 --bytes 200000000 [--file F] [--both [--save F]]
-    python -m shmsock.commands.worker raw-byte --region pci:auto --offset 100 [--set 7]
+    python -m shmsock.bench.worker serve --port 7000 [--file F] [--save F]   until its standard input ends
+    python -m shmsock.bench.worker echo vm-b --port 7000 --count 10000
+    python -m shmsock.bench.worker send vm-b --port 7000 --bytes 200000000 [--file F] [--both [--save F]]
+    python -m shmsock.bench.worker raw-byte --region pci:auto --offset 100 [--set 7]
 
 What is sent is a file or, without one, random bytes made on the way; what comes is kept with --save. Hashes
 are taken while the bytes pass. `--both`: the other end sends as much at the same time, on one connection.
@@ -196,7 +196,7 @@ async def attached(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m shmsock.commands.worker")
+    parser = argparse.ArgumentParser(prog="python -m shmsock.bench.worker")
     parser.add_argument("role", choices=("serve", "echo", "send", "raw-byte"))
     parser.add_argument("host", nargs="?", default="localhost")
     parser.add_argument("--region")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from shmsock.bench.child import Child, have_uvloop
-from shmsock.commands.demo import make_file, worker
+from shmsock.bench.demo import make_file, worker
 
 
 @pytest.fixture(params=["asyncio", "uvloop"])

@@ -1,58 +1,123 @@
-"""`shmsock info` and `shmsock create` in words."""
+"""`shmsock info`: show devices, and what lies in a region."""
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+import click
 
-from shmsock.commands.content import Content, OldFile, Section
-from shmsock.errors import other_memory
+from shmsock import region as regions
+from shmsock.commands.console import console, human
+from shmsock.commands.content import (
+    Content,
+    OldFile,
+    Section,
+    describe_device,
+    describe_region,
+    inspect,
+    old_files,
+)
+from shmsock.commands.group import Failed, message
+from shmsock.errors import RegionError, other_memory
 from shmsock.region.place import restart
 from shmsock.region.sizes import format_size
 from shmsock.region.storage import disk_words
 
-__all__ = [
-    "alone_lines",
-    "console",
-    "content_lines",
-    "device_lines",
-    "former_lines",
-    "human",
-    "made_lines",
-    "old_file_lines",
-    "qemu_options",
-    "region_lines",
-    "section_table",
-]
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["info"]
 
 COLOURS = {"live": "green", "silent": "yellow", "dead": "red", "attaching": "cyan", "leaving": "cyan"}
 PORTS = 8
 
 
-def console(record: bool = False) -> Console:
-    """Tables are not folded for the width of a pipe."""
-    if sys.stdout.isatty():
-        return Console(record=record)
-    return Console(width=160, soft_wrap=True, record=record)
+@click.command()
+@click.argument("region", required=False)
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def info(region: str | None, as_json: bool) -> None:
+    """Show ivshmem devices, and what lies in REGION. Changes nothing.
+
+    Without REGION: of all devices, and of SHMSOCK_REGION or, where there is no device, the default region.
+    """
+    devices = regions.find_devices()
+    urls = [region] if region else [device.url for device in devices]
+    chosen = os.environ.get("SHMSOCK_REGION")
+    if not region and (chosen or not devices):
+        urls = [url for url in [chosen or regions.default_url(), *urls] if url != "pci:auto" or not devices]
+    found, problem = [], None
+    for url in urls:
+        try:
+            with regions.open(url, writable=False) as opened:
+                found.append({**describe_region(opened), "content": inspect(opened)})
+        except OSError as error:
+            problem = message(error)
+            found.append({"url": url, "error": problem, **_old_files(url)})
+    shown = regions.find_devices() or devices  # once more: opening one enables it
+    if region and not region.startswith(("pci:", "vfio:")):
+        shown = []
+    elif region and "content" in found[0]:
+        shown = [device for device in shown if device.url == found[0]["url"]]
+    if as_json:
+        click.echo(
+            json.dumps(
+                {"devices": [describe_device(d) for d in shown], "regions": found},
+                default=asdict,
+                indent=2,
+            )
+        )
+    else:
+        _print_info([describe_device(d) for d in shown], found)
+    if problem and len(urls) == 1:
+        raise Failed(problem)
+    for bad in found:
+        if "error" in bad:
+            click.echo(f"shmsock: {bad['error']}", err=True)
+    if problem:
+        sys.exit(1)
 
 
-def human(size: int) -> str:
-    """A size in the unit that suits it: "61.4 MiB"."""
-    value, units = float(size), ["bytes", "KiB", "MiB", "GiB", "TiB"]
-    while value >= 1024 and len(units) > 1:
-        value /= 1024
-        del units[0]
-    return f"{size} bytes" if units[0] == "bytes" else f"{value:.4g} {units[0]}"
+def _old_files(url: str) -> dict[str, Any]:
+    """Find removed files of a region that cannot be opened: somebody may use them still."""
+    try:
+        kind, path = regions.parse_url(url)
+    except RegionError:
+        kind, path = "", ""
+    return {"path": path, "old_files": old_files(path) if kind == "file" else []}
+
+
+def _print_info(devices: list[dict[str, Any]], found: list[dict[str, Any]]) -> None:
+    for device in devices:
+        _print(device_lines(device))
+    for region in found:
+        if "content" in region:
+            _print(region_lines(region))
+            _print_content(region["content"])
+        for old in region["old_files"]:
+            _print(old_file_lines(region["path"], old))
+            if old.content:
+                _print_content(old.content)
+
+
+def _print(lines: Iterable[str]) -> None:
+    for line in lines:
+        click.echo(line)
+
+
+def _print_content(content: Content) -> None:
+    _print(content_lines(content))
+    if table := section_table(content):
+        console().print(table)
 
 
 def device_lines(device: dict[str, Any]) -> Iterator[str]:
-    """Much as lspci -v prints it."""
+    """Tell of a device, much as lspci -v does."""
     yield f"{device['address']} {device['model']} [{device['ids']}] (rev {device['revision']:02x})"
     yield f"    Subsystem: {device['subsystem']}, class {device['class']}"
     enabled = "enabled" if device["enabled"] else "not enabled"
@@ -64,7 +129,7 @@ def device_lines(device: dict[str, Any]) -> Iterator[str]:
 
 
 def region_lines(region: dict[str, Any]) -> Iterator[str]:
-    """How it is mapped."""
+    """Tell how a region is mapped."""
     yield f"region {region['url']}: {format_size(region['size'])}"
     what = "memory of the ivshmem server at" if region["kind"] == "ivshmem" else "mapped from"
     where = f"    {what} {region['path']}"
@@ -87,14 +152,14 @@ def region_lines(region: dict[str, Any]) -> Iterator[str]:
 
 
 def old_file_lines(path: str, old: OldFile) -> Iterator[str]:
-    """Before what lies in it."""
+    """Tell who holds a removed file; what lies in it comes next."""
     yield restart(old.held_by, path)
     if old.content is None:
         yield "    it cannot be looked into: be root, or their user"
 
 
 def content_lines(content: Content) -> Iterator[str]:
-    """What lies in it, but for the table of sections."""
+    """Tell what lies in a region, but for the table of sections."""
     if content.state != "formatted":
         yield f"    {content.state}: {content.problem}"
         return
@@ -105,10 +170,6 @@ def content_lines(content: Content) -> Iterator[str]:
     )
     count = Counter(section.state for section in content.sections)
     yield "    sections: " + ", ".join(f"{number} {state}" for state, number in count.most_common())
-
-
-def former_lines(content: Content) -> Iterator[str]:
-    """Of those whose doorbell is a former server's."""
     former = [s for s in content.sections if s.doorbell_gone and s.doorbell]
     if former:
         told = ", ".join(f"{s.doorbell['id']} of section {s.number}" for s in former if s.doorbell)
@@ -116,10 +177,6 @@ def former_lines(content: Content) -> Iterator[str]:
             f"    doorbell {told}: of a former ivshmem server, and rung in vain; start the server, then "
             "all of its peers anew, guests included"
         )
-
-
-def alone_lines(content: Content) -> Iterator[str]:
-    """When one peer alone is attached."""
     there = [section for section in content.sections if section.state in COLOURS and section.state != "dead"]
     if len(there) == 1:
         yield f"    section {there[0].number} is alone: {other_memory()}"
@@ -127,6 +184,9 @@ def alone_lines(content: Content) -> Iterator[str]:
 
 def section_table(content: Content) -> Table | None:
     """One row per section that somebody owns or owned; None: there are none."""
+    from rich.table import Table
+    from rich.text import Text
+
     rows = [section for section in content.sections if section.state != "free"]
     if not rows:
         return None
@@ -152,7 +212,7 @@ def section_table(content: Content) -> Table | None:
 
 
 def _woken_by(section: Section) -> str:
-    """All that it offers: which it is, depends on who wakes it. "doorbell 3 (2 vectors), futex"."""
+    """List all ways to wake the owner of a section: "doorbell 3 (2 vectors), futex"."""
     ways = ["futex"] if section.futex else []
     if bell := section.doorbell:
         ways.insert(0, f"doorbell {bell['id']} ({_vectors(bell['vectors'])})")
@@ -169,7 +229,7 @@ def _ports(section: Section) -> str:
 
 
 def _connections(section: Section, names: dict[int, str | None]) -> str:
-    """How many with whom: "3 with vm-b (1 closing)"."""
+    """Count connections by peer: "3 with vm-b (1 closing)"."""
     count = Counter(c["peer_section"] for c in section.connections)
     ending = Counter(c["peer_section"] for c in section.connections if c["state"] == "closing")
     parts = []
@@ -177,40 +237,3 @@ def _connections(section: Section, names: dict[int, str | None]) -> str:
         closing = f" ({ending[peer]} closing)" if ending[peer] else ""
         parts.append(f"{number} with {names.get(peer) or f'section {peer}'}{closing}")
     return ", ".join(parts)
-
-
-def qemu_options(path: str, size: int) -> str:
-    """What gives the region to a guest as BAR2."""
-    file = path.replace(",", ",,")
-    return (
-        f"-object memory-backend-file,size={_qemu_size(size)},mem-path={file},share=on,id=HMB "
-        "-device ivshmem-plain,memdev=HMB"
-    )
-
-
-def _qemu_size(size: int) -> str:
-    for shift, unit in ((30, "G"), (20, "M"), (10, "K")):
-        if size % (1 << shift) == 0:
-            return f"{size >> shift}{unit}"
-    return str(size)
-
-
-def made_lines(path: str, content: Content, mode: int) -> Iterator[str]:
-    """What `shmsock create` made."""
-    size = content.bytes or 0
-    yield f"made {path}: {format_size(size)}, mode {mode:04o}, all of it allocated"
-    yield (
-        f"    for {content.peers} peers; each has {human(content.section_bytes)}, of it "
-        f"{human(content.ring_bytes_per_peer)} for rings, up to {content.connections_per_peer} connections"
-    )
-    if size & (size - 1):
-        larger = 1 << size.bit_length()
-        yield (
-            "    for processes of this host; to give it to guests, its size must be a power of two, "
-            f"such as {format_size(larger)}"
-        )
-    else:
-        yield "    to give it to a guest of QEMU:"
-        yield f"        {qemu_options(path, size)}"
-    yield "    to use it on this host:"
-    yield f"        SHMSOCK_REGION={path}"

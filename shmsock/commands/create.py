@@ -1,0 +1,97 @@
+"""`shmsock create`: make and format a region file."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from functools import partial
+
+import click
+
+from shmsock import region as regions
+from shmsock.aio.attach import prepare_region
+from shmsock.commands.console import human
+from shmsock.commands.content import Content, busy_sections, inspect
+from shmsock.commands.params import Mode, Size, peers_option
+from shmsock.errors import region_error
+from shmsock.region.base import Region
+from shmsock.region.locks import SERVER_LOCK
+from shmsock.region.sizes import format_size
+
+__all__ = ["create"]
+
+
+@click.command()
+@click.argument("path", type=click.Path(readable=False))
+@click.option("--size", type=Size(), required=True, help="Such as 256M or 2G; guests need a power of two.")
+@peers_option("How many can be attached.")
+@click.option("--mode", type=Mode(), default="0600", show_default=True, help="Permissions of the file.")
+@click.option(
+    "--force", is_flag=True, help="Replace a file of yours that is there; refused while anybody uses it."
+)
+def create(path: str, size: int, peers: int, mode: int, force: bool) -> None:
+    """Make and format a region file, with all of its storage."""
+    kind, path = regions.parse_url(path if ":" in path.partition("/")[0] else os.path.abspath(path))
+    if kind != "file":
+        raise click.UsageError(
+            f"{path}: a file is what can be created; BAR2 of a device has its bytes from the host"
+        )
+    regions.create_file(
+        path, size, mode=mode, force=force, prepare=partial(prepare_region, peers=peers), check=_unused
+    )
+    with regions.open_file(path, writable=False) as region:
+        for line in made_lines(path, inspect(region, 0), region.describe().mode):
+            click.echo(line)
+
+
+def _unused(region: Region) -> None:
+    if region.section_locked(SERVER_LOCK):
+        raise region_error(
+            errno.EBUSY,
+            f"region {region.path} is served by an ivshmem server: stop that one, or make another region",
+            region.path,
+        )
+    if busy := busy_sections(region):
+        raise region_error(
+            errno.EBUSY,
+            f"region {region.path} is in use by {', '.join(busy[:8])}: stop them, or make another region",
+            region.path,
+        )
+
+
+def made_lines(path: str, content: Content, mode: int) -> Iterator[str]:
+    """What `shmsock create` made."""
+    size = content.bytes or 0
+    yield f"made {path}: {format_size(size)}, mode {mode:04o}, all of it allocated"
+    yield (
+        f"    for {content.peers} peers; each has {human(content.section_bytes)}, of it "
+        f"{human(content.ring_bytes_per_peer)} for rings, up to {content.connections_per_peer} connections"
+    )
+    if size & (size - 1):
+        larger = 1 << size.bit_length()
+        yield (
+            "    for processes of this host; to give it to guests, its size must be a power of two, "
+            f"such as {format_size(larger)}"
+        )
+    else:
+        yield "    to give it to a guest of QEMU:"
+        yield f"        {qemu_options(path, size)}"
+    yield "    to use it on this host:"
+    yield f"        SHMSOCK_REGION={path}"
+
+
+def qemu_options(path: str, size: int) -> str:
+    """What gives the region to a guest as BAR2."""
+    file = path.replace(",", ",,")
+    return (
+        f"-object memory-backend-file,size={_qemu_size(size)},mem-path={file},share=on,id=HMB "
+        "-device ivshmem-plain,memdev=HMB"
+    )
+
+
+def _qemu_size(size: int) -> str:
+    for shift, unit in ((30, "G"), (20, "M"), (10, "K")):
+        if size % (1 << shift) == 0:
+            return f"{size >> shift}{unit}"
+    return str(size)

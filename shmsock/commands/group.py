@@ -1,0 +1,66 @@
+"""The group `shmsock`: imports a subcommand when it is asked for, and turns errors into one line."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from shmsock.errors import RegionError
+
+__all__ = ["Commands", "Failed", "message"]
+
+MODULES = {
+    "bench": "bench",
+    "bind": "bind",
+    "create": "create",
+    "demo": "demo",
+    "demo-vm": "demo_vm",
+    "info": "info",
+    "ivshmem-server": "ivshmem_server",
+    "reap": "reap",
+    "unbind": "bind",
+}
+"""The module of shmsock.commands that has the subcommand. There it goes by its name, with underscores."""
+
+
+class Failed(click.ClickException):
+    """A message on stderr, and exit status 1."""
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"shmsock: {self.message}", err=True)
+
+
+class Commands(click.Group):
+    """Every error that a user can meet becomes one line; a traceback is for what nobody foresaw."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(MODULES)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in MODULES:
+            return None
+        module = importlib.import_module(f"shmsock.commands.{MODULES[name]}")
+        command: click.Command = getattr(module, name.replace("-", "_"))
+        return command
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise
+            raise Failed(message(error)) from error
+        except KeyboardInterrupt:
+            click.echo("\nshmsock: interrupted", err=True)
+            sys.exit(130)
+
+
+def message(error: OSError) -> str:
+    """What a user is told of an error: what shmsock raises names the file itself."""
+    if isinstance(error, RegionError) or error.filename is None:
+        return error.strerror or str(error)
+    return f"{error.filename}: {error.strerror}"
