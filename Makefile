@@ -12,7 +12,7 @@ GUESTS := -n 2 --dist loadfile --no-loadscope-reorder -m "vm or slow"
 # What depends on the Python version: asyncio's contract, its loops, anyio. The rest runs on one.
 ACROSS := -n $(shell nproc) -m "not vm and not slow and not control" tests/conformance tests/anyio_face \
 	tests/aio/test_streams.py tests/aio/test_datagram.py tests/aio/test_cpython.py tests/aio/test_cpython_loop.py \
-	tests/aio/test_loop.py tests/aio/test_protocols.py tests/aio/test_shm_loop.py
+	tests/aio/test_extension.py tests/aio/test_loop.py tests/aio/test_protocols.py tests/aio/test_shm_loop.py
 
 .PHONY: help
 help: ## list the targets
