@@ -23,9 +23,7 @@ Every message says what was seen, what was expected, and what to do.
 
 from __future__ import annotations
 
-import difflib
 import errno
-import shlex
 import socket
 from collections.abc import Iterable, Sequence
 
@@ -180,7 +178,11 @@ def name_unknown(
     `others`: who else is there, this node left out. `region`: its URL. `hint`: what else may be the reason.
     """
     seen = f"attached: {listing(sorted(others))}" if others else _alone(region)
-    close = difflib.get_close_matches(name, others, n=1) if isinstance(name, str) else []
+    close = []
+    if isinstance(name, str):
+        import difflib
+
+        close = difflib.get_close_matches(name, others, n=1)
     do = f"did you mean {close[0]!r}?" if close else f"start it there, {_look_into(region)}"
     return socket.gaierror(
         socket.EAI_NONAME,
@@ -253,6 +255,8 @@ def _look_into(region: str) -> str:
 
 def command(name: str, region: str, rest: str = "") -> str:
     """What to type; the region is left out where it is not known by its URL or path."""
+    import shlex
+
     known = shlex.quote(region) if ":" in region or "/" in region else ""
     return " ".join(filter(None, ("shmsock", name, known, rest)))
 

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from shmsock.aio.attach import prepare_region
 from shmsock.guests.qemu import Fleet, Guest, Ivshmem
-from shmsock.region import format_size, open_file
+from shmsock.region import open_file
+from shmsock.region.sizes import format_size
 
 __all__ = ["GuestsFailed", "boot_pair"]
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from pathlib import Path
 
 __all__: list[str] = []
 
 
 def _not_built() -> str:
+    from pathlib import Path
+
     python = f"{sys.implementation.name} {sys.version_info.major}.{sys.version_info.minor}"
     root = Path(__file__).resolve().parent.parent.parent
     return (

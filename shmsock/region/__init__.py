@@ -17,45 +17,28 @@ from typing import Any
 from shmsock.address import default_region
 from shmsock.errors import RegionUrlError, format_error, region_error
 from shmsock.region import pci
-from shmsock.region.bar2 import PciRegion, open_pci, udev_rule
-from shmsock.region.base import Description, Region
-from shmsock.region.create import DEFAULT_SIZE, Prepare, create_file, open_default
-from shmsock.region.file import FileRegion, open_file
-from shmsock.region.ivshmem import IvshmemRegion, open_ivshmem, opening_ivshmem
+from shmsock.region.base import Region
+from shmsock.region.create import Prepare, create_file, open_default
+from shmsock.region.file import open_file
 from shmsock.region.occupants import claimed_by, is_formatted
-from shmsock.region.pci import Bar, PciDevice, find_devices
-from shmsock.region.sizes import format_size, parse_size
-from shmsock.region.vfio import VfioRegion, open_vfio
+from shmsock.region.pci import PciDevice, find_devices
+from shmsock.region.sizes import format_size
 
 __all__ = [
-    "DEFAULT_SIZE",
-    "Bar",
-    "Description",
-    "FileRegion",
-    "IvshmemRegion",
     "PciDevice",
-    "PciRegion",
-    "Region",
-    "VfioRegion",
     "create_file",
     "default_url",
     "find_devices",
-    "format_size",
     "open",
     "open_default",
     "open_file",
-    "open_ivshmem",
-    "open_pci",
     "open_region",
-    "open_vfio",
     "opening",
-    "parse_size",
     "parse_url",
-    "udev_rule",
 ]
 
 Url = str | os.PathLike[str]
-LOOK_S = 0.002  # between two looks whether a server has answered; it does at once
+POLL_S = 0.002  # until a server is asked again whether it has answered; it does at once
 
 _ACCEPTED = "expected /path, file:/path, pci:auto, pci:0000:00:04.0, vfio:0000:00:04.0 or ivshmem:/path"
 
@@ -122,11 +105,18 @@ def open(
     kind, argument = parse_url(url) if url is not None else _parse_default(sysfs)
     if kind in ("pci", "vfio") and argument == "auto":
         kind, argument = pci.choose_device(sysfs, probe, vfio=kind == "vfio").url.split(":", 1)
+    # A kind of region is imported by who has one.
     if kind == "vfio":
+        from shmsock.region.vfio import open_vfio
+
         return open_vfio(argument, writable=writable, sysfs=sysfs)
     if kind == "pci":
+        from shmsock.region.bar2 import open_pci
+
         return open_pci(argument, writable=writable, prefer_wc=prefer_wc, sysfs=sysfs)
     if kind == "ivshmem":
+        from shmsock.region.ivshmem import open_ivshmem
+
         return open_ivshmem(argument, writable=writable)
     if bar := pci.resource_address(argument):
         # As a plain file it would be mapped without enabling the device, and with the wrong fences.
@@ -142,10 +132,12 @@ def opening(url: Url | None = None, **how: Any) -> Generator[float, None, Region
     kind, argument = parse_url(url) if url is not None else _parse_default(how.get("sysfs", pci.SYSFS))
     if kind != "ivshmem":
         return open(url, **how)
+    from shmsock.region.ivshmem import opening_ivshmem
+
     steps = opening_ivshmem(argument, writable=how.get("writable", True))
     try:
         while True:
-            yield min(next(steps).seconds, LOOK_S)
+            yield min(next(steps).seconds, POLL_S)
     except StopIteration as end:
         region: Region = end.value
         return region

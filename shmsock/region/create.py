@@ -11,7 +11,6 @@ import contextlib
 import errno
 import logging
 import os
-import secrets
 import stat
 from collections.abc import Callable, Iterator
 
@@ -219,7 +218,7 @@ def _temporary(
 ) -> Iterator[FileRegion]:
     """A file of `size` bytes, sparse, beside `path`, opened. Afterwards its temporary name is gone in any
     case."""
-    temporary = os.path.join(directory, f".shmsock-{secrets.token_hex(8)}.tmp")
+    temporary = os.path.join(directory, f".shmsock-{os.urandom(8).hex()}.tmp")
     try:
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:

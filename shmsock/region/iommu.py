@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 from collections.abc import Iterator
@@ -126,6 +125,8 @@ def borrow(group: Group, proc: str = "/proc") -> int:
 
 def _copy_descriptor(pid: int, fd: int) -> int:
     """Another process's descriptor: pidfd_getfd (Linux 5.6), for who may trace it. Raises OSError."""
+    import ctypes
+
     process = os.pidfd_open(pid)
     try:
         libc = ctypes.CDLL(None, use_errno=True)

@@ -20,7 +20,7 @@ from shmsock.errors import (
     RegionPermissionError,
     RegionUrlError,
 )
-from shmsock.region import pci, sizes
+from shmsock.region import bar2, create, pci, sizes
 
 if TYPE_CHECKING:
     from .conftest import FakeSysfs
@@ -48,7 +48,7 @@ def default(shared: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     ],
 )  # fmt: skip
 def test_sizes(text: str | int, size: int) -> None:
-    assert region.parse_size(text) == size
+    assert sizes.parse_size(text) == size
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_sizes(text: str | int, size: int) -> None:
 )
 def test_no_sizes(text: str | int) -> None:
     with pytest.raises(ValueError, match="is no size"):
-        region.parse_size(text)
+        sizes.parse_size(text)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_no_sizes(text: str | int) -> None:
     [(0, "0 bytes"), (1000, "1000 bytes"), (1536, "1536 bytes"), (1 << 28, "256 MiB"), (1 << 52, "4096 TiB")],
 )
 def test_sizes_for_people(size: int, text: str) -> None:
-    assert region.format_size(size) == text
+    assert sizes.format_size(size) == text
 
 
 def test_round_up() -> None:
@@ -148,8 +148,8 @@ def test_open_pci_by_probe(sysfs: FakeSysfs) -> None:
     directory = sysfs.add("0000:00:05.0")
     (directory / "resource2").write_bytes(b"magic".ljust(MIB))
 
-    def probe(device: region.PciDevice) -> bool:
-        with region.open_pci(device.address, sysfs=sysfs.root, prefer_wc=False) as tried:
+    def probe(device: pci.PciDevice) -> bool:
+        with bar2.open_pci(device.address, sysfs=sysfs.root, prefer_wc=False) as tried:
             return tried.mmap[:5] == b"magic"
 
     with region.open("pci:auto", sysfs=sysfs.root, probe=probe) as opened:
@@ -184,7 +184,7 @@ def test_default_file(sysfs: FakeSysfs, default: str) -> None:
     with region.open(sysfs=sysfs.root, create_default=True) as made:
         assert made.url == f"file:{default}"
     with region.open(f"file:{default}", writable=False) as opened:
-        assert opened.size == region.DEFAULT_SIZE
+        assert opened.size == create.DEFAULT_SIZE
     os.chmod(default, 0o644)
     for writable in (True, False):
         with pytest.raises(RegionPermissionError, match="expected 0600"):

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from shmsock.region import open_file, open_pci
+from shmsock.region import open_file
 from shmsock.region import place as places
+from shmsock.region.bar2 import open_pci
 from shmsock.region.place import Place, holders, restart
 from tests.region.conftest import AsUser, FakeSysfs
 

@@ -14,7 +14,7 @@ import pytest
 
 from shmsock import region
 from shmsock.errors import RegionError, RegionNotFoundError, RegionPermissionError
-from shmsock.region import iommu, pci, vfio, vfio_ioctl
+from shmsock.region import bar2, iommu, pci, vfio, vfio_ioctl
 from shmsock.region.doorbell import Reach
 from tests.region.conftest import AsUser, FakeSysfs, failing
 from tests.region.fake_vfio import (
@@ -219,7 +219,7 @@ def test_without_an_iommu(sysfs: FakeSysfs, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_locks_are_those_of_sysfs(fake: FakeVfio) -> None:
-    with take(fake) as opened, region.open_pci(ADDRESS, sysfs=fake.sysfs.root) as other:
+    with take(fake) as opened, bar2.open_pci(ADDRESS, sysfs=fake.sysfs.root) as other:
         assert opened.can_lock
         assert opened.identity == other.identity
         assert opened.lock_section(4)

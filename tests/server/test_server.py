@@ -32,7 +32,8 @@ from shmsock.cli import cli
 from shmsock.engine import layout as lay
 from shmsock.engine.memory import Memory, native_core
 from shmsock.errors import RegionError
-from shmsock.region import FileRegion, open_file
+from shmsock.region import open_file
+from shmsock.region.file import FileRegion
 from shmsock.region.ivshmem_protocol import Receiver, send_message
 from shmsock.server import server as ivshmem_server
 from shmsock.server import setup as ivshmem_setup
