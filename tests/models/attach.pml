@@ -2,23 +2,23 @@
  * sh_message_recv; LAYOUT.md, "Lives of a pair").
  *
  * Node 0 sends N messages to node 1 in each life of the link. Either may be killed between any two steps, D0 and D1
- * times, and attaches again, which to the pair is the same as a drop. Each looks again when the other's bell differs
- * from what it saw last, and not otherwise. N is not more than the message ring holds, as credits see to it.
+ * times, and attaches again, which to the pair is the same as a drop. Each polls when the other's notify_seq
+ * differs from what it saw last, and not otherwise. N is not more than the message ring holds, as credits see to it.
  *
  * Right: when nothing can move any more, each has adopted the other's present pair_inc, and all messages of this life
- * have arrived. What cannot be in a message or a position is always explained by a bell with a new tag: with honest peers
- * there is no violation.
+ * have arrived. What cannot be in a message or a position is always explained by a notify_seq with a new tag: with honest
+ * peers there is no violation.
  *
  * Flags, each takes one rule out:
  *   NOCLEAR        the old outbox and inbox stay at attach
- *   BELLFIRST      bell before they are cleared
+ *   NOTIFY_FIRST   notify_seq before they are cleared
  *   UNTAGGED       outbox and inbox are believed whatever their tag
  *   SAME_INC       a new life under the old pair_inc
- *   NO_FIRST_LOOK  no look at the outbox at adoption
+ *   NO_FIRST_POLL  no load of the outbox at adoption
  *   NO_SRC         a message's src_inc is not compared
  *
- * LAST_KEPT (a new life remembers the bell that the former saw last) and NO_ANSWER (no bell at adoption) lose something
- * together: one of them is enough. */
+ * LAST_KEPT (a new life remembers the notify_seq that the former saw last) and NO_ANSWER (no notification at adoption) lose
+ * something together: one of them is enough. */
 #ifndef N
 #define N 2
 #endif
@@ -32,13 +32,13 @@
 #define CPUS 2
 #define OUTBOX 0 /* of node 0: adopted pair_inc of node 1, tail */
 #define INBOX 1 /* of node 1: adopted pair_inc of node 0, head */
-#define BELL 2 /* 2 and 3, by node: its pair_inc, count */
+#define NOTIFY_SEQ 2 /* 2 and 3, by node: its pair_inc, count */
 #define MESSAGE 4 /* 4 and 5: src_inc, dst_inc, seq */
 #define WORDS 6
 #include "memory.h"
 
 #define CAP 2
-#define NEVER 255 /* no bell */
+#define NEVER 255 /* no notify_seq */
 #define HIGH(w) ((w) >> 4)
 #define LOW(w) ((w) & 15)
 #define PACK(tag, n) ((tag) << 4 | (n) & 15)
@@ -52,15 +52,15 @@ byte count[2];
 byte sent, got; /* in this life of the link */
 
 /* sh_notify_peer */
-inline ring_bell(me) {
-	atomic { count[me]++; STORE(me, BELL + me, PACK(inc[me], count[me])) }
+inline notify(me) {
+	atomic { count[me]++; STORE(me, NOTIFY_SEQ + me, PACK(inc[me], count[me])) }
 }
 
-/* sh_restart: T, A, outbox, inbox, users; then the bell */
+/* sh_restart: T, A, outbox, inbox, users; then notify_seq */
 inline restart(me, box) {
-	atomic { FENCE(me); adopted[me] = 0; count[me] = LOW(LOAD(BELL + me)) };
-#ifdef BELLFIRST
-	atomic { inc[me]++; ring_bell(me) };
+	atomic { FENCE(me); adopted[me] = 0; count[me] = LOW(LOAD(NOTIFY_SEQ + me)) };
+#ifdef NOTIFY_FIRST
+	atomic { inc[me]++; notify(me) };
 	STORE(me, box, 0);
 #else
 #ifndef NOCLEAR
@@ -71,7 +71,7 @@ inline restart(me, box) {
 #else
 	inc[me]++;
 #endif
-	ring_bell(me);
+	notify(me);
 #endif
 	FENCE(me);
 #ifdef LAST_KEPT
@@ -84,7 +84,7 @@ inline restart(me, box) {
 /* sh_adopt; the caller ends the connections */
 inline adopt(me, box, position) {
 	atomic {
-		last[me] = LOAD(BELL + 1 - me);
+		last[me] = LOAD(NOTIFY_SEQ + 1 - me);
 		adopted[me] = HIGH(last[me]);
 		position = 0;
 		STORE(me, box, PACK(adopted[me], 0))
@@ -92,7 +92,7 @@ inline adopt(me, box, position) {
 #ifdef NO_ANSWER
 	FENCE(me)
 #else
-	atomic { FENCE(me); ring_bell(me) }
+	atomic { FENCE(me); notify(me) }
 #endif
 }
 
@@ -104,7 +104,7 @@ active proctype node0()
 	:: {
 		restart(0, OUTBOX);
 end:		do
-		:: atomic { LOAD(BELL + 1) != last[0] -> last[0] = LOAD(BELL + 1) }; /* sh_collect */
+		:: atomic { LOAD(NOTIFY_SEQ + 1) != last[0] -> last[0] = LOAD(NOTIFY_SEQ + 1) }; /* sh_collect */
 			if
 			:: HIGH(last[0]) != adopted[0] -> adopt(0, OUTBOX, sent)
 			:: else
@@ -118,11 +118,11 @@ end:		do
 			fi;
 #endif
 			if
-			:: LOW(box) > sent -> assert(HIGH(LOAD(BELL + 1)) != adopted[0]) /* a restart, which is found at once */
+			:: LOW(box) > sent -> assert(HIGH(LOAD(NOTIFY_SEQ + 1)) != adopted[0]) /* a restart, which is found at once */
 			:: else ->
 				STORE(0, MESSAGE + sent % CAP, CELL(inc[0], adopted[0], sent));
 				atomic { sent++; STORE(0, OUTBOX, PACK(adopted[0], sent)) };
-				ring_bell(0)
+				notify(0)
 			fi;
 			box = 0
 		od
@@ -138,11 +138,11 @@ active proctype node1()
 	:: {
 		restart(1, INBOX);
 end:		do
-		:: atomic { LOAD(BELL + 0) != last[1] -> last[1] = LOAD(BELL + 0) }; /* sh_collect */
+		:: atomic { LOAD(NOTIFY_SEQ + 0) != last[1] -> last[1] = LOAD(NOTIFY_SEQ + 0) }; /* sh_collect */
 			if
 			:: HIGH(last[1]) != adopted[1] ->
 				adopt(1, INBOX, got);
-#ifdef NO_FIRST_LOOK
+#ifdef NO_FIRST_POLL
 				box = PACK(inc[1], got)
 #else
 				box = LOAD(OUTBOX)
@@ -168,7 +168,7 @@ end:		do
 					atomic { message = 0; got++; STORE(1, INBOX, PACK(adopted[1], got)) };
 					box = LOAD(OUTBOX)
 				:: else ->
-					assert(HIGH(LOAD(BELL + 0)) != adopted[1]); /* a restart, which is found at once */
+					assert(HIGH(LOAD(NOTIFY_SEQ + 0)) != adopted[1]); /* a restart, which is found at once */
 					break
 				fi
 			od;

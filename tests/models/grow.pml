@@ -1,4 +1,4 @@
-/* grow.pml - a ring that grows while there are bytes in it, and while its consumer looks (grow.c; LAYOUT.md, rule G).
+/* grow.pml - a ring that grows while there are bytes in it, and while its consumer polls (grow.c; LAYOUT.md, rule G).
  *
  * The producer publishes N bytes, one at a time, and goes on in a larger ring whenever it likes, twice. Rings have a cell
  * for every position (masking is another matter). One that was outgrown is used for something else once the head is

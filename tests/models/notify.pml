@@ -1,27 +1,27 @@
-/* notify.pml - telling a reader that its slot has news (ring.c, node.c; LAYOUT.md, rules F1, R1 and BELL).
+/* notify.pml - telling a reader that its slot has news (ring.c, node.c; LAYOUT.md, rules F1, R1 and NOTIFY).
  *
  * A producer publishes N times, each time in one of two slots, whose bits share one word of toggles and one of
  * acknowledgements. The other side is a loop: pump, then the tasks that read. A reader that finds nothing may spin, with
  * its toggle left unacknowledged, and suspends by sh_arm; one that found something may read on, do something else and
  * come back when it likes, or wait for the pump to call it, as a protocol does: then sh_rearm_touched arms for it.
  *
- * That a bell which differs ends the loop's sleep is wake.pml's matter; bytes and FIN come with P in one word.
+ * That a notify_seq which differs ends the loop's sleep is wake.pml's matter; bytes and FIN come with P in one word.
  *
- * Right: when nothing can move any more, the readers have all that was published. There is no safety look.
+ * Right: when nothing can move any more, the readers have all that was published. There is no safety poll.
  *
  * Flags, each takes one rule out:
- *   NO_F1           publish, and no fence before the look at A
- *   NO_R1           the pump acknowledges, and no fence before it looks at the slots
+ *   NO_F1           publish, and no fence before the load of A
+ *   NO_R1           the pump acknowledges, and no fence before it polls the slots
  *   NO_R1_ARM       the same in sh_arm
  *   NO_R1_REARM     the same in sh_rearm_touched
- *   BELL_FIRST      bell before toggle
- *   TOGGLES_FIRST   the pump takes the toggles before the bell
- *   LOOK_FIRST      the pump looks at the slots before it acknowledges
+ *   NOTIFY_FIRST    notify_seq before toggle
+ *   TOGGLES_FIRST   the pump loads the toggles before notify_seq
+ *   POLL_FIRST      the pump polls the slots before it acknowledges
  *   ALWAYS_TOGGLE   toggle what is pending already
  *   NO_ARM          suspend without acknowledging
- *   ARM_BLIND       suspend without a look after acknowledging
+ *   ARM_BLIND       suspend without a poll after acknowledging
  *   NO_REARM        the pump forgets who was touched
- *   REARM_BLIND     the pump acknowledges for who was touched, and does not look
+ *   REARM_BLIND     the pump acknowledges for who was touched, and does not poll
  *   SLEEP_TOUCHED   the loop sleeps while toggles are left unacknowledged for somebody */
 #ifndef N
 #define N 3
@@ -34,7 +34,7 @@
 #define P 0 /* 0 and 1: by slot */
 #define T 2
 #define A 3
-#define BELL 4
+#define NOTIFY_SEQ 4
 #define WORDS 5
 #include "memory.h"
 
@@ -45,7 +45,7 @@ byte head[2]; /* what the readers took */
 
 active proctype producer()
 {
-	byte sent, t, bell, acked, s;
+	byte sent, t, seq, acked, s;
 
 	do
 	:: sent < N ->
@@ -66,19 +66,19 @@ active proctype producer()
 			acked = LOAD(A);
 			if
 #ifndef ALWAYS_TOGGLE
-			:: (acked ^ t) & BIT(s) /* it was told and has not looked yet: it will see this too */
+			:: (acked ^ t) & BIT(s) /* it was told and has not polled yet: it will see this too */
 			:: else ->
 #else
 			:: true ->
 #endif
 				t = t ^ BIT(s);
-				bell++;
-#ifdef BELL_FIRST
-				STORE(PRODUCER, BELL, bell);
+				seq++;
+#ifdef NOTIFY_FIRST
+				STORE(PRODUCER, NOTIFY_SEQ, seq);
 				STORE(PRODUCER, T, t)
 #else
 				STORE(PRODUCER, T, t);
-				STORE(PRODUCER, BELL, bell) /* BELL */
+				STORE(PRODUCER, NOTIFY_SEQ, seq) /* NOTIFY */
 #endif
 			fi;
 			acked = 0;
@@ -107,7 +107,7 @@ inline refresh(slot) {
 }
 
 /* sh_poll, and the driver wakes who waits */
-inline look(slot) {
+inline poll(slot) {
 	atomic {
 		refresh(slot);
 		if
@@ -117,16 +117,16 @@ inline look(slot) {
 	}
 }
 
-/* sh_collect, when the bell differs */
+/* sh_collect, when notify_seq differs */
 inline collect() {
 #ifdef TOGGLES_FIRST
 	news = LOAD(T);
 #endif
-	last = LOAD(BELL); /* BELL */
-#ifdef LOOK_FIRST
+	last = LOAD(NOTIFY_SEQ); /* NOTIFY */
+#ifdef POLL_FIRST
 	news = (LOAD(T) ^ a) & ~touched;
-	if :: news & 1 -> look(0) :: else fi;
-	if :: news & 2 -> look(1) :: else fi;
+	if :: news & 1 -> poll(0) :: else fi;
+	if :: news & 2 -> poll(1) :: else fi;
 	atomic { a = a ^ news; STORE(LOOP, A, a) };
 #else
 	atomic {
@@ -198,11 +198,11 @@ turn: /* sh_pump */
 #endif
 	touched = 0;
 	if
-	:: LOAD(BELL) != last -> collect(); news = 0
+	:: LOAD(NOTIFY_SEQ) != last -> collect(); news = 0
 	:: else
 	fi;
-	if :: ready & 1 -> look(0) :: else fi;
-	if :: ready & 2 -> look(1) :: else fi;
+	if :: ready & 1 -> poll(0) :: else fi;
+	if :: ready & 2 -> poll(1) :: else fi;
 	ready = 0;
 tasks:
 	due = 3 & ~waiting & ~away;
@@ -237,7 +237,7 @@ read:
 spin:
 	if
 	:: LOAD(P + s) != tail[s] -> goto read
-	:: LOAD(BELL) != last -> /* spin_step */
+	:: LOAD(NOTIFY_SEQ) != last -> /* spin_step */
 		collect();
 		if
 		:: news -> news = 0; goto arm
@@ -271,7 +271,7 @@ sleep: /* who is away is not waited for: it comes in a later turn */
 #endif
 	:: else -> /* sh_quiet */
 end:		if
-		:: LOAD(BELL) != last -> goto turn
+		:: LOAD(NOTIFY_SEQ) != last -> goto turn
 		:: away & 1 -> away = away & ~1; goto tasks
 		:: away & 2 -> away = away & ~2; goto tasks
 		fi

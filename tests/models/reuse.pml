@@ -2,18 +2,18 @@
  * sh_message_recv, sh_message_done, sh_ep_open, sh_ep_release; node.c sh_restart, sh_adopt; LAYOUT.md, "Life and death").
  *
  * Two newcomers want the one section there is; each lives there once, sends the reader N messages, each of which opens a
- * slot with bytes in it, and leaves. Its words are whatever the former owner left. The reader takes messages and reads
+ * slot with bytes in it, and leaves. Its words are whatever the former owner left. The reader receives messages and reads
  * the bytes whenever it likes. With DROPS=1 it may also end the link, once in each life of the owner, as who finds that a
  * peer has left does; then owners wait until they are adopted, as what a restart of the link ends is attach.pml's matter.
- * A newcomer that finds nothing unread takes the section by a compare-and-swap of the claim, which both begin to look at
- * when it is 0; then it looks once more, and gives the section back when somebody reads there after all.
+ * A newcomer that finds nothing unread takes the section by a compare-and-swap of the claim, which both begin when
+ * it is 0; then it checks once more, and gives the section back when somebody reads there after all.
  *
  * Right: nobody steps the generations of slots while bytes, or a message about them, are unread.
  *
  * Flags, each takes one rule out:
- *   CHECK_FIRST    no look behind the compare-and-swap
- *   USERS_FIRST    the newcomer looks at users before it looks at the mail
- *   ACK_FIRST      the reader takes a message before it has raised users
+ *   CHECK_FIRST    no check behind the compare-and-swap
+ *   USERS_FIRST    the newcomer loads users before inbox
+ *   ACK_FIRST      the reader acknowledges a message before it has raised users
  *   USERS_CLEARED  ending the link clears users
  *   TAG_CLEARED    users that are lowered while the link is not adopted lose their tag
  *   MAIL_LEFT      the link is ended with messages unread */
@@ -25,7 +25,7 @@
 #endif
 
 #define CPUS 3 /* the newcomers', then the reader's */
-#define BELL 0 /* of the owner: its pair_inc, which here is the number of its life */
+#define NOTIFY_SEQ 0 /* of the owner: its pair_inc, which here is the number of its life */
 #define OUTBOX 1 /* of the owner: adopted pair_inc of the reader, tail */
 #define GEN 2 /* of the slots: the life that wrote them */
 #define INC 3 /* of the reader: its pair_inc */
@@ -42,10 +42,10 @@ bit claimed;
 byte life; /* so many owners there have been */
 byte unread; /* messages and slots of the present, or last, owner that were not read to their end */
 
-/* Is there a message of the last owner that the reader has not taken, or a slot that it reads? `found` */
-inline look(me) {
+/* Is there a message of the last owner that the reader has not received, or a slot that it reads? `found` */
+inline unread_by_reader(me) {
 	atomic { /* of the last owner: nobody changes them any more */
-		tag = LOAD(BELL);
+		tag = LOAD(NOTIFY_SEQ);
 		sent = LOAD(OUTBOX)
 	};
 #ifdef USERS_FIRST
@@ -74,7 +74,7 @@ active [2] proctype newcomer()
 
 	do
 	:: atomic { !claimed -> found = 0 };
-		look(me);
+		unread_by_reader(me);
 		if
 		:: found
 		:: else ->
@@ -83,7 +83,7 @@ active [2] proctype newcomer()
 			:: found /* somebody was quicker */
 			:: else ->
 #ifndef CHECK_FIRST
-				look(me);
+				unread_by_reader(me);
 #endif
 				if
 				:: found -> claimed = 0
@@ -100,9 +100,9 @@ active [2] proctype newcomer()
 	};
 	/* sh_restart */
 	STORE(me, OUTBOX, 0);
-	STORE(me, BELL, life);
+	STORE(me, NOTIFY_SEQ, life);
 	FENCE(me);
-	(LOAD(INC) && (!DROPS || HIGH(LOAD(INBOX)) == LOAD(BELL)));
+	(LOAD(INC) && (!DROPS || HIGH(LOAD(INBOX)) == LOAD(NOTIFY_SEQ)));
 	/* what it came for; the bytes of a slot are there before the message about it */
 	do
 	:: sent < N -> atomic { FENCE(me); tag = LOAD(INC); sent++; unread++; STORE(me, OUTBOX, PACK(tag, sent)) }
@@ -113,7 +113,7 @@ active [2] proctype newcomer()
 }
 
 /* sh_message_recv, sh_ep_open, sh_message_done */
-inline take() {
+inline receive() {
 	atomic {
 		box = LOAD(OUTBOX);
 		if
@@ -138,7 +138,7 @@ inline take() {
 /* sh_adopt */
 inline adopt() {
 	atomic {
-		adopted = LOAD(BELL);
+		adopted = LOAD(NOTIFY_SEQ);
 		users_tag = adopted;
 		got = 0;
 		STORE(2, USERS, PACK(users_tag, users));
@@ -154,8 +154,8 @@ active proctype reader()
 
 	mem[INC] = 1;
 end:	do
-	:: atomic { LOAD(BELL) != adopted && LOAD(BELL) != 0 } -> adopt()
-	:: adopted && LOAD(BELL) == adopted && HIGH(LOAD(OUTBOX)) == inc && LOW(LOAD(OUTBOX)) != got -> take()
+	:: atomic { LOAD(NOTIFY_SEQ) != adopted && LOAD(NOTIFY_SEQ) != 0 } -> adopt()
+	:: adopted && LOAD(NOTIFY_SEQ) == adopted && HIGH(LOAD(OUTBOX)) == inc && LOW(LOAD(OUTBOX)) != got -> receive()
 	:: users -> /* read to the end, and release */
 		atomic {
 			assert(LOAD(GEN) == users_tag);
@@ -166,7 +166,7 @@ end:	do
 	:: atomic { DROPS && adopted && dropped < adopted && !claimed -> dropped = adopted }; /* it has left: Engine.drop */
 #ifndef MAIL_LEFT
 		do
-		:: take();
+		:: receive();
 			if
 			:: !more -> break
 			:: else

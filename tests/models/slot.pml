@@ -3,7 +3,7 @@
  *
  * Side 0 opens, side 1 accepts, each with one slot and one ring, G times. FREE, OPENING, OPEN, CLOSING as in the state
  * table. Any side may close, abort or release at any time that the table allows; the opener may give up at once. A slot
- * that is FREE is taken again at once, and its ring written. P is one word: generation, tail, FIN, RST, REL. That a
+ * that is FREE is taken again at once, and its ring written. P is one word: generation, tail, FIN, RST, DONE. That a
  * notification arrives is notify.pml's matter, that a message does attach.pml's.
  *
  * Right: a reader gets what was written in the generation that it opened, and all of it before EOF; EOF only behind FIN,
@@ -13,11 +13,11 @@
  * taken again under a copy.
  *
  * Flags, each takes one rule out:
- *   STALE_IGNORED   an ACCEPT for who gave up does not make the other look
- *   EARLY_FREE      CLOSING ends without the other's REL
- *   NORECHECK       no second look at the generation behind the copy (needs DROP=1)
+ *   STALE_IGNORED   an ACCEPT for who gave up does not make the other poll
+ *   EARLY_FREE      CLOSING ends without the other's DONE
+ *   NORECHECK       no second load of the generation behind the copy (needs DROP=1)
  *   FIN_APART       FIN stands in another word than the tail, and is loaded after it
- *   EOF_AT_REL      REL ends a connection before its bytes were read */
+ *   EOF_AT_DONE     DONE ends a connection before its bytes were read */
 #ifndef G
 #define G 2
 #endif
@@ -26,11 +26,11 @@
 #endif
 
 mtype = { FREE, OPENING, OPEN, CLOSING };
-typedef word { byte gen; bit tail; bit fin; bit rst; bit rel }; /* P: stored and loaded as one */
+typedef word { byte gen; bit tail; bit fin; bit rst; bit done }; /* P: stored and loaded as one */
 word P[2];
 byte ring[2]; /* the generation that wrote what is in it */
 mtype state[2] = FREE;
-bit look[2];
+bit poll[2];
 bit wrote[2]; /* in this generation; and so forth */
 bit read[2];
 byte theirs[2]; /* the peer's generation */
@@ -38,7 +38,7 @@ bit written[16]; /* for the assertions: by side and generation, was something wr
 chan connects = [G] of { byte };
 chan answers = [G] of { bit, byte, byte };
 
-#define NOTIFY(o) look[o] = 1
+#define NOTIFY(o) poll[o] = 1
 
 inline shut(me, o, reset) {
 	atomic {
@@ -46,43 +46,43 @@ inline shut(me, o, reset) {
 		:: reset -> P[me].rst = 1
 		:: else -> P[me].fin = 1
 		fi;
-		P[me].rel = 1;
+		P[me].done = 1;
 		state[me] = CLOSING
 	};
 	NOTIFY(o);
-	look[me] = 1 /* look once */
+	poll[me] = 1 /* poll once */
 }
 
 inline release(me, o) {
 	atomic { /* one store, and what is private */
-		told = P[me].rel;
+		told = P[me].done;
 		written[me * 8 + P[me].gen] = P[me].tail && !P[me].rst;
 		P[me].gen++;
 		P[me].tail = 0;
 		P[me].fin = 0;
 		P[me].rst = 0;
-		P[me].rel = 0;
+		P[me].done = 0;
 		state[me] = FREE
 	};
-	if /* who was told REL waits for nothing more, and who has released needs no news */
+	if /* who was told DONE waits for nothing more, and who has released needs no news */
 	:: !told && P[o].gen == theirs[me] -> NOTIFY(o)
 	:: else
 	fi;
 	told = 0
 }
 
-/* sh_ep_open, and look once */
+/* sh_ep_open, and poll once */
 inline open(me, gen) {
 	atomic {
 		theirs[me] = gen;
 		read[me] = 0;
 		wrote[me] = 0;
 		state[me] = OPEN;
-		look[me] = 1
+		poll[me] = 1
 	}
 }
 
-#define IS_OF(o, g) (P[o].gen == g) /* of CONNECT and ACCEPT; left out, the look that follows finds it */
+#define IS_OF(o, g) (P[o].gen == g) /* of CONNECT and ACCEPT; left out, the poll that follows finds it */
 
 proctype side(bit me)
 {
@@ -106,7 +106,7 @@ end:	do
 		:: else ->
 #ifndef STALE_IGNORED
 			if
-			:: yes -> NOTIFY(o) /* its slot shall look, and find our generation gone */
+			:: yes -> NOTIFY(o) /* its slot shall poll, and find our generation gone */
 			:: else
 			fi;
 #endif
@@ -124,7 +124,7 @@ end:	do
 		fi;
 		other = 0
 	/* both */
-	:: state[me] == OPEN && !wrote[me] && !P[o].rel ->
+	:: state[me] == OPEN && !wrote[me] && !P[o].done ->
 		ring[me] = P[me].gen;
 		atomic { wrote[me] = 1; P[me].tail = 1 };
 		NOTIFY(o)
@@ -136,13 +136,13 @@ end:	do
 #ifdef EARLY_FREE
 	:: state[me] == CLOSING -> release(me, o)
 #endif
-	/* Connection.look */
-	:: look[me] ->
-		look[me] = 0;
+	/* Connection.poll */
+	:: poll[me] ->
+		poll[me] = 0;
 		if
 		:: state[me] == FREE || state[me] == OPENING
 		:: state[me] == OPEN || state[me] == CLOSING ->
-			atomic { p.gen = P[o].gen; p.tail = P[o].tail; p.fin = P[o].fin; p.rst = P[o].rst; p.rel = P[o].rel };
+			atomic { p.gen = P[o].gen; p.tail = P[o].tail; p.fin = P[o].fin; p.rst = P[o].rst; p.done = P[o].done };
 #ifdef FIN_APART
 			p.fin = P[o].fin; /* a tail that was loaded before it */
 #endif
@@ -153,13 +153,13 @@ end:	do
 			:: p.gen == theirs[me] && p.rst -> release(me, o)
 			:: p.gen == theirs[me] && !p.rst && state[me] == CLOSING ->
 				if
-				:: p.rel -> release(me, o)
+				:: p.done -> release(me, o)
 				:: else
 				fi
 			:: p.gen == theirs[me] && !p.rst && state[me] == OPEN ->
 				if
-#ifdef EOF_AT_REL
-				:: p.rel -> assert(read[me] == p.tail); release(me, o)
+#ifdef EOF_AT_DONE
+				:: p.done -> assert(read[me] == p.tail); release(me, o)
 #endif
 				:: p.tail && !read[me] ->
 					bytes = ring[o]; /* copied, and then P again */
@@ -173,17 +173,17 @@ end:	do
 					fi;
 #endif
 					bytes = 0;
-					look[me] = 1
+					poll[me] = 1
 				:: p.fin && (read[me] || !p.tail) -> /* EOF */
 					assert(P[o].gen != p.gen || read[me] == P[o].tail);
 					if
-					:: p.rel -> release(me, o)
+					:: p.done -> release(me, o)
 					:: else -> shut(me, o, 0)
 					fi
 				:: else
 				fi
 			fi;
-			atomic { p.gen = 0; p.tail = 0; p.fin = 0; p.rst = 0; p.rel = 0 }
+			atomic { p.gen = 0; p.tail = 0; p.fin = 0; p.rst = 0; p.done = 0 }
 		fi
 	od
 }

@@ -7,23 +7,23 @@
  * and tells nobody (sh_ep_unsent).
  *
  * The consumer reads one byte or all, and reads on, does something else and comes back, or stops reading for good. Who
- * tells it of bytes is notify.pml's matter: here it simply sees them. WANT has no bell of its own.
+ * tells it of bytes is notify.pml's matter: here it simply sees them. WANT has no notification of its own.
  *
  * Right: when nothing can move any more, all bytes were written, or there is no room because the consumer stopped; and
  * all that was written was read unless it did.
  *
  * Flags, each takes one rule out:
- *   NO_W_PRODUCER    WANT, and no fence before the second look at the head
- *   NO_SECOND_LOOK   no second look at the head
- *   NO_W_ARM         sh_arm: no fence before the look at WANT
+ *   NO_W_PRODUCER    WANT, and no fence before the second load of the head
+ *   NO_SECOND_POLL   no second load of the head
+ *   NO_W_ARM         sh_arm: no fence before the load of WANT
  *   NO_W_REARM       sh_rearm_touched: the same
- *   NO_ARM_WANT      sh_arm: no look at WANT
+ *   NO_ARM_WANT      sh_arm: no load of WANT
  *   NO_REARM_WANT    sh_rearm_touched: the same
- *   NO_ARM_SPACE     sh_arm: no look for space, though the toggle may have spoken of it
+ *   NO_ARM_SPACE     sh_arm: no poll for space, though the toggle may have spoken of it
  *   NO_REARM_SPACE   sh_rearm_touched: the same
  *   KNOWN_IGNORED    both: space that is known already does not count
  *
- * NO_QUARTER, no look at WANT when the head crosses a quarter of the ring, loses nothing: that look is there so that the
+ * NO_QUARTER, no load of WANT when the head crosses a quarter of the ring, loses nothing: that load is there so that the
  * writer goes on while a long read does. */
 #ifndef CAP
 #define CAP 8
@@ -48,7 +48,7 @@
 #define P 0 /* tail and WANT */
 #define C 1
 #define T 2
-#define BELL 3
+#define NOTIFY_SEQ 3
 #define A 4
 #define WORDS 5
 #include "memory.h"
@@ -113,7 +113,7 @@ write: /* sh_room, sh_commit, sh_wait_space */
 #ifndef NO_W_PRODUCER
 	FENCE(PRODUCER); /* W */
 #endif
-#ifndef NO_SECOND_LOOK
+#ifndef NO_SECOND_POLL
 	see_head();
 	if
 	:: SPACE >= NEED -> goto commit
@@ -147,7 +147,7 @@ tasks: /* the reader */
 	:: ready || later || touched
 	:: else ->
 end:		if
-		:: LOAD(BELL) != last
+		:: LOAD(NOTIFY_SEQ) != last
 		:: reads < READS -> goto tasks
 		fi
 	fi;
@@ -164,8 +164,8 @@ end:		if
 	:: else
 	fi;
 	if
-	:: LOAD(BELL) != last -> /* sh_collect */
-		last = LOAD(BELL);
+	:: LOAD(NOTIFY_SEQ) != last -> /* sh_collect */
+		last = LOAD(NOTIFY_SEQ);
 		atomic {
 			if
 			:: LOAD(T) != a -> a = 1 - a; STORE(PRODUCER, A, a); ready = 1
@@ -210,14 +210,14 @@ inline notify() {
 		:: LOAD(A) != t /* pending */
 		:: else ->
 			t = 1 - t;
-			bell++;
+			seq++;
 			STORE(CONSUMER, T, t);
-			STORE(CONSUMER, BELL, bell)
+			STORE(CONSUMER, NOTIFY_SEQ, seq)
 		fi
 	}
 }
 
-inline look_at_want() {
+inline poll_want() {
 	if
 	:: LOAD(P) & WANT -> notify()
 	:: else
@@ -226,7 +226,7 @@ inline look_at_want() {
 
 active proctype consumer()
 {
-	byte tail_seen, old, bell;
+	byte tail_seen, old, seq;
 	bit t, touched;
 
 read:
@@ -248,7 +248,7 @@ read:
 	if
 	:: old / (CAP / 4) != head / (CAP / 4) ->
 		FENCE(CONSUMER); /* W */
-		look_at_want()
+		poll_want()
 	:: else
 	fi;
 #endif
@@ -264,7 +264,7 @@ rearm: /* the pump: sh_rearm_touched */
 	FENCE(CONSUMER); /* W */
 #endif
 #ifndef NO_REARM_WANT
-	look_at_want();
+	poll_want();
 #endif
 	if
 	:: paused -> goto done
@@ -284,7 +284,7 @@ arm: /* sh_arm */
 	:: else
 	fi;
 #ifndef NO_ARM_WANT
-	look_at_want();
+	poll_want();
 #endif
 end:	TAIL(LOAD(P)) != head;
 	goto read;

@@ -1,4 +1,4 @@
-"""The rules F1, R1, BELL, F2 and R2 on a memory weaker than x86's: release and acquire as C11 has them.
+"""The rules F1, R1, NOTIFY, F2 and R2 on a memory weaker than x86's: release and acquire as C11 has them.
 
 Without load buffering, which is how arm64 behaves for these programs. Exhaustive, for one slot and two
 publishes. Each word has one writer, so it has a history that only grows, in its writer's order. A thread's
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-P, T, BELL, A, SLEEPING = range(5)
+P, T, NOTIFY_SEQ, A, SLEEP_SEQ = range(5)
 View = tuple[int, ...]
 ZERO: View = (0,) * 5
 History = tuple[tuple[int, View], ...]
@@ -24,15 +24,15 @@ BUILT = {
     "F1": FULL,
     "A load": ACQUIRE,
     "T store": RELAXED,
-    "bell store": RELEASE,
+    "notify_seq store": RELEASE,
     "F2": FULL,
-    "sleeping load": ACQUIRE,
-    "bell load": ACQUIRE,
+    "sleep_seq load": ACQUIRE,
+    "notify_seq load": ACQUIRE,
     "T load": ACQUIRE,
     "A store": RELAXED,
     "R1": FULL,
     "P load": ACQUIRE,
-    "sleeping store": RELEASE,
+    "sleep_seq store": RELEASE,
     "R2": FULL,
 }
 
@@ -45,10 +45,10 @@ CHANGES: list[tuple[dict[str, str], bool]] = [
     ({"R2": NOTHING}, True),
     ({"F1": RELEASE}, True),
     ({"R1": ACQUIRE}, True),
-    ({"bell store": RELAXED}, True),
-    ({"bell load": RELAXED}, True),
+    ({"notify_seq store": RELAXED}, True),
+    ({"notify_seq load": RELAXED}, True),
     ({"P store": RELAXED, "A load": RELAXED, "T load": RELAXED, "P load": RELAXED}, False),
-    ({"sleeping store": RELAXED, "sleeping load": RELAXED}, False),
+    ({"sleep_seq store": RELAXED, "sleep_seq load": RELAXED}, False),
 ]
 
 
@@ -58,9 +58,9 @@ def join(a: View, b: View) -> View:
 
 class Thread(NamedTuple):
     at: str
-    seen: int  # producer: publishes; loop: the bell that it saw last
+    seen: int  # producer: publishes; loop: the notify_seq that it saw last
     toggle: int  # producer: T; loop: A
-    value: int  # producer: bell; loop: P as it was seen last
+    value: int  # producer: notify_seq; loop: P as it was seen last
     now: View = ZERO  # what its loads may not go behind
     loaded: View = ZERO  # and may not after an acquire fence
     stored: View = ZERO  # what its relaxed stores pass on
@@ -69,7 +69,7 @@ class Thread(NamedTuple):
 class State(NamedTuple):
     memory: tuple[History, ...]
     full: View  # the view that full fences share
-    doorbell: View | None  # rung and not heard; its ringer's view
+    doorbell: View | None  # a kick that was not received yet: the view of who kicked
     producer: Thread
     loop: Thread
 
@@ -112,27 +112,27 @@ def producer_steps(s: State, rules: dict[str, str], publishes: int) -> Iterator[
         yield s._replace(memory=memory, producer=t._replace(at="F1", seen=t.seen + 1))
     elif t.at in ("F1", "F2"):
         full, t = fence(rules[t.at], s.full, t)
-        yield s._replace(full=full, producer=t._replace(at="A" if t.at == "F1" else "sleeping"))
+        yield s._replace(full=full, producer=t._replace(at="A" if t.at == "F1" else "sleep_seq"))
     elif t.at == "A":
         for value, seen in load(memory, t, A, rules["A load"]):
             yield s._replace(producer=seen._replace(at="toggle" if value == t.toggle else "publish"))
     elif t.at == "toggle":
         memory, t = store(memory, t, T, 1 - t.toggle, rules["T store"])
-        yield s._replace(memory=memory, producer=t._replace(at="bell", toggle=1 - t.toggle))
-    elif t.at == "bell":
-        memory, t = store(memory, t, BELL, t.value + 1, rules["bell store"])
+        yield s._replace(memory=memory, producer=t._replace(at="notify_seq", toggle=1 - t.toggle))
+    elif t.at == "notify_seq":
+        memory, t = store(memory, t, NOTIFY_SEQ, t.value + 1, rules["notify_seq store"])
         yield s._replace(memory=memory, producer=t._replace(at="F2", value=t.value + 1))
-    elif t.at == "sleeping":
-        for value, seen in load(memory, t, SLEEPING, rules["sleeping load"]):
-            rung = join(s.doorbell or ZERO, seen.now) if value & 1 else s.doorbell
-            yield s._replace(doorbell=rung, producer=seen._replace(at="publish"))
+    elif t.at == "sleep_seq":
+        for value, seen in load(memory, t, SLEEP_SEQ, rules["sleep_seq load"]):
+            kicked = join(s.doorbell or ZERO, seen.now) if value & 1 else s.doorbell
+            yield s._replace(doorbell=kicked, producer=seen._replace(at="publish"))
 
 
 def loop_steps(s: State, rules: dict[str, str]) -> Iterator[State]:
     t, memory = s.loop, s.memory
     if t.at in ("pump", "again"):
         same, differs = ("sleep", "T") if t.at == "pump" else ("wait", "wake")
-        for value, seen in load(memory, t, BELL, rules["bell load"]):
+        for value, seen in load(memory, t, NOTIFY_SEQ, rules["notify_seq load"]):
             if value == t.seen:
                 yield s._replace(loop=seen._replace(at=same))
             elif t.at == "pump":
@@ -147,14 +147,14 @@ def loop_steps(s: State, rules: dict[str, str]) -> Iterator[State]:
         yield s._replace(memory=memory, loop=t._replace(at="R1", toggle=1 - t.toggle))
     elif t.at in ("R1", "R2"):
         full, t = fence(rules[t.at], s.full, t)
-        yield s._replace(full=full, loop=t._replace(at="look" if t.at == "R1" else "again"))
-    elif t.at == "look":
+        yield s._replace(full=full, loop=t._replace(at="poll" if t.at == "R1" else "again"))
+    elif t.at == "poll":
         for value, seen in load(memory, t, P, rules["P load"]):
             yield s._replace(loop=seen._replace(at="pump", value=value))
     elif t.at in ("sleep", "wake"):
-        memory, t = store(memory, t, SLEEPING, int(t.at == "sleep"), rules["sleeping store"])
+        memory, t = store(memory, t, SLEEP_SEQ, int(t.at == "sleep"), rules["sleep_seq store"])
         yield s._replace(memory=memory, loop=t._replace(at="R2" if t.at == "sleep" else "pump"))
-    elif t.at == "wait" and s.doorbell is not None:  # a system call at both ends: what the ringer saw is seen
+    elif t.at == "wait" and s.doorbell is not None:  # a system call at both ends: what the kicker saw is seen
         now = join(t.now, s.doorbell)
         yield s._replace(doorbell=None, loop=t._replace(at="wake", now=now, loaded=join(t.loaded, now)))
 

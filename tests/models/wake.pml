@@ -1,35 +1,35 @@
 /* wake.pml - a loop that falls asleep, and those who wake it (doorbell.c, heartbeat.c; LAYOUT.md, "Ordering").
  *
- * Up to three senders, each with a bell: the first rings a doorbell, an eventfd that the loop waits on, readable until it
- * is drained; the second stores RANG, the sleep that it rings for, and wakes a futex there, on which the heartbeat, another
- * thread of the receiver, waits; the third cannot ring, and the heartbeat looks at its bell. A message is a bell here: what
- * a bell speaks of is notify.pml's matter.
+ * Up to three senders, each with a notify_seq. The first kicks by a doorbell: an eventfd that the loop waits on, readable
+ * until it is drained. The second stores KICKED_FOR, the sleep that it kicks for, and wakes a futex there; the heartbeat,
+ * another thread of the receiver, waits on it. The third cannot kick, and the heartbeat polls its notify_seq. A message is
+ * one step of notify_seq here: what such a step speaks of is notify.pml's matter.
  *
- *   DOORBELLS, FUTEXES, POLLED   how many bells each sender rings; 0: the sender is not there
+ *   DOORBELLS, FUTEXES, POLLED   how often each sender notifies; 0: the sender is not there
  *   TIMERS    how often application code wakes the loop by itself, which the heartbeat does not see
- *   RESTARTS  how often the futex's sender is killed in call(), or attaches again
+ *   RESTARTS  how often the futex's sender is killed in kick(), or attaches again
  *   DEATHS    how often the receiver is killed in its sleep, and attaches again
  *
- * Right: when nothing can move any more, the loop has seen every bell. Nothing but what is here wakes it, no beat and no
- * safety look. And no sender rings twice for one sleep.
+ * Right: when nothing can move any more, the loop has seen every notify_seq. Nothing but what is here wakes it, no beat and
+ * no safety poll. And no sender kicks twice for one sleep.
  *
  * Flags, each takes one rule out:
- *   NO_F2           bell, and no fence before the look at the sleeping word
- *   NO_R2           sleeping word, and no fence before the look at the bells
- *   NO_COUNTER      all sleeps have the same number
- *   SLEEP_FROM_0    a new owner of the section counts its sleeps from the start
- *   ALWAYS_RING     ring whenever the other sleeps: one sleep is rung for twice
- *   ONE_SLEEP       a pump while asleep looks at all bells and leaves the sleeping word as it is
- *   ONLY_NEWS       a doorbell after which no bell differs (a pump had seen the bell before the ringer saw us sleep) ends
- *                   no sleep
- *   WAIT_ON_BELL    the futex is the bell, not RANG: what ONLY_NEWS is to a doorbell
- *   NO_RUNG_FOR     the heartbeat compares bells alone, not what was rung for: the same
- *   SLEEPING_FIRST  the sleeping word before nd->sleep
- *   ARMED_FIRST     the heartbeat looks at armed before it takes the rings
- *   ARM_LATE        the loop arms after its look at the bells
- *   FILL_FIRST      the heartbeat fills the eventfd before it takes armed back
- *   NO_KICK         with peers that cannot ring, arming does not wake the heartbeat
- *   LATE_SEEN       the heartbeat takes `wake` after its look at armed */
+ *   NO_F2            notify_seq, and no fence before the load of sleep_seq
+ *   NO_R2            sleep_seq, and no fence before the loads of notify_seq
+ *   NO_COUNTER       all sleeps have the same number
+ *   SLEEP_FROM_0     a new owner of the section counts its sleeps from the start
+ *   ALWAYS_KICK      kick whenever the other sleeps: one sleep is kicked for twice
+ *   ONE_SLEEP        a pump while asleep polls all senders and leaves sleep_seq as it is
+ *   ONLY_NEWS        a doorbell after which no notify_seq differs (a pump had seen it before the sender saw us sleep) ends
+ *                    no sleep
+ *   WAIT_ON_NOTIFY   the futex is notify_seq, not KICKED_FOR: what ONLY_NEWS is to a doorbell
+ *   NO_KICKED_FOR    the heartbeat compares notify_seq alone, not what was kicked for: the same
+ *   SLEEP_SEQ_FIRST  sleep_seq before nd->sleep
+ *   ARMED_FIRST      the heartbeat loads armed before it loads kicked_for
+ *   ARM_LATE         the loop arms after its loads of notify_seq
+ *   FILL_FIRST       the heartbeat fills the eventfd before it takes armed back
+ *   NO_WAKE          with peers that cannot kick, arming does not wake the heartbeat
+ *   LATE_SEEN        the heartbeat loads `wake` after it loaded armed */
 #ifndef DOORBELLS
 #define DOORBELLS 0
 #endif
@@ -52,44 +52,44 @@
 #define CPUS 4
 #define DOOR 0 /* the sender with the doorbell, and the eventfd that it fills */
 #define FUTEX 1 /* the sender with the futex, and the eventfd that the heartbeat fills */
-#define MUTE 2 /* the sender that cannot ring */
+#define PLAIN 2 /* the sender that cannot kick */
 #define LOOP 3
 
-#define BELL 0 /* 0 to 2: by sender */
-#define LAST 3 /* 3 to 5: what the pump saw of the bells; not shared, but the heartbeat is on another CPU */
-#define SLEEPING 6 /* the loop's sleeping word */
+#define NOTIFY_SEQ 0 /* 0 to 2: by sender */
+#define LAST 3 /* 3 to 5: what the pump saw of NOTIFY_SEQ; not shared, but the heartbeat is on another CPU */
+#define SLEEP_SEQ 6 /* the loop's sleep_seq */
 #define SLEEP 7 /* nd->sleep, its copy for the heartbeat */
 #define ARMED 8 /* the one word that two write, loop and heartbeat */
-#define RANG 9 /* of the sender with the futex */
+#define KICKED_FOR 9 /* of the sender with the futex */
 #define WORDS 10
 #include "memory.h"
 
-#define NEVER 255 /* a bell that no sender can have */
+#define NEVER 255 /* a notify_seq that no sender can have */
 
 bit eventfd[2];
-byte kick; /* `wake` in struct sh_heartbeat: added to by a locked instruction, so never in a buffer */
+byte wake; /* `wake` in struct sh_heartbeat: added to by a locked instruction, so never in a buffer */
 bit queued; /* the kernel has the heartbeat's thread in futex_waitv */
 byte last[3];
 
 /* ---- a sender ---- */
 
-/* call(). FUTEX_WAKE takes out who is queued in that moment, and remembers nothing; a system call is a fence. */
-inline call(who) {
+/* kick(). FUTEX_WAKE takes out who is queued in that moment, and remembers nothing; a system call is a fence. */
+inline kick(who) {
 #ifndef NO_F2
 	FENCE(who); /* F2 */
 #endif
 	atomic {
-		seen = LOAD(SLEEPING);
+		seen = LOAD(SLEEP_SEQ);
 		if
-#ifdef ALWAYS_RING
+#ifdef ALWAYS_KICK
 		:: seen & 1 ->
 #else
-		:: (seen & 1) && seen != rung ->
+		:: (seen & 1) && seen != kicked ->
 #endif
-			assert(rung != seen);
-			rung = seen;
+			assert(kicked != seen);
+			kicked = seen;
 			if
-			:: who == FUTEX -> STORE(FUTEX, RANG, seen)
+			:: who == FUTEX -> STORE(FUTEX, KICKED_FOR, seen)
 			:: else
 			fi
 		:: else -> seen = 0
@@ -110,48 +110,49 @@ inline call(who) {
 	fi
 }
 
-inline ring_bell(who) {
-	atomic { bell++; STORE(who, BELL + who, bell) };
+inline notify(who) {
+	atomic { seq++; STORE(who, NOTIFY_SEQ + who, seq) };
 	if
-	:: who == MUTE
-	:: who != MUTE && restarts > 0 -> dead = 1 /* killed with the bell stored, and nobody rung */
-	:: who != MUTE -> call(who)
+	:: who == PLAIN
+	:: who != PLAIN && restarts > 0 -> dead = 1 /* killed with notify_seq stored, and nobody kicked */
+	:: who != PLAIN -> kick(who)
 	fi
 }
 
 proctype sender(byte who; byte messages; byte restarts)
 {
-	byte sent, bell, rung, seen;
+	byte sent, seq, kicked, seen;
 	bit dead;
 
 	do
 	:: !dead && sent < messages ->
 		sent++;
-		ring_bell(who)
+		notify(who)
 	:: restarts > 0 -> /* this process, or the next in its section: what was stored stays, what was private is gone */
 		FENCE(who);
 		restarts--;
 		dead = 0;
-		rung = 0;
-		ring_bell(who)
+		kicked = 0;
+		notify(who)
 	:: !dead && sent == messages && restarts == 0 -> break
 	od
 }
 
 /* ---- the receiver's loop ---- */
 
-#define DIFFER (LOAD(BELL + DOOR) != last[DOOR] || LOAD(BELL + FUTEX) != last[FUTEX] || LOAD(BELL + MUTE) != last[MUTE])
+#define DIFFERS(who) (LOAD(NOTIFY_SEQ + who) != last[who])
+#define NOTIFIED (DIFFERS(DOOR) || DIFFERS(FUTEX) || DIFFERS(PLAIN))
 
-inline look(who) {
+inline poll(who) {
 	atomic {
-		bell = LOAD(BELL + who);
+		seq = LOAD(NOTIFY_SEQ + who);
 		if
-		:: bell != last[who] ->
-			last[who] = bell;
-			LOAD(LAST + who) = bell /* in no buffer: a later store would only let the heartbeat fill the eventfd for nothing */
+		:: seq != last[who] ->
+			last[who] = seq;
+			LOAD(LAST + who) = seq /* in no buffer: a later store would only fill the eventfd for nothing */
 		:: else
 		fi;
-		bell = 0
+		seq = 0
 	}
 }
 
@@ -166,11 +167,11 @@ inline look(who) {
 #define AT_FUTEX(x) NOTHING
 #endif
 #if POLLED
-#define AT_MUTE(x) x(MUTE)
+#define AT_PLAIN(x) x(PLAIN)
 #else
-#define AT_MUTE(x) NOTHING
+#define AT_PLAIN(x) NOTHING
 #endif
-#define look_at_all() AT_DOOR(look); AT_FUTEX(look); AT_MUTE(look)
+#define poll_all() AT_DOOR(poll); AT_FUTEX(poll); AT_PLAIN(poll)
 
 inline change_sleep() {
 #ifdef NO_COUNTER
@@ -178,16 +179,16 @@ inline change_sleep() {
 #else
 	sleep++;
 #endif
-#ifdef SLEEPING_FIRST
-	STORE(LOOP, SLEEPING, sleep);
+#ifdef SLEEP_SEQ_FIRST
+	STORE(LOOP, SLEEP_SEQ, sleep);
 	STORE(LOOP, SLEEP, sleep)
 #else
 	STORE(LOOP, SLEEP, sleep);
-	STORE(LOOP, SLEEPING, sleep)
+	STORE(LOOP, SLEEP_SEQ, sleep)
 #endif
 }
 
-/* sh_wake_up, at the head of every pump */
+/* sh_wake_up, at the head of every pass of the pump */
 inline wake_up() {
 	atomic {
 		if
@@ -199,13 +200,13 @@ inline wake_up() {
 
 active proctype loop()
 {
-	byte sleep, bell, timers, deaths;
+	byte sleep, seq, timers, deaths;
 	bit readable[2]; /* what epoll reported and this turn of the loop has not handled yet */
 
 	goto attach;
 turn: /* sh_pump */
 	wake_up();
-	look_at_all();
+	poll_all();
 arm: /* sh_heartbeat_arm, sh_sleep */
 	atomic {
 #ifndef ARM_LATE
@@ -221,7 +222,7 @@ arm: /* sh_heartbeat_arm, sh_sleep */
 		FENCE(LOOP); /* R2 */
 #endif
 		if
-		:: DIFFER ->
+		:: NOTIFIED ->
 			STORE(LOOP, ARMED, 0);
 			goto turn
 		:: else
@@ -230,9 +231,9 @@ arm: /* sh_heartbeat_arm, sh_sleep */
 #ifdef ARM_LATE
 	STORE(LOOP, ARMED, 1);
 #endif
-#ifndef NO_KICK
+#ifndef NO_WAKE
 	if
-	:: POLLED -> FENCE(LOOP); atomic { kick++; queued = 0 } /* wake(): a locked addition, and a system call */
+	:: POLLED -> FENCE(LOOP); atomic { wake++; queued = 0 } /* wake(): a locked addition, and a system call */
 	:: else
 	fi;
 #endif
@@ -256,13 +257,13 @@ end:		if
 		atomic { readable[DOOR] = 0; eventfd[DOOR] = 0 };
 #ifdef ONLY_NEWS
 		if
-		:: DIFFER
+		:: NOTIFIED
 		:: else -> goto wait /* a doorbell that spoke of nothing ends no sleep */
 		fi
 #endif
 	fi;
 #ifdef ONE_SLEEP
-	look_at_all(); /* the sleeping word stays as it is */
+	poll_all(); /* sleep_seq stays as it is */
 	goto arm;
 #endif
 	goto turn;
@@ -275,37 +276,37 @@ attach: /* sh_node_claim */
 		eventfd[FUTEX] = 0;
 		last[DOOR] = (DOORBELLS -> NEVER : 0);
 		last[FUTEX] = (FUTEXES -> NEVER : 0);
-		last[MUTE] = (POLLED -> NEVER : 0);
+		last[PLAIN] = (POLLED -> NEVER : 0);
 		LOAD(LAST + DOOR) = last[DOOR];
 		LOAD(LAST + FUTEX) = last[FUTEX];
-		LOAD(LAST + MUTE) = last[MUTE];
+		LOAD(LAST + PLAIN) = last[PLAIN];
 		LOAD(ARMED) = 0;
 		queued = 0;
 #ifdef SLEEP_FROM_0
 		sleep = 2;
 #else
-		sleep = (LOAD(SLEEPING) + 2) & 254; /* awake, and no sleep that anybody rang a former owner for */
+		sleep = (LOAD(SLEEP_SEQ) + 2) & 254; /* awake, and no sleep that anybody kicked a former owner for */
 #endif
 		LOAD(SLEEP) = sleep;
-		LOAD(SLEEPING) = sleep /* and a fence */
+		LOAD(SLEEP_SEQ) = sleep /* and a fence */
 	};
 	goto turn
 }
 
 /* ---- the receiver's heartbeat: run() ---- */
 
-/* The kernel compares and queues in one. What was taken for it is of no use afterwards. */
-#ifdef WAIT_ON_BELL
-#define AS_EXPECTED (LOAD(BELL + FUTEX) == expected)
-#define TAKE LOAD(BELL + FUTEX)
+/* The kernel compares and queues in one. What was loaded for it is of no use afterwards. */
+#ifdef WAIT_ON_NOTIFY
+#define AS_EXPECTED (LOAD(NOTIFY_SEQ + FUTEX) == expected)
+#define WATCHED LOAD(NOTIFY_SEQ + FUTEX)
 #else
-#define AS_EXPECTED (LOAD(RANG) == expected)
-#define TAKE LOAD(RANG)
+#define AS_EXPECTED (LOAD(KICKED_FOR) == expected)
+#define WATCHED LOAD(KICKED_FOR)
 #endif
 inline futex_waitv() {
 	atomic {
 		if
-		:: (!POLLED || kick == seen) && (!FUTEXES || AS_EXPECTED) -> queued = 1
+		:: (!POLLED || wake == seen) && (!FUTEXES || AS_EXPECTED) -> queued = 1
 		:: else
 		fi;
 		seen = 0;
@@ -314,31 +315,31 @@ inline futex_waitv() {
 }
 
 inline compare(who) {
-	bell = LOAD(BELL + who);
+	seq = LOAD(NOTIFY_SEQ + who);
 	if
-	:: bell != LOAD(LAST + who) -> bell = 0; goto ring
-	:: else -> bell = 0
+	:: seq != LOAD(LAST + who) -> seq = 0; goto wake_loop
+	:: else -> seq = 0
 	fi
 }
 
 #if FUTEXES || POLLED
 active proctype heartbeat()
 {
-	byte seen, bell, expected;
+	byte seen, seq, expected;
 
 top:
 #ifdef ARMED_FIRST
-	bell = LOAD(ARMED);
+	seq = LOAD(ARMED);
 #endif
 #ifndef LATE_SEEN
-	if :: POLLED -> seen = kick :: else fi;
+	if :: POLLED -> seen = wake :: else fi;
 #endif
 #if FUTEXES
-	expected = TAKE; /* take_rings(): before the look at armed */
+	expected = WATCHED; /* before the load of armed */
 #endif
 #ifdef ARMED_FIRST
 	if
-	:: bell -> bell = 0; goto armed
+	:: seq -> seq = 0; goto armed
 	:: else
 	fi;
 #else
@@ -348,29 +349,29 @@ top:
 	fi;
 #endif
 #ifdef LATE_SEEN
-	seen = kick;
+	seen = wake;
 #endif
 	futex_waitv();
 end:	!queued;
 	goto top;
 armed:
 #ifdef LATE_SEEN
-	seen = kick;
+	seen = wake;
 #endif
-#if !defined(NO_RUNG_FOR) && !defined(WAIT_ON_BELL)
+#if !defined(NO_KICKED_FOR) && !defined(WAIT_ON_NOTIFY)
 	if
-	:: FUTEXES && expected == LOAD(SLEEP) -> goto ring /* rung_for() */
+	:: FUTEXES && expected == LOAD(SLEEP) -> goto wake_loop /* somebody kicked for this sleep */
 	:: else
 	fi;
 #endif
-	AT_DOOR(compare); AT_FUTEX(compare); AT_MUTE(compare); /* sh_any_notified() */
+	AT_DOOR(compare); AT_FUTEX(compare); AT_PLAIN(compare); /* sh_any_notified() */
 	futex_waitv();
 end2:	if
 	:: !queued
-	:: atomic { POLLED && queued && LOAD(BELL + MUTE) != LOAD(LAST + MUTE) -> queued = 0 } /* time for a look (others find nothing) */
+	:: atomic { POLLED && queued && LOAD(NOTIFY_SEQ + PLAIN) != LOAD(LAST + PLAIN) -> queued = 0 } /* a poll that finds something */
 	fi;
 	goto top;
-ring:
+wake_loop:
 	/* visible at once: write() is a fence */
 #ifdef FILL_FIRST
 	eventfd[FUTEX] = 1;
@@ -388,8 +389,8 @@ init {
 	atomic {
 		if :: DOORBELLS -> run sender(DOOR, DOORBELLS, 0) :: else fi;
 		if :: FUTEXES -> run sender(FUTEX, FUTEXES, RESTARTS) :: else fi;
-		if :: POLLED -> run sender(MUTE, POLLED, 0) :: else fi
+		if :: POLLED -> run sender(PLAIN, POLLED, 0) :: else fi
 	};
 	timeout;
-	assert(!DIFFER)
+	assert(!NOTIFIED)
 }
