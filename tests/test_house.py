@@ -292,3 +292,64 @@ def test_a_look_into_a_ring_is_found_in_python(package: Path, line: str) -> None
 def test_long_file_is_found(package: Path) -> None:
     (package / "errors.py").write_text("\n" * 701)
     assert long_files(package, {".py"}, MAX_LINES) == ["shmsock/errors.py: 701 lines"]
+
+
+# -- the core's C files: none calls back up
+
+
+def c_code(file: Path) -> str:
+    """Without comments and strings."""
+    text = re.sub(r"/\*.*?\*/", " ", file.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return re.sub(r'"(\\.|[^"\\])*"', '""', text)
+
+
+def c_functions(file: Path) -> dict[str, tuple[bool, set[str]]]:
+    """What a file defines: whether it is static, and all names in it. Functions begin in the first column."""
+    found = {}
+    for piece in re.split(r"^(?=\w)", c_code(file), flags=re.MULTILINE):
+        if head := re.match(r"([\w \t*]*?)\b(\w+)\([^;{}]*\)\s*\{", piece):
+            found[head[2]] = ("static" in head[1], set(re.findall(r"\b[A-Za-z_]\w*\b", piece[head.end() :])))
+    return found
+
+
+def c_circles(package: Path) -> list[str]:
+    """A file that uses a function of another stands above it. What is inline in a header is its user's."""
+    folder = package / "native"
+    inline: dict[str, set[str]] = {}
+    for header in sorted(folder.rglob("*.h")):
+        inline.update({name: names for name, (_, names) in c_functions(header).items()})
+    files = {file: c_functions(file) for file in sorted(folder.rglob("*.c"))}
+    home = {name: file for file, made in files.items() for name, (private, _) in made.items() if not private}
+    below: dict[str, set[str]] = {}
+    for file in files:
+        names = set(re.findall(r"\b[A-Za-z_]\w*\b", c_code(file)))
+        while more := {n for name in names & inline.keys() for n in inline[name]} - names:
+            names |= more
+        below[str(file.relative_to(folder))] = {
+            str(home[name].relative_to(folder)) for name in names & home.keys() if home[name] != file
+        }
+    return [
+        f"{file} and {other} call each other"
+        for file in below
+        for other in sorted(reachable(file, below))
+        if file < other and file in reachable(other, below)
+    ]
+
+
+def test_no_c_file_calls_back_up() -> None:
+    assert c_circles(PACKAGE) == []
+
+
+@pytest.mark.parametrize("where", ["c", "header"])
+def test_c_files_that_call_each_other_are_found(package: Path, where: str) -> None:
+    native = package / "native"
+    (native / "low.c").write_text("/* above() */\nint low(void) { return 1; }\n")
+    (native / "high.c").write_text(
+        "static int own(void) { return low(); }\nint high(void)\n{\n    return own();\n}\n"
+    )
+    assert c_circles(package) == []
+    (native / "low.h").write_text("static inline int through(void) { return high(); }\n")
+    assert c_circles(package) == []
+    call = "through" if where == "header" else "high"
+    (native / "low.c").write_text(f"int low(void) {{ return 1; }}\nint back(void) {{ return {call}(); }}\n")
+    assert c_circles(package) == ["high.c and low.c call each other"]

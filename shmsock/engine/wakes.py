@@ -3,7 +3,7 @@ kernel, else by nobody, and the heartbeat looks.
 
 A futex wakes the heartbeat, which wakes the loop.
 
-A doorbell that was rung and never came is found out by the core (doorbell.c, sh_lost): such a peer is looked
+A doorbell that was rung and never came is found out by the core (wake.c, sh_lost): such a peer is looked
 at as one that cannot ring, until a doorbell of its comes through.
 """
 

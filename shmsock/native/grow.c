@@ -56,43 +56,9 @@ int sh_ep_grow(sh_ep *ep, uint64_t ring_off, uint32_t ring_bytes)
     ep->grown_at = ep->tail;
     ep->outgrown++;
     ep->flags = (ep->flags & ~SH_EPOCHS) | ((ep->flags + SH_EPOCH_ONE) & SH_EPOCHS);
-    /* SYNC G: the copy, then the descriptor, then P; partner: sh_follow, P before the descriptor before the bytes */
+    /* SYNC G: the copy, then the descriptor, then P; partner: follow, P before the descriptor before the bytes */
     sh_store(&ep->mine->ring, sh_ring_word(ep, ring_off), nd->wc);
     return 1;
-}
-
-/* A descriptor of the peer: read from the ring there, of at least so many bytes. 0 or SH_VIOLATION. */
-int sh_ring_of(sh_ep *ep, uint64_t ring, uint32_t least)
-{
-    const sh_geometry *g = &ep->nd->g;
-    uint64_t off = (ring & 0x3fffffff) * SH_MIN_RING;
-    uint32_t log2_bytes = ring >> 30 & 63;
-
-    if (log2_bytes < 12 || log2_bytes > 30 || 1ull << log2_bytes < least || off < g->arena_off
-        || off + (1ull << log2_bytes) > g->section_bytes)
-        return SH_VIOLATION;
-    ep->rx = sh_section_at(ep->nd->base, g, ep->peer) + off;
-    ep->rx_bytes = 1u << log2_bytes;
-    ep->rx_epoch = (uint8_t)SH_EPOCH(ring);
-    return 0;
-}
-
-/* The peer's P names another epoch than before: read on in its larger ring. 0, SH_RESET or SH_VIOLATION. */
-int sh_follow(sh_ep *ep, uint64_t p)
-{
-    uint32_t was = SH_EPOCH(ep->tx_last), now = (SH_EPOCH(p) - was) & 15;
-    uint64_t ring;
-
-    if (now <= ((ep->rx_epoch - was) & 15))
-        return 0; /* we were quicker */
-    ring = sh_load(&ep->theirs->ring, ep->nd->wc); /* SYNC G */
-    if (SH_GEN(ring) != ep->peer_gen && SH_GEN(sh_load(&ep->theirs->tx_word, ep->nd->wc)) != ep->peer_gen)
-        return SH_RESET;
-    if (SH_GEN(ring) != ep->peer_gen || ((SH_EPOCH(ring) - was) & 15) < now || now > SH_EPOCH_LEAD
-        || sh_ring_of(ep, ring, 2 * ep->rx_bytes) < 0)
-        return SH_VIOLATION;
-    ep->followed = 1;
-    return 0;
 }
 
 /* Python reads from that ring from now on: its offset in the region. A read that was begun before is to be begun again. */

@@ -97,7 +97,7 @@ struct sh_node {
     uint64_t n[SH_N_COUNTERS];
     uint64_t moved_messages, moved_space; /* writes that went on where there had been no space */
     uint64_t due_ns;              /* when the engine wants a pass at the latest */
-    uint64_t hot_ns, hot_turns;   /* turn.c: how long the pump stays hot, in time and in turns */
+    uint64_t hot_ns, hot_turns;   /* pump.c: how long the pump stays hot, in time and in turns */
     uint64_t pumped_ns, hit_ns;   /* the last pass, and the last that found that something had moved: */
     uint64_t hit_moved, gap_ns;   /* so much, so long after the one before */
     uint64_t credit_ns, idle_turns;
@@ -138,23 +138,40 @@ struct sh_node {
 #define SH_BIT(slot) (1ull << ((slot) & 63))
 #define SH_WORD(slot) ((slot) >> 6)
 
+/* What the files offer each other; each uses those above it alone (tests/test_house.py). What Python calls besides is in core.h. */
+
+/* ---- memory.c ---- */
 uint8_t *sh_section_at(const void *base, const sh_geometry *g, uint32_t section);
 struct sh_pair *sh_pair_at(const void *base, const sh_geometry *g, uint32_t of, uint32_t towards);
+
+/* ---- wake.c ---- */
+#define SH_ALL (~0ull)
 void sh_notify_peer(sh_node *nd, struct sh_link *l);
 void sh_wake_up(sh_node *nd);
 void sh_unstick(sh_node *nd, uint64_t *seen);
 void sh_suspect_loss(sh_node *nd, struct sh_link *l, uint64_t now);
-void sh_notify_slot(sh_node *nd, uint32_t peer, uint32_t slot);
 int sh_any_notified(const sh_node *nd, uint64_t of);
 uint64_t sh_drain(int fd);
 void sh_know_peer(sh_node *nd, uint32_t peer, int known);
-#define SH_ALL (~0ull)
+
+/* ---- link.c ---- */
 int sh_collect(sh_node *nd, struct sh_link *l);
 void sh_weigh(sh_node *nd, struct sh_link *l);
 void sh_rate_limit(sh_node *nd, struct sh_link *l);
+
+/* ---- budget.c ---- */
+int sh_asked(sh_node *nd, uint64_t now);
+
+/* ---- spin.c ---- */
+int sh_spin_on(sh_ep *ep, const uint64_t *word, uint64_t seen, uint64_t now);
+uint64_t sh_gather(sh_ep *ep, uint64_t now);
+uint64_t sh_clock_and_yield(sh_node *nd, uint64_t *yield_at);
+uint64_t sh_yield_at(const sh_node *nd, uint64_t now);
+
+/* ---- ring.c ---- */
+void sh_notify_slot(sh_node *nd, uint32_t peer, uint32_t slot);
 int sh_refresh(sh_ep *ep);
 int sh_ring_of(sh_ep *ep, uint64_t ring, uint32_t least);
-int sh_follow(sh_ep *ep, uint64_t p);
 int64_t sh_now(sh_ep *ep, uint32_t want);
 int64_t sh_begin(sh_ep *ep, uint32_t want, uint32_t min, int spin);
 void sh_copy_ring(const sh_ep *ep, void *to, uint32_t at, uint32_t n);
@@ -164,17 +181,12 @@ int sh_writable(sh_ep *ep);
 int sh_room(sh_ep *ep, uint32_t need, uint64_t wish);
 void sh_stage(sh_ep *ep, uint32_t ahead, const void *data, uint32_t n);
 void sh_commit(sh_ep *ep, uint32_t n);
-int sh_spin_on(sh_ep *ep, const uint64_t *word, uint64_t seen, uint64_t now);
-uint64_t sh_gather(sh_ep *ep, uint64_t now);
-uint64_t sh_clock_and_yield(sh_node *nd, uint64_t *yield_at);
-uint64_t sh_yield_at(const sh_node *nd, uint64_t now);
-int sh_asked(sh_node *nd, uint64_t now);
 int sh_acknowledge(sh_node *nd, sh_ep *ep);
 int sh_space_came(const sh_ep *ep);
 void sh_rearm_touched(sh_node *nd);
-void sh_queue_later(sh_node *nd);
 int sh_poll_at(sh_ep *ep, uint64_t now);
-int sh_pass(sh_node *nd, uint64_t *out, int max, uint64_t look, uint64_t now);
+
+/* ---- what is inline ---- */
 
 static inline uint64_t sh_tx_word(const sh_ep *ep)
 {

@@ -187,6 +187,40 @@ int sh_wait_space(sh_ep *ep, int spin)
 
 /* ---- consumer ---- */
 
+/* A descriptor of the peer: read from the ring there, of at least so many bytes. 0 or SH_VIOLATION. */
+int sh_ring_of(sh_ep *ep, uint64_t ring, uint32_t least)
+{
+    const sh_geometry *g = &ep->nd->g;
+    uint64_t off = (ring & 0x3fffffff) * SH_MIN_RING;
+    uint32_t log2_bytes = ring >> 30 & 63;
+
+    if (log2_bytes < 12 || log2_bytes > 30 || 1ull << log2_bytes < least || off < g->arena_off
+        || off + (1ull << log2_bytes) > g->section_bytes)
+        return SH_VIOLATION;
+    ep->rx = sh_section_at(ep->nd->base, g, ep->peer) + off;
+    ep->rx_bytes = 1u << log2_bytes;
+    ep->rx_epoch = (uint8_t)SH_EPOCH(ring);
+    return 0;
+}
+
+/* The peer's P names another epoch than before: read on in its larger ring. 0, SH_RESET or SH_VIOLATION. */
+static int follow(sh_ep *ep, uint64_t p)
+{
+    uint32_t was = SH_EPOCH(ep->tx_last), now = (SH_EPOCH(p) - was) & 15;
+    uint64_t ring;
+
+    if (now <= ((ep->rx_epoch - was) & 15))
+        return 0; /* we were quicker */
+    ring = sh_load(&ep->theirs->ring, ep->nd->wc); /* SYNC G */
+    if (SH_GEN(ring) != ep->peer_gen && SH_GEN(sh_load(&ep->theirs->tx_word, ep->nd->wc)) != ep->peer_gen)
+        return SH_RESET;
+    if (SH_GEN(ring) != ep->peer_gen || ((SH_EPOCH(ring) - was) & 15) < now || now > SH_EPOCH_LEAD
+        || sh_ring_of(ep, ring, 2 * ep->rx_bytes) < 0)
+        return SH_VIOLATION;
+    ep->followed = 1;
+    return 0;
+}
+
 /* Its slot is another life's: was that an opener that gave up before it had seen our ACCEPT? It wrote nothing, and that is an end like
  * any other, unless the link itself has ended. */
 static int gave_up(const sh_ep *ep)
@@ -212,7 +246,7 @@ int sh_refresh(sh_ep *ep)
         ep->moved++;
         return 0;
     }
-    if (SH_UNLIKELY((p ^ ep->tx_last) & SH_EPOCHS) && (r = sh_follow(ep, p)) < 0)
+    if (SH_UNLIKELY((p ^ ep->tx_last) & SH_EPOCHS) && (r = follow(ep, p)) < 0)
         return r;
     if (SH_LOW(p) - ep->head > ep->rx_bytes || SH_LOW(p) - ep->head < ep->tail_seen - ep->head
         || ((ended = ep->tx_last & (SH_FIN | SH_DONE)) && ((p & ended) != ended || ((ended & SH_FIN) && SH_LOW(p) != ep->tail_seen))))

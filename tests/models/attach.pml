@@ -1,4 +1,4 @@
-/* attach.pml - lives of a pair: attach, re-attach, drop; adoption; messages (node.c sh_restart, sh_adopt, sh_message_send,
+/* attach.pml - lives of a pair: attach, re-attach, drop; adoption; messages (link.c sh_restart, sh_adopt, sh_message_send,
  * sh_message_recv; LAYOUT.md, "Lives of a pair").
  *
  * Node 0 sends N messages to node 1 in each life of the link. Either may be killed between any two steps, D0 and D1

@@ -1,4 +1,4 @@
-/* notify.pml - telling a reader that its slot has news (ring.c, node.c; LAYOUT.md, rules F1, R1 and NOTIFY).
+/* notify.pml - telling a reader that its slot has news (ring.c, link.c; LAYOUT.md, rules F1, R1 and NOTIFY).
  *
  * A producer publishes N times, each time in one of two slots, whose bits share one word of toggles and one of
  * acknowledgements. The other side is a loop: pump, then the tasks that read. A reader that finds nothing may spin, with

@@ -1,4 +1,4 @@
-/* wake.pml - a loop that falls asleep, and those who wake it (doorbell.c, heartbeat.c; LAYOUT.md, "Ordering").
+/* wake.pml - a loop that falls asleep, and those who wake it (wake.c, heartbeat.c; LAYOUT.md, "Ordering").
  *
  * Up to three senders, each with a notify_seq. The first kicks by a doorbell: an eventfd that the loop waits on, readable
  * until it is drained. The second stores KICKED_FOR, the sleep that it kicks for, and wakes a futex there; the heartbeat,

@@ -63,6 +63,7 @@ extern const char *const sh_op_names[SH_OP_KINDS];
 extern PyObject *sh_slow[SH_OP_KINDS]; /* the coroutine functions */
 extern PyTypeObject *sh_pump_type, *sh_fast_path_type, *sh_op_type;
 
+int sh_turn_ready(void);
 int sh_pump_ready(PyObject *module);
 int sh_fast_path_ready(PyObject *module);
 int sh_op_ready(PyObject *module);

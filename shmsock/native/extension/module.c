@@ -18,7 +18,7 @@ PyMODINIT_FUNC PyInit__extension(void)
     if (made)
         return Py_NewRef(made);
     module = PyModule_Create(&definition);
-    if (module && (sh_pump_ready(module) < 0 || sh_fast_path_ready(module) < 0 || sh_op_ready(module) < 0 || sh_streams_ready(module) < 0 || sh_datagrams_ready(module) < 0))
+    if (module && (sh_turn_ready() < 0 || sh_pump_ready(module) < 0 || sh_fast_path_ready(module) < 0 || sh_op_ready(module) < 0 || sh_streams_ready(module) < 0 || sh_datagrams_ready(module) < 0))
         Py_CLEAR(module);
     made = Py_XNewRef(module);
     return module;

@@ -1,4 +1,4 @@
-/* turn.c - when the pump runs: the twin of _Turn in shmsock/aio/turn.py, which says what it is about. */
+/* pump.c - when the pump runs, and whom it tells of what it found. */
 #include "extension.h"
 
 #include <sched.h>
@@ -10,50 +10,7 @@
 #define UNUSUAL (SH_POLL_FIN | SH_POLL_DONE | SH_POLL_RESET | SH_POLL_BAD)
 
 PyTypeObject *sh_pump_type;
-static PyObject *with_context; /* ("context",) */
-static PyObject *s_check, *s_heard, *s_attend, *s_pump_follows;
-
-/* ---- turns ---- */
-
-/* In the context of the pump. */
-int sh_call_soon(Pump *t, PyObject *callback)
-{
-    PyObject *args[] = {callback, t->context}, *handle;
-
-    if (!t->call_soon) {
-        PyErr_SetString(PyExc_RuntimeError, "this node was never attached, or has been collected");
-        return -1;
-    }
-    handle = PyObject_Vectorcall(t->call_soon, args, 1, with_context);
-    Py_XDECREF(handle);
-    return handle ? 0 : -1;
-}
-
-int sh_begin_turn(Pump *t)
-{
-    if (PyThread_get_thread_ident() != t->ident) {
-        PyObject *r = PyObject_CallMethodNoArgs((PyObject *)t, s_check); /* raises */
-        Py_XDECREF(r);
-        return r ? 0 : -1;
-    }
-    if (t->nd) /* else it was never attached, and call_soon is not to be had either */
-        sh_turn(t->nd);
-    if (sh_call_soon(t, t->pump) < 0) /* no memory; Ctrl-C in there: not marked, so that the next call tries again */
-        return -1;
-    t->scheduled = 1;
-    return 0;
-}
-
-int sh_may_spin(Pump *t) { return PyObject_Size(t->queue) + t->pumping < 2; }
-
-int sh_will_run(Pump *t) { return t->queue_visible ? 0 : PyList_Append(t->queue, Py_None); }
-
-int sh_runs(Pump *t)
-{
-    Py_ssize_t n = t->queue_visible || !t->queue ? 0 : PyList_GET_SIZE(t->queue);
-
-    return n ? PyList_SetSlice(t->queue, n - 1, n, NULL) : 0;
-}
+static PyObject *s_heard, *s_attend, *s_pump_follows;
 
 static int owed(Pump *t)
 {
@@ -390,12 +347,10 @@ static PyType_Spec spec = {
 
 int sh_pump_ready(PyObject *module)
 {
-    s_check = PyUnicode_InternFromString("check");
     s_heard = PyUnicode_InternFromString("_heard");
     s_attend = PyUnicode_InternFromString("_attend");
     s_pump_follows = PyUnicode_InternFromString("_pump_follows");
-    with_context = Py_BuildValue("(s)", "context");
     sh_pump_type = (PyTypeObject *)PyType_FromSpec(&spec);
-    return s_check && s_heard && s_attend && s_pump_follows && with_context && sh_pump_type
+    return s_heard && s_attend && s_pump_follows && sh_pump_type
         ? PyModule_AddObjectRef(module, "Pump", (PyObject *)sh_pump_type) : -1;
 }

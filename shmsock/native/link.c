@@ -1,5 +1,4 @@
-/* node.c - a node's links to its peers: bells and toggles in, adoption. The pump reads O(peers) words when
- * idle and O(active slots) under load. */
+/* link.c - a node, and its links to its peers: what their bells say, how much they may say, and their lives. */
 #include "node.h"
 
 /* ---- life of a node ---- */
@@ -84,7 +83,7 @@ uint64_t sh_node_counter(sh_node *nd, int which)
     return which >= 0 && which < SH_N_COUNTERS ? __atomic_load_n(&nd->n[which], __ATOMIC_RELAXED) : 0;
 }
 
-/* ---- the pump ---- */
+/* ---- what a peer's bell says ---- */
 
 /* Take in one peer's bell: acknowledge its toggles and keep what is open as ready. 1 when the pump has something to do. */
 int sh_collect(sh_node *nd, struct sh_link *l)
@@ -163,146 +162,6 @@ int sh_inspect(sh_node *nd, uint32_t peer)
     if (!sh_rate_limited(l))
         sh_caused(nd, l, 1);
     return !sh_rate_limited(l);
-}
-
-/* What the bells of `look` and the ready slots have to say. Fills out[] with what a look at the slot found << 32 | kind << 24 | (slot or
- * peer), at most max of them; what does not fit is kept for the next pass. */
-int sh_pass(sh_node *nd, uint64_t *out, int max, uint64_t look, uint64_t now)
-{
-    int n = 0;
-
-    nd->attention = 0;
-    for (uint32_t k = 0, j = nd->start; k < nd->g.peers; k++, j = j + 1 < nd->g.peers ? j + 1 : 0) {
-        struct sh_link *l = &nd->links[j];
-
-        if (!(look >> j & 1))
-            continue;
-        if (sh_peek(&l->in->notify_seq) != l->last && !sh_rate_limited(l)) {
-            if (nd->woke)
-                sh_suspect_loss(nd, l, now);
-            sh_collect(nd, l);
-        }
-        if (!l->news)
-            continue;
-        if (n == max) {
-            nd->attention = 1;
-            continue;
-        }
-        out[n++] = (uint64_t)(l->news & SH_NEWS_TAG ? SH_EV_ADOPT : SH_EV_MESSAGE) << 24 | j;
-        l->unread = !(l->news & SH_NEWS_TAG);
-        l->news = 0; /* what is left unread of the mail is found again by sh_message_recv's caller */
-    }
-    nd->woke = 0;
-    nd->start = nd->start + 1 < nd->g.peers ? nd->start + 1 : 0;
-    for (uint32_t k = 0, w = nd->start % nd->words; k < nd->words && n < max; k++, w = w + 1 < nd->words ? w + 1 : 0) {
-        for (; nd->ready[w] && n < max; nd->ready[w] &= nd->ready[w] - 1) {
-            uint32_t slot = w * 64 + (uint32_t)__builtin_ctzll(nd->ready[w]);
-            out[n++] = (uint64_t)sh_poll_at(&nd->eps[slot], now) << 32 | SH_EV_SLOT << 24 | slot;
-        }
-    }
-    return n;
-}
-
-/* Slots that nobody came back to: the next pass looks at them. */
-void sh_queue_later(sh_node *nd)
-{
-    for (uint32_t w = 0; w < nd->words; w++) {
-        nd->ready[w] |= nd->later[w] & ~nd->touched[w];
-        nd->later[w] = 0;
-    }
-}
-
-/* The heartbeat tells of it beside the beat. */
-static uint64_t count_pump(sh_node *nd)
-{
-    uint64_t pumps = nd->n[SH_N_PUMPS] + 1;
-
-    __atomic_store_n(&nd->n[SH_N_PUMPS], pumps, __ATOMIC_RELAXED);
-    return pumps;
-}
-
-/* One pass, which begins a turn. Returns what sh_pass() does, or SH_STALE. */
-int sh_pump(sh_node *nd, uint64_t *out, int max)
-{
-    uint64_t now, look = SH_ALL;
-
-    if (!sh_may_write(nd))
-        return SH_STALE;
-    now = sh_turn(nd);
-    if (count_pump(nd) % 16 && !nd->attention && !__atomic_load_n(&nd->strangers, __ATOMIC_RELAXED))
-        look = nd->known_peers; /* each bell is on a page of its own, and cold ones cost more than all the rest */
-    else
-        __atomic_store_n(&nd->strangers, 0, __ATOMIC_RELAXED);
-    sh_queue_later(nd);
-    sh_rearm_touched(nd);
-    return sh_pass(nd, out, max, look, now);
-}
-
-/* Nothing is owed a pass: the loop may sleep, once the heartbeat (or a doorbell) watches the bells. */
-int sh_quiet(sh_node *nd)
-{
-    uint64_t any = nd->attention;
-
-    for (uint32_t w = 0; w < nd->words; w++)
-        any |= nd->ready[w] | nd->later[w] | nd->touched[w];
-    return !any;
-}
-
-/* The slow look that needs no bell. What it finds is made ready; it counts as healed only if a whole period later still no bell
- * has spoken of it (else the bell was merely on its way). Returns how many links looked suspicious. */
-int sh_safety(sh_node *nd)
-{
-    int found = 0;
-
-    if (!sh_may_write(nd))
-        return 0;
-    for (uint32_t j = 0; j < nd->g.peers; j++) {
-        struct sh_link *l = &nd->links[j];
-        uint64_t bell = sh_load(&l->in->notify_seq, nd->wc), box;
-        int suspect = 0;
-
-        if (sh_rate_limited(l)) {
-            __atomic_store_n(&l->rate_limited, 0, __ATOMIC_RELEASE);
-            nd->kick = 1;
-            l->weighed_ns = sh_clock();
-            l->polls = l->moved = 0;
-            sh_collect(nd, l);
-            continue;
-        }
-        if (l->suspected && l->suspect == bell)
-            nd->n[SH_N_HEALED]++;
-        l->suspected = 0;
-        if (!l->peer_inc || bell != l->last)
-            continue;
-        for (uint32_t w = 0; w < nd->words; w++) {
-            uint64_t due = nd->ready[w] | nd->later[w] | nd->touched[w];
-
-            if ((sh_load(&l->t_in[w], nd->wc) ^ l->a[w]) & l->open[w] & ~due)
-                suspect = 1;
-            for (uint64_t m = l->open[w] & ~due; m; m &= m - 1) {
-                sh_ep *ep = &nd->eps[w * 64 + (uint32_t)__builtin_ctzll(m)];
-                /* WANT is published without a bell: it is seen when bytes are taken */
-                if (((sh_load(&ep->theirs->tx_word, nd->wc) ^ ep->tx_last) & ~SH_WANT)
-                    || ((ep->flags & SH_WANT) && SH_LOW(sh_load(&ep->theirs->rx_word, nd->wc)) != ep->head_seen)) {
-                    nd->ready[w] |= SH_BIT(ep->slot);
-                    suspect = 1;
-                }
-            }
-        }
-        box = sh_load(&l->in->outbox, nd->wc);
-        if (SH_HIGH(box) == l->my_inc && SH_LOW(box) != l->msg_head && !(l->news & SH_NEWS_MAIL) && !l->unread) {
-            l->news |= SH_NEWS_MAIL;
-            nd->attention = 1;
-            suspect = 1;
-        }
-        if (suspect) {
-            sh_collect(nd, l);
-            l->suspected = 1;
-            l->suspect = bell;
-            found++;
-        }
-    }
-    return found;
 }
 
 /* ---- links: attach, drop, adopt (LAYOUT.md, "Lives of a pair") ---- */

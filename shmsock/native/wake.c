@@ -1,4 +1,4 @@
-/* doorbell.c - going to sleep, and waking those who sleep. A doorbell is a hint: what happened stands in memory, each pump looks at all
+/* wake.c - going to sleep, and waking those who sleep. A doorbell is a hint: what happened stands in memory, each pump looks at all
  * bells, and a doorbell that does not come costs time only. */
 #include "node.h"
 
