@@ -276,7 +276,7 @@ int sh_heartbeat_start(sh_heartbeat *k, sh_node *nd, int event_fd, int lock_fd, 
     error = pthread_create(&k->thread, NULL, run, k);
     pthread_sigmask(SIG_SETMASK, &old, NULL);
     if (!error)
-        pthread_setname_np(k->thread, "shmsock-heartbeat");
+        pthread_setname_np(k->thread, "shmsock-beat"); /* 15 characters at most */
     return error;
 }
 
