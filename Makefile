@@ -63,6 +63,10 @@ lint: setup
 check: lint ## ruff, mypy, and the C core with every compiler's warnings as errors
 	@$(BIN)/python -m pytest -q tests/native/test_build.py tests/test_house.py
 
+.PHONY: docs
+docs: setup ## write the generated parts of the documents
+	@$(BIN)/python -m tests.test_docs
+
 .PHONY: format
 format: setup ## let ruff lay out the Python files
 	@$(BIN)/ruff check --fix-only

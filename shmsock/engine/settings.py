@@ -1,4 +1,4 @@
-"""The knobs of a node, with their units in their names. The defaults are right for most."""
+"""Settings of a node, with their units in their names. The defaults are right for most."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Settings"]
 
 @dataclass(frozen=True)
 class Settings:
-    """Frozen; all have defaults.
+    """Frozen; all have defaults. (docs/tuning.md shows this text: `make docs` writes it there.)
 
     `busy_poll_us`: Longest busy-poll of a read or a drain that finds nothing. Windows adapt below it; 0:
     never spin. On a machine that runs code slowly (an emulated guest) up to ten times as long, as
@@ -20,11 +20,11 @@ class Settings:
     `hot_us`: How long the pump re-schedules itself after bytes moved, before it lets the loop sleep.
     `hold_us`: Longest time that reads and drains that need not wait may hold one turn of the loop. On
     asyncio's and uvloop's a turn ends within 50 us when another descriptor is ready.
-    `look_cap_us`: The heartbeat's longest sleep between two looks at the bells, while the loop sleeps and
-    there is a peer that can ring neither a doorbell nor a futex: the worst wakeup, and its CPU cost.
+    `look_cap_us`: The heartbeat's longest sleep between two polls, while the loop sleeps and there is a peer
+    that can kick this node neither by a doorbell nor by a futex: the worst wakeup, and its CPU cost.
     Four times that after a second in which nothing came.
-    `doorbells`: False: neither ring nor be rung, by doorbells or futexes. Then all are such peers.
-    `dead_after_s`: A peer whose beat stands still so long, over at least ten looks of ours, is dead. One that
+    `doorbells`: False: neither kick nor be kicked, by doorbells or futexes. Then all peers are polled.
+    `dead_after_s`: A peer whose beat stands still so long, over at least ten polls of ours, is dead. One that
     was never seen to beat, as it was gone before this node attached, after a second.
     `linger_s`: How long the unread bytes of a dead peer are kept for a reader that does not come. (Above 60
     its section may be reused before, when no other is free.)
@@ -37,11 +37,11 @@ class Settings:
     `datagram_queue_bytes`: What an endpoint for datagrams keeps at most, of those that wait to be sent
     and of those that wait while it is paused; each counts 64 bytes more than it has. At least 2**18: more
     than pause_writing lets come up.
-    `pin`: Names that are believed of one section only, {"vm-b": 3}: who says elsewhere that this is its name
-    goes by "section-N" here. A program asks for its section with attach(section=). None: SHMSOCK_PIN
-    ("vm-b=3,vm-c=5"), else none.
     `max_connects`: CONNECTs per peer without an answer; more wait here. At most 32 (two directions share
     64 messages).
+    `pin`: Names that are believed of one section only, {"vm-b": 3}: a peer elsewhere that says this is its
+    name goes by "section-N" here. A program asks for its section with attach(section=). None: SHMSOCK_PIN
+    ("vm-b=3,vm-c=5"), else none.
     """
 
     busy_poll_us: int = 200

@@ -1,12 +1,6 @@
 """One suite over many networks, with plain TCP and UDP as the control: what a test here says, they do.
 
-Shared memory may differ in this, and in nothing else:
-
-- addresses are names: ("vm-b", 7000), or internet addresses that stand for names, on a `.shm` loop;
-- there is no kernel socket behind get_extra_info("socket"): a pseudo-socket is there;
-- there is no urgent data;
-- a connect waits for a peer whose loop is blocked, where TCP's kernel would have answered;
-- a datagram beyond the maximum is raised by sendto() as OSError (EMSGSIZE).
+Shared memory may differ in what docs/differences-from-tcp.md says, and in nothing else.
 
 Where the two controls differ from each other (asyncio and uvloop do here and there, and so do Python's
 versions), either answer is right for shared memory, and the test says so.

@@ -1,0 +1,218 @@
+"""The documents: their links lead somewhere, their commands exist, and what can be generated was.
+
+`python -m tests.test_docs` (`make docs`) writes the generated part of docs/tuning.md.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+from shmsock.cli import cli
+from shmsock.engine import counters
+from shmsock.engine.settings import Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+TUNING = ROOT / "docs" / "tuning.md"
+DOCUMENTS = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "shmsock").rglob("*.md"),
+        *(ROOT / "tests").rglob("*.md"),
+    ]
+)
+
+
+def name_of(document: Path) -> str:
+    return str(document.relative_to(ROOT))
+
+
+for_each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+
+
+def read(document: Path) -> str:
+    return document.read_text(encoding="utf-8")
+
+
+# -- links -------------------------------------------------------------------------------------------------
+
+LINK = re.compile(r"\[[^\]\n]*\]\(([^)\s]+)\)")
+FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+
+
+def anchors(text: str) -> set[str]:
+    """What GitHub makes of the headings."""
+    headings = re.findall(r"^#+ +(.+?) *$", FENCE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(document: Path, text: str) -> list[str]:
+    broken = []
+    for target in LINK.findall(FENCE.sub("", text)):
+        if "://" in target:
+            continue
+        file, _, anchor = target.partition("#")
+        there = (document.parent / file).resolve()
+        if (file and not there.exists()) or (anchor and anchor not in anchors(read(there) if file else text)):
+            broken.append(target)
+    return broken
+
+
+@for_each_document
+def test_links_lead_somewhere(document: Path) -> None:
+    assert broken_links(document, read(document)) == []
+
+
+def test_every_guide_is_found_from_the_readme() -> None:
+    linked = {target.partition("#")[0] for target in LINK.findall(read(ROOT / "README.md"))}
+    assert {name_of(guide) for guide in (ROOT / "docs").glob("*.md")} - linked == set()
+
+
+# -- commands ----------------------------------------------------------------------------------------------
+
+
+def code(text: str) -> Iterator[str]:
+    """Lines of indented and fenced blocks that are no Python, continued ones in one, and what stands in
+    backticks."""
+    text = re.sub(r"^```python$.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    blocks = [*re.findall(r"^    +(.+)$", text.replace("\\\n", " "), re.MULTILINE)]
+    blocks += [
+        line for block in FENCE.findall(text) for line in block.replace("\\\n", " ").splitlines()[1:-1]
+    ]
+    yield from (line.partition("  #")[0].strip() for line in blocks)
+    yield from re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
+
+
+def unknown_options(words: list[str]) -> list[str]:
+    """Subcommands and options of a `shmsock ...` that there are not."""
+    command: click.Command = cli
+    context = click.Context(cli)
+    given = iter(words[1:])
+    for word in given:
+        if word.startswith("-"):
+            options = {option for p in command.params for option in (*p.opts, *p.secondary_opts)}
+            if word.partition("=")[0] not in options | {"--help", "-h"}:
+                return [*words, word]
+        elif isinstance(command, click.Group) and re.fullmatch(r"[a-z-]+", word):
+            found = command.get_command(context, word)
+            if found is None and command is cli:
+                return [*words, word]
+            command = found or command
+    return []
+
+
+@for_each_document
+def test_commands_exist(document: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", read(ROOT / "Makefile"), re.MULTILINE))
+    wrong: list[object] = []
+    for line in code(read(document)):
+        words = line.split() if "'" in line else shlex.split(line)
+        while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+            words = words[1:]
+        if words[:1] == ["shmsock"]:
+            wrong += unknown_options(words)
+        elif words[:1] == ["make"] and len(words) == 2 and words[1] not in targets:
+            wrong.append(line)
+        wrong += [w for w in words if re.fullmatch(r"examples/\S+\.\w+", w) and not (ROOT / w).exists()]
+    assert wrong == []
+
+
+PLACE = re.compile(r"(?:shmsock|docs|tests|examples|benchmarks)/[\w./-]*\w")
+
+
+@for_each_document
+def test_files_that_are_named_exist(document: Path) -> None:
+    if document.name == "CHANGELOG.md":
+        return  # it tells of what was
+    named = {word for word in re.findall(r"`([^`\n]+)`", read(document)) if PLACE.fullmatch(word)}
+    assert {word for word in named if not (ROOT / word).exists()} == set()
+
+
+@for_each_document
+def test_python_in_documents_is_python(document: Path) -> None:
+    for block in re.findall(r"^```python\n(.*?)^```$", read(document), re.MULTILINE | re.DOTALL):
+        compile(block, name_of(document), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+
+
+# -- what is generated or said twice -----------------------------------------------------------------------
+
+BETWEEN = re.compile(r"(?<=<!-- settings -->\n).*?(?=<!-- /settings -->)", re.DOTALL)
+
+
+def shown(default: object) -> str:
+    if isinstance(default, int) and not isinstance(default, bool) and default >= 1024 and default % 1024 == 0:
+        return f"{default >> 20} MiB" if default % (1 << 20) == 0 else f"{default >> 10} KiB"
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def settings_table() -> str:
+    """All fields of Settings: name, default, and what its docstring says of it."""
+    said = dict(re.findall(r"`(\w+)`: (.*?)(?=\s*`\w+`: |\s*\Z)", Settings.__doc__ or "", re.DOTALL))
+    fields = dataclasses.fields(Settings)
+    assert list(said) == [field.name for field in fields]
+    rows = [f"| `{f.name}` | {shown(f.default)} | {' '.join(said[f.name].split())} |" for f in fields]
+    return "\n".join(["| setting | default | what |", "|---|---|---|", *rows]) + "\n"
+
+
+def test_settings_are_those_of_the_code() -> None:
+    found = BETWEEN.search(read(TUNING))
+    assert found is not None
+    assert found[0] == settings_table(), "run `make docs`"
+
+
+def test_environment_variables_are_those_of_the_code() -> None:
+    source = "\n".join(read(file) for file in (ROOT / "shmsock").rglob("*.py"))
+    read_there = set(re.findall(r"environ[^\n]*?\"(SHMSOCK_[A-Z_]+)\"", source))
+    assert read_there - {"SHMSOCK_ACCELERATOR"} == set(
+        re.findall(r"^\| `(SHMSOCK_[A-Z_]+)`", read(TUNING), re.MULTILINE)
+    )
+
+
+def test_counters_are_those_of_the_code() -> None:
+    for guide in ("doorbells.md", "differences-from-tcp.md"):
+        text = read(ROOT / "docs" / guide)
+        named = set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) | set(
+            re.findall(r"`(datagrams_\w+)`", text)
+        )
+        assert named
+        assert named <= {*counters.OF_CORE, *counters.OF_ENGINE}, guide
+
+
+def test_figures_stand_in_one_place() -> None:
+    rows = re.findall(r"^\| (?:64|connect).*\|$", read(ROOT / "README.md"), re.MULTILINE)
+    assert len(rows) == 5
+    kept = read(ROOT / "docs" / "benchmarks.md")
+    assert [row for row in rows if row.removesuffix("|") not in kept] == []
+
+
+# -- the checks can fail -----------------------------------------------------------------------------------
+
+
+def test_a_broken_link_is_found() -> None:
+    text = "# One\n[a](README.md) [b](none.md) [c](#one) [d](#two) [e](README.md#limits) [f](README.md#none)"
+    assert broken_links(ROOT / "made-up.md", text) == ["none.md", "#two", "README.md#none"]
+
+
+@pytest.mark.parametrize(
+    "line", ["shmsock creat x", "shmsock create x --sized 2M", "shmsock bench serve --x"]
+)
+def test_a_wrong_command_is_found(line: str) -> None:
+    assert unknown_options(line.split())
+    assert list(code(f"    {line}\n")) == [line]
+
+
+@pytest.mark.parametrize("line", ["shmsock create x --size 2M", "shmsock bench connect vm-b", "shmsock info"])
+def test_a_right_command_is_let_pass(line: str) -> None:
+    assert unknown_options(line.split()) == []
+
+
+if __name__ == "__main__":
+    TUNING.write_text(BETWEEN.sub(lambda _: settings_table(), read(TUNING)), encoding="utf-8")
