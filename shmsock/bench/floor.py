@@ -6,6 +6,7 @@ user's cache. It needs a C compiler; whoever measures does without it where ther
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -18,10 +19,10 @@ from typing import Any
 
 from shmsock import native
 from shmsock.bench import child
-from shmsock.engine.settings import Settings
+from shmsock.errors import RegionError
 from shmsock.guests.image import cache_dir
 
-__all__ = ["FloorUnavailable", "cache_line_ns", "floor", "program", "run"]
+__all__ = ["FloorUnavailable", "available", "cache_line_ns", "program", "run"]
 
 SOURCE = Path(__file__).with_name("floor.c")
 NATIVE = Path(native.__file__).parent
@@ -34,8 +35,19 @@ LINE_S = 0.04
 KEPT = 8
 
 
-class FloorUnavailable(RuntimeError):
+class FloorUnavailable(RegionError):
     """The program cannot be compiled or run here. The message says why."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(errno.EIO, why)
+
+
+def available() -> bool:
+    """Can it be compiled here?"""
+    try:
+        return bool(program())
+    except FloorUnavailable:
+        return False
 
 
 def cache_line_ns(cpus: tuple[int, int] | None = None) -> float | None:
@@ -51,20 +63,6 @@ def cache_line_ns(cpus: tuple[int, int] | None = None) -> float | None:
         return float(run("line", server, client, LINE_S)["p50_ns"])
     except FloorUnavailable:
         return None
-
-
-def floor(
-    seconds: float = 1.0, cpus: tuple[int, int] | None = None, ring_bytes: int = Settings.ring_bytes
-) -> dict[str, float]:
-    """Round trips of 64 bytes and writes of 64 KiB, so many seconds each, server and client on these CPUs.
-
-    Raises FloorUnavailable.
-    """
-    server, client = cpus or child.cpus()[:2]
-    echo = run("echo", server, client, seconds, ring_bytes)
-    write = run("write", server, client, seconds, ring_bytes)
-    found = {f"echo_{what}": float(echo[what]) for what in ("p50_us", "p99_us", "p999_us", "max_us")}
-    return {**found, "write_mb_s": float(write["mb_s"])}
 
 
 def run(what: str, *arguments: object) -> dict[str, Any]:

@@ -13,33 +13,9 @@ from typing import Any
 from rich.console import Console
 
 from shmsock.aio.pump import extension
-from shmsock.bench import floor
 from shmsock.bench.child import have_uvloop
-from shmsock.engine.settings import Settings
-from shmsock.errors import region_error
 
-__all__ = ["cache_line_ns", "describe", "has_floor", "machine", "note_load", "of_floor"]
-
-
-def cache_line_ns() -> float | None:
-    """The round trip of a cache line between the two CPUs, now: virtual ones move. None: see floor.py."""
-    return floor.cache_line_ns()
-
-
-def has_floor() -> bool:
-    """Whether the C loop over the ring can be measured here."""
-    try:
-        return bool(floor.program())
-    except floor.FloorUnavailable:
-        return False
-
-
-def of_floor(kind: str, server: int, client: int, seconds: float) -> dict[str, Any]:
-    """What the C loop makes of "echo" or "write". Raises RegionError."""
-    try:
-        return floor.run(kind, server, client, seconds, Settings.ring_bytes)
-    except floor.FloorUnavailable as error:
-        raise region_error(5, str(error)) from error
+__all__ = ["describe", "machine", "note_load"]
 
 
 def machine() -> dict[str, Any]:

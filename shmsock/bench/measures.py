@@ -8,6 +8,7 @@ from typing import Any
 
 from shmsock.bench import pairs as over
 from shmsock.bench.pairs import Variant
+from shmsock.bench.results import have_histograms
 from shmsock.bench.words import amount, count, duration, microseconds, nbytes, percent, share, speed
 
 __all__ = ["BOTH", "IDLE", "MEASURES", "PLAIN", "SPORADIC", "SUITE", "SWEEPS", "Column", "Measure", "chosen"]
@@ -81,7 +82,9 @@ class Measure:
 
     @property
     def ends(self) -> tuple[object, ...]:
-        return ("--measure", self.kind, *self.arguments)
+        """What its clients are told, and its servers."""
+        histogram = ("--histogram",) if have_histograms() else ()
+        return ("--measure", self.kind, *self.arguments, *histogram)
 
     @property
     def timed(self) -> bool:

@@ -13,7 +13,6 @@ from rich.console import Console
 from shmsock.bench.child import Child, have_uvloop
 from shmsock.bench.measures import Measure
 from shmsock.bench.pairs import Variant, checked
-from shmsock.bench.results import have_histograms
 from shmsock.bench.runner import Take, bench
 
 __all__ = ["REMOTE", "Remote", "bench_remote", "serve"]
@@ -84,9 +83,8 @@ class Remote:
 
     def _take(self, measure: Measure, variant: Variant, seconds: float) -> dict[str, Any]:
         host, port = self.tcp if self.tcp and variant.is_tcp else self.at
-        histogram = ("--histogram",) if have_histograms() else ()
         to = ("--host", host, "--port", port, *pinned(self.cpu), "--seconds", seconds)
-        with Child(variant.role("client", *to, *measure.ends, *histogram), self.env) as client:
+        with Child(variant.role("client", *to, *measure.ends), self.env) as client:
             return measure.figures(checked(variant, client.line()))
 
 

@@ -12,13 +12,15 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from shmsock.bench import floor
 from shmsock.bench.child import cpus
-from shmsock.bench.machine import cache_line_ns, describe, has_floor, machine, note_load, of_floor
+from shmsock.bench.machine import describe, machine, note_load
 from shmsock.bench.marks import judge
 from shmsock.bench.measures import Measure, Sweep
 from shmsock.bench.pairs import Variant, peers, private_region
-from shmsock.bench.results import combine, have_histograms, of_peers
+from shmsock.bench.results import combine, of_peers
 from shmsock.bench.tables import mark_table, measure_table, sweep_table
+from shmsock.engine.settings import Settings
 
 __all__ = ["Bench", "Host", "Place", "Take", "bench"]
 
@@ -53,11 +55,12 @@ class Host:
         self.server, self.client, self.pinned = cpus()
 
     @cached_property
-    def floor(self) -> bool:
-        return self.server != self.client and has_floor()
+    def has_floor(self) -> bool:
+        """Can the C loop over the ring be measured here?"""
+        return self.server != self.client and floor.available()
 
     def variants(self, measure: Measure) -> list[Variant]:
-        return [*measure.variants(), *([Variant("floor")] if measure.floor and self.floor else [])]
+        return [*measure.variants(), *([Variant("floor")] if measure.floor and self.has_floor else [])]
 
     def where(self, measure: Measure) -> str | None:
         if measure.placement == "two" and self.server == self.client:
@@ -80,7 +83,8 @@ class Host:
             yield partial(self._take, measure, region, *pins[measure.placement])
 
     def cache_line_ns(self) -> float | None:
-        return cache_line_ns()
+        """Of these two CPUs, now: virtual ones move."""
+        return floor.cache_line_ns()
 
     @staticmethod
     def _take(
@@ -92,9 +96,8 @@ class Host:
         seconds: float,
     ) -> dict[str, Any]:
         if variant.module == "floor" and server is not None and client is not None:
-            return of_floor(measure.kind, server, client, seconds)
-        ends = (*measure.ends, *(("--histogram",) if have_histograms() else ()))
-        found = peers(variant, region, seconds, server, client, *ends, clients=measure.clients)
+            return floor.run(measure.kind, server, client, seconds, Settings.ring_bytes)
+        found = peers(variant, region, seconds, server, client, *measure.ends, clients=measure.clients)
         each = [measure.figures(client) for client in found]
         return each[0] if measure.clients == 1 else of_peers(each)
 

@@ -17,7 +17,6 @@ from rich.console import Console
 from shmsock.bench.child import have_uvloop, python
 from shmsock.bench.measures import Measure
 from shmsock.bench.pairs import DOORBELLS, Variant, checked
-from shmsock.bench.results import have_histograms
 from shmsock.bench.runner import Take, bench
 from shmsock.errors import region_error
 from shmsock.guests.pair import GuestsFailed, boot_pair
@@ -123,8 +122,7 @@ class Guests:
         env = variant.environment
         with self.server.start(role(variant, "server", "--host", address), env=env) as serving:
             port = json.loads(serving.readline(LINE_S))["port"]
-            histogram = ("--histogram",) if have_histograms() else ()
-            to = ("--host", address, "--port", port, "--seconds", seconds, *measure.ends, *histogram)
+            to = ("--host", address, "--port", port, "--seconds", seconds, *measure.ends)
             said = self.client.run(role(variant, "client", *to), timeout=LINE_S + 10 * seconds, env=env).text
             serving.close_stdin()
             serving.wait(LINE_S, check=True)

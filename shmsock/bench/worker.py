@@ -3,7 +3,6 @@
     python -m shmsock.bench.worker serve --port 7000 [--file F] [--save F]   until its standard input ends
     python -m shmsock.bench.worker echo vm-b --port 7000 --count 10000
     python -m shmsock.bench.worker send vm-b --port 7000 --bytes 200000000 [--file F] [--both [--save F]]
-    python -m shmsock.bench.worker raw-byte --region pci:auto --offset 100 [--set 7]
 
 What is sent is a file or, without one, random bytes made on the way; what comes is kept with --save. Hashes
 are taken while the bytes pass. `--both`: the other end sends as much at the same time, on one connection.
@@ -20,12 +19,12 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import IO, Any
 
 from shmsock.aio.attach import attach
 from shmsock.aio.endpoints import open_connection, start_server
 from shmsock.aio.node import Node
-from shmsock.region import open_region
 
 CHUNK = 256 * 1024
 PROGRESS_S = 0.2
@@ -88,8 +87,13 @@ class Transfer:
         }
 
 
-def opened(path: str | None, mode: str) -> IO[bytes] | None:
-    return open(path, mode) if path else None
+@contextmanager
+def files(options: argparse.Namespace) -> Iterator[tuple[IO[bytes] | None, IO[bytes] | None]]:
+    """What is sent, and where to save what comes; None where no file was named."""
+    with ExitStack() as stack:
+        source = stack.enter_context(open(options.file, "rb")) if options.file else None
+        sink = stack.enter_context(open(options.save, "wb")) if options.save else None
+        yield source, sink
 
 
 async def handle(
@@ -103,17 +107,12 @@ async def handle(
                 writer.write(data)
                 await writer.drain()
             return
-        transfer, work = Transfer(quiet=True), []
-        source, sink = opened(options.file, "rb"), opened(options.save, "wb")
-        try:
-            work.append(transfer.receive(reader, wish["bytes"], sink))
+        transfer = Transfer(quiet=True)
+        with files(options) as (source, sink):
+            work = [transfer.receive(reader, wish["bytes"], sink)]
             if wish["both"]:
                 work.append(transfer.send(writer, wish["bytes"], source))
             await asyncio.gather(*work)
-        finally:
-            for file in (source, sink):
-                if file:
-                    file.close()
         writer.write(json.dumps(transfer.result()).encode() + b"\n")
         await writer.drain()
     except ConnectionError as error:
@@ -161,17 +160,12 @@ async def send(node: Node, options: argparse.Namespace) -> None:
     reader, writer = await open_connection(options.host, options.port, node=node)
     wish = {"do": "take", "bytes": options.bytes, "both": options.both}
     writer.write(json.dumps(wish).encode() + b"\n")
-    source, sink = opened(options.file, "rb"), opened(options.save, "wb")
     transfer = Transfer(quiet=False)
-    try:
+    with files(options) as (source, sink):
         work = [transfer.send(writer, options.bytes, source)]
         if options.both:
             work.append(transfer.receive(reader, options.bytes, sink))
         await asyncio.gather(*work)
-    finally:
-        for file in (source, sink):
-            if file:
-                file.close()
     there = json.loads(await reader.readline())
     here = transfer.result()
     writer.close()
@@ -182,14 +176,6 @@ async def send(node: Node, options: argparse.Namespace) -> None:
     say("done", **here, there=there, same=same)
 
 
-def raw_byte(options: argparse.Namespace) -> None:
-    """A byte of the region, without any of its format."""
-    with open_region(options.region, writable=options.set is not None) as memory:
-        if options.set is not None:
-            memory[options.offset] = options.set
-        say("done", offset=options.offset, value=memory[options.offset], size=len(memory))
-
-
 async def attached(options: argparse.Namespace) -> None:
     async with attach(options.region, name=options.name) as node:
         await {"serve": serve, "echo": echo, "send": send}[options.role](node, options)
@@ -197,7 +183,7 @@ async def attached(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m shmsock.bench.worker")
-    parser.add_argument("role", choices=("serve", "echo", "send", "raw-byte"))
+    parser.add_argument("role", choices=("serve", "echo", "send"))
     parser.add_argument("host", nargs="?", default="localhost")
     parser.add_argument("--region")
     parser.add_argument("--name")
@@ -210,15 +196,10 @@ def main() -> None:
     parser.add_argument("--file")
     parser.add_argument("--save")
     parser.add_argument("--both", action="store_true")
-    parser.add_argument("--offset", type=int, default=0)
-    parser.add_argument("--set", type=int)
     options = parser.parse_intermixed_args()  # options before the host, too
     if options.cpu is not None:
         os.sched_setaffinity(0, {options.cpu})
-    if options.role == "raw-byte":
-        raw_byte(options)
-    else:
-        importlib.import_module(options.loop).run(attached(options))
+    importlib.import_module(options.loop).run(attached(options))
 
 
 if __name__ == "__main__":

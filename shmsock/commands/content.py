@@ -277,22 +277,21 @@ def _content_of(holder: Holder, path: str) -> Content | None:
 
 def describe_region(region: Region) -> dict[str, Any]:
     """How it is mapped."""
-    known = region.describe()
-    bell = known.doorbell
+    known, bell = region.describe(), region.doorbell
     return {
-        "url": known.url,
-        "kind": known.kind,
-        "path": known.path,
-        "size": known.size,
-        "write_combining": known.write_combining,
+        "url": region.url,
+        "kind": region.kind,
+        "path": region.path,
+        "size": region.size,
+        "write_combining": region.write_combining,
         "file_system": known.filesystem,
         "page_size": known.page_size,
         "allocated": known.allocated,
         "mode": f"{known.mode:04o}",
         "uid": known.uid,
         "gid": known.gid,
-        "section_locks": known.can_lock,
-        "old_files": old_files(known.path) if known.kind == "file" else [],
+        "section_locks": region.can_lock,
+        "old_files": old_files(region.path) if region.kind == "file" else [],
         "doorbell": None if bell is None else {"id": bell.id, "vectors": bell.vectors, "lost": bell.lost},
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+from contextlib import ExitStack
 
 from shmsock.errors import RegionError, RegionPermissionError, region_error
 from shmsock.region.base import MINIMUM, Region, map_bytes
@@ -22,7 +23,6 @@ class PciRegion(Region):
     def __init__(self, device: PciDevice, path: str, mapping: mmap.mmap, fd: int, writable: bool) -> None:
         super().__init__(
             url=f"pci:{device.address}",
-            kind="pci",
             path=path,
             mapping=mapping,
             fd=fd,
@@ -33,9 +33,6 @@ class PciRegion(Region):
         )
         self.device = device
         self.place = place_of(device)
-
-    def _device(self) -> PciDevice:
-        return self.device
 
 
 def place_of(device: PciDevice) -> Place:
@@ -66,26 +63,23 @@ def open_pci(address: str, *, writable: bool = True, prefer_wc: bool = True, sys
     """
     device = the_device(address, sysfs)
     _enable(device)
-    # Locks are on resource2 in any case: processes that map different files must see each other's.
-    lock_fd = _open_resource(device, "resource2", writable)
-    try:
+    with ExitStack() as undo:
+        # Locks are on resource2 in any case: processes that map different files must see each other's.
+        lock_fd = _open_resource(device, "resource2", writable)
+        undo.callback(os.close, lock_fd)
         name, mapping = "resource2", None
         if prefer_wc and "resource2_wc" in device.mappable:
             try:
-                name, mapping = "resource2_wc", _map_resource(device, "resource2_wc", writable, sysfs)
+                mapping = _map_resource(device, "resource2_wc", writable, sysfs)
+                name = "resource2_wc"
             except RegionPermissionError:
-                name = "resource2"  # people open the plain file to a group and forget the other
-        if mapping is None:
-            mapping = _map_resource(device, name, writable, sysfs)
-        try:
-            now = the_device(address, sysfs)  # once more, as it is enabled now
-            return PciRegion(now, f"{device.directory}/{name}", mapping, lock_fd, writable)
-        except BaseException:
-            mapping.close()
-            raise
-    except BaseException:
-        os.close(lock_fd)
-        raise
+                pass  # people open the plain file to a group and forget the other
+        mapping = mapping or _map_resource(device, name, writable, sysfs)
+        undo.callback(mapping.close)
+        now = the_device(address, sysfs)  # once more, as it is enabled now
+        region = PciRegion(now, f"{device.directory}/{name}", mapping, lock_fd, writable)
+        undo.pop_all()
+        return region
 
 
 def _map_resource(device: PciDevice, name: str, writable: bool, sysfs: str) -> mmap.mmap:

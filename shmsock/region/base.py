@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import warnings
-from dataclasses import dataclass
 from mmap import ACCESS_READ, ACCESS_WRITE, PAGESIZE
 from mmap import mmap as Mapping
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from shmsock.errors import ForkedError, RegionError, forked, format_error, region_error
 from shmsock.region import locks
@@ -18,7 +18,6 @@ from shmsock.region.sizes import format_size
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from shmsock.region.pci import PciDevice
     from shmsock.region.place import Place
 
 __all__ = ["MINIMUM", "Description", "Region", "check_size", "identity_of", "map_bytes"]
@@ -29,19 +28,9 @@ MINIMUM = PAGESIZE
 """Bytes. Nothing smaller is taken for a region; the engine asks for more."""
 
 
-@dataclass(frozen=True)
-class Description:
-    """What `shmsock info` says about a region before it looks into it."""
+class Description(NamedTuple):
+    """What a region lies on, at the moment of asking."""
 
-    url: str
-    kind: str
-    path: str
-    size: int
-    writable: bool
-    write_combining: bool
-    sparse: bool
-    can_lock: bool
-    identity: tuple[int, int]
     filesystem: str
     page_size: int
     allocated: int
@@ -49,9 +38,6 @@ class Description:
     mode: int
     uid: int
     gid: int
-    device: PciDevice | None = None
-    doorbell: Doorbell | None = None
-    """Closed together with the region."""
 
 
 class Region:
@@ -86,7 +72,6 @@ class Region:
         self,
         *,
         url: str,
-        kind: str,
         path: str,
         mapping: Mapping,
         fd: int,
@@ -99,7 +84,8 @@ class Region:
         `fd` must come from an open() of its own: the mapping keeps a duplicate of the descriptor that it was
         made from, and a lock would live as long as that.
         """
-        self.url, self.kind, self.path = url, kind, path
+        self.url, self.path = url, path
+        self.kind = url.partition(":")[0]
         self.size = len(mapping)
         self.writable, self.write_combining, self.sparse = writable, write_combining, sparse
         self.identity = identity_of(fd)
@@ -282,36 +268,8 @@ class Region:
         """Raises ValueError when closed."""
         status = os.fstat(self._open_fd())
         return Description(
-            url=self.url,
-            kind=self.kind,
-            path=self.path,
-            size=self.size,
-            writable=self.writable,
-            write_combining=self.write_combining,
-            sparse=self.sparse,
-            can_lock=self._can_lock,
-            identity=self.identity,
-            filesystem=self._filesystem_type(),
-            page_size=self._page_size(),
-            allocated=self._allocated(status),
-            mode=status.st_mode & 0o7777,
-            uid=status.st_uid,
-            gid=status.st_gid,
-            device=self._device(),
-            doorbell=self.doorbell,
+            "sysfs", PAGESIZE, self.size, stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid
         )
-
-    def _filesystem_type(self) -> str:
-        return "sysfs"
-
-    def _page_size(self) -> int:
-        return PAGESIZE
-
-    def _allocated(self, status: os.stat_result) -> int:
-        return self.size
-
-    def _device(self) -> PciDevice | None:
-        return None
 
 
 def identity_of(fd: int) -> tuple[int, int]:

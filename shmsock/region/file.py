@@ -8,10 +8,11 @@ import os
 import pwd
 import re
 import stat
+from contextlib import ExitStack
 
 from shmsock.errors import RegionError, command, disk_full, format_error, region_error
 from shmsock.region import storage
-from shmsock.region.base import MINIMUM, Region, check_size, identity_of, map_bytes
+from shmsock.region.base import MINIMUM, Description, Region, check_size, identity_of, map_bytes
 from shmsock.region.place import LOCAL, Place, holders, restart
 from shmsock.region.sizes import format_size
 
@@ -41,15 +42,20 @@ class FileRegion(Region):
     """A region in a file."""
 
     def __init__(
-        self, path: str, mapping: mmap.mmap, fd: int, writable: bool, fs: storage.FileSystem
+        self,
+        path: str,
+        mapping: mmap.mmap,
+        fd: int,
+        writable: bool,
+        fs: storage.FileSystem,
+        url: str = "",
     ) -> None:
         status = os.fstat(fd)
         # hugetlbfs reserves at mmap() all pages that the file lacks. Elsewhere only tmpfs counts blocks
         # exactly; calling ensure() where it is not needed costs little.
         full = fs.huge or (fs.type == "tmpfs" and status.st_blocks * 512 >= status.st_size)
         super().__init__(
-            url=f"file:{path}",
-            kind="file",
+            url=url or f"file:{path}",
             path=path,
             mapping=mapping,
             fd=fd,
@@ -138,14 +144,15 @@ class FileRegion(Region):
             at += len(data) or step
         return True
 
-    def _filesystem_type(self) -> str:
-        return self._fs.type
-
-    def _page_size(self) -> int:
-        return self._fs.unit
-
-    def _allocated(self, status: os.stat_result) -> int:
-        return min(self.size, status.st_blocks * 512)
+    def describe(self) -> Description:
+        blocks = os.fstat(self._open_fd()).st_blocks
+        return (
+            super()
+            .describe()
+            ._replace(
+                filesystem=self._fs.type, page_size=self._fs.unit, allocated=min(self.size, blocks * 512)
+            )
+        )
 
 
 def open_file(path: str, *, writable: bool = True, minimum: int = MINIMUM) -> FileRegion:
@@ -155,39 +162,35 @@ def open_file(path: str, *, writable: bool = True, minimum: int = MINIMUM) -> Fi
     (fewer than `minimum` bytes), ENODEV (cannot be mapped), ENOMEM (no huge pages), ...
     """
     path = os.path.join(os.getcwd(), path)  # itself if absolute, as it mostly is
-    fd = _open(path, writable)
-    try:
-        status = os.fstat(fd)
-        check_regular(path, status.st_mode)
-        check_size(path, status.st_size, minimum)
-        fs = storage.filesystem(fd)
-        if status.st_size % fs.unit and fs.huge:  # checked before: mmap() would succeed, and munmap() fail
-            raise format_error(
-                f"region {path} has {format_size(status.st_size)}, expected a multiple of the huge page, "
-                f"{format_size(fs.unit)}; `shmsock create` rounds up",
-                path,
-            )
+    with ExitStack() as undo:
+        fd = _open(path, writable)
         try:
-            mapping = map_bytes(fd, status.st_size, writable)
-        except OSError as error:
-            raise _explain_map(error, path, status.st_size, fs) from None
-        try:
+            status = os.fstat(fd)
+            check_regular(path, status.st_mode)
+            check_size(path, status.st_size, minimum)
+            fs = storage.filesystem(fd)
+            if status.st_size % fs.unit and fs.huge:  # mmap() would succeed, and munmap() fail
+                raise format_error(
+                    f"region {path} has {format_size(status.st_size)}, expected a multiple of the huge page, "
+                    f"{format_size(fs.unit)}; `shmsock create` rounds up",
+                    path,
+                )
+            try:
+                mapping = undo.enter_context(map_bytes(fd, status.st_size, writable))
+            except OSError as error:
+                raise _explain_map(error, path, status.st_size, fs) from None
             # Not dup(): locks must belong to a description of their own (see Region.__init__).
             second = _open(path, writable)
-            try:
-                if identity_of(second) != identity_of(fd):
-                    raise region_error(
-                        errno.ESTALE, f"region {path} was replaced while it was opened: try again", path
-                    )
-                return FileRegion(path, mapping, second, writable, fs)
-            except BaseException:
-                os.close(second)
-                raise
-        except BaseException:
-            mapping.close()
-            raise
-    finally:
-        os.close(fd)
+            undo.callback(os.close, second)
+            if identity_of(second) != identity_of(fd):
+                raise region_error(
+                    errno.ESTALE, f"region {path} was replaced while it was opened: try again", path
+                )
+            region = FileRegion(path, mapping, second, writable, fs)
+        finally:
+            os.close(fd)
+        undo.pop_all()
+        return region
 
 
 def _open(path: str, writable: bool) -> int:

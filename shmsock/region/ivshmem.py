@@ -15,6 +15,7 @@ import socket
 import stat
 import time
 from collections.abc import Generator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -71,8 +72,7 @@ class IvshmemRegion(FileRegion):
     ) -> None:
         """Takes `doorbell` over as well. `own`: `fd` came from an open() of ours. If not, it is the
         description that the server passes to all, and a lock on it would be everybody's."""
-        super().__init__(path, mapping, fd, writable, fs)
-        self.url, self.kind = f"ivshmem:{path}", "ivshmem"
+        super().__init__(path, mapping, fd, writable, fs, f"ivshmem:{path}")
         self._can_lock = self._can_lock and own
         self.place = None  # the path is the server's
         self.doorbell = doorbell
@@ -371,22 +371,21 @@ def opening_ivshmem(path: str, *, writable: bool = True) -> _Waits[IvshmemRegion
     nothing behind."""
     path = os.path.join(os.getcwd(), path)
     deadline = time.monotonic() + PATIENCE_S
-    doorbell = IvshmemDoorbell(path, (yield from _connect(path, deadline)))
-    try:
+    with ExitStack() as undo:
+        doorbell = IvshmemDoorbell(path, (yield from _connect(path, deadline)))
+        undo.callback(doorbell.close)
         memory = yield from doorbell.greet(deadline)
         try:
+            mapping, fs = _map(path, memory, writable)
+            undo.callback(mapping.close)
             own = _reopen(memory, writable)
-            try:
-                return _map(path, memory, own, writable, doorbell)
-            except BaseException:
-                if own >= 0:
-                    os.close(own)
-                raise
+            fd = os.dup(memory) if own < 0 else own
+            undo.callback(os.close, fd)
+            region = IvshmemRegion(path, mapping, fd, writable, fs, doorbell, own >= 0)
         finally:
             os.close(memory)
-    except BaseException:
-        doorbell.close()
-        raise
+        undo.pop_all()
+        return region
 
 
 def _connect(path: str, deadline: float) -> _Waits[socket.socket]:
@@ -464,8 +463,8 @@ def _reopen(memory: int, writable: bool) -> int:
     return -1
 
 
-def _map(path: str, memory: int, own: int, writable: bool, doorbell: IvshmemDoorbell) -> IvshmemRegion:
-    """Raises RegionError; then everything is still the caller's."""
+def _map(path: str, memory: int, writable: bool) -> tuple[mmap.mmap, storage.FileSystem]:
+    """Map what the server gave. Raises RegionError."""
     status = os.fstat(memory)
     gave = f"the ivshmem server at {path} gave"
     if not stat.S_ISREG(status.st_mode):
@@ -480,7 +479,7 @@ def _map(path: str, memory: int, own: int, writable: bool, doorbell: IvshmemDoor
         text = f"{gave} {format_size(size)} of memory, expected a multiple of the huge page, {page}"
         raise format_error(text, path)
     try:
-        mapping = map_bytes(memory, size, writable)
+        return map_bytes(memory, size, writable), fs
     except OSError as error:
         code = error.errno or errno.EIO
         if code in (errno.EACCES, errno.EPERM):
@@ -488,13 +487,3 @@ def _map(path: str, memory: int, own: int, writable: bool, doorbell: IvshmemDoor
         else:
             text = f"{gave} {format_size(size)} of memory that cannot be mapped: {error.strerror}"
         raise region_error(code, text, path) from None
-    fd = own
-    try:
-        if fd < 0:
-            fd = os.dup(memory)
-        return IvshmemRegion(path, mapping, fd, writable, fs, doorbell, own >= 0)
-    except BaseException:
-        mapping.close()
-        if own < 0 <= fd:
-            os.close(fd)
-        raise

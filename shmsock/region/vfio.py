@@ -117,7 +117,6 @@ class VfioRegion(Region):
         """Takes all of it over, unless it raises. `fds`: container, group, device."""
         super().__init__(
             url=f"vfio:{device.address}",
-            kind="vfio",
             path=group.path,
             mapping=mapping,
             fd=fd,
@@ -132,9 +131,6 @@ class VfioRegion(Region):
         self.device, self.doorbell = device, doorbell
         self.place = place_of(device)
         self._fds = fds
-
-    def _device(self) -> PciDevice:
-        return self.device
 
     def _close_fd(self) -> None:
         fds, self._fds = self._fds, (-1, -1, -1)

@@ -201,7 +201,7 @@ def _make_memfd(size: int, peers: int) -> Store:
         own = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
         try:
             mapping = map_bytes(fd, size, True)
-            opened = Region(url=MEMFD, kind=MEMFD, path=MEMFD, mapping=mapping, fd=own, writable=True)
+            opened = Region(url=MEMFD, path=MEMFD, mapping=mapping, fd=own, writable=True)
         except BaseException:
             os.close(own)
             raise

@@ -58,7 +58,7 @@ def test_without_a_compiler(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("PATH", str(cache))
     assert floor.cache_line_ns((0, 1)) is None
     with pytest.raises(floor.FloorUnavailable, match=r"no C compiler .* apt-get install gcc"):
-        floor.floor(0.01)
+        floor.run("echo", 0, 0, 0.01, 4096)
 
 
 def test_a_compiler_that_is_not_there_is_named(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,20 +97,18 @@ def test_floor(ring_bytes: int) -> None:
     """On one CPU too; the program itself compares what came with what was sent."""
     server, client, _ = child.cpus()
     for cpus in {(server, client), (client, client)}:
-        found = floor.floor(0.02, cpus, ring_bytes)
-        assert (
-            0 < found["echo_p50_us"] <= found["echo_p99_us"] <= found["echo_p999_us"] <= found["echo_max_us"]
-        )
-        assert found["write_mb_s"] > 0
+        found = floor.run("echo", *cpus, 0.02, ring_bytes)
+        assert 0 < found["p50_us"] <= found["p99_us"] <= found["p999_us"] <= found["max_us"]
+        assert floor.run("write", *cpus, 0.02, ring_bytes)["mb_s"] > 0
 
 
 def test_impossible_arguments_are_told() -> None:
     with pytest.raises(floor.FloorUnavailable, match="a ring that cannot be"):
-        floor.floor(0.01, (0, 0), 5000)
+        floor.run("echo", 0, 0, 0.01, 5000)
     with pytest.raises(floor.FloorUnavailable, match="no such work"):
         floor.run("count", "nothing")
     with pytest.raises(floor.FloorUnavailable, match="cannot run on that CPU"):
-        floor.floor(0.01, (1023, 1023))
+        floor.run("echo", 1023, 1023, 0.01, 4096)
 
 
 @pytest.mark.parametrize("what", ["line", "echo", "write"])

@@ -271,7 +271,7 @@ def test_one_cpu_measures_no_two(monkeypatch: pytest.MonkeyPatch) -> None:
     assert host.where(ECHO) is None
     assert "no figures of 'echo' for two" in out.getvalue()
     assert host.where(MEASURES["one-core"]) == "both on CPU 3"
-    assert not host.floor
+    assert not host.has_floor
 
 
 def test_a_busy_machine_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,12 +56,3 @@ def test_send_files_both_ways(serving: dict[str, Any], common: tuple[str, ...], 
     assert said["sha256_sent"] == hashlib.sha256(mine.read_bytes()).hexdigest()
     assert back.read_bytes() == (tmp_path / "theirs").read_bytes()
     assert (tmp_path / "received").read_bytes() == mine.read_bytes()
-
-
-def test_raw_byte(tmp_path: Path) -> None:
-    region = tmp_path / "region"
-    region.write_bytes(bytes(1 << 16))
-    (said,) = ask("raw-byte", "--region", region, "--offset", 77, "--set", 9)
-    assert said == {"event": "done", "offset": 77, "value": 9, "size": 1 << 16}
-    assert ask("raw-byte", "--region", region, "--offset", 77)[0]["value"] == 9
-    assert os.stat(region).st_size == 1 << 16

@@ -349,9 +349,7 @@ def test_truncated_memory(server: FakeServer) -> None:
 
 def test_describe(server: FakeServer) -> None:
     with server.open() as opened:
-        seen = opened.describe()
-        assert (seen.url, seen.kind, seen.path) == (opened.url, "ivshmem", server.path)
-        assert seen.doorbell is opened.doorbell
+        assert (opened.url, opened.kind, opened.path) == (f"ivshmem:{server.path}", "ivshmem", server.path)
         assert server.path in repr(opened.doorbell)
 
 
