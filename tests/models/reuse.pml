@@ -1,5 +1,5 @@
 /* reuse.pml - a section that its owner left, and who reads on in it (engine/attach.py claim_section; handshake.c
- * sh_message_recv, sh_message_done, sh_ep_open, sh_ep_release; link.c sh_restart, sh_adopt; LAYOUT.md, "Life and death").
+ * sh_message_recv, sh_message_done, sh_ep_open, sh_ep_release; link.c sh_restart, sh_adopt; LAYOUT.md, "Claiming and reuse of sections").
  *
  * Two newcomers want the one section there is; each lives there once, sends the reader N messages, each of which opens a
  * slot with bytes in it, and leaves. Its words are whatever the former owner left. The reader receives messages and reads
