@@ -142,6 +142,44 @@ def test_python_in_documents_is_python(document: Path) -> None:
         compile(block, name_of(document), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
 
 
+NAMED = re.compile(r"`([\w.]+)` +\(`([\w/.]+\.(?:py|c|h))`\)")
+BOTH = re.compile(r"`([\w.]+)`,? and `([\w.]+)`\s+\(both `([\w/.]+)`\)")
+
+
+def is_defined(name: str, file: Path) -> bool:
+    """Does that file define it? `Class.method` of Python; functions, macros and structures of C."""
+    source = read(file)
+    if file.suffix != ".py":
+        return bool(
+            re.search(rf"^(?:[\w* ]*[ *]|# *define ){name}\(|^struct {name} {{", source, re.MULTILINE)
+        )
+    places = ast.parse(source).body
+    for part in name.split("."):
+        found = [n for n in places if isinstance(n, DEFINES) and n.name == part]
+        if not found:
+            return False
+        places = found[0].body
+    return True
+
+
+DEFINES = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def test_what_the_architecture_names_is_there() -> None:
+    text = " ".join(read(ROOT / "docs" / "architecture.md").split())
+    named = [*NAMED.findall(text)]
+    named += [(name, file) for one, two, file in BOTH.findall(text) for name in (one, two)]
+    assert len(named) > 50
+    missing = [
+        f"{name} ({file})"
+        for name, file in named
+        if not (ROOT / "shmsock" / file).exists() or not is_defined(name, ROOT / "shmsock" / file)
+    ]
+    assert missing == []
+    files = set(re.findall(r"`((?:native|engine|aio|anyio|region)/[\w./]*)`", text))
+    assert {file for file in files if not (ROOT / "shmsock" / file).exists()} == set()
+
+
 # -- what is generated or said twice -----------------------------------------------------------------------
 
 BETWEEN = re.compile(r"(?<=<!-- settings -->\n).*?(?=<!-- /settings -->)", re.DOTALL)
@@ -184,6 +222,17 @@ def test_counters_are_those_of_the_code() -> None:
         )
         assert named
         assert named <= {*counters.OF_CORE, *counters.OF_ENGINE}, guide
+
+
+def test_rules_are_those_of_the_code() -> None:
+    """Each `SYNC X` in the code is a rule of LAYOUT.md, and each rule is there at both ends."""
+    source = [read(file) for kind in ("c", "py") for file in (ROOT / "shmsock").rglob(f"*.{kind}")]
+    used = re.findall(r"SYNC ([A-Z]\w*)", "\n".join(source))
+    _, _, ordering = read(ROOT / "shmsock" / "native" / "LAYOUT.md").partition("\n## Ordering\n")
+    rules = re.findall(r"^\| ([A-Z]\w*) \|", ordering.partition("\n## ")[0], re.MULTILINE)
+    assert set(used) - {"X"} == set(rules)
+    partners = {"F1": "R1", "R1": "F1", "F2": "R2", "R2": "F2"}
+    assert [rule for rule in rules if used.count(rule) + (partners.get(rule) in used) < 2] == []
 
 
 def test_figures_stand_in_one_place() -> None:
