@@ -1,4 +1,4 @@
-"""The documents: their links lead somewhere, their commands exist, and what can be generated was.
+"""The documents: their links lead somewhere, their commands and names exist, and what can be generated was.
 
 `python -m tests.test_docs` (`make docs`) writes the generated part of docs/tuning.md.
 """
@@ -6,15 +6,19 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import dataclasses
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from types import CodeType
+from typing import Any
 
 import click
 import pytest
 
+import shmsock
 from shmsock.cli import cli
 from shmsock.engine import counters
 from shmsock.engine.settings import Settings
@@ -136,10 +140,35 @@ def test_files_that_are_named_exist(document: Path) -> None:
     assert {word for word in named if not (ROOT / word).exists()} == set()
 
 
+PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def compiled(block: str) -> CodeType:
+    code: CodeType = compile(block, "a document", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    return code
+
+
 @for_each_document
 def test_python_in_documents_is_python(document: Path) -> None:
-    for block in re.findall(r"^```python\n(.*?)^```$", read(document), re.MULTILINE | re.DOTALL):
-        compile(block, name_of(document), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    for block in PYTHON.findall(read(document)):
+        compiled(block)
+
+
+def test_the_readme_does_what_it_says(
+    shm_region: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SHMSOCK_NAME", "vm-b")
+    names: dict[str, Any] = {"shmsock": shmsock}
+
+    async def run() -> None:
+        for block in PYTHON.findall(read(ROOT / "README.md")):
+            await eval(compiled(block), names)
+        for end in ("writer", "server"):
+            names[end].close()
+            await names[end].wait_closed()
+
+    asyncio.run(run())
+    assert capsys.readouterr().out == "b'hello'\n"
 
 
 NAMED = re.compile(r"`([\w.]+)` +\(`([\w/.]+\.(?:py|c|h))`\)")
