@@ -21,6 +21,7 @@ import pytest
 import shmsock
 from shmsock.cli import cli
 from shmsock.engine import counters
+from shmsock.engine.memory import native_core
 from shmsock.engine.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -262,6 +263,34 @@ def test_rules_are_those_of_the_code() -> None:
     assert set(used) - {"X"} == set(rules)
     partners = {"F1": "R1", "R1": "F1", "F2": "R2", "R2": "F2"}
     assert [rule for rule in rules if used.count(rule) + (partners.get(rule) in used) < 2] == []
+
+
+PLACES = {"Header": "HEADER", "Section": "SECTION", "Pair": "PAIR", "Slot": "SLOT"}
+WORDS = {"P, the tx word": "TX_WORD", "C, the rx word": "RX_WORD", "dev, ino": "DEV"}
+
+
+def test_offsets_are_those_of_the_code() -> None:
+    """The tables of LAYOUT.md against core.h, which layout.h asserts; and its message against the same."""
+    lib = native_core().lib
+    constants = {
+        name for name in dir(lib) if re.match(r"SH_(HEADER|SECTION|PAIR|SLOT|MESSAGE)_[A-Z_]+$", name)
+    }
+    told = {}
+    text = read(ROOT / "shmsock" / "native" / "LAYOUT.md")
+    for heading, prefix in PLACES.items():
+        table = re.search(rf"^## {heading}.*?\n\n(\|.*?)\n\n", text, re.MULTILINE | re.DOTALL)
+        assert table is not None
+        for offset, word in re.findall(r"^\| (\w+) \| [^|]+ \| ([^|]+) \|", table[1], re.MULTILINE):
+            name = f"SH_{prefix}_{WORDS.get(word, word).upper()}"
+            if name in constants:
+                told[name] = int(offset, 0)
+    message = re.search(r"^Message: (.*?), zeros to 64", text, re.MULTILINE | re.DOTALL)
+    assert message is not None
+    for word, offset in re.findall(r"`(\w+)`\s+(\d+)", message[1]):
+        told[f"SH_MESSAGE_{word.upper()}"] = int(offset)
+    sizes = {name for name in constants if name.endswith("_SIZE")}
+    assert told == {name: getattr(lib, name) for name in constants - sizes - {"SH_SECTION_INO"}}
+    assert f"Version: {lib.SH_VERSION}." in text
 
 
 def test_figures_stand_in_one_place() -> None:
