@@ -13,8 +13,9 @@ from rich.table import Table
 
 from shmsock.bench.child import Child, have_uvloop
 from shmsock.bench.demo import progress_bar, worker
+from shmsock.bench.vm import explained
 from shmsock.guests.pair import GuestsFailed, boot_pair
-from shmsock.guests.qemu import Command, Fleet, Guest, GuestError, GuestUnavailable
+from shmsock.guests.qemu import Command, Fleet, Guest
 
 __all__ = ["guest_lines", "run_demo_vm"]
 
@@ -34,13 +35,8 @@ def guest_lines(command: Command) -> Iterator[dict[str, Any]]:
 
 def run_demo_vm(console: Console, size: int, echoes: int) -> bool:
     """True: all arrived. Raises OSError (packages that are missing, ...)."""
-    try:
-        with Fleet() as fleet:
-            return _Demo(console, fleet, size, echoes).run()
-    except GuestUnavailable as error:
-        raise GuestsFailed(f"{error}; or run `make demo-vm`, which installs them") from error
-    except GuestError as error:
-        raise GuestsFailed(f"{error}") from error
+    with explained(), Fleet() as fleet:
+        return _Demo(console, fleet, size, echoes).run()
 
 
 class _Demo:

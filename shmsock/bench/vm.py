@@ -22,7 +22,7 @@ from shmsock.errors import region_error
 from shmsock.guests.pair import GuestsFailed, boot_pair
 from shmsock.guests.qemu import Bridge, Fleet, GuestError, GuestUnavailable, IvshmemDoorbell, Tap
 
-__all__ = ["bench_guests"]
+__all__ = ["bench_guests", "explained"]
 
 LINE_S = 120.0
 SLOT = 0x10
@@ -39,13 +39,19 @@ def bench_guests(
             1,
             "virtio-net to compare with takes a bridge and tap interfaces: run `shmsock bench --vm` as root",
         )
+    with explained(), ExitStack() as stack:
+        socket = stack.enter_context(_doorbell_server()) if doorbells else None
+        bridge, fleet = stack.enter_context(Bridge()), stack.enter_context(Fleet())
+        guests = Guests(console, fleet, [bridge.tap(), bridge.tap()], socket)
+        more = {"virtualization": guests.client.accel, "guest_kernel": fleet.kernel.version}
+        return bench(console, guests, rounds, seconds, measures, more=more)
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Raise GuestsFailed, which a user can read, for what keeps guests from running."""
     try:
-        with ExitStack() as stack:
-            socket = stack.enter_context(_doorbell_server()) if doorbells else None
-            bridge, fleet = stack.enter_context(Bridge()), stack.enter_context(Fleet())
-            guests = Guests(console, fleet, [bridge.tap(), bridge.tap()], socket)
-            more = {"virtualization": guests.client.accel, "guest_kernel": fleet.kernel.version}
-            return bench(console, guests, rounds, seconds, measures, more=more)
+        yield
     except GuestUnavailable as error:
         raise GuestsFailed(f"{error}; or run `make demo-vm`, which installs them") from error
     except GuestError as error:

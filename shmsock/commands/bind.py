@@ -21,6 +21,7 @@ from shmsock.errors import region_error
 from shmsock.region.bar2 import the_device
 from shmsock.region.iommu import DEV, NOIOMMU_SWITCH, Group, no_iommu, not_viable, read_group, users
 from shmsock.region.pci import SYSFS, PciDevice
+from shmsock.region.processes import read_line
 
 __all__ = ["VFIO", "Plan", "Step", "bind", "plan_bind", "plan_unbind", "unbind"]
 
@@ -203,7 +204,7 @@ def plan_unbind(address: str, *, sysfs: str = SYSFS, dev: str = DEV, proc: str =
     """How it comes back. Raises RegionError."""
     device = the_device(address, sysfs)
     group = read_group(device, sysfs, dev)
-    override = _read(f"{device.directory}/driver_override")
+    override = read_line(f"{device.directory}/driver_override")
     steps = []
     if override not in ("", "(null)"):
         steps.append(Step("any driver may take it again", f"{device.directory}/driver_override"))
@@ -292,11 +293,3 @@ def _next(device: PciDevice, group: Group | None) -> list[str]:
 
 def _name(device: PciDevice) -> str:
     return f"{device.address} {device.model}"
-
-
-def _read(path: str) -> str:
-    try:
-        with open(path, encoding="ascii") as file:
-            return file.read(80).strip()
-    except (OSError, ValueError):
-        return ""

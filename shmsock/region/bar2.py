@@ -8,10 +8,11 @@ import os
 from contextlib import ExitStack
 
 from shmsock.errors import RegionError, RegionPermissionError, region_error
-from shmsock.region.base import MINIMUM, Region, map_bytes
+from shmsock.region.base import MINIMUM, Region, identity_of, map_bytes
 from shmsock.region.file import owner_name
 from shmsock.region.pci import SYSFS, PciDevice, find_devices, read_device
 from shmsock.region.place import Place
+from shmsock.region.processes import read_line
 from shmsock.region.sizes import format_size
 
 __all__ = ["PciRegion", "open_pci", "place_of", "the_device", "udev_rule"]
@@ -37,8 +38,7 @@ class PciRegion(Region):
 
 def place_of(device: PciDevice) -> Place:
     """Where the device is found in sysfs, as long as it is plugged in."""
-    status = os.lstat(device.directory)
-    return Place(device.directory, (status.st_dev, status.st_ino))
+    return Place(device.directory, identity_of(device.directory))
 
 
 def udev_rule(group: str = "shmsock") -> str:
@@ -218,16 +218,12 @@ def _explain_map(error: OSError, device: PciDevice, path: str, sysfs: str) -> Re
     """What it means that BAR2 could not be mapped."""
     code = error.errno or errno.EIO
     if code == errno.EPERM:
-        try:
-            with open(f"{sysfs}/kernel/security/lockdown", encoding="ascii") as file:
-                seen = f" (lockdown: {file.read(80).strip()})"
-        except (OSError, ValueError):
-            seen = ""
+        lockdown = read_line(f"{sysfs}/kernel/security/lockdown")
+        seen = f" (lockdown: {lockdown})" if lockdown else ""
         return region_error(
             code,
             f"the kernel forbids to map {path}{seen}: it is locked down, as with Secure Boot; boot the guest "
-            "without "
-            "Secure Boot or with lockdown=none",
+            "without Secure Boot or with lockdown=none",
             path,
         )
     if code in (errno.EINVAL, errno.EBUSY):

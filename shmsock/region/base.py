@@ -272,8 +272,9 @@ class Region:
         )
 
 
-def identity_of(fd: int) -> tuple[int, int]:
-    status = os.fstat(fd)
+def identity_of(file: int | str) -> tuple[int, int]:
+    """Device and inode of a descriptor, or of what has that name; a link itself, not what it leads to."""
+    status = os.fstat(file) if isinstance(file, int) else os.lstat(file)
     return status.st_dev, status.st_ino
 
 

@@ -281,10 +281,9 @@ def _check_published(made: FileRegion, path: str) -> None:
 
 def _identity(path: str) -> tuple[int, int] | None:
     try:
-        status = os.lstat(path)
+        return identity_of(path)
     except OSError:
         return None
-    return status.st_dev, status.st_ino
 
 
 def _swapped(path: str) -> RegionError:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from shmsock.errors import RegionError, region_error
 from shmsock.region.pci import SYSFS, PciDevice, read_device
-from shmsock.region.processes import name_of, pids
+from shmsock.region.processes import links, name_of, pids, read_line
 
 __all__ = ["DEV", "NOIOMMU_SWITCH", "Group", "borrow", "no_iommu", "not_viable", "read_group", "users"]
 
@@ -64,11 +63,7 @@ def read_group(device: PciDevice, sysfs: str = SYSFS, dev: str = DEV) -> Group |
                 others.append(read_device(address, sysfs))
         except (OSError, ValueError):
             continue
-    try:
-        with open(f"{directory}/name", encoding="ascii") as file:
-            noiommu = file.read(80).strip() == "vfio-noiommu"
-    except (OSError, ValueError):
-        noiommu = False
+    noiommu = read_line(f"{directory}/name") == "vfio-noiommu"
     return Group(number, f"{dev}/{'noiommu-' if noiommu else ''}{number}", noiommu, tuple(others))
 
 
@@ -99,9 +94,7 @@ def not_viable(device: PciDevice, group: Group) -> RegionError:
 def users(*paths: str, proc: str = "/proc") -> list[str]:
     """Which processes have one of these files open or mapped: 'process 17 (python3)'. Those that one may
     look into."""
-    return [
-        name_of(pid, proc) for pid in pids(proc) if any(file in paths for file in _files(f"{proc}/{pid}"))
-    ]
+    return [name_of(pid, proc) for pid in pids(proc) if not _files(pid, proc).isdisjoint(paths)]
 
 
 def borrow(group: Group, proc: str = "/proc") -> int:
@@ -114,9 +107,9 @@ def borrow(group: Group, proc: str = "/proc") -> int:
         return -1
     directory = os.path.dirname(group.path)
     for pid in pids(proc):
-        links = dict(_links(f"{proc}/{pid}/fd"))
-        groups = {link for link in links.values() if os.path.dirname(link) == directory}
-        devices = [number for number, link in links.items() if link == VFIO_DEVICE]
+        files = links(pid, proc)
+        groups = {file for file in files.values() if os.path.dirname(file) == directory}
+        devices = [number for number, file in files.items() if file == VFIO_DEVICE]
         if devices and groups - {f"{directory}/vfio"} == {group.path}:
             with contextlib.suppress(OSError):
                 return _copy_descriptor(int(pid), int(devices[0]))
@@ -138,27 +131,11 @@ def _copy_descriptor(pid: int, fd: int) -> int:
         os.close(process)
 
 
-def _files(directory: str) -> Iterator[str]:
-    for _, link in _links(f"{directory}/fd"):
-        yield link
-    try:
-        with open(f"{directory}/maps", encoding="utf-8", errors="surrogateescape") as file:
-            for line in file:
-                yield line[line.find("/") :].rstrip("\n") if "/" in line else ""
-    except OSError:
-        pass
-
-
-def _links(directory: str) -> Iterator[tuple[str, str]]:
-    for number in _names(directory):
-        try:
-            yield number, os.readlink(f"{directory}/{number}")
-        except OSError:
-            continue
-
-
-def _names(directory: str) -> list[str]:
-    try:
-        return os.listdir(directory)
-    except OSError:
-        return []
+def _files(pid: str, proc: str) -> set[str]:
+    found = {*links(pid, proc).values()}
+    with (
+        contextlib.suppress(OSError),
+        open(f"{proc}/{pid}/maps", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        found |= {line[line.find("/") :].rstrip("\n") for line in file if "/" in line}
+    return found

@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 
 from shmsock.errors import listing
+from shmsock.region.processes import command_of, pids
 
 __all__ = ["LOCAL", "Holder", "Place", "holders", "restart"]
 
@@ -100,10 +101,10 @@ def holders(path: str, within_s: float | None = None) -> list[Holder]:
         return []
     here = b"%02x:%02x" % (os.major(device), os.minor(device))  # such a path elsewhere is another one
     found = []
-    for name in os.listdir("/proc"):
+    for name in pids():
         if end is not None and time.monotonic() >= end:
             break
-        if not name.isdecimal() or int(name) == os.getpid():
+        if int(name) == os.getpid():
             continue
         with contextlib.suppress(OSError):  # it has ended, or is another user's
             with open(f"/proc/{name}/maps", "rb") as table:
@@ -112,11 +113,9 @@ def holders(path: str, within_s: float | None = None) -> list[Holder]:
                 continue
             # address perms offset major:minor inode path
             lines = [line.split(None, 5) for line in maps.splitlines(keepends=True) if line.endswith(needle)]
-            with open(f"/proc/{name}/comm", encoding="utf-8", errors="replace") as file:
-                command = file.read().strip()
             inodes = {int(line[4]) for line in lines if line[3] == here and line[5] == needle}
-            found += [Holder(int(name), command, inode) for inode in sorted(inodes)]
-    return sorted(found, key=lambda holder: holder.pid)
+            found += [Holder(int(name), command_of(name), inode) for inode in sorted(inodes)]
+    return found
 
 
 def restart(old: list[Holder], path: str) -> str:

@@ -1,4 +1,4 @@
-"""Who uses a file, as far as /proc and the kernel tell."""
+"""What /proc tells: processes, and who of them uses a file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import mmap
 import os
 from typing import NamedTuple
 
-__all__ = ["Users", "name_of", "open_elsewhere", "pids", "users_of"]
+__all__ = ["Users", "command_of", "links", "name_of", "open_elsewhere", "pids", "read_line", "users_of"]
 
 
 class Users(NamedTuple):
@@ -31,14 +31,33 @@ def pids(proc: str = "/proc") -> list[str]:
         return []
 
 
-def name_of(pid: str, proc: str = "/proc") -> str:
-    """'process 17 (python3)', also when it has ended just now."""
+def read_line(path: str) -> str:
+    """What a small file of /proc or /sys says; "" when it cannot be read."""
     try:
-        with open(f"{proc}/{pid}/comm", encoding="utf-8", errors="replace") as file:
-            name = file.read(80).strip()
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read(80).strip()
     except OSError:
-        name = "ending"
-    return f"process {pid} ({name}{', this one' if int(pid) == os.getpid() else ''})"
+        return ""
+
+
+def command_of(pid: str | int, proc: str = "/proc") -> str:
+    """What a process runs, also when it has ended just now."""
+    return read_line(f"{proc}/{pid}/comm") or "ending"
+
+
+def name_of(pid: str, proc: str = "/proc") -> str:
+    """'process 17 (python3)'."""
+    return f"process {pid} ({command_of(pid, proc)}{', this one' if int(pid) == os.getpid() else ''})"
+
+
+def links(pid: str, proc: str = "/proc") -> dict[str, str]:
+    """What a process has open, by descriptor; empty when it may not be looked into."""
+    found: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        for number in os.listdir(f"{proc}/{pid}/fd"):
+            with contextlib.suppress(OSError):  # closed just now
+                found[number] = os.readlink(f"{proc}/{pid}/fd/{number}")
+    return found
 
 
 def users_of(fd: int, proc: str = "/proc") -> Users:

@@ -13,6 +13,7 @@ import mmap
 import os
 from dataclasses import dataclass
 
+from shmsock.region.processes import read_line
 from shmsock.region.sizes import format_size
 
 __all__ = ["FileSystem", "back", "disk_words", "filesystem", "huge_page_hint", "warn_of_disk"]
@@ -120,14 +121,8 @@ def huge_page_hint(size: int, page: int, root: str = "/sys/kernel/mm/hugepages")
     """How many huge pages `size` bytes take, how many there are, and the command that reserves them."""
     need = -(-size // page)
     directory = f"{root}/hugepages-{page // 1024}kB"
-    counts = []
-    for name in ("nr_hugepages", "free_hugepages", "resv_hugepages"):
-        try:
-            with open(f"{directory}/{name}", encoding="ascii") as file:
-                counts.append(int(file.read()))
-        except (OSError, ValueError):
-            counts.append(0)
-    total, free, reserved = counts
+    names = ("nr_hugepages", "free_hugepages", "resv_hugepages")
+    total, free, reserved = (int(read_line(f"{directory}/{name}") or 0) for name in names)
     available = max(0, free - reserved)
     wanted = total - available + need
     command = (

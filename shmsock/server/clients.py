@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from shmsock.region.ivshmem_protocol import MAX_ID, MEMORY, PROTOCOL_VERSION, send_message
+from shmsock.region.processes import read_line
 
 __all__ = ["Client", "Credentials", "Flow", "Id", "Ids", "Limiter", "credentials"]
 
@@ -91,12 +92,8 @@ class Credentials(NamedTuple):
 def credentials(sock: socket.socket) -> Credentials:
     """Raises OSError."""
     pid, uid, _ = struct.unpack("@iii", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    try:
-        with open(f"/proc/{pid}/comm", "rb") as file:
-            raw = file.read(64).rstrip(b"\n").decode("ascii", "replace")
-    except OSError:
-        raw = "?"
-    return Credentials(pid, uid, "".join(c if c.isprintable() and c.isascii() else "?" for c in raw))
+    name = read_line(f"/proc/{pid}/comm") or "?"
+    return Credentials(pid, uid, "".join(c if c.isprintable() and c.isascii() else "?" for c in name))
 
 
 class Flow(enum.Enum):
@@ -231,10 +228,7 @@ class Client:
     def end(self) -> bool:
         """Tell it nothing more; its connection ends after what it has not read. False: that is still there,
         and so are the descriptors in it, for which our user is held to account; close() later."""
-        self.gone = True
-        self._hello.clear()
-        self._queue.clear()
-        self._close_eventfds()
+        self._say_no_more()
         if not self.unread():
             self.sock.close()
             return True
@@ -246,11 +240,14 @@ class Client:
         return False
 
     def close(self) -> None:
+        self._say_no_more()
+        self.sock.close()
+
+    def _say_no_more(self) -> None:
         self.gone = True
         self._hello.clear()
         self._queue.clear()
         self._close_eventfds()
-        self.sock.close()
 
     def _close_eventfds(self) -> None:
         while self.eventfds:

@@ -19,7 +19,7 @@ from shmsock.engine import layout as lay
 from shmsock.engine.memory import Memory, native_core
 from shmsock.errors import RegionError, RegionExistsError, disk_full, format_error, region_error
 from shmsock.region import locks, storage
-from shmsock.region.base import Region, map_bytes
+from shmsock.region.base import Region, identity_of, map_bytes
 from shmsock.region.file import FileRegion, owner_name
 from shmsock.region.sizes import format_size, round_up
 
@@ -142,17 +142,14 @@ def _lock(opened: FileRegion) -> int:
     """One server for each file: peers of two would take each other's ids for those of their own server. The
     descriptor is nobody else's, so that the lock falls with this process."""
     fd = opened.reopen()
-    try:
-        if locks.supported(fd) and not locks.try_lock(fd, locks.SERVER_LOCK):
-            raise region_error(
-                errno.EBUSY,
-                f"region {opened.path} is served by another ivshmem server already: stop that one, or name "
-                "another file",
-                opened.path,
-            )
-    except BaseException:
+    if locks.supported(fd) and not locks.try_lock(fd, locks.SERVER_LOCK):
         os.close(fd)
-        raise
+        raise region_error(
+            errno.EBUSY,
+            f"region {opened.path} is served by another ivshmem server already: stop that one, or name "
+            "another file",
+            opened.path,
+        )
     return fd
 
 
@@ -188,8 +185,9 @@ def _make_memfd(size: int, peers: int) -> Store:
     if size > (free := _available()):  # taking it all the same would have the kernel kill somebody
         room = format_size(free // 4096 * 4096)
         raise disk_full(MEMFD, size, f"{room} of memory are free: use a smaller size")
-    fd = os.memfd_create("shmsock-ivshmem", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
+    with contextlib.ExitStack() as undo:
+        fd = os.memfd_create("shmsock-ivshmem", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        undo.callback(os.close, fd)
         try:
             os.ftruncate(fd, size)
             os.posix_fallocate(fd, 0, size)
@@ -197,20 +195,13 @@ def _make_memfd(size: int, peers: int) -> Store:
             if error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
                 raise disk_full(MEMFD, size, "use a smaller size, or a file on huge pages") from None
             raise
+        mapping = map_bytes(fd, size, True)
         # Of an open() of its own, since locks and close() go with that.
         own = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
-        try:
-            mapping = map_bytes(fd, size, True)
-            opened = Region(url=MEMFD, path=MEMFD, mapping=mapping, fd=own, writable=True)
-        except BaseException:
-            os.close(own)
-            raise
-        with opened:
+        with Region(url=MEMFD, path=MEMFD, mapping=mapping, fd=own, writable=True) as opened:
             prepare_region(opened, peers)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-    except BaseException:
-        os.close(fd)
-        raise
+        undo.pop_all()
     return Store(fd, -1, size, f"a sealed memfd, {format_size(size)}, made")
 
 
@@ -236,7 +227,7 @@ class Listener(NamedTuple):
         self.sock.close()
         if self.identity is not None:
             with contextlib.suppress(OSError):
-                if _identity(self.path) == self.identity:
+                if identity_of(self.path) == self.identity:
                     os.unlink(self.path)
 
 
@@ -268,17 +259,12 @@ def listen(path: str, mode: int = 0o600) -> Listener:
             _remove_stale(path)
         else:
             raise region_error(errno.EADDRINUSE, f"socket {path} comes and goes: who else makes it?", path)
-        made = Listener(sock, path, _identity(path))
+        made = Listener(sock, path, identity_of(path))
         sock.listen(1024)
         return made
     except BaseException:
         sock.close()
         raise
-
-
-def _identity(path: str) -> tuple[int, int]:
-    status = os.lstat(path)
-    return status.st_dev, status.st_ino
 
 
 def _remove_stale(path: str) -> None:
@@ -299,7 +285,7 @@ def _remove_stale(path: str) -> None:
                 path,
             )
         time.sleep(_PROBE_S)  # one that is just being made does not listen yet
-        if not _answers(path) and _identity(path) == (before.st_dev, before.st_ino):
+        if not _answers(path) and identity_of(path) == (before.st_dev, before.st_ino):
             os.unlink(path)
     except FileNotFoundError:
         return  # gone by itself
