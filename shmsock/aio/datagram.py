@@ -18,7 +18,7 @@ from shmsock.aio.attach import current_node
 from shmsock.aio.flow import FlowControl
 from shmsock.aio.node import Node
 from shmsock.aio.pseudosocket import PseudoSocket
-from shmsock.aio.pump import DatagramOut, extension
+from shmsock.aio.pump import DatagramOut
 from shmsock.engine.datagrams import BROADCAST, DATAGRAM_MAX, Endpoint
 from shmsock.errors import NodeClosedError, forked, wrong_thread
 
@@ -50,11 +50,9 @@ class ShmDatagramTransport(FlowControl, asyncio.DatagramTransport):
         extra = {"sockname": local, "peername": remote, "socket": self._socket, "shmsock_node": node}
         super().__init__(extra, node.loop)
         self.node, self.endpoint, self.context, self._protocol = node, endpoint, context, protocol
-        self._send_now = endpoint.send_now
         endpoint.sink = (protocol, context)
         self._outbox = DatagramOut(node, endpoint.local[1], endpoint.routes, self)
-        if extension is not None:
-            self.sendto = self._outbox.sendto  # type: ignore[method-assign]
+        self.sendto = self._outbox.sendto  # type: ignore[method-assign]
         self._closing = self._lost = self._reading_paused = False
         self._sends_after_close = 0
         endpoint.handler = self
@@ -144,12 +142,7 @@ class ShmDatagramTransport(FlowControl, asyncio.DatagramTransport):
 
         Raises TypeError, ValueError (connected elsewhere), OSError (EMSGSIZE); what else goes wrong is told
         by error_received()."""
-        try:
-            sent = not self._closing and self._send_now(data, addr)
-        except TypeError:  # an address that cannot be looked up: asyncio does not raise that here
-            sent = False
-        if not sent:
-            self._send_slowly(data, addr)
+        self._outbox.sendto(data, addr)
 
     def _send_slowly(self, data: Any, addr: Any) -> None:
         self._check_thread()

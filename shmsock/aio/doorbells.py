@@ -35,7 +35,7 @@ class DoorbellListener:
 
     def _rang(self) -> None:
         self.hear()
-        self.node.wake_pending()
+        self.node.woken()
 
     def hear(self) -> None:
         """Count what rang; before the pump looks. Whatever it was for, a pump must follow: who rang for this
@@ -81,7 +81,7 @@ class DoorbellListener:
             )
             self.close()
             node.engine.wakes.withdraw()
-        node.wake_pending()
+        node.woken()
 
     def close(self) -> None:
         """Listen no more. The loop must be open."""

@@ -1,17 +1,17 @@
 """asyncio streams over shared memory: StreamReader and StreamWriter with a straight way to the ring.
 
-The reader is asyncio's own with one hook replaced, `_wait_for_data`, and short cuts in read(n) and
-readexactly(n): one call into C that spins, copies and gives the space back. Bytes leave the ring only after
-the last await of an operation, so cancelling loses none.
+Direct mode is the extension's (native/extension/op.c): read(n), readexactly(n), readline() and drain() are
+awaitables in C that spin, copy and give the space back. What they find unusual they leave to asyncio's
+coroutines of the same names, which wait to be fed like any reader's: then the transport delivers for so long.
+Bytes leave the ring only after the last await of an operation, so cancelling loses none.
 """
 
 from __future__ import annotations
 
 import asyncio
 import ssl
-import threading
 import warnings
-import weakref
+from errno import ECONNRESET
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,13 +19,9 @@ from shmsock.aio.node import Node, yield_once
 from shmsock.aio.pump import extension
 from shmsock.aio.tls import start_tls
 from shmsock.aio.transport import ShmTransport
-from shmsock.engine.connection import CLOSED, EMPTY, EOF, GROW, RESET, STALE, YIELD, State
+from shmsock.engine.connection import DATA, State
 
 __all__ = ["ShmStreamReader", "ShmStreamReaderProtocol", "ShmStreamWriter", "adopt"]
-
-COPY_MAX = 1 << 20
-IDLE_MAX = 4096  # bytes that the pump moves into a buffer that nobody reads
-_get_ident = threading.get_ident
 
 # What this module relies on inside asyncio. A Python that renames one of these must fail at import, not in
 # the field.
@@ -39,32 +35,25 @@ if missing := [x for x in _PRIVATE if not hasattr(asyncio.StreamReader, x)] + [
 
 
 class ShmStreamReader(asyncio.StreamReader):
-    """asyncio.StreamReader on a ring. Same methods, errors and limits."""
+    """asyncio.StreamReader, same methods, errors and limits. In direct mode its read(n), readexactly(n) and
+    readline() take bytes from the ring as long as the buffer is empty; all else waits to be fed, as asyncio's
+    does."""
 
     _transport: Any
     _buffer: bytearray
     _eof: bool
     _exception: BaseException | None
     _waiter: asyncio.Future[None] | None
-    _limit: int
     _loop: asyncio.AbstractEventLoop
 
-    _direct = False  # bytes are taken from the ring, by this reader alone
-    _fast_path: Any = SimpleNamespace(
-        can_read=False, wake_pending=False, take=lambda *_: None
-    )  # what the short cuts ask
-    _spun = False  # a short cut has spun in vain just now
+    _fast_path: Any = SimpleNamespace(can_read=False)  # what the short cuts ask
     _late: BaseException | None = None  # raised when what is in the buffer was read
 
     def _attach(self, transport: ShmTransport) -> None:
-        """Direct mode from here on. (A method and not __init__: stock readers are adopted by changing their
+        """Begin direct mode. (A method and not __init__: stock readers are adopted by changing their
         class.)"""
         self._fast_path = transport.fast_path
-        self._direct = self._fast_path.can_read = transport.conn.state is not State.FREE
-        self._node, self._conn, self._ep = transport.node, transport.conn, transport.conn.ep
-        transport.reader = weakref.ref(self)
-        if self._direct:
-            self._fast_path.attach(self)
+        transport.direct.begin(self, transport.conn.state is not State.FREE)
 
     def _maybe_resume_transport(self) -> None:
         """Called by asyncio whenever bytes were taken out of the buffer."""
@@ -100,210 +89,33 @@ class ShmStreamReader(asyncio.StreamReader):
         if self._exception is not None:
             raise self._exception
 
-    # -- the short cuts
-
-    async def read(self, n: int = -1) -> bytes:
-        """As asyncio's: up to n bytes, b"" at EOF. Raises ConnectionResetError."""
-        if n > 0 and not self._buffer:
-            data: bytes | None = self._fast_path.take(n)
-            if data is not None:
-                return data
-            self._spun = self._fast_path.can_read
-        return await super().read(n)
-
-    async def readexactly(self, n: int) -> bytes:
-        """As asyncio's: n bytes, or asyncio.IncompleteReadError."""
-        if 0 < n <= COPY_MAX and not self._buffer:
-            data: bytes | None = self._fast_path.take(n, n)
-            if data is not None:
-                return data
-            self._spun = self._fast_path.can_read
-        return await super().readexactly(n)
-
-    # -- the hook
-
     async def _wait_for_data(self, func_name: str) -> None:
-        """Until there is something in the buffer, EOF, or an exception. What asyncio's own does with
-        feed_data()."""
-        if not self._direct:
-            self._check()
-            if isinstance(self._transport, ShmTransport):
-                self._transport._check_thread()
-            if not self._eof:  # connection_lost is on its way, or somebody feeds this reader
-                await super()._wait_for_data(func_name)  # type: ignore[misc]
-                self._check()
-            return
-        if self._waiter is not None:
-            raise RuntimeError(
-                f"{func_name}() called while another coroutine is already waiting for incoming data"
-            )
-        node = self._node
-        room = self._room
-        while self._direct:
-            if not node.scheduled:
-                node.begin_turn()
-            status = self._pull(room, not self._spun and node.may_spin())
-            self._spun = False
-            if status > 0 or self._eof:
-                return
-            self._check()
-            if status == YIELD:
-                had = len(self._buffer)
-                await yield_once()
-                if len(self._buffer) != had:
-                    return  # the pump took them in meanwhile, as nobody was waiting
-                # Others may have used up this turn as well: a turn without bytes is enough.
-                if self._direct and self._take_over(node.lib.sh_read_now(self._ep, min(room, COPY_MAX))) > 0:
-                    return
-                self._check()
-            elif status == EMPTY and not node.lib.sh_arm(self._ep):
-                await self._sleep(func_name)
-                self._check()
-                if self._eof:
-                    return
-        if not self._buffer and not self._eof:
-            await self._sleep(func_name)
-            self._check()
-
-    async def _sleep(self, func_name: str) -> None:
-        if self._waiter is not None:
-            raise RuntimeError(
-                f"{func_name}() called while another coroutine is already waiting for incoming data"
-            )
-        self._waiter = self._loop.create_future()
-        port = self._fast_path
-        port.can_read = False
-        if self._direct and self._transport._poll is not None:
-            self._transport.update_poll()
-        try:
-            await self._waiter
-        except asyncio.CancelledError:
-            if port.wake_pending:  # what it was woken for is to be told to those who look at the buffer
-                self._loop.call_soon(self._on_ready, context=self._node.context)
-            raise
-        finally:
-            self._waiter = None
-            port.can_read = self._direct and self._exception is None and self._transport._poll is None
-            if port.wake_pending:
-                port.wake_pending = False
-                self._node.runs()
-
-    def _pull(self, room: int, spin: bool) -> int:
-        """Move up to `room` bytes into the buffer. Returns how many, or a status that was acted upon."""
-        span = self._node.lib.sh_read_begin(self._ep, min(room, COPY_MAX), 1, spin)
-        if span == STALE:
-            self._node.check()
-        return self._take_over(span)
-
-    def _take_over(self, span: int) -> int:
-        if span > 0 and (span := self._append(span)) >= 0:
-            return span
+        """What asyncio's coroutines wait in, until they are fed."""
         transport = self._transport
-        span = self._conn.ended_by(span)
-        if span == EOF:
-            if transport is not None:
-                transport.got_eof()
-        elif span == RESET and self._conn.error is not None:
-            self.set_exception(self._conn.error)
-            if transport is not None:
-                transport.force_close(self._conn.error)
-        elif span == RESET:
-            self.feed_eof()
-        return span
-
-    def _append(self, span: int) -> int:
-        """Move these bytes from the ring to the end of the buffer. Returns how many, or a status to be acted
-        upon. 0: the buffer could not take them (somebody holds a memoryview of it, say), and that has ended
-        the connection, as over TCP: behind a gap nothing is to be read."""
-        n = span & 0xFFFFFFFF
+        if self._waiter is not None or not isinstance(transport, ShmTransport):
+            await super()._wait_for_data(func_name)  # type: ignore[misc]
+            return
+        self._check()
+        transport._check_thread()
+        if self._eof:
+            return
+        transport.feed()
         try:
-            self._buffer += self._conn.copy(span)
-            status = self._conn.taken(n)
-            if status:
-                del self._buffer[-n:]
-        except BaseException as error:
-            self.set_exception(error)
-            if self._transport is not None:
-                self._transport._raised(error, "data_received")
-            if isinstance(error, (SystemExit, KeyboardInterrupt)):
-                raise
-            return 0
-        return status or n
-
-    def read_ahead(self) -> bool:
-        """Take what asyncio's reader would have in its buffer by now: what had arrived, up to its limits. Are
-        bytes left?"""
-        while True:
-            takes = self._direct and self._exception is None
-            room = self._room - len(self._buffer) if takes else 0
-            span = self._conn.span(room if room > 0 else 1)
-            if span <= 0 or room <= 0:
-                return span > 0
-            if self._append(span) < 0:
-                return False
-
-    @property
-    def _room(self) -> int:
-        """So many bytes are taken into the buffer, at most."""
-        return max(2 * self._limit, 1 << 16)
+            if not self._eof:
+                await super()._wait_for_data(func_name)  # type: ignore[misc]
+        finally:
+            transport.direct.resume(self)
+        self._check()
 
     def _on_ready(self) -> None:
-        """The pump has news. Wake who waits; with nobody there, take in a little, so that at_eof() and who
-        looks into the buffer (connection pools do) are told the truth."""
-        if not self._direct:
-            return
-        waiter = self._waiter
-        if waiter is not None:
-            if not waiter.done():
-                waiter.set_result(None)
-                if not self._fast_path.wake_pending:
-                    self._fast_path.wake_pending = True
-                    self._node.will_run()
-            return
-        if len(self._buffer) < IDLE_MAX and not self._eof and self._exception is None:
-            room = IDLE_MAX - len(self._buffer)
-            while self._take_over(self._node.lib.sh_read_now(self._ep, room)) == GROW:
-                pass
-
-
-async def drain(transport: ShmTransport) -> bool:
-    """Until the protocol may write again, or its connection is closing. True: that was waited for, and what
-    was written has gone out: the connection may end before who waited runs. Raises BrokenPipeError."""
-    node = transport.node
-    if not node.closed:
-        if not node.scheduled:
-            node.begin_turn()
-        if node.lib.sh_over(node.nd):
-            await yield_once()
-    return not transport.fast_path.can_write and await _wait_for_space(transport, node)
-
-
-async def _wait_for_space(transport: ShmTransport, node: Node) -> bool:
-    transport._check_thread()
-    lib, resumed = node.lib, False
-    while not resumed and transport.may_resume:
-        is_open = transport.conn.state is State.OPEN
-        space = lib.sh_wait_space(transport.conn.ep, node.may_spin()) if is_open else CLOSED
-        if space == 0:
-            waiter = node.loop.create_future()
-            transport.space_waiters.append(waiter)
-            try:
-                resumed = await waiter
-            finally:
-                transport.space_waiters.remove(waiter)
-        else:
-            resumed = transport._flush()  # or it finds out that there is none, and acts on it
-            if space > 0 and lib.sh_over(node.nd):
-                await yield_once()
-        if not node.scheduled:
-            node.begin_turn()
-    if not resumed and transport._broken is not None:
-        raise transport._broken
-    return resumed
+        """Called by the extension for a read that was cancelled after it had been woken: what it was woken
+        for is to be seen in the buffer."""
+        if isinstance(self._transport, ShmTransport):
+            self._transport.ready(DATA)
 
 
 class ShmStreamWriter(asyncio.StreamWriter):
-    """asyncio.StreamWriter with a drain() that costs little when there is nothing to wait for."""
+    """asyncio.StreamWriter; its drain() costs little when there is nothing to wait for."""
 
     _transport: ShmTransport
     _reader: Any
@@ -313,22 +125,6 @@ class ShmStreamWriter(asyncio.StreamWriter):
         self.write = self._transport.write  # type: ignore[method-assign]  # one call less on the way
         self._fast_path = self._transport.fast_path
         return self
-
-    async def drain(self) -> None:
-        """Wait until the peer has taken enough. Raises ConnectionResetError, BrokenPipeError. Cancelling
-        loses nothing."""
-        port = self._fast_path
-        if port.can_write:
-            # Reads look at the clock each time; of drains every eighth is enough to keep a turn within its
-            # budget.
-            port.drains += 1
-            if port.drains & 7:
-                return
-            node = self._transport.node
-            if port.can_read and node.scheduled and not node.lib.sh_over(node.nd):
-                return
-            port.drains -= 1  # the protocol's helper, which is asked next, counts it
-        await super().drain()
 
     async def wait_closed(self) -> None:
         """As asyncio's. Who has just closed waits for the turn of the loop in which connection_lost() is
@@ -383,33 +179,39 @@ class ShmStreamReaderProtocol(asyncio.StreamReaderProtocol):
     for bytes."""
 
     _transport: Any
-    _fast_path: Any = SimpleNamespace(can_write=False)
+    _paused: bool
+    _connection_lost: bool
+    _fast_path: Any = None  # of the extension's
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         reader = self._stream_reader  # type: ignore[attr-defined]
         if isinstance(transport, ShmTransport):
             self._fast_path = transport.fast_path
-            if isinstance(reader, ShmStreamReader):
+            if extension is not None and isinstance(reader, ShmStreamReader):
                 reader._attach(transport)
         super().connection_made(transport)
 
     async def _drain_helper(self) -> None:
-        """asyncio's drain() awaits this; as ShmStreamWriter.drain."""
-        port = self._fast_path
-        if port.can_write:
-            port.drains += 1
-            if port.drains & 7:
-                return
-        await self._drain_slowly()
-
-    async def _drain_slowly(self) -> None:
+        """What asyncio's drain() awaits: until the protocol may write on. Raises ConnectionResetError,
+        BrokenPipeError."""
         transport = self._transport
         if isinstance(transport, ShmTransport):
-            if await drain(transport):
-                return
-            if transport.is_closing():
-                await asyncio.sleep(0)  # connection_lost() comes first, and says what is to be raised
+            await _share_turn(transport.node)
         await super()._drain_helper()  # type: ignore[misc]
+        if isinstance(transport, ShmTransport):
+            if transport.broken is not None:
+                raise transport.broken
+            if self._paused and self._connection_lost:
+                raise ConnectionResetError(ECONNRESET, "Connection lost")  # and not all of it was written
+
+
+async def _share_turn(node: Node) -> None:
+    """Let the loop turn once when the budget of this turn is used up."""
+    if not node.closed:
+        if not node.scheduled:
+            node.begin_turn()
+        if node.lib.sh_over(node.nd):
+            await yield_once()
 
 
 if extension is not None:
@@ -418,7 +220,7 @@ if extension is not None:
         setattr(ShmStreamReader, _name, method(_name, reader, getattr(reader, _name)))
     ShmStreamWriter.drain = method("drain", writer, writer.drain)  # type: ignore[method-assign]
     ShmStreamReaderProtocol._drain_helper = method(  # type: ignore[method-assign]
-        "_drain_helper", asyncio.StreamReaderProtocol, ShmStreamReaderProtocol._drain_slowly
+        "_drain_helper", asyncio.StreamReaderProtocol, ShmStreamReaderProtocol._drain_helper
     )
 
 

@@ -1,7 +1,9 @@
 """The transport of a shared-memory connection: asyncio's contract on top, one engine connection below.
 
-Two ways lead the bytes to the user. In direct mode a stream reader takes them from the ring itself
-(streams.py), and the transport only wakes it. Otherwise the pump delivers them to the protocol (reading.py).
+The ordinary way of bytes is that of any transport: the pump delivers them to data_received(), or into the
+protocol's own buffer. It is done by the extension as long as nothing unusual happens (FastPath.receive), and
+here else. A stream reader in direct mode (streams.py) takes them from the ring itself while one of its calls
+is awaited, and is given only a little when nobody waits.
 """
 
 from __future__ import annotations
@@ -21,22 +23,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from shmsock.aio import names
-from shmsock.aio.pseudosocket import Duplicate, PseudoSocket
-from shmsock.aio.pump import FastPath, extension
-from shmsock.aio.reading import ReadSide
+from shmsock.aio.direct import DELIVER_MAX, DirectMode
+from shmsock.aio.flow import FlowControl
+from shmsock.aio.pseudosocket import Duplicate, PollFd, PseudoSocket
+from shmsock.aio.pump import FastPath
 from shmsock.aio.tls import flushes, tell_above
-from shmsock.engine.connection import (
-    BAD,
-    CLOSED,
-    DATA,
-    FIN,
-    REL,
-    RESET_BIT,
-    SPACE,
-    STALE,
-    Connection,
-    State,
-)
+from shmsock.engine.connection import CLOSED, DATA, EMPTY, EOF, REL, SPACE, STALE, YIELD, Connection, State
 from shmsock.errors import forked, wrong_thread
 
 if TYPE_CHECKING:
@@ -45,7 +37,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ShmTransport"]
 
-UNUSUAL = FIN | REL | RESET_BIT | BAD
 NO_LINGER = struct.pack("ii", 1, 0)
 _get_ident = threading.get_ident
 
@@ -67,7 +58,7 @@ def _duplicate_of(transport: weakref.ref[ShmTransport]) -> Duplicate:
     return found.duplicate()
 
 
-class ShmTransport(ReadSide):
+class ShmTransport(FlowControl, asyncio.Transport):
     """A stream between two peers of a region. `get_extra_info` knows "peername" and "sockname", as (name,
     port), and "socket". `numeric`: internet addresses stand for the names."""
 
@@ -80,9 +71,13 @@ class ShmTransport(ReadSide):
     _eof_wanted = False  # write_eof() was called: FIN follows _pending
     _writes_after_loss = 0
     _wrote_in_vain = False
-    _broken: OSError | None = None  # the peer takes no more; what it wrote is still to be read
+    broken: OSError | None = None  # the peer takes no more; what it wrote is still to be read
     _duplicates = 0  # of the pseudo-socket: they keep the connection open
     superseded = False  # the connection is another transport's
+    _reading_paused = False
+    _read_eof = False
+    _unread = b""  # taken from the ring already, for the next protocol
+    _poll: PollFd | None = None  # what the pseudo-socket's fileno() gives
 
     def __init__(
         self,
@@ -101,15 +96,13 @@ class ShmTransport(ReadSide):
         super().__init__({"peername": remote, "sockname": local, "shmsock_node": node}, node.loop)
         self.node, self.conn, self.context, self._protocol = node, conn, context, protocol
         self.fast_path = FastPath(node, conn, self)
-        if extension is not None:
-            self.write = self.fast_path.write  # type: ignore[method-assign]
+        self.write = self.fast_path.write  # type: ignore[method-assign]
         self._server = server
-        self.reader: Any = None  # weak reference to a reader in direct mode, which takes bytes from the ring
+        self.direct = DirectMode(self.fast_path)
         self._reading = False  # it has begun
         self._closing = True  # or not started yet
         self._lost = True  # connection_lost() is on its way, or was called; or this has not started
         self._pending = bytearray()  # what the ring had no room for
-        self.space_waiters: list[asyncio.Future[bool]] = []  # of drain()
 
     def __repr__(self) -> str:
         state = "closed" if self._lost else "closing" if self._closing else "open"
@@ -175,14 +168,6 @@ class ShmTransport(ReadSide):
         """The engine saw something: bytes, space, FIN, REL or an error of the connection."""
         if self._lost or not self._reading:
             return
-        if (  # what happens most is short: the way of a byte from a cold start is mostly this code's own
-            self.reader is not None
-            and self.conn.state is State.OPEN
-            and not (bits & UNUSUAL or self._pending or self.space_waiters or self._poll is not None)
-            and (reader := self.reader()) is not None
-        ):
-            reader._on_ready()
-            return
         try:
             self._heed(bits)
             if self._poll is not None:
@@ -203,14 +188,9 @@ class ShmTransport(ReadSide):
                 self._write_failed()
             if self._lost:
                 return
-        reader = self.reader() if self.reader is not None else None
-        if reader is not None:
-            reader._on_ready()
-        elif self.reader is not None:
-            self._discard()  # its owner dropped the reader: as asyncio's reader would, read and forget
-        elif not (self._reading_paused or self._closing or (self._read_eof and not self._unread)):
+        if self._receiving() and not (self._read_eof and not self._unread):
             self._deliver()
-        if self.conn.error is not None and not self._lost and reader is None:
+        if self.conn.error is not None and not self._lost:
             self._read_in_vain()
 
     def failed(self, error: OSError) -> None:
@@ -219,7 +199,7 @@ class ShmTransport(ReadSide):
     def freed(self) -> None:
         """Slot and ring are the engine's again, and soon another connection's: hands off."""
         self.fast_path.can_write = False
-        self._undirect()
+        self.direct.end()
 
     def _ended(self) -> None:
         """The engine released the connection: a reset, or the peer closed it and all of it was read."""
@@ -231,8 +211,198 @@ class ShmTransport(ReadSide):
             return
         if self._pending:
             self._write_failed()
-        if not (self._lost or self._closing) and (self.reader is not None or not self._reading_paused):
+        if not (self._lost or self._closing) and (self.direct.used or not self._reading_paused):
             self.got_eof()
+
+    # -- reading
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        """Ends direct mode for good: bytes that the reader took already stay in its buffer, the rest goes to
+        `protocol`."""
+        before: Any = self._protocol
+        if getattr(before, "_fast_path", None) is self.fast_path:
+            del before._fast_path  # a writer of streams, which drains into another transport now
+        self._protocol = protocol
+        reader = self.direct.end()
+        if reader is not None and isinstance(protocol, SSLProtocol):
+            # What the pump moved there unasked begins the handshake. (A buffer of which somebody holds a
+            # memoryview cannot be emptied.)
+            self._unread, reader._buffer = bytes(reader._buffer), bytearray()
+        self.direct.forget()
+        self._read_eof = False  # it was told to the one before
+        if not self._lost:
+            self._loop.call_soon(self._resumed, context=self.node.context)
+
+    def feed(self) -> None:
+        """Have the bytes that are there, and those that come, delivered to the reader, for which a coroutine
+        of asyncio's is about to wait. An end is told at once."""
+        self.direct.suspend()
+        if self._lost:
+            return
+        status = self.conn.available()
+        if status == EOF or self.conn.error is not None:
+            self._delivered(status)
+        elif not self._reading_paused:
+            self._loop.call_soon(self._resumed, context=self.node.context)
+
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        return self._protocol
+
+    def is_reading(self) -> bool:
+        return not self._reading_paused and not self._closing
+
+    def fileno(self) -> int:
+        """A descriptor that is readable while there is something to read, or the end; -1 after the end.
+        Raises WrongThreadError."""
+        if self._lost or self.node.closed:
+            return -1
+        self._check_thread()
+        if self._poll is None:
+            self._poll = PollFd()
+            self.direct.end()  # the short cuts tell nobody that they have emptied the ring
+            if self.direct.used:
+                self._loop.call_soon(self._resumed, context=self.node.context)
+        self.update_poll()
+        return self._poll.fd
+
+    def update_poll(self) -> None:
+        """Called whenever what fileno() tells may have changed."""
+        if self._poll is not None and not self._lost:
+            reader = self.direct.reader
+            taken = reader is not None and (reader._buffer or reader._eof)
+            self._poll.update(bool(taken) or self._read_eof or self.conn.available() not in (EMPTY, 0))
+
+    def pause_reading(self) -> None:
+        self._reading_paused = True
+        self.fast_path.receive(None, self.context)
+        if self.broken is not None and not self.direct.used:
+            self.force_close(self.broken)
+
+    def resume_reading(self) -> None:
+        if self._reading_paused and not self._closing:
+            self._reading_paused = False
+            self._loop.call_soon(self._resumed, context=self.node.context)
+
+    def _resumed(self) -> None:
+        if not self._lost:
+            if not (self.node.scheduled or self.node.closed):
+                self.node.begin_turn()
+            self.ready(DATA)
+
+    def _receiving(self) -> bool:
+        return not (self._reading_paused or self._closing or self._lost)
+
+    def _deliver(self) -> None:
+        """Hand over what is there, within the turn's budget, and come again if more is."""
+        over, nd, left = self.node.lib.sh_over, self.node.nd, self.direct.wanted()
+        self._let_through()
+        while left > 0 and self._receiving():
+            protocol: Any = self._protocol
+            if isinstance(protocol, asyncio.BufferedProtocol):
+                n = self._deliver_buffered(protocol)
+            else:
+                n = self._deliver_bytes(protocol, left)
+            if n <= 0:
+                self._delivered(n)
+                return
+            left -= n
+            if over(nd):
+                break
+        if self._receiving() and not self.fast_path.can_read:
+            self._loop.call_soon(self._resumed, context=self.node.context)
+
+    def _delivered(self, status: int) -> None:
+        """There was nothing to deliver: is that the end?"""
+        if status == EOF:
+            self.got_eof()
+        elif status not in (0, EMPTY, YIELD) and self.conn.error is not None:
+            self._read_in_vain()
+
+    def _let_through(self) -> None:
+        """From now on the pump may give bytes to the protocol itself, until any of this changes."""
+        usual = self._poll is None and not self._unread and not self.direct.used and self._receiving()
+        if usual and not isinstance(self._protocol, asyncio.BufferedProtocol):
+            self.fast_path.receive(self._protocol, self.context)
+
+    def _deliver_bytes(self, protocol: Any, most: int) -> int:
+        """How many bytes were given to data_received(), or a status."""
+        data = self._take(most)
+        if isinstance(data, int):
+            return data
+        self._guarded("data_received", protocol.data_received, data)
+        return len(data)
+
+    def _deliver_buffered(self, protocol: Any) -> int:
+        """How many bytes were put into the protocol's own buffer, or a status."""
+        there = len(self._unread) or self.conn.available()
+        if there <= 0:
+            return there
+        buffer = self._guarded("get_buffer", protocol.get_buffer, there)
+        replaced = self._protocol is not protocol
+        if replaced or not self._receiving():
+            return 0
+        try:
+            with memoryview(buffer) as whole, whole.cast("B") as view:  # it may be resized right afterwards
+                if not view:
+                    raise RuntimeError("get_buffer() returned an empty buffer")
+                if view.readonly:
+                    raise TypeError("get_buffer() returned a buffer that cannot be written")
+                data = self._take(min(len(view), DELIVER_MAX))
+                if isinstance(data, int):
+                    return data
+                view[: len(data)] = data
+        except BaseException as error:
+            self._fatal_error(error, "Fatal error: protocol.get_buffer() call failed.")
+            return 0
+        self._guarded("buffer_updated", protocol.buffer_updated, len(data))
+        return len(data)
+
+    def _take(self, most: int) -> bytes | int:
+        if self._unread:
+            data, self._unread = self._unread[:most], self._unread[most:]
+            return data
+        return self.conn.read(most)
+
+    def _guarded(self, what: str, call: Any, *args: Any) -> Any:
+        """Call the protocol, in the connection's context. What it raises ends the connection."""
+        try:
+            return self.context.run(call, *args)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            self._raised(error, what)
+            return None
+
+    def _raised(self, error: BaseException, what: str) -> None:
+        self._fatal_error(error, f"Fatal error: protocol.{what}() call failed.")
+
+    def _read_in_vain(self) -> None:
+        """The connection broke, and all that had come was read. Of a peer that died that is the end, as when
+        the kernel of a killed process closes its sockets: at an error, TLS and stock readers would forget
+        what they still hold."""
+        if self.conn.orphaned_ns and not self.direct.used:
+            self.got_eof()
+        else:
+            self.force_close(self.conn.error)
+
+    def got_eof(self) -> None:
+        """FIN was read. The protocol says whether the write side stays open."""
+        protocol: Any = self._protocol
+        if self._read_eof or protocol is None:
+            return
+        self._read_eof = True
+        if self.direct.used:  # called by a reader, maybe from within this very context (an eager task)
+            keep = protocol.eof_received()
+        else:
+            keep = self._guarded("eof_received", protocol.eof_received)
+        if self._lost:
+            return
+        if self.conn.state is State.FREE and self._pending:
+            self._write_failed()  # that was the end of the connection, and nobody comes back to say so
+        elif self.broken is not None:
+            self.force_close(None if isinstance(protocol, SSLProtocol) else self.broken)
+        elif not keep:
+            self.close()
 
     # -- writing
 
@@ -247,16 +417,7 @@ class ShmTransport(ReadSide):
 
         Raises TypeError, RuntimeError after write_eof() or from another thread.
         """
-        if self.fast_path.can_write and type(data) is bytes:
-            n = len(data)
-            taken = self.node.lib.sh_write(self.conn.ep, data, n)
-            if taken == n:
-                if not self.node.scheduled:
-                    self.node.begin_turn()
-                return
-            self._write_rest(data, taken)
-        else:
-            self._write_slowly(data)
+        self.fast_path.write(data)
 
     def _write_rest(self, data: Any, taken: int) -> None:
         self._write_slowly(memoryview(data)[taken:] if taken > 0 else data)
@@ -272,7 +433,7 @@ class ShmTransport(ReadSide):
             return
         if isinstance(data, memoryview) and not (data.ndim == data.itemsize == 1 and data.c_contiguous):
             data = data.cast("B") if data.c_contiguous else memoryview(bytes(data))
-        if self._lost or self._broken is not None:
+        if self._lost or self.broken is not None:
             self._after_loss()
             return
         if not self._pending:
@@ -310,49 +471,37 @@ class ShmTransport(ReadSide):
                 self._wrote_in_vain = True
                 self._settle()
                 self._resume_protocol()
-                self._wake_writer()
                 return
             error = BrokenPipeError(
                 errno.EPIPE, f"{self.conn.remote} closed the connection and reads no more"
             )
-        unread = self.reader is None and self._reading_paused  # nobody is going to read to the end
+        unread = not self.direct.used and self._reading_paused  # nobody is going to read to the end
         if self._closing or self._read_eof or unread or self.conn.error is not None or status == STALE:
             self.force_close(error)
         else:
-            self._broken, self.fast_path.can_write = error, False
+            self.broken, self.fast_path.can_write = error, False
             self._resume_protocol()
-            self._wake_writer()
 
-    def _flush(self) -> bool:
-        """Put what was kept into the ring, as far as it has room. Returns whether the protocol may write on
-        for that."""
+    def _flush(self) -> None:
+        """Put what was kept into the ring, as far as it has room."""
         pending = self._pending
-        if pending:
-            view = self.node.engine.ffi.from_buffer(pending)
-            try:
-                taken = self.conn.write(view, len(pending))
-            finally:
-                self.node.engine.ffi.release(view)
-            if taken < 0:
-                self._write_failed(taken)
-                return False
-            del pending[:taken]
-            self._settle()
-            self._resume_protocol()
-        resumed = not self._protocol_paused
-        self._wake_writer(resumed)
+        view = self.node.engine.ffi.from_buffer(pending)
+        try:
+            taken = self.conn.write(view, len(pending))
+        finally:
+            self.node.engine.ffi.release(view)
+        if taken < 0:
+            self._write_failed(taken)
+            return
+        del pending[:taken]
+        self._settle()
+        self._resume_protocol()
         if not pending:
             if self._closing:
                 self._finish_close()
             elif self._eof_wanted:
                 self.conn.finish()
             self.node.flushed()
-        return resumed
-
-    @property
-    def may_resume(self) -> bool:
-        """The protocol is paused, and waiting may help."""
-        return self._protocol_paused and not self._closing and self._broken is None
 
     def _resume_protocol(self) -> None:
         if self._protocol_paused:  # a copy: drain() may be inside of the connection's own context
@@ -361,14 +510,8 @@ class ShmTransport(ReadSide):
     def _settle(self) -> None:
         is_open = self.conn.state is State.OPEN
         self.fast_path.can_write = is_open and not (
-            self._pending or self._closing or self._eof_wanted or self._broken
+            self._pending or self._closing or self._eof_wanted or self.broken
         )
-
-    def _wake_writer(self, resumed: bool = False) -> None:
-        """Each drain() that waits is told once: whether it may go on, or has to look what happened."""
-        for waiter in self.space_waiters:
-            if not waiter.done():
-                waiter.set_result(resumed)
 
     def write_eof(self) -> None:
         """FIN behind what was written; reading goes on."""
@@ -417,12 +560,13 @@ class ShmTransport(ReadSide):
         asked for, session tickets say, for which the peer's program shall not lose what it has not read."""
         if self._duplicates:
             return
-        reader = self.reader() if self.reader is not None else None
         if self._read_eof or isinstance(self._protocol, SSLProtocol):
             left = False
-        elif reader is not None:
-            left = reader.read_ahead()
         else:
+            try:
+                self.direct.read_ahead(self.conn)
+            except Exception as error:
+                self._raised(error, "data_received")
             left = self.conn.available() > 0
         if left:
             self.conn.cut()
@@ -462,18 +606,14 @@ class ShmTransport(ReadSide):
         node = self.node
         if self._poll is not None:
             self._poll.close()
-        self._undirect()
+        self.direct.end()
         node.transports.discard(self)
         node.flushed()
-        if self.space_waiters:
-            self._wake_writer()
         if not self._loop.is_closed():
             self._loop.call_soon(self._call_connection_lost, error, context=self.context)
 
     def _call_connection_lost(self, error: BaseException | None) -> None:
         self.just_lost = False
-        if self.space_waiters:
-            self._wake_writer()
         if isinstance(self._protocol, SSLProtocol):
             tell_above(self._protocol)
         try:
@@ -518,13 +658,13 @@ class ShmTransport(ReadSide):
     def supersede(self, before: ShmTransport) -> None:
         """Go on with the connection of `before`, which ends: with what it took from the ring and nobody has
         read, and with what waits to be written. To be called ahead of start()."""
-        reader = before._undirect()
+        reader = before.direct.end()
         self._unread, before._unread = before._unread, b""
         if reader is not None:
             self._unread = bytes(reader._buffer) + self._unread
             reader._buffer.clear()
         self._pending, before._pending = before._pending, bytearray()
-        self._eof_wanted, self._broken = before._eof_wanted, before._broken
+        self._eof_wanted, self.broken = before._eof_wanted, before.broken
         self._extra.update({name: before._extra[name] for name in ("peername", "sockname")})
         self.get_extra_info("socket")._options = before.get_extra_info("socket")._options
         before.superseded, before._closing, before.fast_path.can_write = True, True, False

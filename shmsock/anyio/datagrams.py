@@ -12,6 +12,7 @@ from anyio.abc import UnreliableObjectStream
 from anyio.lowlevel import cancel_shielded_checkpoint, checkpoint, checkpoint_if_cancelled
 
 from shmsock.aio.node import Node
+from shmsock.aio.pump import DatagramOut
 from shmsock.anyio.ends import RECEIVER, SENDER, Address, End, Resource, broken
 
 if TYPE_CHECKING:
@@ -32,7 +33,12 @@ class _DatagramEnd(End):
         self.queue: deque[tuple[bytes, Address]] = deque()
         self.error: OSError | None = None
         self._paused = False
+        self.send = DatagramOut(node, endpoint.local[1], endpoint.routes, self).sendto
         endpoint.handler = self
+
+    def _send_slowly(self, data: bytes, to: Address | None) -> None:
+        """Called by `send` for an address that was not used before, and for what is unusual."""
+        self.endpoint.send(data, to)
 
     def datagram(self, data: bytes, source: Address) -> None:
         self.queue.append((data, source))
@@ -112,7 +118,7 @@ class _Datagrams(Resource):
         with self._sending:
             await checkpoint_if_cancelled()
             self._check()
-            end.endpoint.send(data, to)
+            end.send(data, to)
             while end.endpoint.unsent > UNSENT_MAX and not end.closed and end.error is None:
                 await end.sleep(SENDER)
             if end.node.lib.sh_over(end.node.nd):

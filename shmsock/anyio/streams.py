@@ -22,14 +22,11 @@ from shmsock.aio.pseudosocket import PollFd
 from shmsock.aio.pump import FastPath
 from shmsock.anyio.ends import RECEIVER, SENDER, End, Resource, ShmAttribute, broken, checkpoints
 from shmsock.engine.connection import (
-    COPY_MAX,
     EMPTY,
     EOF,
-    GROW,
     MOVED,
     REL,
     SPACE,
-    STALE,
     YIELD,
     Connection,
     State,
@@ -128,30 +125,20 @@ class ShmStream(Resource, ByteStream):
             self._receiving = False
 
     async def _receive_slowly(self, max_bytes: int) -> bytes:
-        end, node, conn, lib = self._end, self._node, self._conn, self._node.lib
-        spin = not self._fast_path.can_read  # else it was done just now
+        end, node, conn = self._end, self._node, self._conn
         while end.live:
             if not node.scheduled:
                 node.begin_turn()
-            span = lib.sh_read_begin(conn.ep, min(max_bytes, COPY_MAX), 1, spin and node.may_spin())
-            if span > 0:
-                data = conn.take(span)
-                if isinstance(data, bytes):
-                    end.update_poll()
-                    return data
-                span = data
-            spin = span == YIELD
-            if span == EMPTY:
-                if not lib.sh_arm(conn.ep):
-                    await end.sleep(RECEIVER)
-            elif span == YIELD:
-                await checkpoint()
-            elif span == GROW:
-                conn.follow()
-            elif span == STALE or conn.ended_by(span) != EOF:
-                break
-            else:
+            data = conn.read(max_bytes)
+            if isinstance(data, bytes):
+                end.update_poll()
+                return data
+            if data == EOF:
                 raise EndOfStream
+            if data not in (EMPTY, YIELD):
+                break
+            if not node.lib.sh_arm(conn.ep):
+                await end.sleep(RECEIVER)
         raise self._failure() or EndOfStream
 
     def _failure(self) -> Exception | None:
@@ -208,17 +195,9 @@ class ShmStream(Resource, ByteStream):
         return broken(BrokenPipeError(errno.EPIPE, f"{self._conn.remote} closed the connection"))
 
     async def _room(self) -> None:
-        """Until there is room in the ring, or something that send() finds out."""
-        end, node = self._end, self._node
-        while end.live:
-            if not node.scheduled:
-                node.begin_turn()
-            room = node.lib.sh_wait_space(self._conn.ep, node.may_spin())
-            if room:
-                if node.lib.sh_over(node.nd):
-                    await checkpoint()
-                return
-            await end.sleep(SENDER)
+        """Wait until there is room in the ring, or something that send() finds out."""
+        while self._end.live and not self._node.lib.sh_wait_space(self._conn.ep, 0):
+            await self._end.sleep(SENDER)
 
     async def send_eof(self) -> None:
         """EndOfStream for the peer, behind what was sent; receiving goes on."""

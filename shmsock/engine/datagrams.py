@@ -60,7 +60,6 @@ class Endpoint:
         self.unsent = 0  # bytes that wait for room in a ring, and OVERHEAD for each datagram
         self.paused = False  # paused, or not yet through with what came meanwhile
         self._to: Any = given if remote and isinstance(given[0], int) else remote
-        self._send, self._port = owner.engine.lib.sh_send, listener.port
         self._bound = owner.engine.settings.datagram_queue_bytes
         self.routes: dict[Any, Route] = {}
         self._paused = False
@@ -79,19 +78,6 @@ class Endpoint:
 
         Raises OSError: EMSGSIZE above 65507 bytes, socket.gaierror, ENOBUFS (no memory for a link, or so
         little that this one never fits), NodeClosedError; TypeError, ValueError."""
-        if not self.send_now(data, to):
-            self._send_slowly(data, to)
-
-    def send_now(self, data: Any, to: Any = None) -> bool:
-        """The fast way, for an address that was used before. False: nothing was done."""
-        route = self.routes.get(to) if type(to) is tuple or to is None else None
-        if route is None or type(data) is not bytes or not route[3].can_write:
-            return False
-        sent: int = self._send(route[0].ep, self._port, route[1], route[2], data, len(data))
-        self.engine.stir()
-        return sent == 1
-
-    def _send_slowly(self, data: Any, to: Any) -> None:
         self.engine.check()
         if not isinstance(data, (bytes, bytearray, memoryview)):
             raise TypeError(f"data argument must be a bytes-like object, not {type(data).__name__!r}")

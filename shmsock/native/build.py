@@ -3,8 +3,7 @@
 cffi reads the declarations of core.h between the markers ``/* cdef-begin */`` and ``/* cdef-end */`` (for a
 variant with SHMSOCK_FAKE_MEMORY also those between ``/* cdef-fake-begin */`` and ``/* cdef-fake-end */``) and
 writes a wrapper in C, which is compiled together with every ``*.c`` beside this file. Into the same shared
-object go the ``*.c`` of extension/, types of CPython that do the hot calls; not when the environment has
-``SHMSOCK_ACCELERATOR=0``.
+object go the ``*.c`` of extension/, types of CPython that do the hot calls.
 
 Setuptools loads this file by its path, before the package can be imported: it imports nothing of shmsock.
 """
@@ -91,8 +90,7 @@ class BuildExt(build_ext):
     def finalize_options(self) -> None:
         super().finalize_options()
         for ext in self.extensions:
-            wanted = os.environ.get("SHMSOCK_ACCELERATOR", "1") != "0"
-            ext.sources = [_for_setuptools(p) for p in sources() + (extension() if wanted else [])]
+            ext.sources = [_for_setuptools(p) for p in sources() + extension()]
             ext.depends = [_for_setuptools(p) for p in [*headers(), HERE / "build.py"]]
             ext.include_dirs = [str(HERE)]
             ext.extra_compile_args = CFLAGS + shlex.split(os.environ.get("CFLAGS", ""))
@@ -130,7 +128,7 @@ def _fingerprint(name: str, defines: list[str]) -> str:
     """Of everything that goes into a variant."""
     digest = hashlib.sha256()
     settings = [name, *defines, sys.version, cffi.__version__]
-    settings += [os.environ.get(variable, "") for variable in ("CC", "CFLAGS", "SHMSOCK_ACCELERATOR")]
+    settings += [os.environ.get(variable, "") for variable in ("CC", "CFLAGS")]
     digest.update("\0".join(settings).encode())
     for path in [*sources(), *extension(), *headers(), HERE / "build.py"]:
         digest.update(f"\0{path.name}\0".encode() + path.read_bytes())

@@ -163,8 +163,7 @@ def beneath(a: Any) -> Held:
     for conn in conns[:3]:  # made by hand: nobody tells them of the end
         ports.append(FastPath(a, conn, Protocol()))
         ports[-1].can_read = ports[-1].can_write = True
-        if extension is not None:
-            ports.append(extension.DatagramIn(a, conn, {}))
+        ports.append(extension.DatagramIn(a, conn, {}))
     routes = endpoints[0].routes if endpoints else {}
     return [
         *(engine, engine.listeners, engine.datagrams, engine.peers, engine.layout, engine.memory),

@@ -18,14 +18,14 @@ from typing import Any
 
 import shmsock
 from shmsock.aio.datagram import ShmDatagramTransport
-from shmsock.aio.reading import ReadSide
+from shmsock.aio.transport import ShmTransport
 from shmsock.engine.datagram_links import REMEMBERED
 from tests.aio.processes import runner
 
 AT_ONCE = 50
 OF_ROUND = 100
 LINKS = 2  # both ends of the link that this node's datagrams to itself take
-KINDS = (asyncio.Future, asyncio.StreamReader, asyncio.StreamWriter, ReadSide, ShmDatagramTransport)
+KINDS = (asyncio.Future, asyncio.StreamReader, asyncio.StreamWriter, ShmTransport, ShmDatagramTransport)
 
 
 class Echo(asyncio.Protocol):

@@ -13,15 +13,13 @@ from tests.aio.processes import Child, pattern
 WRITES = [(1, 7), (5000, 5000), (70_000, 70_000), (70_000, 1000), (300_000, 300), (3_000_000, 65_536)]
 
 
-@pytest.mark.parametrize("extension", ["0", "1"])
 @pytest.mark.parametrize("chunk", [1000, 3 << 20])
-def test_between_processes(run: Run, region: str, loop_name: str, extension: str, chunk: int) -> None:
+def test_between_processes(run: Run, region: str, loop_name: str, chunk: int) -> None:
     async def main() -> None:
-        env = {"SHMSOCK_ACCELERATOR": extension}
-        async with Child("serve", region, "server", loop=loop_name, env=env) as server:
+        async with Child("serve", region, "server", loop=loop_name) as server:
             await server.says("ready")
             sizes = [1, 5000, 70_000, 300_000, 3 << 20]
-            async with Child("growing", region, sizes, chunk, loop=loop_name, env=env) as client:
+            async with Child("growing", region, sizes, chunk, loop=loop_name) as client:
                 await client.says("4096")
                 await client.says("all is back")
                 assert await client.ended() == 0

@@ -13,7 +13,7 @@ import pytest
 import uvloop
 
 import shmsock
-from shmsock.aio.pump import extension, ready_queue
+from shmsock.aio.pump import ready_queue
 from shmsock.aio.trio_loop import TrioLoop
 from tests.aio.conftest import Run, until
 from tests.aio.processes import Child
@@ -87,7 +87,6 @@ def test_of_other_loops_nothing_is_known() -> None:
     assert ready_queue(TrioLoop.__new__(TrioLoop)) is None
 
 
-@pytest.mark.skipif(extension is None, reason="the twin reads on meanwhile, within the turn's budget")
 def test_who_is_woken_by_bytes_runs_before_more_of_them_are_taken(run: Run, region: str) -> None:
     async def main() -> None:
         async with Child("serve", region, "peer", loop=run.loop) as child, shmsock.attach(region) as node:
@@ -151,7 +150,6 @@ def test_a_descriptor_ends_a_turn_long_before_its_budget(run: Run, region: str) 
     run(main())
 
 
-@pytest.mark.skipif(extension is None, reason="the twin takes more at once than a turn allows")
 def test_two_streams_that_are_never_empty_share_each_turn(run: Run, region: str) -> None:
     turns: defaultdict[int, list[int]] = defaultdict(lambda: [0, 0])  # reads of each, by turn
 
