@@ -39,6 +39,7 @@ __all__ = [
     "RegionUrlError",
     "WrongThreadError",
     "address_unavailable",
+    "backlog_full",
     "command",
     "datagram_too_long",
     "disk_full",
@@ -52,6 +53,8 @@ __all__ = [
     "node_closed",
     "not_local",
     "other_memory",
+    "peer_full",
+    "peer_gone",
     "peer_silent",
     "pinned",
     "port_refused",
@@ -202,6 +205,27 @@ def peer_silent(name: object, section: int, region: str = "") -> ConnectionRefus
         f"peer {name!r} (section {section}) has not shown a sign of life since this node attached: its "
         "program was killed, or its VM is paused or gone; start it again "
         f"(`{command('reap', region, f'--section {section}')}` frees what it left)",
+    )
+
+
+def peer_gone(remote: object) -> ConnectionResetError:
+    """The peer, (name, port), died or left, and nobody reads what it had sent."""
+    return ConnectionResetError(
+        errno.ECONNRESET, f"peer {remote} is gone, and its bytes were not read for linger_s"
+    )
+
+
+def peer_full(remote: object) -> OSError:
+    """ENOBUFS: the section of the peer, (name, port), has no slot or no memory for a connection."""
+    return OSError(
+        errno.ENOBUFS, f"{remote} has no room for another connection: use a larger region, or close some"
+    )
+
+
+def backlog_full(remote: object) -> ConnectionRefusedError:
+    """The listener, (name, port), has as many connections as it wants that were not accepted yet."""
+    return ConnectionRefusedError(
+        errno.ECONNREFUSED, f"{remote} has its backlog full: try again, or listen with a larger backlog"
     )
 
 

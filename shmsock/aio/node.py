@@ -126,7 +126,7 @@ class Node(Pump):  # type: ignore[misc]
         self.loop: Any = loop  # a Loop to the node; asyncio's transports know it as theirs
         self.lib, self.nd = engine.lib, engine.nd
         self.name, self.section = engine.name, engine.section
-        engine.url = region.url
+        engine.home.url = region.url
         super().__init__(
             engine, heartbeat, loop, contextvars.Context(), threading.get_ident(), ready_queue(loop)
         )
@@ -152,7 +152,8 @@ class Node(Pump):  # type: ignore[misc]
             self, region.doorbell if engine.settings.doorbells else None
         )
         self.listens = self.doorbell_listener.bell is not None
-        engine.stir = self.stir
+        engine.home.stir = self.stir
+        engine.on_down, engine.on_alone = self._report_down, self._report_alone
         self.begin_turn()
 
     def __repr__(self) -> str:
@@ -184,53 +185,34 @@ class Node(Pump):  # type: ignore[misc]
         self.flushed()
 
     def _attend(self, words: list[int] | None, now: int) -> bool:
-        engine = self.engine
+        events = self.engine.events
         unlocked, self.unlocked = self.unlocked, 0
-        events = engine.take_in(words, now, unlocked)
-        for i, (kind, target, arg) in enumerate(events):
+        self.engine.attend(words, now, unlocked)
+        told = len(events)
+        for _ in range(told):  # what comes of these is for the next pass
+            call, arg = events.popleft()
             try:
-                if kind != "ready":
-                    self._dispatch(kind, target, arg)
-                elif (handler := target.handler) is not None:
-                    handler.ready(arg)
+                call(arg)
             except (SystemExit, KeyboardInterrupt):
-                # The loop may be run again, by asyncio.run to clean up. Where something is ready it still is.
-                engine.put_back(events[i + (kind != "ready") :])
                 raise
             except BaseException as error:
+                owner = getattr(call, "__self__", None)
                 self.loop.call_exception_handler(
                     {
-                        "message": f"shmsock: unhandled error in {kind} of {target!r}",
+                        "message": f"shmsock: unhandled error in {call.__name__} of {owner!r}",
                         "exception": error,
                         "node": self,
                     }
                 )
-        return bool(events)
+        return told > 0
 
-    def _dispatch(self, kind: str, target: Any, arg: Any) -> None:
-        if kind == "accepted":
-            target.pending -= 1
-            if target.handler is None or target.closed:
-                arg.abort()
-            else:
-                target.handler(arg)
-        elif kind == "endpoint":
-            target.happened()
-        elif kind == "silent":
-            if isinstance(target.handler, _Opening):
-                target.handler.silent(target)
-        elif kind == "alone":
-            log.warning("%r has listened for half a minute, and saw nobody else: %s", self, other_memory())
-        elif kind == "down":
-            self.loop.call_exception_handler(
-                {"message": f"shmsock: {self!r} is down", "exception": arg, "node": self}
-            )
-        elif target.handler is None:
-            pass  # whoever asked for this connection has been cancelled
-        elif kind == "connected":
-            target.handler.connected()
-        elif kind == "failed":
-            target.handler.failed(arg)
+    def _report_down(self, why: OSError) -> None:
+        self.loop.call_exception_handler(
+            {"message": f"shmsock: {self!r} is down", "exception": why, "node": self}
+        )
+
+    def _report_alone(self) -> None:
+        log.warning("%r has listened for half a minute, and saw nobody else: %s", self, other_memory())
 
     # -- names
 
@@ -283,8 +265,8 @@ class Node(Pump):  # type: ignore[misc]
                     conn.close()  # of one that was silent
             except BaseException:
                 conn.handler = None
-                if not self.engine._failure:
-                    conn.close()  # who has accepted it sees an end
+                if self.engine.alive:
+                    conn.close()  # the peer that has accepted it sees an end
                 raise
 
     def listen(self, hosts: list[Any], port: int, *, backlog: int, reuse_port: bool) -> Listener:

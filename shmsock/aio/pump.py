@@ -121,7 +121,7 @@ class PlainPump:
         again = True
         try:
             now = time.monotonic_ns()
-            told = self._attend(self._engine.look(), now)
+            told = self._attend(self._engine.poll(), now)
             if not (told or self.closed):
                 lib, nd, owed = self._engine.lib, self._engine.nd, any(self._engine.owed)
                 again = bool(lib.sh_stay_hot(nd, time.monotonic_ns(), owed)) or not self._fall_asleep()

@@ -28,7 +28,7 @@ from shmsock.aio.flow import FlowControl
 from shmsock.aio.pseudosocket import Duplicate, PollFd, PseudoSocket
 from shmsock.aio.pump import FastPath
 from shmsock.aio.tls import flushes, tell_above
-from shmsock.engine.connection import CLOSED, DATA, EMPTY, EOF, REL, SPACE, STALE, YIELD, Connection, State
+from shmsock.engine.connection import CLOSED, DATA, DONE, EMPTY, EOF, SPACE, STALE, YIELD, Connection, State
 from shmsock.errors import forked, wrong_thread
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
     # -- events of the engine
 
     def ready(self, bits: int) -> None:
-        """The engine saw something: bytes, space, FIN, REL or an error of the connection."""
+        """The engine saw something: bytes, space, FIN, DONE or an error of the connection."""
         if self._lost or not self._reading:
             return
         try:
@@ -184,7 +184,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
         if self._pending:
             if bits & SPACE:
                 self._flush()
-            if self._pending and (bits & REL or self.conn.orphaned_ns):
+            if self._pending and (bits & DONE or self.conn.orphaned_ns):
                 self._write_failed()
             if self._lost:
                 return

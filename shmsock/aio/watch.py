@@ -50,7 +50,7 @@ class Watch:
         self._ending: Any = None
         self._elsewhere, self._elsewhere_until = "", 0
         engine = node.engine
-        engine.hint, engine.once_a_second = self.hint, self._second
+        engine.home.hint, engine.once_a_second = self.hint, self._second
 
     def look(self) -> str:
         """What became of the region: see Region.displaced()."""

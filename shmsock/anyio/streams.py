@@ -22,10 +22,10 @@ from shmsock.aio.pseudosocket import PollFd
 from shmsock.aio.pump import FastPath
 from shmsock.anyio.ends import RECEIVER, SENDER, End, Resource, ShmAttribute, broken, checkpoints
 from shmsock.engine.connection import (
+    DONE,
     EMPTY,
     EOF,
     MOVED,
-    REL,
     SPACE,
     YIELD,
     Connection,
@@ -60,7 +60,7 @@ class _StreamEnd(End):
         else:
             if bits & ~(SPACE | MOVED):
                 self.wake(RECEIVER)
-            if bits & (SPACE | REL):
+            if bits & (SPACE | DONE):
                 self.wake(SENDER)
         self.update_poll()
 

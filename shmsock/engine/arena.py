@@ -21,7 +21,7 @@ class Arena:
         self.offset, self.size = offset, size // MIN_RING * MIN_RING
         self.free_bytes = self.size
         self._free: dict[int, set[int]] = {}
-        #: Blocks given back of late, by size: taken again as they are, and merged when others are in need.
+        #: Blocks given back of late, by size: used again as they are, and merged when others are in need.
         self._kept: dict[int, list[int]] = {}
         at = 0
         while at < self.size:  # the arena need not be a power of two: split it into aligned blocks
@@ -37,9 +37,9 @@ class Arena:
         spare = max(free_bytes - free_slots * MIN_RING, 0) // parts
         return max(MIN_RING, min(largest, 1 << max(spare.bit_length() - 1, 0)))
 
-    def take(self, nbytes: int) -> tuple[int, int] | None:
+    def alloc(self, nbytes: int) -> tuple[int, int] | None:
         """(offset, bytes) of a block of `nbytes`, or of the largest smaller one there is; None when all is
-        taken."""
+        in use."""
         kept = self._kept.get(nbytes)
         if kept:
             self.free_bytes -= nbytes

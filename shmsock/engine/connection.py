@@ -1,71 +1,77 @@
 """One endpoint of a connection: its state, and the moves that both the user and the peer can make.
 
 Theory. A connection is two slots, one in each peer's section. A slot's owner writes its words, the other only
-reads them, so each side tells its own story and looks at the other's. A side that has said REL ("I will never
-again read your ring or write this connection") waits in CLOSING until the other says so too; Release is one
-store, generation + 1, after which slot and ring are free for reuse, and which the other side reads as REL.
+reads them, so each side tells its own story and polls the other's. A side that has said DONE ("I will never
+again read your ring or write this connection") waits in CLOSING until the other says so too; a release is one
+store, generation + 1, after which slot and ring are free for reuse, and which the other side reads as DONE.
 
     event                    OPENING                  OPEN                                   CLOSING
-    ACCEPT, matches          -> OPEN, look once       violation                              -
+    ACCEPT, matches          -> OPEN, poll once       violation                              -
     ACCEPT, stale            notify the slot it names (any state)
-    REFUSE                   Release, fail            ignore                                 ignore
-    cancel, timeout          Release at once          abort                                  -
+    REFUSE                   release, fail            ignore                                 ignore
+    cancel, timeout          release at once          abort                                  -
     write_eof                -                        FIN                                    -
-    close                    = cancel                 FIN+REL -> CLOSING, look once          -
-    abort, violation         = cancel                 RST+REL -> CLOSING, look once          add RST
+    close                    = cancel                 FIN+DONE -> CLOSING, poll once         -
+    abort, violation         = cancel                 RST+DONE -> CLOSING, poll once         add RST
     peer FIN, all read       -                        EOF                                    -
-    peer REL                 -                        writes fail; read to FIN, Release      Release
-    peer RST, generation     -                        Release, reset (*)                     Release
-    peer gone                Release, fail            drain to its last tail, then EOF       Release
+    peer DONE                -                        writes fail; read to FIN, release      release
+    peer RST, generation     -                        release, reset (*)                     release
+    peer gone                release, fail            drain to its last tail, then EOF       release
                                                       if FIN, else reset
 
-(*) A changed generation is EOF to who accepted and has read nothing: the opener gave up before it saw the
-ACCEPT.
+(*) A changed generation is EOF to the accepting side while that has read nothing: the opener gave up before
+it saw the ACCEPT.
 
-Release is -> FREE. From OPEN it notifies the peer; in CLOSING that was told all it waits for. The credit of a
-cancelled CONNECT comes back with its answer.
+A release leads to FREE. From OPEN it notifies the peer; in CLOSING that was told all it waits for. The credit
+of a cancelled CONNECT comes back with its answer.
 """
 
 from __future__ import annotations
 
 import errno
+from collections import deque
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from shmsock.engine.home import Home
+from shmsock.engine.slots import Held, Slots
 from shmsock.errors import violation, wrong_thread
 
-if TYPE_CHECKING:
-    from shmsock.engine.engine import Engine
-    from shmsock.engine.peers import Peer
-
 __all__ = [
+    "ADOPTIONS_PER_S",
     "BAD",
     "CLOSED",
     "DATA",
+    "DONE",
     "EMPTY",
     "EOF",
     "FIN",
     "GROW",
     "MOVED",
+    "OPEN",
     "OPENING",
-    "REL",
     "RESET",
     "RESET_BIT",
     "SPACE",
     "STALE",
     "UNBOUND",
     "VIOLATION",
+    "VIOLATIONS",
     "YIELD",
     "Connection",
+    "Link",
     "State",
 ]
 
 # statuses of read and write (enum sh_status)
 EMPTY, EOF, RESET, YIELD, VIOLATION, STALE, CLOSED, UNBOUND, GROW = -1, -2, -3, -4, -5, -6, -7, -8, -9
-# bits of look (enum sh_bits)
-DATA, FIN, REL, RESET_BIT, BAD, SPACE, MOVED = 1, 2, 4, 8, 16, 32, 64
+# bits of a poll (enum sh_bits)
+DATA, FIN, DONE, RESET_BIT, BAD, SPACE, MOVED = 1, 2, 4, 8, 16, 32, 64
 COPY_MAX = 1 << 20
 SH_TAKE = 4096  # what sh_take copies itself
+VIOLATIONS = 3
+ADOPTIONS_PER_S = 10
+IMPOSSIBLE = "an impossible position, epoch or flag in a slot"
 
 
 class State(Enum):
@@ -78,39 +84,69 @@ class State(Enum):
 FREE, OPENING, OPEN, CLOSING = State  # an attribute of an Enum takes as long as a call, before Python 3.12
 
 
-class Connection:
-    """`handler` belongs to the driver. `local` and `remote` are (name, port). All methods are called by the
-    node's thread."""
+class Link:
+    """What this node has to do with one peer."""
+
+    def __init__(self, home: Home, section: int) -> None:
+        self.home, self.section = home, section
+        self.connections: dict[int, Connection] = {}  # by the peer's slot
+        self.waiting: deque[Connection] = deque()  # CONNECTs that wait for a credit
+        self.answers: deque[tuple[int, ...]] = deque()  # ACCEPT and REFUSE that found the message ring full
+        self.credits = home.settings.max_connects
+        self.violations = 0
+        self.backoff_s = 1
+        self.ignore_until_ns = 0
+        self.adoptions: deque[int] = deque(maxlen=ADOPTIONS_PER_S)  # when, by the pump's clock
+
+    def offence(self) -> None:
+        """The peer broke a rule: after three its link is dropped, by the pump and not in the middle of what
+        found it."""
+        self.home.counts["violations"] += 1
+        self.violations += 1
+        if self.violations >= VIOLATIONS:
+            self.home.condemned.add(self.section)
+            self.home.stir()
+
+
+class Connection(Held):
+    """One endpoint. `handler` belongs to the driver. `local` and `remote` are (name, port).
+
+    All methods are called by the node's thread. The handler's are called by events (ready, connected, failed,
+    silent), and freed() in the middle of a release.
+    """
 
     __slots__ = (
-        "__weakref__",
-        "accepted",
-        "engine",
-        "ep",
         "error",
-        "gen",
         "handler",
+        "home",
+        "link",
         "local",
         "orphaned_ns",
-        "outgrown",
-        "peer",
         "peer_slot",
         "remote",
-        "ring",
         "rx",
         "rx_bytes",
-        "slot",
+        "slots",
         "state",
     )
 
     def __init__(
-        self, engine: Engine, slot: int, ring: tuple[int, int], peer: int, accepted: bool, may_grow: bool
+        self,
+        home: Home,
+        slots: Slots[Connection],
+        link: Link,
+        slot: int,
+        ring: tuple[int, int],
+        accepted: bool,
+        may_grow: bool,
     ) -> None:
-        self.engine, self.slot, self.ring, self.peer = engine, slot, ring, peer
-        self.accepted = accepted
-        self.outgrown: tuple[tuple[int, int], ...] = ()  # rings before this one, while the peer may read them
-        self.ep: Any = engine.lib.sh_ep_at(engine.nd, slot)
-        self.gen: int = engine.lib.sh_ep_alloc(self.ep, *ring, accepted, may_grow)
+        """In OPENING. `slot`, `ring` (offset in the section, bytes) and `may_grow` are what Slots.alloc()
+        gave."""
+        self.home, self.slots, self.link = home, slots, link
+        self.slot, self.ring, self.peer, self.accepted = slot, ring, link.section, accepted
+        self.outgrown = ()
+        self.ep = home.lib.sh_ep_at(home.nd, slot)
+        self.gen = home.lib.sh_ep_alloc(self.ep, *ring, accepted, may_grow)
         self.state = OPENING
         self.handler: Any = None
         self.local: tuple[str, int] = ("", 0)
@@ -120,56 +156,84 @@ class Connection:
         self.rx_bytes = 0
         self.orphaned_ns = 0
         self.error: OSError | None = None
+        slots.connections[slot] = self
 
     def __repr__(self) -> str:
         where = f"slot {self.slot} of generation {self.gen}"
         return f"<Connection {self.state.value} {self.local} - {self.remote} {where}>"
 
+    # -- events, to be emitted
+
+    def ready(self, bits: int) -> None:
+        """Something moved: bits of a poll."""
+        if self.handler is not None:
+            try:
+                self.handler.ready(bits)
+            except (SystemExit, KeyboardInterrupt):
+                # The loop may be run again, by asyncio.run to clean up: what is ready still is.
+                self.home.events.appendleft((self.ready, bits))
+                raise
+
+    def connected(self, _: None = None) -> None:
+        """The peer has accepted."""
+        if self.handler is not None:  # None: whoever asked for it was cancelled
+            self.handler.connected()
+
+    def failed(self, error: OSError) -> None:
+        """The peer refused, or is gone."""
+        if self.handler is not None:
+            self.handler.failed(error)
+
+    def silent(self, _: None = None) -> None:
+        """The peer that is to answer does not beat, and another of its name does."""
+        if self.handler is not None and self.state is OPENING:
+            self.handler.silent(self)
+
     # -- moves of the peer
 
-    def open(self, peer: Peer, peer_slot: int, peer_gen: int) -> int:
-        """OPENING -> OPEN with that slot. LOOK bits for looked(), RESET (that slot is gone) or VIOLATION."""
-        engine = self.engine
-        bits: int = engine.lib.sh_ep_open(self.ep, self.peer, peer_slot, peer_gen)
+    def open(self, peer_slot: int, peer_gen: int) -> int:
+        """OPENING -> OPEN with that slot. Bits of a poll, RESET (that slot is gone) or VIOLATION."""
+        bits: int = self.home.lib.sh_ep_open(self.ep, self.peer, peer_slot, peer_gen)
         if bits >= 0:
             self.peer_slot, self.state = peer_slot, OPEN
-            peer.connections[peer_slot] = self
-            if not peer.here:  # its identity makes no sense: all the same, there is something to end when
-                peer.here = True  # it falls silent
-                engine.peers.note(peer)
+            self.link.connections[peer_slot] = self
         return bits
 
     def follow(self) -> None:
         """The peer's ring is to be read for the first time, or has grown: `rx` and `rx_bytes` are of it."""
-        engine = self.engine
-        size = engine.ffi.new("uint32_t *")
-        off = engine.lib.sh_ep_follow(self.ep, size)
-        self.rx, self.rx_bytes = engine.memory.view(off, size[0]), size[0]
+        size = self.home.ffi.new("uint32_t *")
+        off = self.home.lib.sh_ep_follow(self.ep, size)
+        self.rx, self.rx_bytes = self.home.memory.view(off, size[0]), size[0]
 
     def let_go(self) -> None:
         """The peer's ring is not read any more: it may be unmapped. What a read has found in it is void."""
         self.rx, self.rx_bytes = b"", 0
 
-    def look(self) -> int:
-        """Take in what the peer did; returns LOOK bits for the driver, 0 when there is nothing for it. May
-        end the connection."""
-        return 0 if self.state is FREE else self.looked(self.engine.lib.sh_poll(self.ep))
+    def poll(self) -> None:
+        """See what the peer did, and tell the handler."""
+        if self.state is not FREE:
+            self.inspect(self.home.lib.sh_poll(self.ep))
 
-    def looked(self, bits: int) -> int:
-        """The same, when the core has looked."""
-        if self.state is OPEN and not bits & (RESET_BIT | BAD | REL):
+    def inspect(self, bits: int) -> None:
+        """The same, when the core has polled. May end the connection."""
+        if bits := self.settle(bits):
+            self.home.emit(self.ready, bits)
+
+    def settle(self, bits: int) -> int:
+        """Do what follows from bits of a poll. Returns those that are to be told, 0 for none."""
+        if self.state is OPEN and not bits & (RESET_BIT | BAD | DONE):
             return bits
         if self.state is FREE:
             return 0
         if self.state is CLOSING:
-            if bits & (RESET_BIT | BAD | REL):
+            if bits & (RESET_BIT | BAD | DONE):
                 self.release()
             return 0
         if bits & RESET_BIT:
             self.fail(ConnectionResetError(errno.ECONNRESET, f"connection reset by peer {self.remote}"))
         elif bits & BAD:
-            self.violated("an impossible position, epoch or flag in a slot")
-        elif bits & REL and bits & FIN and not bits & DATA:
+            self.violated(IMPOSSIBLE)
+        elif bits & DONE and bits & FIN and not bits & DATA:
             self.release()
         return bits
 
@@ -177,66 +241,74 @@ class Connection:
         """The peer is dead, has left, or dropped the link."""
         if self.state is not OPEN:
             self.release()
-            return
-        if not self.orphaned_ns:
+        elif not self.orphaned_ns:
             self.orphaned_ns = now_ns or 1
-            self.engine.lib.sh_ep_orphan(self.ep)
+            self.slots.orphans.add(self)
+            self.home.lib.sh_ep_orphan(self.ep)
 
     def violated(self, seen: str) -> None:
-        peer = self.peer
-        self.error = violation(f"{self.remote[0]!r} (section {peer})", seen)
+        """The peer wrote what no honest one writes: `seen` says what."""
+        self.error = violation(f"{self.remote[0]!r} (section {self.peer})", seen)
         self.abort()
-        self.engine.offence(peer)
+        self.link.offence()
 
     def fail(self, error: OSError) -> None:
         self.error = error
         self.release()
 
     def broke(self, why: BaseException) -> None:
-        """Bytes were taken, and could not be handed over: the peer gets a reset, the handler is told."""
+        """Bytes left the ring, and could not be handed over: the peer gets a reset, the handler is told."""
         self.fail(ConnectionAbortedError(errno.ECONNABORTED, f"bytes of {self.remote} were lost: {why!r}"))
-        self.engine.emit("ready", self, RESET_BIT)
+        self.home.emit(self.ready, RESET_BIT)
 
     # -- moves of the user
 
     def finish(self) -> None:
         """write_eof: FIN behind what was written."""
         if self.state is OPEN:
-            self.engine.lib.sh_ep_shut(self.ep, 1, 0, 0)
-            self.engine.stir()
+            self.home.lib.sh_ep_shut(self.ep, 1, 0, 0)
+            self.home.stir()
 
     def close(self) -> None:
-        """FIN and REL: what was written arrives, nothing more is read."""
+        """FIN and DONE: what was written arrives, nothing more is read."""
         self._shut(rst=0)
 
     def abort(self) -> None:
-        """RST and REL: the peer gets a reset, now."""
+        """RST and DONE: the peer gets a reset, now."""
         self._shut(rst=1)
 
     def cut(self) -> None:
-        """REL without FIN: what was written arrives, then a reset, since it was not all."""
+        """DONE without FIN: what was written arrives, then a reset, since it was not all."""
         self._shut(rst=0, fin=0)
 
     def _shut(self, rst: int, fin: int = 1) -> None:
         if self.state is OPENING or (self.state is OPEN and self.orphaned_ns):
             self.release()
         elif self.state is not FREE and (self.state is OPEN or rst):
-            bits = self.engine.lib.sh_ep_shut(self.ep, fin and 1 - rst, 1, rst)
+            bits = self.home.lib.sh_ep_shut(self.ep, fin and 1 - rst, 1, rst)
             self.state = CLOSING
-            self.engine.stir()
-            self.looked(bits)
+            self.home.stir()
+            self.settle(bits)
 
     def release(self) -> None:
-        """-> FREE. The slot and its ring are the engine's again."""
-        if self.state is not FREE:
-            notify = self.state is not OPENING
-            self.state = FREE
-            if self.rx_bytes:
-                self.let_go()
-            if self.handler is not None:
-                self.handler.freed()  # `ep` may be another connection's after this
-            self.engine.lib.sh_ep_release(self.ep, int(notify))
-            self.engine.released(self)
+        """-> FREE. Slot and ring can be given to another."""
+        if self.state is FREE:
+            return
+        notify = self.state is not OPENING
+        self.state = FREE
+        if self.rx_bytes:
+            self.let_go()
+        if self.handler is not None:
+            self.handler.freed()  # `ep` may be another connection's after this
+        home, link = self.home, self.link
+        home.lib.sh_ep_release(self.ep, int(notify))
+        home.stir()
+        if self.peer_slot < 0:
+            if self in link.waiting:
+                link.waiting.remove(self)
+        elif link.connections.get(self.peer_slot) is self:
+            del link.connections[self.peer_slot]
+        self.slots.give_back(self)
 
     # -- bytes
 
@@ -245,13 +317,13 @@ class Connection:
         status."""
         if self.state is not OPEN:
             return CLOSED
-        taken: int = self.engine.lib.sh_write(self.ep, data, size)
+        taken: int = self.home.lib.sh_write(self.ep, data, size)
         if taken == GROW:
-            self.engine.slots.grow(self, size)
-            taken = self.engine.lib.sh_write_some(self.ep, data, size)
+            self.slots.grow(self, size)
+            taken = self.home.lib.sh_write_some(self.ep, data, size)
         if taken == VIOLATION:
             self.violated("its head went where nothing was written")
-        self.engine.stir()
+        self.home.stir()
         return taken
 
     def read(self, want: int) -> bytes | int:
@@ -268,15 +340,15 @@ class Connection:
         """Where 1 to `want` bytes are that are there, for take(); or a status."""
         if self.state is not OPEN:
             return self.ended()
-        span: int = self.engine.lib.sh_read_now(self.ep, min(want, COPY_MAX))
+        span: int = self.home.lib.sh_read_now(self.ep, min(want, COPY_MAX))
         if span == GROW:
             self.follow()
-            span = self.engine.lib.sh_read_now(self.ep, min(want, COPY_MAX))
+            span = self.home.lib.sh_read_now(self.ep, min(want, COPY_MAX))
         return span if span > 0 else self.ended_by(span)
 
     def take(self, span: int, header: int = 0) -> bytes | int:
         """Take out what sh_read_now, sh_read_begin or, behind a header, sh_recv found. RESET when the slot
-        changed hands under the copy."""
+        changed hands while it was copied."""
         data = self.copy(span)
         status = self.taken(len(data) + header)
         if status == GROW:  # a signal handler looked into the ring, and found a larger one
@@ -296,8 +368,8 @@ class Connection:
     def taken(self, n: int) -> int:
         """So many bytes were copied: their space is the peer's again. 0; or a status, and the copy is
         worthless, as the slot or the ring changed under it."""
-        status: int = self.engine.lib.sh_read_end(self.ep, n)
-        self.engine.stir()
+        status: int = self.home.lib.sh_read_end(self.ep, n)
+        self.home.stir()
         return status
 
     def ended(self) -> int:
@@ -309,19 +381,19 @@ class Connection:
         if self.state is not OPEN:
             return self.ended()
         if status == VIOLATION:
-            self.violated("an impossible position, epoch or flag in a slot")
+            self.violated(IMPOSSIBLE)
             return RESET
         if status == RESET:
             if self.error is None:
                 what = "reset by peer" if not self.orphaned_ns else "lost: its peer is gone,"
                 self.fail(ConnectionResetError(errno.ECONNRESET, f"connection {what} {self.remote}"))
         elif status == EOF:
-            if self.engine.lib.sh_poll(self.ep) & REL or self.orphaned_ns:
+            if self.home.lib.sh_poll(self.ep) & DONE or self.orphaned_ns:
                 self.release()  # read to FIN, and the peer reads nothing any more
         elif status == STALE:
-            if self.engine.alive and not self.engine.lib.sh_node_is_inert(self.engine.nd):
+            if self.home.alive and not self.home.is_inert():
                 raise wrong_thread(repr(self))
-            self.error = self.error or self.engine.failure()
+            self.error = self.error or self.home.failure()
             return RESET
         elif status == GROW:
             self.follow()

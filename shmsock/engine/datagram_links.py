@@ -9,16 +9,27 @@ An idle link keeps its slot.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Iterable
 from errno import ECONNREFUSED
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from shmsock.engine.connection import DATA, EMPTY, EOF, REL, SPACE, UNBOUND, VIOLATION, Connection, State
+from shmsock.engine.connection import DATA, DONE, EMPTY, EOF, SPACE, UNBOUND, VIOLATION, Connection, State
+from shmsock.engine.home import Home
 from shmsock.errors import no_buffers
 
-if TYPE_CHECKING:
-    from shmsock.engine.datagrams import Datagrams, Endpoint
-
-__all__ = ["OVERHEAD", "RECORDS_PER_PASS", "Address", "Incoming", "Outgoing", "Route", "Waiting", "remember"]
+__all__ = [
+    "OVERHEAD",
+    "RECORDS_PER_PASS",
+    "Address",
+    "Gate",
+    "Incoming",
+    "Outgoing",
+    "Receiver",
+    "Route",
+    "Sender",
+    "Waiting",
+    "remember",
+]
 
 HEADER = 8
 OVERHEAD = 64  # what one that waits counts beside its bytes
@@ -29,8 +40,29 @@ REMEMBERED = 1024  # addresses of one endpoint, and flows of one link
 Address = tuple[str, int]
 
 
+class Sender(Protocol):
+    """What a link asks of an endpoint that sends through it."""
+
+    handler: Any
+    closed: bool
+    unsent: int
+
+    @property
+    def local(self) -> Address: ...
+    @property
+    def remote(self) -> Address | None: ...
+    def retry(self, item: Waiting) -> None: ...
+    def soon(self, error: OSError | None = None) -> None: ...
+
+
+class Receiver(Protocol):
+    """What a link asks of an endpoint that it brings datagrams to."""
+
+    def receive(self, data: bytes, source: Address) -> None: ...
+
+
 class Gate:
-    """`calm`: the link is open, and nothing waits: datagrams go straight to the ring."""
+    """`can_write`: the link is open, and nothing waits: datagrams go straight to the ring."""
 
     __slots__ = ("can_write",)
 
@@ -51,7 +83,7 @@ class Route(NamedTuple):
 class Waiting(NamedTuple):
     """One that could not go out yet. `to` None: it is not worth a second try (a broadcast)."""
 
-    endpoint: Endpoint
+    endpoint: Sender
     to: Any
     route: Route
     data: bytes
@@ -67,13 +99,23 @@ def remember(known: dict[Any, Any], key: Any, value: Any) -> None:
 class Outgoing:
     """The link that this node opened to a peer: handler of its connection."""
 
-    def __init__(self, owner: Datagrams, conn: Connection) -> None:
-        self.owner, self.conn, self.ep = owner, conn, conn.ep
-        self.gate = owner.gate(conn, self)
+    def __init__(
+        self,
+        home: Home,
+        conn: Connection,
+        gate: Callable[[Connection, Outgoing], Any],
+        room: Callable[[int], str],
+        forget: Callable[[Outgoing], Iterable[Sender]],
+    ) -> None:
+        """`gate`: makes what lets datagrams through. `room`: the size of region in which a link has a ring of
+        so many bytes, for a message. `forget`: the link is over; returns who has sent through it."""
+        self.home, self.conn, self.ep = home, conn, conn.ep
+        self._room, self._forget = room, forget
+        self.gate = gate(conn, self)
         self.gate.can_write = False
         self.queue: deque[Waiting] = deque()
         self._over = False
-        self._unread = 0  # by who has gone
+        self._unread = 0  # by the peer, when it was gone
         conn.handler = self
 
     @property
@@ -86,16 +128,15 @@ class Outgoing:
         need, ring = HEADER + len(item.data), self.conn.ring[1]
         if need > ring:
             what = f"ring memory for a datagram of {len(item.data)} bytes to {self.conn.remote[0]!r}"
-            larger = self.owner.engine.slots.region_for_link(need)
-            raise no_buffers(f"{what}, whose link has {ring} bytes,", larger)
+            raise no_buffers(f"{what}, whose link has {ring} bytes,", self._room(need))
         if not self.queue and self.conn.state is State.OPEN:
             status = self._put(item)
             self.gate.can_write = status == 1 and not self._over
             if status:
                 return status == 1
         endpoint, size = item.endpoint, len(item.data) + OVERHEAD
-        if endpoint.unsent + size > self.owner.engine.settings.datagram_queue_bytes:
-            self.owner.engine.counts["datagrams_dropped_unsent"] += 1
+        if endpoint.unsent + size > self.home.settings.datagram_queue_bytes:
+            self.home.counts["datagrams_dropped_unsent"] += 1
         else:
             endpoint.unsent += size
             self.queue.append(item)
@@ -107,8 +148,8 @@ class Outgoing:
         if conn.state is not State.OPEN:
             status = EOF
         else:
-            status = conn.engine.lib.sh_send(conn.ep, endpoint.local[1], port, entry, data, len(data))
-            conn.engine.stir()
+            status = self.home.lib.sh_send(conn.ep, endpoint.local[1], port, entry, data, len(data))
+            self.home.stir()
         if status == VIOLATION:
             conn.violated("its head went where nothing was written")
         if status < 0 and status != UNBOUND:
@@ -128,9 +169,9 @@ class Outgoing:
             if status == UNBOUND and item.to is not None:
                 stray.append(item)
             elif status == UNBOUND:
-                self.owner.engine.counts["datagrams_unreachable"] += 1
+                self.home.counts["datagrams_unreachable"] += 1
         else:
-            self.owner.engine.emit("ready", self.conn, SPACE)
+            self.home.emit(self.conn.ready, SPACE)
         self.gate.can_write = self.conn.state is State.OPEN and not (queue or self._over)
         for item in stray:
             item.endpoint.retry(item)
@@ -143,13 +184,13 @@ class Outgoing:
         if self._over:
             return
         self._over, self.gate.can_write = True, False
-        owner, conn, counts = self.owner, self.conn, self.owner.engine.counts
-        owner.forget(self)
+        conn, counts = self.conn, self.home.counts
         if conn.state is State.OPEN:
-            self._unread = owner.engine.lib.sh_unread(conn.ep)
+            self._unread = self.home.lib.sh_unread(conn.ep)
         counts["datagrams_lost_unread"] += self._unread
         counts["datagrams_dropped_unsent"] += len(self.queue)
-        told = {e for e in owner if self._unread and e.uses(self)}
+        users = self._forget(self)
+        told = set(users if self._unread else ())
         while self.queue:
             item = self.queue.popleft()
             item.endpoint.unsent -= len(item.data) + OVERHEAD
@@ -171,7 +212,7 @@ class Outgoing:
         self.lost(None if isinstance(error, ConnectionError) else error)
 
     def ready(self, bits: Any) -> None:
-        if not self.usable or bits & REL:
+        if not self.usable or bits & DONE:
             self.lost()
         elif bits & DATA:
             self.conn.violated("bytes in a ring that nothing is to be sent through")
@@ -179,31 +220,45 @@ class Outgoing:
         elif not self.gate.can_write:
             self.flush()
 
+    def silent(self, conn: Connection) -> None:
+        """Waited for all the same: datagrams are for this very peer."""
+
     def freed(self) -> None:
         self.gate.can_write = False
         if not self._over:
-            self._unread = self.owner.engine.lib.sh_unread(self.ep)
+            self._unread = self.home.lib.sh_unread(self.ep)
 
 
 class Incoming:
     """A link that a peer opened: handler of its connection. It is always drained, so that no endpoint that is
     paused stands in the way of another."""
 
-    def __init__(self, owner: Datagrams, conn: Connection) -> None:
-        self.owner, self.conn, self.ep = owner, conn, conn.ep
-        self._ports = owner.engine.ffi.new("uint32_t *")
-        self._flows: dict[int, tuple[Endpoint, Address]] = {}  # by source << 16 | destination port
-        self._inbox = owner.inbox and owner.inbox(conn, self._flows)
+    def __init__(
+        self,
+        home: Home,
+        conn: Connection,
+        inbox: Callable[[Connection, dict[int, Any]], Any] | None,
+        find: Callable[[Connection, int], tuple[Receiver, Address] | None],
+        forget: Callable[[Incoming], object],
+    ) -> None:
+        """`inbox`: a driver's own way to take datagrams out. `find`: gives the endpoint for what comes from
+        one port for another (source << 16 | destination), and how the source is shown to it. `forget`: the
+        link is over."""
+        self.home, self.conn, self.ep = home, conn, conn.ep
+        self._find, self._forget = find, forget
+        self._ports = home.ffi.new("uint32_t *")
+        self._flows: dict[int, tuple[Receiver, Address]] = {}  # by source << 16 | destination port
+        self._inbox = inbox and inbox(conn, self._flows)
         conn.follow()
         conn.handler = self
 
     def ready(self, bits: Any) -> None:
-        engine, conn, ep, ports, flows = self.owner.engine, self.conn, self.ep, self._ports, self._flows
-        recv, arm, over = engine.lib.sh_recv, engine.lib.sh_arm, engine.lib.sh_over
+        home, conn, ep, ports, flows = self.home, self.conn, self.ep, self._ports, self._flows
+        recv, arm, over = home.lib.sh_recv, home.lib.sh_arm, home.lib.sh_over
         records = given = 0
         while conn.state is State.OPEN:
-            if records and (records == RECORDS_PER_PASS or given >= BYTES_PER_PASS or over(engine.nd)):
-                engine.emit("ready", conn, DATA)
+            if records and (records == RECORDS_PER_PASS or given >= BYTES_PER_PASS or over(home.nd)):
+                home.emit(conn.ready, DATA)
                 return
             span = recv(ep, ports)
             if span >= 0:
@@ -214,9 +269,9 @@ class Incoming:
                 given += len(data)
                 flow = flows.get(ports[0]) or self._flow(ports[0])
                 if flow is None:
-                    engine.counts["datagrams_unreachable"] += 1
+                    home.counts["datagrams_unreachable"] += 1
                 else:
-                    flow[0].take(data, flow[1])
+                    flow[0].receive(data, flow[1])
             elif span != EMPTY:
                 self._ended(span)
                 return
@@ -231,38 +286,19 @@ class Incoming:
         if status == EOF:
             self.conn.close()
 
-    def _flow(self, ports: int) -> tuple[Endpoint, Address] | None:
-        """Who gets what comes from one port for another, as long as it lives: who is connected to the source
-        first; a sender itself only when nobody shares its port."""
-        engine = self.owner.engine
-        source, peer = (self.conn.remote[0], ports >> 16), engine.peers[self.conn.peer]
-        group = [
-            x
-            for x in engine.listeners.serving(ports & 0xFFFF, peer, datagram=True)
-            if x.handler.takes(source)
-        ]
-        group = [x for x in group if x.handler.remote is not None] or group
-        if peer.section == engine.section:
-            group = [x for x in group if x.handler.local != source] or group
-        if not group:
-            return None
-        endpoint = engine.listeners.in_turn(group).handler
-        flow = endpoint, endpoint.shown(source, peer.section)
-        remember(self._flows, ports, flow)
+    def _flow(self, ports: int) -> tuple[Receiver, Address] | None:
+        """Who gets it, as long as that endpoint lives."""
+        flow = self._find(self.conn, ports)
+        if flow is not None:
+            remember(self._flows, ports, flow)
         return flow
 
-    def connected(self) -> None:
-        """Was accepted: never called."""
-
-    def failed(self, error: OSError) -> None:
-        """Likewise."""
-
     def freed(self) -> None:
-        self.owner.incoming.discard(self)
+        self._forget(self)
         if self._inbox is not None:
             self._inbox.close()
 
-    def forget(self, endpoint: Endpoint) -> None:
-        """It was closed."""
+    def forget(self, endpoint: Receiver) -> None:
+        """That endpoint was closed."""
         for ports in [ports for ports, flow in self._flows.items() if flow[0] is endpoint]:
             del self._flows[ports]

@@ -6,7 +6,7 @@ A datagram is lost only if, and is counted where it happens as
     datagrams_dropped_unsent  what waits in the sending endpoint is at its bound already (it ignored
                               pause_writing); or the endpoint was closed, or the peer left or died, meanwhile;
                               or, one of a broadcast, there is no memory for its link, or too little
-    datagrams_lost_unread     the peer left or died, and had not taken it out of the ring
+    datagrams_lost_unread     the peer left or died, and had not read it from the ring
 The bounds are Settings.datagram_queue_bytes; it is always the newest that goes.
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shmsock.address import check_port
 from shmsock.engine.connection import Connection
@@ -29,12 +29,11 @@ from shmsock.engine.datagram_links import (
     Waiting,
     remember,
 )
-from shmsock.engine.listeners import Listener
+from shmsock.engine.home import Home
+from shmsock.engine.listeners import Listener, Listeners
+from shmsock.engine.peers import Peer, Peers
+from shmsock.engine.slots import Slots
 from shmsock.errors import datagram_too_long, node_closed
-
-if TYPE_CHECKING:
-    from shmsock.engine.engine import Engine
-    from shmsock.engine.peers import Peer
 
 __all__ = ["BROADCAST", "DATAGRAM_MAX", "Datagrams", "Endpoint"]
 
@@ -48,8 +47,8 @@ class Endpoint:
     a NodeClosedError, this node is over."""
 
     def __init__(self, owner: Datagrams, listener: Listener, remote: Address | None, given: Any) -> None:
-        self.owner, self.engine, self.listener = owner, owner.engine, listener
-        self.local, self.remote = (owner.engine.name, listener.port), remote
+        self.owner, self.home, self.listener = owner, owner.home, listener
+        self.local, self.remote = (owner.home.name, listener.port), remote
         #: A driver's own way with addresses: shown(address, section) of who sent, host(host) of who is meant.
         self.shown: Callable[[Address, int], Address] = lambda address, section: address
         self.host: Callable[[Any], Any] = lambda host: host
@@ -60,7 +59,7 @@ class Endpoint:
         self.unsent = 0  # bytes that wait for room in a ring, and OVERHEAD for each datagram
         self.paused = False  # paused, or not yet through with what came meanwhile
         self._to: Any = given if remote and isinstance(given[0], int) else remote
-        self._bound = owner.engine.settings.datagram_queue_bytes
+        self._bound = owner.home.settings.datagram_queue_bytes
         self.routes: dict[Any, Route] = {}
         self._paused = False
         self._kept: deque[tuple[bytes, Address]] = deque()
@@ -78,7 +77,7 @@ class Endpoint:
 
         Raises OSError: EMSGSIZE above 65507 bytes, socket.gaierror, ENOBUFS (no memory for a link, or so
         little that this one never fits), NodeClosedError; TypeError, ValueError."""
-        self.engine.check()
+        self.home.check()
         if not isinstance(data, (bytes, bytearray, memoryview)):
             raise TypeError(f"data argument must be a bytes-like object, not {type(data).__name__!r}")
         data = bytes(data)
@@ -105,8 +104,8 @@ class Endpoint:
             route = self.routes.get(to)
             try:
                 if route is None or not route.link.usable:
-                    peer = self.engine.listeners.find(host, port, datagram=True)
-                    entry = self.engine.listeners.reachable(peer, port, datagram=True)
+                    peer = self.owner.listeners.find(host, port, datagram=True)
+                    entry = self.owner.listeners.reachable(peer, port, datagram=True)
                     link = self.owner.link(peer)
                     route = Route(link, port, entry, link.gate)
                     remember(self.routes, to, route)
@@ -116,34 +115,34 @@ class Endpoint:
             if route.link.send(Waiting(self, (to, host, port), route, data)):
                 return
             self.routes.pop(to, None)
-        self.engine.counts["datagrams_unreachable"] += 1
+        self.home.counts["datagrams_unreachable"] += 1
         if self.remote is not None:
-            self.soon(refused or self.engine.listeners.refused(self.remote[0], port))
+            self.soon(refused or self.owner.listeners.refused(self.remote[0], port))
 
     def _broadcast(self, data: bytes, port: int) -> None:
         """One copy to every peer that has the port; the own node is one if another of its endpoints has
         it."""
-        listeners, peers = self.engine.listeners, self.engine.peers
-        peers.refresh_all(self.engine.lib.sh_clock())
+        listeners, peers = self.owner.listeners, self.owner.peers
+        peers.refresh_all(self.home.now())
         for peer in peers.all:
             entry = peer.live and listeners.reachable(peer, port, datagram=True)
             if entry and (
-                peer.section != self.engine.section
+                peer.section != self.home.section
                 or any(x is not self.listener for x in listeners.serving(port, peer, datagram=True))
             ):
                 try:
                     link = self.owner.link(peer)
                     if not link.send(Waiting(self, None, Route(link, port, entry, link.gate), data)):
-                        self.engine.counts["datagrams_unreachable"] += 1
+                        self.home.counts["datagrams_unreachable"] += 1
                 except OSError:  # no room for a link, or in its ring, or it is not listened to
-                    self.engine.counts["datagrams_dropped_unsent"] += 1
+                    self.home.counts["datagrams_dropped_unsent"] += 1
 
     def retry(self, item: Waiting) -> None:
         """It waited, and its port has changed hands."""
         try:
             self.send_to(item.data, *item.to)
         except OSError as error:  # nobody has that name any more, or there is no room for a link
-            self.engine.counts["datagrams_dropped_unsent"] += 1
+            self.home.counts["datagrams_dropped_unsent"] += 1
             self.soon(error if self.remote is not None else None)
 
     def uses(self, link: Outgoing) -> bool:
@@ -151,14 +150,15 @@ class Endpoint:
 
     # -- receiving
 
-    def takes(self, source: Address) -> bool:
+    def accepts(self, source: Address) -> bool:
+        """Not what comes from elsewhere than the port it is connected to."""
         return self.remote is None or self.remote[0] == BROADCAST or self.remote == source
 
-    def take(self, data: bytes, source: Address) -> None:
+    def receive(self, data: bytes, source: Address) -> None:
         if not self.paused:
             self.handler.datagram(data, source)
         elif self._kept_bytes + len(data) + OVERHEAD > self._bound:
-            self.engine.counts["datagrams_dropped_full"] += 1
+            self.home.counts["datagrams_dropped_full"] += 1
         else:
             self._kept.append((data, source))
             self._kept_bytes += len(data) + OVERHEAD
@@ -179,11 +179,11 @@ class Endpoint:
         self._error = self._error or error
         if not (self._due or self.closed):
             self._due = True
-            self.engine.emit("endpoint", self)
+            self.home.emit(self.happened)
 
-    def happened(self) -> None:
-        """The event `endpoint`: an error, space, or what was kept: one at least, and what a turn has time
-        for."""
+    def happened(self, _: None = None) -> None:
+        """An event: tell of an error, of space, and of what was kept: one datagram at least, and those that a
+        turn has time for."""
         self._due = False
         error, self._error = self._error, None
         try:
@@ -194,7 +194,7 @@ class Endpoint:
             for given in range(RECORDS_PER_PASS):
                 if self._paused or not (self._kept and self._told):
                     break
-                if given and self.engine.lib.sh_over(self.engine.nd):
+                if given and self.home.lib.sh_over(self.home.nd):
                     break
                 data, source = self._kept.popleft()
                 self._kept_bytes -= len(data) + OVERHEAD
@@ -215,21 +215,31 @@ class Endpoint:
         self.closed = True
         self.listener.close()
         self.listener.handler = None
-        self.engine.counts["datagrams_unreachable"] += len(self._kept)
+        self.home.counts["datagrams_unreachable"] += len(self._kept)
         self._kept.clear()
         self.routes.clear()
         self.owner.closed(self)
 
 
 class Datagrams:
-    """What an engine has of them."""
+    """All endpoints of a node, and the links that they share.
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    `connect(section, port, local=, remote=)` opens a connection, as Handshake.connect() does."""
+
+    def __init__(
+        self,
+        home: Home,
+        peers: Peers,
+        listeners: Listeners,
+        slots: Slots[Connection],
+        connect: Callable[..., Connection],
+    ) -> None:
+        self.home, self.peers, self.listeners, self._slots = home, peers, listeners, slots
+        self._connect = connect
         self._endpoints: set[Endpoint] = set()
         self._links: dict[int, Outgoing] = {}
         self.incoming: set[Incoming] = set()
-        #: A driver's own: made for a link, it lets datagrams through; and what takes them from another.
+        #: A driver's own: made for a link, it lets datagrams through; and what brings them from another.
         self.gate: Callable[[Connection, Outgoing], Any] = Gate
         self.inbox: Callable[[Connection, dict[int, Any]], Any] | None = None
 
@@ -247,27 +257,27 @@ class Datagrams:
         """An endpoint at `port` (0: one is chosen), connected to `remote` if given: then it sends there, and
         takes only what comes from there. Raises OSError (EADDRINUSE, ENOBUFS), socket.gaierror when nobody
         has the remote name."""
-        self.engine.check()
+        self.home.check()
         named = None if remote is None else (self.name_of(*remote), remote[1])
-        listener = self.engine.listeners.open(port, 1, reuse_port, local_only, datagram=True)
+        listener = self.listeners.open(port, 1, reuse_port, local_only, datagram=True)
         listener.handler = endpoint = Endpoint(self, listener, named, remote)
         self._endpoints.add(endpoint)
         return endpoint
 
     def name_of(self, host: Any, port: int) -> str:
-        """How who is meant calls itself. Raises socket.gaierror when that is nobody."""
+        """What the peer that is meant calls itself. Raises socket.gaierror when that is nobody."""
         return BROADCAST if host == BROADCAST else self.peer_of(host, port).name
 
     def peer_of(self, host: Any, port: int) -> Peer:
-        listeners, peers = self.engine.listeners, self.engine.peers
+        listeners, peers = self.listeners, self.peers
         try:
             return listeners.find(host, port, datagram=True)
         except ConnectionRefusedError:  # it is there, and has not got the port
             if isinstance(host, int):
                 return peers[host]
             own = listeners.is_own_machine(host)
-            named = [peers[self.engine.section]] if own else peers.named(listeners.peer_name(host))
-            if not named:  # who is pinned is not there
+            named = [peers[self.home.section]] if own else peers.named(listeners.peer_name(host))
+            if not named:  # the pinned one is not there
                 raise
             return named[0]
 
@@ -278,28 +288,48 @@ class Datagrams:
             link.lost()
             link = None
         if link is None:
-            conn = self.engine.connect(peer.section, 0, local=(self.engine.name, 0), remote=peer.name)
-            link = self._links[peer.section] = Outgoing(self, conn)
+            conn = self._connect(peer.section, 0, local=(self.home.name, 0), remote=peer.name)
+            room = self._slots.region_for_link
+            link = self._links[peer.section] = Outgoing(self.home, conn, self.gate, room, self._forget)
         return link
 
-    def accept(self, conn: Connection) -> None:
-        self.incoming.add(Incoming(self, conn))
-
-    def forget(self, link: Outgoing) -> None:
+    def _forget(self, link: Outgoing) -> list[Endpoint]:
         if self._links.get(link.conn.peer) is link:
             del self._links[link.conn.peer]
+        return [endpoint for endpoint in self if endpoint.uses(link)]
+
+    def accept(self, conn: Connection) -> None:
+        """A peer opened a link."""
+        incoming = Incoming(self.home, conn, self.inbox, self._flow, self.incoming.discard)
+        self.incoming.add(incoming)
+
+    def _flow(self, conn: Connection, ports: int) -> tuple[Endpoint, Address] | None:
+        """The endpoint for what comes from port `ports` >> 16 to port `ports` & 0xFFFF, and how the source is
+        shown to it: one that is connected to the source first; a sender itself only when nobody shares its
+        port."""
+        source, peer = (conn.remote[0], ports >> 16), self.peers[conn.peer]
+        serving = self.listeners.serving(ports & 0xFFFF, peer, datagram=True)
+        group = [x for x in serving if x.handler.accepts(source)]
+        group = [x for x in group if x.handler.remote is not None] or group
+        if peer.section == self.home.section:
+            group = [x for x in group if x.handler.local != source] or group
+        if not group:
+            return None
+        endpoint = self.listeners.in_turn(group).handler
+        return endpoint, endpoint.shown(source, peer.section)
 
     def closed(self, endpoint: Endpoint) -> None:
-        """Drop what of its waits, and have nobody remember it."""
+        """Drop what of an endpoint's waits, and have no link remember it."""
         self._endpoints.discard(endpoint)
         for incoming in self.incoming:
             incoming.forget(endpoint)
         for link in list(self._links.values()):
             kept = deque(item for item in link.queue if item.endpoint is not endpoint)
-            self.engine.counts["datagrams_dropped_unsent"] += len(link.queue) - len(kept)
+            self.home.counts["datagrams_dropped_unsent"] += len(link.queue) - len(kept)
             link.queue = kept
         endpoint.unsent = 0
 
     def down(self, why: OSError) -> None:
+        """The node is over: tell all endpoints."""
         for endpoint in self:
             endpoint.soon(why)

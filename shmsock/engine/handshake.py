@@ -6,16 +6,16 @@ message rings of 64 cannot overflow.
 
 from __future__ import annotations
 
-from errno import ECONNREFUSED
-from typing import TYPE_CHECKING
+import errno
+from collections.abc import Callable
 
-from shmsock.engine.connection import EMPTY, OPENING, SPACE, VIOLATION, Connection
-from shmsock.engine.peers import VIOLATIONS, Peer
-from shmsock.engine.slots import NO_MEMORY, NO_SLOT
-from shmsock.errors import violation
-
-if TYPE_CHECKING:
-    from shmsock.engine.engine import Engine
+from shmsock.engine.connection import EMPTY, OPENING, SPACE, VIOLATION, VIOLATIONS, Connection, Link
+from shmsock.engine.home import Home
+from shmsock.engine.links import Links
+from shmsock.engine.listeners import Listeners
+from shmsock.engine.peers import Peer, Peers
+from shmsock.engine.slots import NO_MEMORY, NO_SLOT, Slots
+from shmsock.errors import backlog_full, peer_full, violation
 
 __all__ = ["Handshake"]
 
@@ -25,9 +25,15 @@ MESSAGES, MESSAGES_PER_PASS = 64, 16  # in the ring; taken at a time
 
 
 class Handshake:
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self._note = engine.ffi.new("uint32_t[8]")
+    """`accept`: takes a connection that is to carry datagrams; whoever has them sets it."""
+
+    def __init__(
+        self, home: Home, peers: Peers, links: Links, slots: Slots[Connection], listeners: Listeners
+    ) -> None:
+        self.home, self.peers, self.links = home, peers, links
+        self.slots, self.listeners = slots, listeners
+        self.accept: Callable[[Connection], None] = Connection.abort
+        self._note = home.ffi.new("uint32_t[8]")
 
     def connect(self, section: int, port: int, *, local: tuple[str, int], remote: str) -> Connection:
         """Ask `section` for a connection to `port` (0: one for datagrams). The answer is an event, connected
@@ -36,95 +42,98 @@ class Handshake:
         Raises OSError (ENOBUFS) when slots or arena are exhausted, OSError (ENOSPC) when the disk is full,
         ConnectionRefusedError when nobody is there, ProtocolViolation while it is not listened to.
         """
-        engine = self.engine
-        peer, adopted = engine.peers.all[section], engine.lib.sh_adopted(engine.nd, section)
-        if adopted != 1 or not peer.live:
-            self._reach(peer, adopted, port, remote)
-        conn = engine.slots.take(peer, accepted=False, datagrams=not port)
-        if isinstance(conn, int):
-            raise engine.slots.no_room(conn)
+        home, link = self.home, self.links[section]
+        adopted = home.lib.sh_adopted(home.nd, section)
+        if adopted != 1 or not self.peers.all[section].live:
+            self._link_up(link, adopted, port, remote)
+        held = self.slots.alloc(section, accepted=False, datagrams=not port)
+        if isinstance(held, int):
+            raise self.slots.no_room(held)
+        conn = Connection(home, self.slots, link, *held)
         conn.local, conn.remote = local, (remote, port)
-        peer.waiting.append(conn)
-        self.send_waiting(peer)
+        link.waiting.append(conn)
+        self._send_waiting(link)
         return conn
 
-    def _reach(self, peer: Peer, adopted: int, port: int, remote: str) -> None:
+    def _link_up(self, link: Link, adopted: int, port: int, remote: str) -> None:
         """Adopt the link to a peer that was not, or has started anew; or raise why not."""
-        engine, now_ns = self.engine, self.engine.lib.sh_clock()
-        engine.check()
-        engine.peers.refresh_all(now_ns)
-        if not peer.live:
-            raise engine.listeners.refused(remote, port)
-        if adopted == EMPTY and now_ns < peer.ignore_until_ns:
+        self.home.check()
+        now_ns = self.home.now()
+        self.peers.refresh_all(now_ns)
+        if not self.peers[link.section].live:
+            raise self.listeners.refused(remote, port)
+        if adopted == EMPTY and now_ns < link.ignore_until_ns:
             raise violation(
-                f"{remote!r} (section {peer.section})",
+                f"{remote!r} (section {link.section})",
                 f"{VIOLATIONS} times; it is not listened to for a while",
             )
         if adopted in (0, EMPTY):
-            engine.adopt(peer, now_ns)
+            self.links.adopt(link.section, now_ns)
 
-    def send_waiting(self, peer: Peer) -> None:
-        lib = self.engine.lib
-        while peer.answers and self._sent(
-            peer, lib.sh_answer(self.engine.nd, peer.section, *peer.answers[0])
-        ):
-            peer.answers.popleft()
-        while peer.waiting and peer.credits > 0 and not peer.answers:
-            conn = peer.waiting[0]
+    def _send_waiting(self, link: Link) -> None:
+        lib = self.home.lib
+        while link.answers and self._sent(link, lib.sh_answer(self.home.nd, link.section, *link.answers[0])):
+            link.answers.popleft()
+        while link.waiting and link.credits > 0 and not link.answers:
+            conn = link.waiting[0]
             if conn.state is OPENING:
-                if not self._sent(peer, lib.sh_connect(conn.ep, peer.section, conn.remote[1], conn.local[1])):
+                if not self._sent(link, lib.sh_connect(conn.ep, link.section, conn.remote[1], conn.local[1])):
                     return
-                peer.credits -= 1
-            peer.waiting.popleft()
+                link.credits -= 1
+            link.waiting.popleft()
 
-    def _sent(self, peer: Peer, status: int) -> bool:
+    def _sent(self, link: Link, status: int) -> bool:
         if status == VIOLATION:
-            self.engine.offence(peer.section)
-        self.engine.stir()
+            link.offence()
+        self.home.stir()
         return status == 0
 
-    def messages(self, peer: Peer, now_ns: int) -> None:
-        engine, note = self.engine, self._note
+    def messages(self, section: int, now_ns: int) -> None:
+        """Read what one peer had to say, up to a bound; what is left stays in `home.mail`."""
+        home, note = self.home, self._note
+        link, peer = self.links[section], self.peers[section]
         for _ in range(MESSAGES_PER_PASS):
-            status = engine.lib.sh_message_recv(engine.nd, peer.section, note)
+            status = home.lib.sh_message_recv(home.nd, section, note)
             if status == VIOLATION:
-                engine.mail.discard(peer.section)
-                if engine.lib.sh_adopted(engine.nd, peer.section) == 0:
-                    engine.tag_changed(peer, now_ns)
+                home.mail.discard(section)
+                if home.lib.sh_adopted(home.nd, section) == 0:
+                    self.links.tag_changed(section, now_ns)
                 else:  # the message ring cannot be trusted any more: a violation of the whole link
-                    peer.violations = VIOLATIONS
-                    engine.offence(peer.section)
+                    link.violations = VIOLATIONS
+                    link.offence()
                 return
             if status > 0:
                 peer.seen = True
-                kind, reason, slot, gen, dst_slot, dst_gen, port, src_port = engine.ffi.unpack(note, 8)
+                kind, reason, slot, gen, dst_slot, dst_gen, port, src_port = home.ffi.unpack(note, 8)
                 if kind == CONNECT:
-                    self._on_connect(peer, slot, gen, port, src_port, now_ns)
+                    self._on_connect(link, peer, slot, gen, port, src_port, now_ns)
                 else:
-                    peer.credits = min(peer.credits + 1, engine.settings.max_connects)
-                    self._on_answer(peer, kind, reason, slot, gen, dst_slot, dst_gen)
+                    link.credits = min(link.credits + 1, home.settings.max_connects)
+                    self._on_answer(link, peer, kind, reason, slot, gen, dst_slot, dst_gen)
             if status < 2:  # there are no more
-                engine.mail.discard(peer.section)
+                home.mail.discard(section)
                 break
-        engine.lib.sh_message_done(engine.nd, peer.section)
-        self.send_waiting(peer)
+        home.lib.sh_message_done(home.nd, section)
+        self._send_waiting(link)
 
-    def last_messages(self, peer: Peer, now_ns: int) -> None:
-        """What a peer that is gone had to say: one of them may be the answer to a connection whose bytes are
-        there already."""
-        self.engine.mail.add(peer.section)
+    def last_messages(self, section: int, now_ns: int) -> None:
+        """Read what a peer that is gone had to say: one of the messages may be the answer to a connection
+        whose bytes are there already."""
+        self.home.mail.add(section)
         for _ in range(MESSAGES // MESSAGES_PER_PASS):
-            if peer.section not in self.engine.mail:
+            if section not in self.home.mail:
                 break
-            self.messages(peer, now_ns)
+            self.messages(section, now_ns)
 
-    def _on_connect(self, peer: Peer, slot: int, gen: int, port: int, src_port: int, now_ns: int) -> None:
-        engine = self.engine
-        if (old := peer.connections.get(slot)) is not None:
-            engine.ready(old.slot)  # a released slot whose toggle we have not looked at yet
-        listener = engine.listeners.accepting(port, peer) if port else None
+    def _on_connect(
+        self, link: Link, peer: Peer, slot: int, gen: int, port: int, src_port: int, now_ns: int
+    ) -> None:
+        home = self.home
+        if (old := link.connections.get(slot)) is not None:
+            old.poll()  # a released slot whose toggle was not polled yet
+        listener = self.listeners.accepting(port, peer) if port else None
         reason, conn, bits = 0, None, 0
-        if slot in peer.connections:
+        if slot in link.connections:
             reason = STALE_CONNECT
         elif port and listener is None:
             reason = NO_LISTENER
@@ -132,85 +141,77 @@ class Handshake:
             reason = BACKLOG
         else:
             try:
-                taken = engine.slots.take(peer, accepted=True, datagrams=not port)
+                held = self.slots.alloc(link.section, accepted=True, datagrams=not port)
             except OSError:
-                taken = NO_MEMORY
-            if isinstance(taken, int):
-                reason = taken
+                held = NO_MEMORY
+            if isinstance(held, int):
+                reason = held
             else:
-                conn = taken
-                bits = conn.open(peer, slot, gen)
+                conn = Connection(home, self.slots, link, *held)
+                bits = conn.open(slot, gen)
                 if bits < 0:
                     conn.release()
                     reason = STALE_CONNECT
                     if bits == VIOLATION:
-                        engine.offence(peer.section)
+                        link.offence()
         if reason or conn is None:
-            engine.counts["refused"] += 1
-            self._answer(peer, reason, 0, 0, slot, gen)
+            home.counts["refused"] += 1
+            self._answer(link, reason, 0, 0, slot, gen)
             return
-        self._answer(peer, 0, conn.slot, conn.gen, slot, gen)
+        self._answer(link, 0, conn.slot, conn.gen, slot, gen)
+        self.peers.met(peer)
         if not peer.live:
-            engine.peers.heard(peer, now_ns)
-        conn.local, conn.remote = (engine.name, port), (peer.name, src_port)
-        engine.counts["accepted"] += 1
+            self.peers.heard(peer, now_ns)
+        conn.local, conn.remote = (home.name, port), (peer.name, src_port)
+        home.counts["accepted"] += 1
         if listener is None:
-            engine.datagrams.accept(conn)
+            self.accept(conn)
         else:
             listener.pending += 1
-            engine.emit("accepted", listener, conn)
+            home.emit(listener.accepted, conn)
         if bits != SPACE:
-            engine.looked(conn, bits)
+            conn.inspect(bits)
 
-    def _answer(self, peer: Peer, *fields: int) -> None:
+    def _answer(self, link: Link, *fields: int) -> None:
         """`fields`: reason, slot, gen, dst_slot, dst_gen."""
-        engine = self.engine
-        if peer.answers or not self._sent(peer, engine.lib.sh_answer(engine.nd, peer.section, *fields)):
-            if len(peer.answers) < 64:  # an honest peer has at most 32 CONNECTs on the way
-                peer.answers.append(fields)
+        lib, nd = self.home.lib, self.home.nd
+        if link.answers or not self._sent(link, lib.sh_answer(nd, link.section, *fields)):
+            if len(link.answers) < MESSAGES:  # an honest peer has at most 32 CONNECTs on the way
+                link.answers.append(fields)
             else:
-                engine.offence(peer.section)
+                link.offence()
 
     def _on_answer(
-        self, peer: Peer, kind: int, reason: int, slot: int, gen: int, dst_slot: int, dst_gen: int
+        self, link: Link, peer: Peer, kind: int, reason: int, slot: int, gen: int, dst_slot: int, dst_gen: int
     ) -> None:
-        engine = self.engine
-        conn = engine.connections.get(dst_slot)
-        if conn is None or conn.gen != dst_gen or conn.state is not OPENING or conn.peer != peer.section:
+        home, conn = self.home, self.slots.connections.get(dst_slot)
+        if conn is None or conn.gen != dst_gen or conn.state is not OPENING or conn.link is not link:
             if kind == ACCEPT:
-                # it shall look, and find our generation gone
-                engine.lib.sh_notify(engine.nd, peer.section, slot)
+                # it shall poll, and find our generation gone
+                home.lib.sh_notify(home.nd, link.section, slot)
             return
         if kind == REFUSE:
             conn.release()
-            engine.counts["refused"] += 1
-            error: OSError
+            home.counts["refused"] += 1
             if reason in (NO_SLOT, NO_MEMORY):
-                error = OSError(
-                    105,
-                    f"{conn.remote} has no room for another connection: use a larger region, or close some",
-                )
+                home.emit(conn.failed, peer_full(conn.remote))
             elif reason == BACKLOG:
-                error = ConnectionRefusedError(
-                    ECONNREFUSED,
-                    f"{conn.remote} has its backlog full: try again, or listen with a larger backlog",
-                )
+                home.emit(conn.failed, backlog_full(conn.remote))
             else:
-                error = engine.listeners.refused(*conn.remote)
-            engine.emit("failed", conn, error)
+                home.emit(conn.failed, self.listeners.refused(*conn.remote))
             return
-        if (old := peer.connections.get(slot)) is not None:
-            engine.ready(old.slot)  # released, accepted anew, and we have not looked since
-        bits = conn.open(peer, slot, gen) if slot not in peer.connections else VIOLATION
+        if (old := link.connections.get(slot)) is not None:
+            old.poll()  # released, accepted anew, and not polled since
+        bits = conn.open(slot, gen) if slot not in link.connections else VIOLATION
         if bits < 0:
             conn.release()
-            engine.emit(
-                "failed", conn, ConnectionResetError(104, f"connection to {conn.remote} was reset at once")
-            )
+            why = f"connection to {conn.remote} was reset at once"
+            home.emit(conn.failed, ConnectionResetError(errno.ECONNRESET, why))
             if bits == VIOLATION:
-                engine.offence(peer.section)
+                link.offence()
             return
-        engine.counts["connected"] += 1
-        engine.emit("connected", conn)
+        self.peers.met(peer)
+        home.counts["connected"] += 1
+        home.emit(conn.connected)
         if bits != SPACE:
-            engine.looked(conn, bits)
+            conn.inspect(bits)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from shmsock.address import MAX_SECTIONS
@@ -84,19 +85,30 @@ class Layout:
         g: Any = self.geometry
         return self.section(of) + int(g.pair_off) + towards * int(g.pair_bytes)
 
-    def glancer(self) -> tuple[Callable[[], int], Callable[[int], int]]:
-        """A look at all sections, as cheap as can be: it returns a mask of those where who is there, and in
-        what state, is not as at the look before. And what tells a section's beat at that look."""
+    def beat(self, index: int) -> int:
+        """Compared for equality only."""
+        return self.memory.load(self.section(index) + BEAT)
+
+    def departure(self, index: int) -> int:
+        """The smaller, the longer ago the section was left."""
+        return self.memory.load(self.section(index) + LEFT)
+
+    def swap_claim(self, index: int, old: int, new: int) -> bool:
+        """Compare and swap; 0 for nobody's."""
+        return self.memory.cas(self.section(index) + CLAIM, old, new)
+
+    def tag(self, of: int, towards: int) -> int:
+        """The pair_inc under which a section's owner speaks to another."""
+        return self.memory.load(self.pair(of, towards) + NOTIFY_SEQ) >> 32
+
+    def survey(self) -> tuple[Callable[[], int], Callable[[int], int]]:
+        """Two functions. One surveys all sections, as cheaply as can be: it returns a mask of those where who
+        is there, and in what state, is not as at the survey before. The other tells a section's beat at the
+        last survey."""
         ffi, lib = self.memory.core
-        memory, wc, geometry = self.memory, self.memory.wc, self.geometry
-        step, first = int(lib.SH_SURVEY), int(lib.SH_SURVEY_BEAT)
+        step, beat = int(lib.SH_SURVEY), int(lib.SH_SURVEY_BEAT)
         words = ffi.new("uint64_t[]", self.peers * step)
-
-        def glance() -> int:
-            changed: int = lib.sh_survey(memory.base, geometry, words, wc)
-            return changed
-
-        return glance, lambda section: words[section * step + first]
+        return partial(self.memory.survey, self.geometry, words), lambda section: words[section * step + beat]
 
     def identity(self, index: int) -> Identity | None:
         """Who owns the section; None when nobody does, or when what it says is no identity (half written,

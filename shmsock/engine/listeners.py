@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from errno import EADDRINUSE
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shmsock.address import is_local, normalize_name
 from shmsock.engine import layout as lay
+from shmsock.engine.home import Home
+from shmsock.engine.peers import Peer, Peers
 from shmsock.errors import (
     name_malformed,
     name_unknown,
@@ -21,10 +23,6 @@ from shmsock.errors import (
     port_taken,
     ports_exhausted,
 )
-
-if TYPE_CHECKING:
-    from shmsock.engine.engine import Engine
-    from shmsock.engine.peers import Peer
 
 __all__ = ["Listener", "Listeners"]
 
@@ -40,18 +38,13 @@ def _key(port: int, datagram: bool) -> int:
 
 
 class Listener:
-    """A port that is listened on. `handler` belongs to the driver, which lowers `pending` when it took a
-    connection over; that of a port for datagrams is its Endpoint."""
+    """A port that is listened on. `handler`, the driver's, is called with each connection that was accepted;
+    that of a port for datagrams is its Endpoint."""
 
     def __init__(self, owner: Listeners, index: int, port: int, backlog: int, flags: int) -> None:
-        self.owner, self.index, self.port, self.backlog, self.flags = (
-            owner,
-            index,
-            port,
-            max(backlog, 1),
-            flags,
-        )
-        self.pending = 0
+        self.owner, self.index, self.port, self.flags = owner, index, port, flags
+        self.backlog = max(backlog, 1)
+        self.pending = 0  # accepted, and the handler was not told yet
         self.handler: Any = None
         self.closed = False
         self.serving = True  # False: the port is taken, and who connects is refused
@@ -59,6 +52,14 @@ class Listener:
     @property
     def full(self) -> bool:
         return self.pending >= self.backlog
+
+    def accepted(self, conn: Any) -> None:
+        """To be emitted: hand a connection over."""
+        self.pending -= 1
+        if self.handler is None or self.closed:
+            conn.abort()
+        else:
+            self.handler(conn)
 
     def close(self) -> None:
         if not self.closed:
@@ -74,12 +75,13 @@ class Listeners:
     who is tentative; of two tentative ones the lower section wins, and the other one withdraws.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, home: Home, peers: Peers, used: Callable[[], set[int]]) -> None:
+        """`used`: own ports of connections."""
+        self.home, self.peers, self._used = home, peers, used
         self.mine: dict[int, list[Listener]] = {}  # by port, those of datagrams under _key(port, True)
         self._free = list(range(lay.LISTENERS - 1, -1, -1))
-        slice_size = (65536 - EPHEMERAL) // engine.layout.peers
-        first = EPHEMERAL + engine.section * slice_size
+        slice_size = (65536 - EPHEMERAL) // home.layout.peers
+        first = EPHEMERAL + home.section * slice_size
         self._slice = range(first, first + slice_size)
         self._count = 0
         self._ephemeral = self._unused()
@@ -103,9 +105,9 @@ class Listeners:
         """Round and round; what connections use is looked up once in a round, in which no port comes
         twice. While they use all, that is each time."""
         while True:
-            used = {c.local[1] for c in self.engine.connections.values()}
+            used = self._used()
             unused = [port for port in self._slice if port not in used]
-            yield from unused or [self.engine.rng.choice(self._slice)]
+            yield from unused or [self.home.rng.choice(self._slice)]
 
     def open(self, port: int, backlog: int, reuse: bool, local: bool, datagram: bool = False) -> Listener:
         if port == 0:
@@ -113,24 +115,24 @@ class Listeners:
         flags = USED | reuse * REUSE | local * LOCAL | datagram * DATAGRAM
         group = self.mine.get(_key(port, datagram), [])
         if any(not (reuse and other.flags & REUSE) for other in group):
-            raise port_taken(self.engine.name, port, "this process")
+            raise port_taken(self.home.name, port, "this process")
         if not self._free:
             raise no_listeners(lay.LISTENERS)
         index = self._free.pop()
         self._store(index, port | (flags | TENTATIVE) << 16)
-        self.engine.memory.fence()
+        self.home.memory.fence()
         if not self._settle(port, reuse, datagram):
             self._store(index, 0)
             self._free.append(index)
             others = [p for p in self._namesakes() if self.entry(p, port, datagram) and p.who]
-            raise port_taken(self.engine.name, port, *(f"process {p.who.pid}" for p in others[:1] if p.who))
+            raise port_taken(self.home.name, port, *(f"process {p.who.pid}" for p in others[:1] if p.who))
         self._store(index, port | flags << 16)
         listener = Listener(self, index, port, backlog, flags)
         self.mine.setdefault(_key(port, datagram), []).append(listener)
         return listener
 
     def _open_any(self, backlog: int, reuse: bool, local: bool, datagram: bool) -> Listener:
-        taken, end = self._taken(datagram), self.engine.lib.sh_clock() + PATIENCE_NS
+        taken, end = self._taken(datagram), self.home.now() + PATIENCE_NS
         for _ in range(len(self._slice)):
             port = self.ephemeral(datagram)
             if port in taken:
@@ -138,15 +140,15 @@ class Listeners:
             try:
                 return self.open(port, backlog, reuse, local, datagram)
             except OSError as error:  # a namesake asked for that very port
-                if error.errno != EADDRINUSE or self.engine.lib.sh_clock() > end:
+                if error.errno != EADDRINUSE or self.home.now() > end:
                     raise
-        raise ports_exhausted(self.engine.name, self._slice[0], self._slice[-1])
+        raise ports_exhausted(self.home.name, self._slice[0], self._slice[-1])
 
     def _taken(self, datagram: bool) -> set[int]:
         """Ports that others of the own name have, or are about to have."""
-        memory, found = self.engine.memory, set[int]()
+        memory, found = self.home.memory, set[int]()
         for peer in self._namesakes():
-            at = self.engine.layout.section(peer.section)
+            at = self.home.layout.section(peer.section)
             used = min(memory.load(at + lay.N_LISTENERS), lay.LISTENERS)
             for (entry,) in ENTRY.iter_unpack(memory.read(at + lay.LISTENER, ENTRY.size * used)):
                 if entry >> 16 & USED and bool(entry >> 16 & DATAGRAM) == datagram:
@@ -156,40 +158,35 @@ class Listeners:
     def _settle(self, port: int, reuse: bool, datagram: bool) -> bool:
         """Is the port ours? Who is tentative decides within microseconds, unless it was stopped in the middle
         of it, or lies: then it is not, and this is over within PATIENCE_NS."""
-        end = self.engine.lib.sh_clock() + PATIENCE_NS
+        end = self.home.now() + PATIENCE_NS
         for _ in range(PATIENCE):
             undecided = False
             for peer in self._namesakes():
                 flags = self.entry(peer, port, datagram)
                 if not flags or (reuse and flags & REUSE):
                     continue
-                if not flags & TENTATIVE or peer.section < self.engine.section:
+                if not flags & TENTATIVE or peer.section < self.home.section:
                     return False
                 undecided = True  # it is about to see our entry, or did not see it and is about to listen
             if not undecided:
                 return True
-            if self.engine.lib.sh_clock() > end:
+            if self.home.now() > end:
                 break
             os.sched_yield()
         return False
 
     def _namesakes(self) -> list[Peer]:
-        peers = self.engine.peers
-        peers.refresh_all(self.engine.lib.sh_clock())
-        return [p for p in peers.named(self.engine.name, local=True) if p.section != self.engine.section]
+        self.peers.refresh_all(self.home.now())
+        return [p for p in self.peers.named(self.home.name, local=True) if p.section != self.home.section]
 
     def entry(self, peer: Peer, port: int, datagram: bool = False) -> int:
         """What a peer's table says of a port: index << 8 | flags; 0: it does not listen there."""
-        memory = self.engine.memory
-        found: int = memory.core.lib.sh_listen_find(
-            memory.base, self.engine.layout.geometry, peer.section, port, datagram, memory.wc
-        )
-        return found
+        return self.home.memory.find_listener(self.home.layout.geometry, peer.section, port, datagram)
 
     def reachable(self, peer: Peer, port: int, datagram: bool = False) -> int:
         """The entry, if this node may use it."""
         entry = self.entry(peer, port, datagram)
-        closed = entry & TENTATIVE or (entry & LOCAL and not self.engine.peers.same_kernel(peer))
+        closed = entry & TENTATIVE or (entry & LOCAL and not self.peers.same_kernel(peer))
         return 0 if closed else entry
 
     def remove(self, listener: Listener) -> None:
@@ -201,8 +198,8 @@ class Listeners:
         self._free.append(listener.index)
 
     def _store(self, index: int, entry: int) -> None:
-        memory, at = self.engine.memory, self.engine.layout.section(self.engine.section)
-        if self.engine.lib.sh_node_is_inert(self.engine.nd):
+        memory, at = self.home.memory, self.home.layout.section(self.home.section)
+        if self.home.is_inert():
             return  # the section may be another's by now
         memory.store(at + lay.LISTENER + 8 * index, entry)
         if index >= self._count:
@@ -214,7 +211,7 @@ class Listeners:
         return [
             x
             for x in self.mine.get(_key(port, datagram), ())
-            if x.serving and (not x.flags & LOCAL or self.engine.peers.same_kernel(peer))
+            if x.serving and (not x.flags & LOCAL or self.peers.same_kernel(peer))
         ]
 
     def accepting(self, port: int, peer: Peer) -> Listener | None:
@@ -231,12 +228,12 @@ class Listeners:
     ) -> tuple[list[Peer], bool]:
         """Peers of that name (None: of this machine) that listen on `port`; and whether anybody has the name
         at all."""
-        engine, now_ns = self.engine, self.engine.lib.sh_clock()
-        engine.peers.refresh_all(now_ns)
+        peers, now_ns = self.peers, self.home.now()
+        peers.refresh_all(now_ns)
         while True:
-            named = engine.peers.named(name)
+            named = peers.named(name)
             found = [p for p in named if p.section not in exclude and self.reachable(p, port, datagram)]
-            if found or not engine.peers.came_back(now_ns):
+            if found or not peers.came_back(now_ns):
                 break
         if len(found) > 1:
             # whose beat moved last comes first: a dead namesake, until it is known to be dead, is tried last
@@ -246,12 +243,11 @@ class Listeners:
     def find(self, host: Any, port: int, *, exclude: tuple[int, ...] = (), datagram: bool = False) -> Peer:
         """Who is to be asked for (host, port): a section's owner, a peer of that name, or (None, localhost)
         one of this machine. Raises socket.gaierror, ConnectionRefusedError."""
-        engine = self.engine
         if isinstance(host, int) and not isinstance(host, bool):
-            now_ns = engine.lib.sh_clock()
-            engine.peers.refresh_all(now_ns)
-            engine.peers.came_back(now_ns)
-            sections = {p.section: p for p in engine.peers.all if p.live}
+            now_ns = self.home.now()
+            self.peers.refresh_all(now_ns)
+            self.peers.came_back(now_ns)
+            sections = {p.section: p for p in self.peers.all if p.live}
             if host not in sections:
                 raise self.unknown(host)
             if host in exclude or not self.entry(sections[host], port, datagram):
@@ -273,10 +269,10 @@ class Listeners:
                 self._found.clear()
             self._found[key] = peer, peer.incarnation, entry
         best = [p for p in found if p.samples <= peer.samples]
-        return engine.rng.choice(best) if len(best) > 1 else peer
+        return self.home.rng.choice(best) if len(best) > 1 else peer
 
     def _not_found(self, host: Any, name: str | None, port: int, known: bool, datagram: bool) -> OSError:
-        peers = self.engine.peers
+        peers = self.peers
         if not known:
             return self.not_pinned(name) or self.unknown(host)
         same = [p for p in peers.some if p.live and (name is None or p.name == name)]
@@ -286,7 +282,7 @@ class Listeners:
 
     def not_pinned(self, name: str | None) -> ConnectionRefusedError | None:
         """What there is to be said of a pinned name that nobody has who may."""
-        peers = self.engine.peers
+        peers = self.peers
         section = None if name is None else peers.pin.get(name)
         if name is None or section is None:
             return None
@@ -297,8 +293,8 @@ class Listeners:
         """Who was found before, if it has the port as it did, and lives: while its beat stands, a namesake
         may have taken its place, and all are to be compared."""
         peer, life, entry = self._found[key]
-        peers = self.engine.peers
-        peers.refresh_all(self.engine.lib.sh_clock())
+        peers = self.peers
+        peers.refresh_all(self.home.now())
         same = peer.incarnation == life and self.entry(peer, key[1], False) == entry
         if same and peer.live and not peer.samples and not peers.killed(peer):
             return peer
@@ -319,17 +315,16 @@ class Listeners:
     # -- what is to be said when nobody is found
 
     def _others(self) -> list[Peer]:
-        peers = self.engine.peers
-        peers.refresh_all(self.engine.lib.sh_clock())
+        peers = self.peers
+        peers.refresh_all(self.home.now())
         return [p for p in peers.there() if p.section != peers.own]
 
     def unknown(self, host: Any) -> OSError:
         """Nobody has the name, or that section."""
         number = isinstance(host, int)
         known = {str(p.section) if number else p.name for p in self._others()}
-        return name_unknown(host, sorted(known), self.engine.url, self.engine.hint())
+        return name_unknown(host, sorted(known), self.home.url, self.home.hint())
 
     def refused(self, host: Any, port: int) -> ConnectionRefusedError:
         """Somebody has the name, and nobody the port."""
-        engine = self.engine
-        return port_refused(host, port, engine.url, alone=not self._others(), hint=engine.hint())
+        return port_refused(host, port, self.home.url, alone=not self._others(), hint=self.home.hint())

@@ -25,17 +25,14 @@ def native_core() -> Core:
 class Memory:
     """A mapped region. Offsets and sizes in bytes, words are aligned 64-bit.
 
-    After release() whatever needs the mapping raises NodeClosedError. So nobody keeps `base`, or a pointer
-    made of it, where no look at the node's end comes before each use."""
-
-    base: Any
-    _ended: OSError
+    Only here does Python know where it is mapped: after release() every method raises NodeClosedError.
+    """
 
     def __init__(self, core: Core, mapping: Any, *, write_combining: bool = False) -> None:
         self.core = core
-        self.buffer = core.ffi.from_buffer("uint8_t[]", mapping)
-        self.base = core.ffi.cast("void *", self.buffer)  # until release(): then __getattr__ is asked
-        self.size = len(self.buffer)
+        self._buffer = core.ffi.from_buffer("uint8_t[]", mapping)
+        self._base = core.ffi.cast("void *", self._buffer)  # until release(): then __getattr__ is asked
+        self.size = len(self._buffer)
         self.wc = int(write_combining)
         room = core.ffi.new("char[]", core.lib.SH_TAKE)
         self.room = (
@@ -43,40 +40,68 @@ class Memory:
             core.ffi.buffer(room),
         )  # where sh_take() puts bytes, and a buffer whose slices are bytes
 
+    # -- words
+
     def load(self, offset: int) -> int:
-        value: int = self.core.lib.sh_load64(self.base, offset)
+        value: int = self.core.lib.sh_load64(self._base, offset)
         return value
 
     def store(self, offset: int, value: int) -> None:
-        self.core.lib.sh_store64(self.base, offset, value, self.wc)
+        self.core.lib.sh_store64(self._base, offset, value, self.wc)
 
     def cas(self, offset: int, old: int, new: int) -> bool:
-        return bool(self.core.lib.sh_cas64(self.base, offset, old, new))
+        """Compare and swap; True: it was `old`, and is `new`."""
+        return bool(self.core.lib.sh_cas64(self._base, offset, old, new))
 
     def fence(self) -> None:
         self.core.lib.sh_full_fence(self.wc)
 
+    # -- bytes
+
     def read(self, offset: int, n: int) -> bytes:
         copy = self.core.ffi.new("uint8_t[]", n)
-        self.core.lib.sh_read_bytes(self.base, offset, copy, n)
+        self.core.lib.sh_read_bytes(self._base, offset, copy, n)
         return bytes(self.core.ffi.buffer(copy))
 
     def write(self, offset: int, data: bytes) -> None:
-        self.core.lib.sh_write_bytes(self.base, offset, data, len(data))
+        self.core.lib.sh_write_bytes(self._base, offset, data, len(data))
 
     def view(self, offset: int, n: int) -> Any:
         """A buffer whose slices are copies (bytes): how ring bytes come out. It is not to be kept beyond
         release()."""
-        return self.core.ffi.buffer(self.core.ffi.cast("uint8_t *", self.base) + offset, n)
+        return self.core.ffi.buffer(self.core.ffi.cast("uint8_t *", self._base) + offset, n)
+
+    # -- what the core does with the mapping
+
+    def node(self, private: Any, geometry: Any, section: int) -> Any:
+        """A node in `private` (sh_node_bytes() bytes) that owns that section. Once the mapping is released it
+        must be inert: C looks at that, and not here."""
+        return self.core.lib.sh_node_new(private, self._base, geometry, section, self.wc)
+
+    def survey(self, geometry: Any, words: Any) -> int:
+        """Update `words` (SH_SURVEY of each section). Returns a mask of the sections in which who is there,
+        or in what state, has changed."""
+        changed: int = self.core.lib.sh_survey(self._base, geometry, words, self.wc)
+        return changed
+
+    def find_listener(self, geometry: Any, section: int, port: int, datagram: bool) -> int:
+        """The entry of a port in a section's table, index << 8 | flags; 0: there is none."""
+        entry: int = self.core.lib.sh_listen_find(self._base, geometry, section, port, datagram, self.wc)
+        return entry
+
+    def has_futex(self, offset: int) -> bool:
+        """Can this process wait for a change of that word?"""
+        return bool(self.core.lib.sh_futex_works(self._base, offset) == 0)
+
+    # -- the end
 
     def release(self, why: OSError | None = None) -> None:
-        """Let go of the mapping, so that it can be closed. `why`: what is raised from here on. A node on it
-        must be inert: C does not ask here."""
+        """Let go of the mapping, so that it can be closed. `why`: what is raised from here on."""
         self._ended = why or node_closed("?", "its region was closed")
-        self.__dict__.pop("base", None)
-        self.core.ffi.release(self.buffer)
+        self.__dict__.pop("_base", None)
+        self.core.ffi.release(self._buffer)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "base":
+        if name == "_base":
             raise self._ended
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
 
 from shmsock.engine import layout as lay
 from shmsock.engine.attach import Locks
-from shmsock.engine.layout import Identity, Layout
-
-if TYPE_CHECKING:
-    from shmsock.engine.connection import Connection
+from shmsock.engine.home import Home
+from shmsock.engine.layout import Identity
 
 __all__ = ["Peer", "Peers"]
 
@@ -20,14 +16,12 @@ BEAT_NS = 100_000_000
 FORSAKEN_SAMPLES, FORSAKEN_NS = 3, 425_000_000  # more than two beats of who is silent
 STALE_NS = 250_000_000  # more than one
 UNSEEN_NS = 1_000_000_000  # who was never seen to beat is not waited for as long as who was
-ADOPTIONS_PER_S = 10
-VIOLATIONS = 3
 
 
 class Peer:
-    """What this node knows of one section's owner, and of the link to it."""
+    """What this node knows of one section's owner."""
 
-    def __init__(self, section: int, credits: int) -> None:
+    def __init__(self, section: int) -> None:
         self.section = section
         self.incarnation = 0
         self.claim = 0
@@ -47,46 +41,23 @@ class Peer:
         self.seen = False  # in this life: it has beaten, or said something
         self.samples = 0
         self.lagging = False
-        # the link
-        self.connections: dict[int, Connection] = {}  # by the peer's slot
-        self.credits = credits
-        self.waiting: deque[Connection] = deque()  # CONNECTs that wait for a credit
-        self.answers: deque[tuple[int, ...]] = deque()  # ACCEPT and REFUSE that found the message ring full
-        self.ring_bytes = 0  # of my arena, in connections that this peer opened
-        self.slots = 0
-        self.violations = 0
-        self.backoff_s = 1
-        self.ignore_until_ns = 0
-        self.adoptions: deque[int] = deque(maxlen=ADOPTIONS_PER_S)
 
 
 class Peers:
     """All sections but the own one are strangers; the own one is a peer too (a node may connect to
     itself)."""
 
-    def __init__(
-        self,
-        layout: Layout,
-        own: int,
-        own_identity: Identity,
-        credits: int,
-        dead_after_s: float,
-        locks: Locks | None = None,
-        changed: Callable[[Peer], None] | None = None,
-        inspect: Callable[[int], int] | None = None,
-        pin: Mapping[str, int] | None = None,
-    ) -> None:
-        """`inspect`: may that section be read once more, or has it been too often for nothing? `pin`: the
-        only section that is believed to have that name."""
-        self.pin = pin or {}
-        self.changed = changed or (lambda peer: None)
-        self._inspect = inspect or (lambda section: 1)
+    def __init__(self, home: Home, identity: Identity, locks: Locks | None = None) -> None:
+        """`identity`: the own one. `locks`: of the region's file, None where there are none."""
+        self.home, self.layout, self.own, self.locks = home, home.layout, home.section, locks
+        self.pin = home.settings.pin or {}
+        self.me = identity
+        self.dead_after_ns = int(home.settings.dead_after_s * 1e9)
+        #: Told of each peer that came, went or changed its doorbell.
+        self.changed: Callable[[Peer], None] = lambda peer: None
         self._unread = 0  # mask of sections that looked different and were not read yet
-        self.layout, self.own, self.locks = layout, own, locks
-        self.me = own_identity
-        self.dead_after_ns = int(dead_after_s * 1e9)
-        self.all = [Peer(i, credits) for i in range(layout.peers)]
-        self._glance, self._beat = layout.glancer()
+        self.all = [Peer(i) for i in range(self.layout.peers)]
+        self._survey, self._beat = self.layout.survey()
         self.alone = True  # nobody else has been seen so far
         self.some: list[Peer] = []  # those of whom there is, or was, something to be told
 
@@ -129,6 +100,13 @@ class Peers:
         if peer not in self.some:
             self.some.append(peer)
 
+    def met(self, peer: Peer) -> None:
+        """A connection to it is open. Even if its identity makes no sense, there is something to end when it
+        falls silent."""
+        if not peer.here:
+            peer.here = True
+            self.note(peer)
+
     def _tell(self, peer: Peer) -> None:
         now = (peer.incarnation, peer.live or peer.coming, peer.doorbell)
         if now != peer.told:
@@ -136,10 +114,10 @@ class Peers:
             self.changed(peer)
 
     def refresh_all(self, now_ns: int) -> None:
-        if changed := self._glance():
+        if changed := self._survey():
             for peer in self.all:
                 if changed >> peer.section & 1:
-                    if self._inspect(peer.section):
+                    if self.home.lib.sh_inspect(self.home.nd, peer.section):
                         self.refresh(peer, now_ns)
                     else:
                         self._unread |= 1 << peer.section

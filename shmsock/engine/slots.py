@@ -3,165 +3,197 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any, Generic, TypeVar
 
 from shmsock.engine.arena import MIN_RING, Arena
-from shmsock.engine.connection import Connection
+from shmsock.engine.home import Home
 from shmsock.engine.layout import Layout, default_slots, region_for
 from shmsock.errors import no_buffers
 
-if TYPE_CHECKING:
-    from shmsock.engine.engine import Engine
-    from shmsock.engine.peers import Peer
-
-__all__ = ["NO_MEMORY", "NO_SLOT", "Slots"]
+__all__ = ["NO_MEMORY", "NO_SLOT", "Held", "Slots"]
 
 NO_SLOT, NO_MEMORY = 2, 3  # enum sh_reason
 DATAGRAM_RING = 256 << 10  # at best; a quarter of it holds the largest datagram
 
 
-class Slots:
-    """The books are private. A peer that connects gets at most half of either."""
+class Held:
+    """A slot in use, and its rings, as (offset in the section, bytes)."""
 
-    def __init__(self, engine: Engine, ensure: Callable[[int, int], None] | None) -> None:
-        self.engine = engine
+    __slots__ = ("__weakref__", "accepted", "ep", "gen", "outgrown", "peer", "ring", "slot")
+
+    slot: int
+    gen: int
+    ep: Any
+    peer: int
+    accepted: bool
+    ring: tuple[int, int]
+    #: Rings before this one, while the peer may read them.
+    outgrown: tuple[tuple[int, int], ...]
+
+
+H = TypeVar("H", bound=Held)
+
+
+class Share:
+    """What the connections that one peer opened hold of this section."""
+
+    __slots__ = ("ring_bytes", "slots")
+
+    def __init__(self) -> None:
+        self.slots = self.ring_bytes = 0
+
+
+class Slots(Generic[H]):
+    """The books are private. A peer that connects gets at most half of either.
+
+    `ensure`: puts storage behind so many bytes at an offset of the region, or raises OSError.
+    """
+
+    def __init__(self, home: Home, ensure: Callable[[int, int], None] | None) -> None:
+        self.home, layout = home, home.layout
         self._ensure = ensure
         self._backed: set[int] = set()
-        self.arena = Arena(engine.layout.arena_off, engine.layout.arena_bytes)
-        self.free = list(range(engine.layout.slots - 1, -1, -1))
-        self.connections: dict[int, Connection] = {}
-        self._outgrown: set[Connection] = set()  # they hold former rings besides
-        self._short: dict[Connection, int] = {}  # found no larger ring, and how much was free then
+        self.arena = Arena(layout.arena_off, layout.arena_bytes)
+        self.free = list(range(layout.slots - 1, -1, -1))
+        self.connections: dict[int, H] = {}
+        self.orphans: set[H] = set()  # their peer is gone, and bytes may still be read
+        self.shares = [Share() for _ in range(layout.peers)]
+        self._outgrown: set[H] = set()  # they hold former rings besides
+        self._short: dict[H, int] = {}  # found no larger ring, and how much was free then
         if ensure:
-            ensure(engine.layout.section(engine.section), engine.layout.arena_off)
+            ensure(layout.section(home.section), layout.arena_off)
 
-    def take(self, peer: Peer, *, accepted: bool, datagrams: bool = False) -> Connection | int:
-        """A connection in OPENING with slot and ring, or the reason why not. One for datagrams carries them
-        from who opens it: the ring of the other side is of no use, so it is the smallest."""
+    def alloc(
+        self, peer: int, *, accepted: bool, datagrams: bool = False
+    ) -> tuple[int, tuple[int, int], bool, bool] | int:
+        """(slot, ring, accepted, may grow) for a connection with the peer of that section, or the reason why
+        not. One for datagrams carries them from its opener: the ring of the other side is of no use, so it is
+        the smallest."""
         if not self.free:
             return NO_SLOT
-        settings = self.engine.settings
+        settings, share = self.home.settings, self.shares[peer]
         most = min(settings.first_ring_bytes, settings.ring_bytes)
         if datagrams:
             most = MIN_RING if accepted else DATAGRAM_RING
-        if accepted and peer.section != self.engine.section and peer.slots * 2 >= self.engine.layout.slots:
+        if accepted and peer != self.home.section and share.slots * 2 >= self.home.layout.slots:
             return NO_SLOT
         ring = self._ring(self._fit(most, peer, accepted, slots=1))
         if ring is None:
             return NO_MEMORY
-        slot = self.free.pop()
-        may_grow = not datagrams and ring[1] < settings.ring_bytes
-        conn = self.connections[slot] = Connection(self.engine, slot, ring, peer.section, accepted, may_grow)
         if accepted:
-            peer.slots += 1
-            peer.ring_bytes += ring[1]
-        return conn
+            share.slots += 1
+            share.ring_bytes += ring[1]
+        return self.free.pop(), ring, accepted, not datagrams and ring[1] < settings.ring_bytes
 
-    def _fit(self, most: int, peer: Peer, accepted: bool, slots: int) -> int:
-        """What a connection that takes so many slots gets of ring memory, at most; 0: nothing is left for
+    def _fit(self, most: int, peer: int, accepted: bool, slots: int) -> int:
+        """What a connection that needs so many slots gets of ring memory, at most; 0: nothing is left for
         that peer."""
-        layout, share = self.engine.layout, 0
-        foreign = accepted and peer.section != self.engine.section
-        if foreign and (share := layout.arena_bytes // 2 - peer.ring_bytes) < MIN_RING:
+        layout, share, left = self.home.layout, self.shares[peer], 0
+        foreign = accepted and peer != self.home.section
+        if foreign and (left := layout.arena_bytes // 2 - share.ring_bytes) < MIN_RING:
             return 0
         if most == MIN_RING:
             return most
         size = Arena.fit(most, self.arena.free_bytes, len(self.free) - slots)
         # Half of the arena is its share, and that is handed out as the whole is: with a reserve for the
         # rest of its slots, so that a few large rings do not shut out all that it opens after them.
-        return Arena.fit(size, share, layout.slots // 2 - peer.slots - slots, parts=4) if foreign else size
+        return Arena.fit(size, left, layout.slots // 2 - share.slots - slots, parts=4) if foreign else size
 
     def _ring(self, size: int) -> tuple[int, int] | None:
         """With storage behind it."""
-        ring = self.arena.take(size)
+        ring = self.arena.alloc(size)
         if ring is not None:
             try:
                 if self._ensure:
                     self._back(self._ensure, *ring)
             except (OSError, ValueError):
                 self.arena.give(*ring)
-                self.engine.check()  # closed just now, by a signal handler, and its region with it?
+                self.home.check()  # closed just now, by a signal handler, and its region with it?
                 raise
         return ring
 
-    def grow(self, conn: Connection, need: int) -> None:
+    def grow(self, conn: H, need: int) -> None:
         """Before a write of so many bytes, for which the ring has no room: one of sixteen times the size, or
         of what they take, if ring_bytes and the memory that is left allow it."""
-        engine, peer, held = self.engine, self.engine.peers[conn.peer], conn.ring[1]
+        lib, held = self.home.lib, conn.ring[1]
         self._collect(conn)
-        most = engine.settings.ring_bytes
-        size = self._fit(
-            min(max(16 * held, 1 << (held + need - 1).bit_length()), most), peer, conn.accepted, slots=0
-        )
+        most = self.home.settings.ring_bytes
+        wish = min(max(16 * held, 1 << (held + need - 1).bit_length()), most)
+        size = self._fit(wish, conn.peer, conn.accepted, slots=0)
         try:
             ring = self._ring(size) if size > held else None
         except OSError:  # the disk is full: a small ring will do
             ring = None
-        if ring is None or engine.lib.sh_ep_grow(conn.ep, *ring) <= 0:
+        if ring is None or lib.sh_ep_grow(conn.ep, *ring) <= 0:
             if ring is not None:
                 self.arena.give(*ring)
-            engine.lib.sh_ep_may_grow(conn.ep, 0)  # not at each write
+            lib.sh_ep_may_grow(conn.ep, 0)  # not at each write
             self._short[conn] = self.arena.free_bytes
             return
         conn.outgrown, conn.ring = (*conn.outgrown, conn.ring), ring
         self._outgrown.add(conn)
         if conn.accepted:
-            peer.ring_bytes += ring[1]
-        engine.lib.sh_ep_may_grow(conn.ep, ring[1] < most)
+            self.shares[conn.peer].ring_bytes += ring[1]
+        lib.sh_ep_may_grow(conn.ep, ring[1] < most)
 
-    def _collect(self, conn: Connection) -> None:
-        if conn.outgrown and self.engine.lib.sh_ep_outgrown(conn.ep):
+    def _collect(self, conn: H) -> None:
+        if conn.outgrown and self.home.lib.sh_ep_outgrown(conn.ep):
             self._give_outgrown(conn)
 
-    def _give_outgrown(self, conn: Connection) -> None:
+    def _give_outgrown(self, conn: H) -> None:
         self._outgrown.discard(conn)
         for ring in conn.outgrown:
             self.arena.give(*ring)
             if conn.accepted:
-                self.engine.peers[conn.peer].ring_bytes -= ring[1]
+                self.shares[conn.peer].ring_bytes -= ring[1]
         conn.outgrown = ()
 
     def sweep(self) -> None:
-        """Now and then: former rings that no peer reads any more, and those who may try again to grow."""
+        """Once a second: collect former rings that no peer reads any more, and let connections that found no
+        larger ring try again, when there is more memory than then."""
         for conn in list(self._outgrown):
             self._collect(conn)
         for conn, free in list(self._short.items()):
             if self.arena.free_bytes > free:
                 del self._short[conn]
-                self.engine.lib.sh_ep_may_grow(conn.ep, 1)
+                self.home.lib.sh_ep_may_grow(conn.ep, 1)
 
-    def give_back(self, conn: Connection, peer: Peer) -> None:
+    def give_back(self, conn: H) -> None:
+        """It is released. Called once for each."""
         self.connections.pop(conn.slot, None)
+        self.orphans.discard(conn)
         self._short.pop(conn, None)
         if conn.outgrown:
             self._give_outgrown(conn)
         self.arena.give(*conn.ring)
         self.free.append(conn.slot)
         if conn.accepted:
-            peer.slots -= 1
-            peer.ring_bytes -= conn.ring[1]
+            share = self.shares[conn.peer]
+            share.slots -= 1
+            share.ring_bytes -= conn.ring[1]
 
     def _back(self, ensure: Callable[[int, int], None], offset: int, size: int) -> None:
         """Have storage behind ring memory before it is written: a full disk is an OSError here, and a SIGBUS
         later."""
         pages = range(offset // MIN_RING, (offset + size) // MIN_RING)
         if not self._backed.issuperset(pages):
-            ensure(self.engine.layout.section(self.engine.section) + offset, size)
+            ensure(self.home.layout.section(self.home.section) + offset, size)
             self._backed.update(pages)
 
     def no_room(self, reason: int) -> OSError:
+        """The error for a reason that alloc() gave."""
         what = "connection slots" if reason == NO_SLOT else "ring memory"
-        return no_buffers(what, region_for(self.engine.layout))
+        return no_buffers(what, region_for(self.home.layout))
 
     def region_for_link(self, need: int) -> str:
         """A size of region in which a link gets a ring of `need` bytes, with as much in use as here."""
-        layout, used = self.engine.layout, self.arena.size - self.arena.free_bytes
+        layout, used = self.home.layout, self.arena.size - self.arena.free_bytes
         for factor in (1 << k for k in range(1, 20)):
             size = layout.region_bytes * factor
-            slots = default_slots(self.engine.memory, size, layout.peers)
+            slots = default_slots(self.home.memory, size, layout.peers)
             if not slots:
                 break
-            larger = Layout(self.engine.memory, (slots.bit_length() - 1) << 8 | layout.peers, size)
+            larger = Layout(self.home.memory, (slots.bit_length() - 1) << 8 | layout.peers, size)
             room = larger.arena_bytes - used
             if Arena.fit(DATAGRAM_RING, room, larger.slots - len(self.connections) - 1) >= need:
                 return region_for(layout, factor)

@@ -10,14 +10,11 @@ at as one that cannot ring, until a doorbell of its comes through.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from shmsock.engine import layout as lay
+from shmsock.engine.home import Home
+from shmsock.engine.peers import Peer, Peers
 from shmsock.region.doorbell import Doorbell
-
-if TYPE_CHECKING:
-    from shmsock.engine.engine import Engine
-    from shmsock.engine.peers import Peer
 
 __all__ = ["Wakes"]
 
@@ -30,14 +27,14 @@ class Wakes:
     """The ways in and out of one node. `doorbell`: ours, if any; `futex`: words of this mapping can be waited
     for."""
 
-    def __init__(self, engine: Engine, doorbell: Doorbell | None, futex: bool) -> None:
-        self.engine, self.doorbell, self.futex = engine, doorbell, futex
+    def __init__(self, home: Home, peers: Peers, doorbell: Doorbell | None, futex: bool) -> None:
+        self.home, self.peers, self.doorbell, self.futex = home, peers, doorbell, futex
 
     def announce(self) -> None:
         """Say in our section how we are rung."""
-        bell, engine = self.doorbell, self.engine
-        at = engine.layout.section(engine.section) + lay.DOORBELL
-        engine.memory.store(at, bell.id << 32 | bell.vectors if bell else 0)
+        bell, home = self.doorbell, self.home
+        at = home.layout.section(home.section) + lay.DOORBELL
+        home.memory.store(at, bell.id << 32 | bell.vectors if bell else 0)
 
     def _id(self, peer: Peer) -> int | None:
         """What the peer says that its doorbell is. Our own id is another server's peer, from before a
@@ -48,7 +45,7 @@ class Wakes:
         return None if number == self.doorbell.id else number
 
     def _by_futex(self, peer: Peer) -> bool:
-        who, me = peer.who, self.engine.peers.me
+        who, me = peer.who, self.peers.me
         return (
             self.futex
             and who is not None
@@ -59,7 +56,7 @@ class Wakes:
 
     def way(self, peer: Peer) -> str:
         """How the peer wakes us: "doorbell", "futex" or "polling"."""
-        if self.engine.lib.sh_must_poll(self.engine.nd, peer.section):
+        if self.home.lib.sh_must_poll(self.home.nd, peer.section):
             return "polling"
         return "doorbell" if self._id(peer) is not None else "futex"
 
@@ -71,16 +68,15 @@ class Wakes:
 
     def of_all(self, way: Callable[[Peer], str]) -> dict[str, str]:
         """way() or way_out() of all others that are there, by name."""
-        engine = self.engine
-        if not engine.alive:
+        if not self.home.alive:
             return {}
-        return {p.name: way(p) for p in engine.peers.all if p.live and p.section != engine.section}
+        return {p.name: way(p) for p in self.peers.all if p.live and p.section != self.peers.own}
 
     def update(self, peer: Peer) -> None:
         """Something that it depends on has changed: a life of the peer, its doorbell, ours, or the server's
         news."""
-        lib, nd, number = self.engine.lib, self.engine.nd, self._id(peer)
-        if peer.section == self.engine.section:
+        lib, nd, number = self.home.lib, self.home.nd, self._id(peer)
+        if peer.section == self.peers.own:
             return  # who rings itself is awake
         reach = self.doorbell.reach(number) if self.doorbell and number is not None else None
         there = peer.live or peer.coming
@@ -97,7 +93,7 @@ class Wakes:
         lib.sh_set_wake_in(nd, peer.section, rings, int(there))
 
     def update_all(self) -> None:
-        for peer in self.engine.peers.all:
+        for peer in self.peers.all:
             self.update(peer)
 
     def withdraw(self) -> None:
@@ -115,6 +111,6 @@ class Wakes:
 
     def left(self, ids: list[int]) -> list[Peer]:
         """The server says that these ids are gone. Returns whose they were."""
-        gone = [p for p in self.engine.peers.all if p.live and self._id(p) in ids]
+        gone = [p for p in self.peers.all if p.live and self._id(p) in ids]
         self.update_all()
         return gone

@@ -176,7 +176,7 @@ def beneath(a: Any) -> Held:
             *ports,
             DatagramOut(a, 7100, routes, Protocol()),
         ),
-        *(*engine.datagrams._links.values(), *engine.datagrams.incoming, *engine.layout.glancer()),
+        *(*engine.datagrams._links.values(), *engine.datagrams.incoming, *engine.layout.survey()),
         *(t.fast_path for t in a.transports if hasattr(t, "fast_path")),
     ]
 

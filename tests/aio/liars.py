@@ -175,7 +175,7 @@ async def main(region: str, kind: str, rings: int, seconds: float) -> None:
         with memory_of(region) as layout:
             words = Words(layout, node.section, victim)
             steps = FLOODS[kind](words)
-            base = int(layout.memory.core.ffi.cast("uintptr_t", layout.memory.base))
+            base = int(layout.memory.core.ffi.cast("uintptr_t", layout.memory._base))
             array = (Step * len(steps))(*(Step(base + word, *how) for word, *how in steps))
             flood = ctypes.CDLL(compiled()).flood
             at = [ctypes.c_void_p(base + word) for word in (words.rang, words.victims_sleep)]

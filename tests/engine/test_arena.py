@@ -38,7 +38,7 @@ def test_no_overlap_and_all_merges_again(
             if held:
                 arena.give(*held.pop(data.draw(st.integers(0, len(held) - 1))))
             continue
-        got = arena.take(wish)
+        got = arena.alloc(wish)
         if got is None:
             assert arena.free_bytes == 0
             continue

@@ -22,11 +22,10 @@ from shmsock.engine.attach import (
     release_claim,
     survey,
 )
-from shmsock.engine.connection import EOF, Connection
+from shmsock.engine.connection import EOF, VIOLATIONS, Connection
 from shmsock.engine.layout import default_slots, format_region, is_blank, read_layout
 from shmsock.engine.listeners import Listener
 from shmsock.engine.memory import Memory
-from shmsock.engine.peers import VIOLATIONS
 from shmsock.errors import RegionError, RegionFormatError
 from tests.engine.world import KERNEL, MS, Node, World, fake_core, send
 
@@ -444,7 +443,7 @@ def test_what_is_unread_shows_while_its_writer_is_not_listened_to() -> None:
     world.leave(a)
     world.drain()
     for _ in range(VIOLATIONS):
-        b.engine.offence(a.section)
+        b.engine.links[a.section].offence()
     b.pump()
     for end in ends:
         world.drain()

@@ -381,7 +381,7 @@ def test_no_memory_for_a_link() -> None:
     DatagramIn(b)
     source = DatagramIn(a, 0)
     held = []
-    while (ring := a.engine.arena.take(4096)) is not None:
+    while (ring := a.engine.slots.arena.alloc(4096)) is not None:
         held.append(ring)
     with pytest.raises(OSError, match="ring memory") as info:
         source.send(b"", ("b", PORT))
@@ -389,7 +389,7 @@ def test_no_memory_for_a_link() -> None:
     source.send(b"", ("*", PORT))
     assert counts(a) == {"dropped_unsent": 1}
     for ring in held:
-        a.engine.arena.give(*ring)
+        a.engine.slots.arena.give(*ring)
     world.check()
 
 
@@ -439,7 +439,7 @@ def test_links_leave_memory_for_streams() -> None:
     world.quiet()
     assert [sink.got for sink in sinks] == [[b"all"]] * 12
     engine = nodes[0].engine
-    assert engine.arena.free_bytes - 4096 * len(engine.slots.free) > engine.layout.arena_bytes // 8
+    assert engine.slots.arena.free_bytes - 4096 * len(engine.slots.free) > engine.layout.arena_bytes // 8
     conn, _ = world.open(nodes[0], nodes[1])
     assert nodes[0].write(conn, bytes(1 << 20)) >= 16384
 
@@ -720,7 +720,7 @@ def ring(world: World, node: Node) -> int:
 
 
 def slot_word(world: World, conn: Any, which: int) -> int:
-    at = world.layout.section(conn.engine.section) + int(world.layout.geometry.slot_off)
+    at = world.layout.section(conn.home.section) + int(world.layout.geometry.slot_off)
     return int(at + 192 * conn.slot + which)
 
 

@@ -285,9 +285,9 @@ def test_a_link_is_dropped_between_the_living(world: World, both: bool) -> None:
     b.write(s, b"to a")
     b.finish(s)
     world.quiet()
-    a.call(a.engine.drop, a.peer(b), world.now)
+    a.call(a.engine.links.drop, b.section, world.now)
     if both:
-        b.call(b.engine.drop, b.peer(a), world.now)
+        b.call(b.engine.links.drop, a.section, world.now)
     world.quiet()
     assert a.read(c) == b"to a"
     assert b.read_all(s) == (b"to b", RESET)
@@ -302,7 +302,7 @@ def test_many_drops_are_slowed_down(world: World) -> None:
     a, b = world.pair()
     before = b.statistic("adoptions")
     for _ in range(30):
-        a.call(a.engine.drop, a.peer(b), world.now)
+        a.call(a.engine.links.drop, b.section, world.now)
         world.drain()
         b.pump()
     assert b.statistic("adoptions") - before <= 10

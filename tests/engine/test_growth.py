@@ -178,10 +178,10 @@ def test_what_was_outgrown_comes_back_when_the_reader_is_past_it(world: World) -
 def starved(world: World) -> tuple[Node, Connection, Node, Connection, list[tuple[int, int]]]:
     """All but what the free slots have a claim to is taken."""
     a, c, b, s = opened(world)
-    arena, claims = a.engine.arena, 4096 * len(a.engine.free_slots)
+    arena, claims = a.engine.slots.arena, 4096 * len(a.engine.slots.free)
     taken = []
     while arena.free_bytes > claims:
-        block = arena.take(4096)
+        block = arena.alloc(4096)
         assert block is not None
         taken.append(block)
     return a, c, b, s, taken
@@ -200,7 +200,7 @@ def test_without_memory_it_goes_on_as_it_is_and_grows_when_there_is_some(world: 
     world.quiet()
     b.read_all(s)
     for block in taken:
-        a.engine.arena.give(*block)
+        a.engine.slots.arena.give(*block)
     world.advance(1.2)
     assert send(world, a, c, data, b, s) == data
     assert c.ring[1] > 4096
@@ -231,9 +231,9 @@ def test_an_accepter_grows_within_the_share_of_its_peer() -> None:
     for end in ends:
         b.write(end, bytes(1 << 18))
     assert ends[0].ring[1] > 4096
-    peer = b.peer(a)
-    assert peer.ring_bytes == sum(e.ring[1] + sum(n for _, n in e.outgrown) for e in ends)
-    assert peer.ring_bytes <= b.engine.layout.arena_bytes // 2 - 4096 * (half - len(ends))
+    share = b.engine.slots.shares[a.section]
+    assert share.ring_bytes == sum(e.ring[1] + sum(n for _, n in e.outgrown) for e in ends)
+    assert share.ring_bytes <= b.engine.layout.arena_bytes // 2 - 4096 * (half - len(ends))
     for _ in range(half - len(ends)):
         world.open(a, b)
     world.check()

@@ -20,7 +20,7 @@ RING, P, C = 0x08, 0x40, 0x80
 
 def slot(world: World, conn: Connection) -> int:
     layout = world.layout
-    return layout.section(conn.engine.section) + int(layout.geometry.slot_off) + 192 * conn.slot
+    return layout.section(conn.home.section) + int(layout.geometry.slot_off) + 192 * conn.slot
 
 
 def scribbler(*args: int, **env: str) -> None:

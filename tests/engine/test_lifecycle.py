@@ -91,7 +91,7 @@ def test_no_memory() -> None:
     a, b = world.pair()
     assert world.layout.arena_bytes // 4096 < world.layout.slots
     b.listen(backlog=1000)
-    while a.engine.arena.free_bytes:
+    while a.engine.slots.arena.free_bytes:
         a.connect(b)
     with pytest.raises(OSError, match="ring memory") as info:
         a.connect(b)
@@ -129,7 +129,7 @@ def test_cancel_with_accept_on_its_way(world: World) -> None:
     world.quiet()
     assert s.state is State.FREE
     assert b.read(s) == EOF  # it wrote nothing, and ended
-    assert a.peer(b).credits == 32
+    assert a.link(b).credits == 32
 
 
 def test_cancel_with_refuse_on_its_way(world: World) -> None:
@@ -179,25 +179,25 @@ def test_more_connects_than_credits(world: World) -> None:
     a, b = world.pair()
     b.listen(backlog=1000)
     tries = [a.connect(b) for _ in range(60)]
-    assert a.peer(b).credits == 0
-    assert len(a.peer(b).waiting) == 28 or world.how == "nested"
+    assert a.link(b).credits == 0
+    assert len(a.link(b).waiting) == 28 or world.how == "nested"
     world.quiet()
     assert sum(c.state is State.OPEN for c in tries) == world.layout.slots // 2
-    assert a.peer(b).credits == 32
-    assert not a.peer(b).waiting
+    assert a.link(b).credits == 32
+    assert not a.link(b).waiting
 
 
 def test_waiting_connects_that_are_cancelled_cost_no_credit(world: World) -> None:
     a, b = world.pair()
     world.stop(b)
     tries = [a.connect(b) for _ in range(40)]
-    assert (a.peer(b).credits, len(a.peer(b).waiting)) == (0, 8)
+    assert (a.link(b).credits, len(a.link(b).waiting)) == (0, 8)
     for c in tries[30:]:
         a.close(c)
     world.resume(b)
     world.quiet()
     assert len(a.take("failed")) == 30
-    assert a.peer(b).credits == 32
+    assert a.link(b).credits == 32
 
 
 def test_both_connect_to_each_other_all_at_once(world: World) -> None:

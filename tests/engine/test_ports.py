@@ -182,7 +182,7 @@ def test_what_is_suggested_when_nobody_is_found(world: World) -> None:
     assert "alone" not in str(a.call(refused, "b", 80))
     world.kill(b)
     assert a.call(lambda: set(a.engine.peers.names())) == {"a"}  # proven by its lock, before its beat tells
-    a.engine.url, a.engine.hint = "file:/r", lambda: "that is why"
+    a.engine.home.url, a.engine.home.hint = "file:/r", lambda: "that is why"
     for error in (a.call(unknown, "b"), a.call(unknown, b.section), a.call(refused, "a", 80)):
         assert "(this process is alone on file:/r)" in str(error)
         assert str(error).endswith("; that is why")

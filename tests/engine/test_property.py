@@ -57,7 +57,8 @@ class TwoNodes(RuleBasedStateMachine):
             (link, half)
             for link in self.links
             for half in link.halves
-            if half.conn is not None and half.conn.engine is self.nodes[half.name].engine and not half.ended
+            if half.conn is not None and not half.ended
+            if half.conn.home is self.nodes[half.name].engine.home
         ]
 
     # -- what users do
@@ -181,7 +182,7 @@ class TwoNodes(RuleBasedStateMachine):
     def drop(self, dropper: str) -> None:
         node, other = self.nodes[dropper], self.nodes["b" if dropper == "a" else "a"]
         self.spoil(dropper)
-        node.call(node.engine.drop, node.peer(other), self.world.now)
+        node.call(node.engine.links.drop, other.section, self.world.now)
         self.world.advance(1.1)  # adoptions are limited to ten a second
 
     @rule(ms=st.sampled_from((100, 1100)))

@@ -21,14 +21,15 @@ import sys
 import zlib
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from shmsock.engine import layout as lay
 from shmsock.engine.arena import Arena
 from shmsock.engine.attach import Claim, claim_section
-from shmsock.engine.connection import Connection
+from shmsock.engine.connection import Connection, Link
 from shmsock.engine.datagram_links import Incoming, Outgoing
-from shmsock.engine.engine import Engine, Event
+from shmsock.engine.datagrams import Endpoint
+from shmsock.engine.engine import Engine
 from shmsock.engine.layout import Identity, Layout, format_region
 from shmsock.engine.listeners import Listener
 from shmsock.engine.memory import Core, Memory
@@ -56,6 +57,14 @@ def fake_core(*defines: str) -> Core:
     with open(CACHE / f"lock-{variant}", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # by one of the processes that run tests side by side
         return Core(*build_variant("_core_fake", [FAKE_MEMORY, *defines], CACHE))
+
+
+class Event(NamedTuple):
+    """What an engine would have told a driver: `kind` of `target`."""
+
+    kind: str
+    target: Any
+    arg: Any = None
 
 
 class FakeLocks:
@@ -132,6 +141,9 @@ class Node:
     def peer(self, other: Node) -> Peer:
         return self.engine.peers[other.section]
 
+    def link(self, other: Node) -> Link:
+        return self.engine.links[other.section]
+
     def call(self, fn: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         return self.world.run(self, fn, *args, **kwargs)
 
@@ -142,7 +154,7 @@ class Node:
 
     def pump_on(self) -> list[Event]:
         """Once more in the same turn."""
-        events = self.call(lambda: self._taken_in(self.engine.look_on(self.engine.lib.sh_clock(), 50_000)))
+        events = self.call(lambda: self._attended(self.engine.poll_more(self.engine.home.now(), 50_000)))
         self.events += events
         return events
 
@@ -150,24 +162,21 @@ class Node:
         unlocked = sum(1 << s for s in self.watched if s not in self.locks.table)
         if self.world.lib.sh_fake_any_notified(self.engine.nd):
             self.world.lib.sh_received(self.engine.nd, 0)  # as the heartbeat tells of strangers
-        return self._taken_in(self.engine.look(), unlocked)
+        return self._attended(self.engine.poll(), unlocked)
 
-    def _taken_in(self, words: list[int] | None, unlocked: int = 0) -> list[Event]:
-        return [e for e in self.engine.take_in(words, self.world.now, unlocked) if not self._handled(e)]
-
-    @staticmethod
-    def _handled(event: Event) -> bool:
-        """What belongs to datagrams, done as a driver does it; the rest is the test's."""
-        handler = getattr(event.target, "handler", None)
-        if event.kind == "endpoint":
-            event.target.happened()
-        elif not isinstance(handler, (Incoming, Outgoing)):
-            return False
-        elif event.kind == "connected":
-            handler.connected()
-        else:
-            {"ready": handler.ready, "failed": handler.failed}[event.kind](event.arg)
-        return True
+    def _attended(self, words: list[int] | None, unlocked: int = 0) -> list[Event]:
+        """What is the test's. What belongs to datagrams is done as a driver does it."""
+        self.engine.attend(words, self.world.now, unlocked)
+        events, found = self.engine.events, []
+        for _ in range(len(events)):
+            call, arg = events.popleft()
+            event = Event(call.__name__, getattr(call, "__self__", None), arg)
+            datagrams = isinstance(getattr(event.target, "handler", None), (Incoming, Outgoing))
+            if datagrams or isinstance(event.target, Endpoint):
+                call(arg)
+            else:
+                found.append(event)
+        return found
 
     def watch(self, peer: Peer, on: bool) -> None:
         who = peer.who
@@ -514,23 +523,24 @@ class World:
     def _check_clean(self, node: Node) -> None:
         engine, layout = node.engine, self.layout
         assert node.connections == [], f"{node} still has connections"
-        assert sorted(engine.free_slots) == list(range(layout.slots)), f"{node} leaked slots"
+        assert sorted(engine.slots.free) == list(range(layout.slots)), f"{node} leaked slots"
         pristine = Arena(layout.arena_off, layout.arena_bytes)
-        assert engine.arena.free_bytes == pristine.size
-        engine.arena.merge()
-        assert {b: s for b, s in engine.arena._free.items() if s} == pristine._free, (
+        assert engine.slots.arena.free_bytes == pristine.size
+        engine.slots.arena.merge()
+        assert {b: s for b, s in engine.slots.arena._free.items() if s} == pristine._free, (
             f"{node} leaked ring memory"
         )
         for peer in engine.peers.all:
-            held = [*peer.connections.values(), *peer.waiting, *peer.answers]
+            link, share = engine.links[peer.section], engine.slots.shares[peer.section]
+            held = [*link.connections.values(), *link.waiting, *link.answers]
             assert held == [], f"{node} holds on to {peer.name}"
-            assert (peer.slots, peer.ring_bytes) == (0, 0), f"{node}: quota of {peer.name}"
-            assert peer.credits == engine.settings.max_connects, f"{node}: credits towards {peer.name}"
+            assert (share.slots, share.ring_bytes) == (0, 0), f"{node}: quota of {peer.name}"
+            assert link.credits == engine.settings.max_connects, f"{node}: credits towards {peer.name}"
             assert self.users(node, peer.section) == 0, f"{node}: users word of {peer.name}"
-        assert not engine._orphans
+        assert not engine.slots.orphans
         for slot in range(layout.slots):
-            link = self.word(layout.section(node.section) + int(layout.geometry.slot_off) + 192 * slot)
-            assert link == 0, f"{node}: slot {slot} says {link:#x}"
+            word = self.word(layout.section(node.section) + int(layout.geometry.slot_off) + 192 * slot)
+            assert word == 0, f"{node}: slot {slot} says {word:#x}"
         assert node.statistic("healed") == 0, f"{node}: a wakeup was lost, {self!r}"
 
 

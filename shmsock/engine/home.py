@@ -1,0 +1,91 @@
+"""What all parts of one engine have in common: its section, its node in the core, and what a pass is owed."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from shmsock.engine.counters import OF_ENGINE
+from shmsock.engine.layout import Layout
+from shmsock.engine.settings import Settings
+from shmsock.errors import node_closed
+
+__all__ = ["Home"]
+
+
+class Home:
+    """The own section of a region, and the node in C that writes it.
+
+    Parts of the engine are given this one object instead of the engine itself, which is above them. What is
+    set later (`stir`, `down`, `url`, `hint`) is the engine's, or that of the driver: whatever runs the engine
+    in an event loop.
+    """
+
+    def __init__(
+        self, layout: Layout, section: int, name: str, settings: Settings, rng: random.Random
+    ) -> None:
+        self.layout, self.memory = layout, layout.memory
+        self.section, self.name, self.settings, self.rng = section, name, settings, rng
+        self.ffi, self.lib = layout.memory.core
+        #: What `nd` points to; whoever keeps that keeps this.
+        self.private = self.ffi.new("uint8_t[]", self.lib.sh_node_bytes(layout.geometry))
+        self.nd = self.memory.node(self.private, layout.geometry, section)
+        self.counts = dict.fromkeys(OF_ENGINE, 0)
+        #: Called whenever something was published, or an event is to be told, maybe outside of a pass: one
+        #: should follow. (The own node may be the peer, and nobody kicks itself.)
+        self.stir: Callable[[], object] = lambda: None
+        #: What messages call the region, and what else they say of where it is.
+        self.url = "the region"
+        self.hint: Callable[[], str] = str
+        #: What is to be told, oldest first: each is called with its argument, after the pass and not in it.
+        self.events: deque[tuple[Callable[[Any], object], Any]] = deque()
+        self.mail: set[int] = set()  # peers whose messages are to be read
+        self.condemned: set[int] = set()  # peers that broke the rules too often: the pump drops them
+        #: While one of these is not empty, a pass is owed.
+        self.owed: tuple[Any, ...] = (self.events, self.mail, self.condemned)
+        #: Ends all that there is; called once, when the section turns out to be lost.
+        self.down: Callable[[OSError], object] = self.end
+        #: Why this node is over; None: it is not.
+        self.ended: OSError | None = None
+
+    def emit(self, call: Callable[[Any], object], arg: Any = None) -> None:
+        """Have `call(arg)` done after this pass, or after the next one."""
+        self.events.append((call, arg))
+        self.stir()
+
+    def now(self) -> int:
+        """Monotonic nanoseconds by the core's clock, for calls that come from outside of a pass."""
+        return int(self.lib.sh_clock())
+
+    # -- life
+
+    @property
+    def alive(self) -> bool:
+        return self.ended is None
+
+    def end(self, why: OSError) -> None:
+        """Nothing is stored from now on. The first reason stands."""
+        self.ended = self.ended or why
+        self.lib.sh_node_inert(self.nd)
+
+    def is_inert(self) -> bool:
+        """May the section be another's by now?"""
+        return bool(self.lib.sh_node_is_inert(self.nd))
+
+    def failure(self) -> OSError:
+        """Why this node may not touch the region any more."""
+        return self.ended or node_closed(
+            self.name,
+            "its section was taken by another (this process or VM was stopped for too long), or the region "
+            "was zeroed",
+        )
+
+    def check(self) -> None:
+        """Raises NodeClosedError (or what else ended it) when this node is over. One whose section was taken
+        finds it out here, at its next call, and not only in the pump."""
+        if self.ended is None and self.is_inert():
+            self.down(self.failure())
+        if self.ended is not None:
+            raise self.ended

@@ -1,0 +1,132 @@
+"""The links to all peers: their lives, and what it costs a peer to break the rules.
+
+A link lives under two tags: the pair_inc that each side has adopted of the other (native/LAYOUT.md). Whoever
+starts anew, or drops the other, changes its own, and the other adopts that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from shmsock.engine.connection import ADOPTIONS_PER_S, OPEN, OPENING, Connection, Link
+from shmsock.engine.home import Home
+from shmsock.engine.peers import Peer, Peers
+from shmsock.engine.slots import Slots
+from shmsock.errors import peer_silent, went_away
+
+__all__ = ["Links"]
+
+SECOND_NS = 1_000_000_000
+
+
+class Links:
+    """One Link per section, the own one included."""
+
+    def __init__(
+        self,
+        home: Home,
+        peers: Peers,
+        slots: Slots[Connection],
+        watch: Callable[[Peer, bool], None],
+        sample_soon: Callable[[int], None],
+    ) -> None:
+        """`watch`: watch the lock of that peer's section, or stop it. `sample_soon`: have the beats sampled
+        soon after this moment."""
+        self.home, self.peers, self.slots = home, peers, slots
+        self._watch, self._sample_soon = watch, sample_soon
+        self.all = [Link(home, i) for i in range(home.layout.peers)]
+        self.late: set[int] = set()  # peers whose tag changed while they were ignored
+
+    def __getitem__(self, section: int) -> Link:
+        return self.all[section]
+
+    def start(self) -> None:
+        """Towards everybody, with a tag that no former owner of this section had."""
+        for link in self.all:
+            self._restart(link)
+
+    def _restart(self, link: Link) -> None:
+        """Random, not 0, and not what the word holds now."""
+        home = self.home
+        old = home.layout.tag(home.section, link.section)
+        while (fresh := home.rng.getrandbits(32)) in (0, old):
+            pass
+        home.lib.sh_restart(home.nd, link.section, fresh)
+
+    def tag_changed(self, section: int, now_ns: int) -> None:
+        """The peer's notify_seq carries a pair_inc that is not adopted: it restarted, or dropped us, or is
+        new. Adopted are ten in a second."""
+        link = self.all[section]
+        if now_ns >= link.ignore_until_ns:
+            if len(link.adoptions) < ADOPTIONS_PER_S or now_ns - link.adoptions[0] >= SECOND_NS:
+                link.adoptions.append(now_ns)
+                self.adopt(section, now_ns)
+                return
+            link.ignore_until_ns = link.adoptions[0] + SECOND_NS
+        self.late.add(section)
+
+    def adopt_late(self, now_ns: int) -> None:
+        """Adopt the tags that changed while they were ignored, of whom is not ignored any more."""
+        for section in list(self.late):
+            if now_ns >= self.all[section].ignore_until_ns:
+                self.tag_changed(section, now_ns)
+
+    def adopt(self, section: int, now_ns: int) -> None:
+        """End what was, and listen to the peer's present life."""
+        home, peer = self.home, self.peers[section]
+        self.late.discard(section)
+        self._end(section, now_ns)
+        home.counts["adoptions"] += 1
+        home.lib.sh_adopt(home.nd, section)
+        home.mail.add(section)
+        self.peers.refresh(peer, now_ns)
+        self.watch_lock(peer)
+        if not peer.live:  # it is heard before it says that it is there
+            self._sample_soon(now_ns)
+
+    def watch_lock(self, peer: Peer) -> None:
+        """Once per life."""
+        if peer.live and not peer.watched:
+            peer.watched = True
+            self._watch(peer, True)
+
+    def unwatch_lock(self, peer: Peer) -> None:
+        """Until its section's next life."""
+        self._watch(peer, False)
+
+    def drop(self, section: int, now_ns: int) -> None:
+        """End everything with one peer, and start towards it anew: what a later life of it, or the same one
+        continued, needs."""
+        self._end(section, now_ns)
+        self._restart(self.all[section])
+        self.home.lib.sh_adopt(self.home.nd, section)
+
+    def punish(self, section: int, now_ns: int) -> None:
+        """Drop the link, and do not adopt the peer, that is not listen to it, for a while: longer each
+        time."""
+        link = self.all[section]
+        self._end(section, now_ns)
+        self._restart(link)
+        self.late.add(section)
+        self.home.condemned.discard(section)
+        link.violations = 0
+        link.ignore_until_ns = now_ns + link.backoff_s * SECOND_NS
+        link.backoff_s = min(link.backoff_s * 2, 60)
+
+    def _end(self, section: int, now_ns: int) -> None:
+        """Of all connections with the peer: those that wait for an answer fail, of the open ones is left what
+        can be read."""
+        home, link, peer = self.home, self.all[section], self.peers[section]
+        for conn in [c for c in self.slots.connections.values() if c.peer == section]:
+            opening = conn.state is OPENING
+            conn.gone(now_ns)
+            if opening:
+                silent = peer_silent(peer.name, section, home.url)
+                home.emit(conn.failed, went_away(peer.name) if peer.seen else silent)
+            elif conn.state is OPEN:
+                home.emit(conn.ready, conn.settle(home.lib.sh_poll(conn.ep)))
+        link.connections.clear()
+        link.waiting.clear()
+        link.answers.clear()
+        link.credits = home.settings.max_connects
+        home.mail.discard(section)
