@@ -239,9 +239,7 @@ def test_settings_are_those_of_the_code() -> None:
 def test_environment_variables_are_those_of_the_code() -> None:
     source = "\n".join(read(file) for file in (ROOT / "shmsock").rglob("*.py"))
     read_there = set(re.findall(r"environ[^\n]*?\"(SHMSOCK_[A-Z_]+)\"", source))
-    assert read_there - {"SHMSOCK_ACCELERATOR"} == set(
-        re.findall(r"^\| `(SHMSOCK_[A-Z_]+)`", read(TUNING), re.MULTILINE)
-    )
+    assert read_there == set(re.findall(r"^\| `(SHMSOCK_[A-Z_]+)`", read(TUNING), re.MULTILINE))
 
 
 def test_counters_are_those_of_the_code() -> None:
