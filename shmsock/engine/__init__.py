@@ -1,2 +1,2 @@
 """The engine: regions' layout, sections and peers, connections. Knows no event loop and no clock (see
-node.py)."""
+engine.py)."""
