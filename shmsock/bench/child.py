@@ -72,7 +72,7 @@ class Child:
             raise ChildError(self.argv, self.process.wait()) from None
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        """What it says, up to the line with "done"."""
+        """Yield what it says, up to the line with "done"."""
         while True:
             said = self.line()
             yield said

@@ -24,7 +24,7 @@ PORT = 7000
 
 
 def guest_lines(command: Command) -> Iterator[dict[str, Any]]:
-    """What a worker in a guest says, up to "done"."""
+    """Yield what a worker in a guest says, up to "done"."""
     while True:
         said: dict[str, Any] = json.loads(command.readline(LINE_S))
         yield said

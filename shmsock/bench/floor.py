@@ -51,7 +51,7 @@ def available() -> bool:
 
 
 def cache_line_ns(cpus: tuple[int, int] | None = None) -> float | None:
-    """How long a cache line takes from one CPU to another and back at this moment: the median, in ns.
+    """Measure a cache line's way from one CPU to another and back at this moment: the median, in ns.
 
     Takes less than a tenth of a second, once the program is compiled. None where it cannot be measured: no C
     compiler, or one CPU only.
@@ -66,7 +66,7 @@ def cache_line_ns(cpus: tuple[int, int] | None = None) -> float | None:
 
 
 def run(what: str, *arguments: object) -> dict[str, Any]:
-    """What the program says to these arguments; floor.c lists them."""
+    """Run the program with these arguments, which floor.c lists, and return what it says."""
     argv = [str(program()), what, *(str(a) for a in arguments)]
     done = subprocess.run(argv, capture_output=True, text=True)
     if done.returncode:

@@ -38,7 +38,7 @@ REFERENCE = Path(__file__).resolve().parents[2] / "benchmarks" / "instructions.j
 
 
 class Cost(NamedTuple):
-    """Of one operation."""
+    """The cost of one operation."""
 
     instructions: float
     calls: float
@@ -85,14 +85,14 @@ def spent(profile: Iterable[str], program: str) -> Cost:
 
 
 def references(file: Path | None = None) -> dict[str, dict[str, Cost]]:
-    """For each machine and compiler what each operation cost when it was last looked at."""
+    """For each machine and compiler what each operation cost as it was recorded."""
     file = file or REFERENCE
     known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     return {where: {name: Cost(**cost) for name, cost in costs.items()} for where, costs in known.items()}
 
 
 def complaints(found: dict[str, Cost], reference: dict[str, Cost]) -> list[str]:
-    """What costs more than a tenth more than it did."""
+    """List what costs more than a tenth more than it did."""
     return [
         f"{name}: {now:g} {what} per operation, and {before:g} before"
         for name, cost in found.items()

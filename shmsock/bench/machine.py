@@ -1,4 +1,4 @@
-"""What figures were measured on, and what the machine was like at that moment."""
+"""The machine that figures were measured on, and its load at that moment."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def machine() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this package lies in, if it does."""
+    """Name the commit of the checkout that this package lies in, if it does."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
@@ -62,7 +62,7 @@ def describe(known: dict[str, Any]) -> str:
 
 
 def note_load(console: Console, known: dict[str, Any]) -> None:
-    """What else the machine did meanwhile is in all figures."""
+    """Say when the machine did other work meanwhile, which is in all figures."""
     known["load_after"] = load = round(os.getloadavg()[0], 1)
     if load > 2 * known["cpus"]:
         console.print(

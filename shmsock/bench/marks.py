@@ -1,4 +1,4 @@
-"""What this version is held to, in one table, and whether a run shows it."""
+"""The marks that this version is held to, in one table, and whether a run meets them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Mark:
     most: float | None = None
     least: float | None = None
     than_key: str = ""
-    """Where it is not the same figure."""
+    """The figure of the others, if it is not the same."""
     place: str = "host"
 
     def seen(self, results: dict[str, Any]) -> float | None:
@@ -76,7 +76,7 @@ MARKS = (
     # No pause makes shmsock slower than TCP.
     *(Mark(f"think-{think}", "p50_us", most=1) for think in ("none", "100us", "100ms")),
     *(Mark(f"think-{t}-free", "p50_us", most=1) for t in ("none", "100us", "1ms", "10ms", "100ms")),
-    # Percent of one CPU, for ten idle connections: futexes and doorbells cost next to nothing, looking, as
+    # Percent of one CPU, for ten idle connections: futexes and doorbells cost next to nothing, polling, as
     # plain guests have to, a little.
     *(
         Mark("idle", f"{side}_cpu", who, (), most=0.5)
@@ -99,7 +99,7 @@ MARKS = (
 
 
 def judge(measures: dict[str, Any], place: str = "host") -> list[dict[str, Any]]:
-    """Of every mark that this run says something about: what was wanted, and what was seen."""
+    """Tell of every mark that this run says something about what was wanted, and what was seen."""
     found = []
     for mark in MARKS:
         if mark.place != place or mark.measure not in measures:

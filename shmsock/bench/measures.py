@@ -66,7 +66,7 @@ class Measure:
     name: str
     title: str
     kind: str
-    """What the ends call it."""
+    """The name that the ends have for it."""
     variants: Callable[[], list[Variant]]
     columns: tuple[Column, ...] = LATENCY
     arguments: tuple[object, ...] = ()
@@ -82,7 +82,7 @@ class Measure:
 
     @property
     def ends(self) -> tuple[object, ...]:
-        """What its clients are told, and its servers."""
+        """The arguments of its clients, and of its servers."""
         histogram = ("--histogram",) if have_histograms() else ()
         return ("--measure", self.kind, *self.arguments, *histogram)
 
@@ -92,7 +92,7 @@ class Measure:
         return self.kind != "sporadic" and any(column.key == "p50_us" for column in self.columns)
 
     def figures(self, found: dict[str, Any]) -> dict[str, Any]:
-        """Of what a client says; of several kinds the names tell which."""
+        """Pick its figures from what a client says; of several kinds the names tell which."""
         kinds = self.kind.split(",")
         return {kind: found[kind] for kind in kinds} if len(kinds) > 1 else found[self.kind]
 
@@ -132,7 +132,7 @@ PLAIN = (
     replace(ECHO, variants=over.variants, floor=False),
     replace(BULK, variants=over.variants, floor=False),
 )
-"""What is measured when nothing is asked for."""
+"""The measures that are taken when nothing is asked for."""
 BOTH = Measure(
     "both",
     "64 B round trip and 64 KiB writes",
@@ -147,11 +147,11 @@ BOTH = Measure(
 SUITE = (
     ECHO,
     Measure("readline", "32 B lines, there and back", "readline", over.with_unix),
-    Measure("protocol", "64 B round trip of protocols", "protocol-echo", over.protocols, own_loop=True),
+    Measure("protocol", "64 B round trip of protocols", "protocol-echo", over.streams, own_loop=True),
     Measure("datagram", "64 B round trip of datagrams", "datagram", over.datagrams, own_loop=True),
     Measure("anyio", "64 B round trip of anyio's streams", "echo", over.of_anyio, own_loop=True),
     BULK,
-    Measure("protocol-bulk", "64 KiB writes of protocols one way", "protocol-write", over.protocols, SPEED),
+    Measure("protocol-bulk", "64 KiB writes of protocols one way", "protocol-write", over.streams, SPEED),
     Measure(
         "drain", "64 B writes one way, each with drain()", "write", over.with_unix, MESSAGES, ("--block", 64)
     ),
@@ -236,7 +236,7 @@ MEASURES = {m.name: m for m in (*SUITE, *SPORADIC, *IDLE)}
 
 
 def chosen(names: str) -> tuple[list[Measure], list[Sweep]]:
-    """Of a list with commas. Raises ValueError, which says what there is."""
+    """Choose by a list with commas. Raises ValueError, which says what there is."""
     sweeps = {sweep.name: sweep for sweep in SWEEPS}
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if unknown := [name for name in wanted if name not in MEASURES and name not in sweeps]:

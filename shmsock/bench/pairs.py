@@ -1,4 +1,4 @@
-"""What is measured: pairs of processes that talk over one thing or another, and how they are started."""
+"""Pairs of processes that talk over one thing or another, and how they are started."""
 
 from __future__ import annotations
 
@@ -30,10 +30,8 @@ __all__ = [
     "datagrams",
     "installed",
     "of_anyio",
-    "pair",
     "peers",
     "private_region",
-    "protocols",
     "short",
     "streams",
     "variants",
@@ -104,7 +102,7 @@ class Variant:
         return python(HANDLERS, "--module", self.module, "--loop", self.loop, *stock, "--role", role, *more)
 
     def address(self, path: str = "") -> list[str]:
-        """Where a server of this host listens; what has no hosts has a path, which the server made."""
+        """The address of a server of this host; what has no hosts has a path, which the server made."""
         host = "localhost.shm" if self.stock else ADDRESSES.get(self.module, path)
         return ["--host", host] if host else []
 
@@ -139,13 +137,9 @@ def all_streams() -> list[Variant]:
 
 
 def installed() -> list[Variant]:
-    """What other packages offer."""
+    """List what other packages offer."""
     needs = {"pipe": "multiprocessing", "zmq": "zmq", "iceoryx2": "iceoryx2"}
     return [Variant(module) for module, package in needs.items() if importlib.util.find_spec(package)]
-
-
-def protocols() -> list[Variant]:
-    return streams()
 
 
 def datagrams() -> list[Variant]:
@@ -171,36 +165,23 @@ def private_region(prefix: str, size: int = 64 << 20, peers: int = 8) -> Iterato
         yield path
 
 
-def pair(
-    variant: Variant,
-    region: str,
-    seconds: float,
-    server_cpu: int | None,
-    client_cpu: int | None,
-    *more: object,
-) -> dict[str, Any]:
-    """One server, one client; `more` says what they measure. A CPU of None: wherever the kernel likes."""
-    return peers(variant, region, seconds, server_cpu, client_cpu, *more)[0]
-
-
 def peers(
     variant: Variant,
     region: str,
     seconds: float,
-    server_cpu: int | None,
-    client_cpu: int | None,
+    cpus: tuple[int | None, int | None],
     *more: object,
     clients: int = 1,
 ) -> list[dict[str, Any]]:
-    """One server, and what each of its clients measured while all of them were there."""
+    """Run one server and its clients, and return what each measured, as `more` says. `cpus`:
+    of the server and of its clients; None: wherever the kernel likes."""
     env = {"SHMSOCK_REGION": region, "SHMSOCK_NAME": "bench", **variant.environment}
-    pins = [("--cpu", cpu) if cpu is not None else () for cpu in (server_cpu, client_cpu)]
+    pins = [("--cpu", cpu) if cpu is not None else () for cpu in cpus]
     with contextlib.ExitStack() as stack:
         argv = variant.role("server", *variant.address(), *pins[0], *more)
         listening = stack.enter_context(Child(argv, env)).line()
         at = (*variant.address(listening["host"]), "--port", listening["port"])
-        to = (*at, *pins[1], "--seconds", seconds, "--wait")
-        argv = variant.role("client", *to, *more)
+        argv = variant.role("client", *at, *pins[1], "--seconds", seconds, "--wait", *more)
         started = [stack.enter_context(Child(argv, env)) for _ in range(clients)]
         for client in started:
             client.line()  # it is there
@@ -210,7 +191,7 @@ def peers(
 
 
 def checked(variant: Variant, found: dict[str, Any]) -> dict[str, Any]:
-    """What TCP is measured with must be what everybody has."""
+    """Refuse a TCP that was measured with shmsock in the process: it must be what everybody has."""
     if bool(found["shmsock_modules"]) != variant.is_shmsock:
         count = found["shmsock_modules"]
         raise region_error(

@@ -18,7 +18,7 @@ from shmsock.bench.runner import Take, bench
 __all__ = ["REMOTE", "Remote", "bench_remote", "serve"]
 
 REMOTE = ("echo", "readline", "bulk", "drain", "connect", "many", "think-1ms", "think-10ms")
-"""What the server for streams can do."""
+"""The measures that the server for streams can serve."""
 
 Address = tuple[str | None, int]
 
@@ -75,7 +75,7 @@ class Remote:
         return f"to {self.at[0]}{beside}"
 
     def cache_line_ns(self) -> None:
-        """Which CPUs those are only their host knows."""
+        """Nothing: only their host knows which CPUs those are."""
 
     @contextmanager
     def open(self, measure: Measure) -> Iterator[Take]:

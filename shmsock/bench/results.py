@@ -1,4 +1,4 @@
-"""What several rounds gave, as one set of figures."""
+"""The results of several rounds, as one set of figures."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def merged(texts: list[str]) -> Any:
 
 
 def curve(text: str) -> tuple[list[float], list[float]]:
-    """Of a histogram: percentiles, and the microseconds that so many took at most."""
+    """Read a histogram: percentiles, and the microseconds that so many took at most."""
     histogram = merged([text])
     return list(PERCENTILES), [histogram.get_value_at_percentile(p) / 1000 for p in PERCENTILES]
 
 
 def of_peers(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of several clients at once: how evenly one server serves them."""
+    """Combine several clients at once: how evenly one server serves them."""
     rates = [client["per_s"] for client in found]
     mean = statistics.mean(rates)
     worst = max(found, key=lambda client: client["p50_us"])

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -29,7 +29,7 @@ Take = Callable[[Variant, float], dict[str, Any]]
 
 
 class Place(Protocol):
-    """Where the two ends are."""
+    """The machines that the two ends are on."""
 
     name: str
     """By which marks are told apart."""
@@ -79,27 +79,21 @@ class Host:
             "one": (self.client, self.client),
             "free": (None, None),
         }
+        cpus = pins[measure.placement]
+
+        def take(variant: Variant, seconds: float) -> dict[str, Any]:
+            if variant.module == "floor":
+                return floor.run(measure.kind, *cpus, seconds, Settings.ring_bytes)
+            found = peers(variant, region, seconds, cpus, *measure.ends, clients=measure.clients)
+            each = [measure.figures(client) for client in found]
+            return each[0] if measure.clients == 1 else of_peers(each)
+
         with private_region(self.prefix, measure.region_bytes, measure.sections) as region:
-            yield partial(self._take, measure, region, *pins[measure.placement])
+            yield take
 
     def cache_line_ns(self) -> float | None:
-        """Of these two CPUs, now: virtual ones move."""
+        """Measure these two CPUs, now: virtual ones move."""
         return floor.cache_line_ns()
-
-    @staticmethod
-    def _take(
-        measure: Measure,
-        region: str,
-        server: int | None,
-        client: int | None,
-        variant: Variant,
-        seconds: float,
-    ) -> dict[str, Any]:
-        if variant.module == "floor" and server is not None and client is not None:
-            return floor.run(measure.kind, server, client, seconds, Settings.ring_bytes)
-        found = peers(variant, region, seconds, server, client, *measure.ends, clients=measure.clients)
-        each = [measure.figures(client) for client in found]
-        return each[0] if measure.clients == 1 else of_peers(each)
 
 
 @dataclass

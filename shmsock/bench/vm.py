@@ -114,7 +114,7 @@ class Guests:
         yield partial(self._take, measure)
 
     def _regions(self, console: Console) -> tuple[str, str]:
-        """Of the plain device and of the one with doorbells, which is bound to vfio-pci."""
+        """Name the plain device, and the one with doorbells, which is bound to vfio-pci."""
         bells = f"0000:00:{SLOT:02x}.0"
         for guest in (self.client, self.server):
             devices = json.loads(guest.run(["shmsock", "info", "--json"]).text)["devices"]

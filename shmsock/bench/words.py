@@ -25,14 +25,14 @@ def microseconds(value: float) -> str:
 
 
 def nanoseconds(value: float | None) -> str:
-    """Of a cache line; "-": not known."""
+    """Tell the time of a cache line; "-": not known."""
     if value is None:
         return "-"
     return f"{value:.0f} ns" if value < 10_000 else microseconds(value / 1000)
 
 
 def speed(value: float) -> str:
-    """Of megabytes a second."""
+    """Tell megabytes a second."""
     return f"{value / 1000:.2f} GB/s" if value >= 1000 else f"{value:.3g} MB/s"
 
 
@@ -58,7 +58,7 @@ def duration(us: int) -> str:
 
 
 def percent(value: float) -> str:
-    """Of one CPU."""
+    """Tell percents of one CPU."""
     return f"{value:.2f} %" if value < 10 else f"{value:.0f} %"
 
 

@@ -89,7 +89,7 @@ class Transfer:
 
 @contextmanager
 def files(options: argparse.Namespace) -> Iterator[tuple[IO[bytes] | None, IO[bytes] | None]]:
-    """What is sent, and where to save what comes; None where no file was named."""
+    """Open what is sent, and where to save what comes; None where no file was named."""
     with ExitStack() as stack:
         source = stack.enter_context(open(options.file, "rb")) if options.file else None
         sink = stack.enter_context(open(options.save, "wb")) if options.save else None

@@ -165,7 +165,7 @@ def _list() -> None:
 
 
 def _refuse(asked: set[str]) -> None:
-    """What does not go together."""
+    """Refuse what does not go together."""
     if {"vm", "one_core"} <= asked:
         raise click.UsageError("--one-core is about processes of this host: not with --vm")
     if "doorbells" in asked and "vm" not in asked:
@@ -180,7 +180,7 @@ def _refuse(asked: set[str]) -> None:
 
 
 def _plan(options: dict[str, Any]) -> tuple[list[Any], list[Any], int, float]:
-    """Measures, sweeps, rounds, seconds."""
+    """Choose measures, sweeps, rounds and seconds."""
     from dataclasses import replace
 
     from shmsock.bench import measures as known

@@ -79,7 +79,7 @@ class Step:
 
     @property
     def command(self) -> str:
-        """As one would type it."""
+        """The shell command that does the same."""
         if self.argv:
             return " ".join(self.argv)
         return f"echo {self.text} > {self.path}" if self.text else f"echo > {self.path}"
@@ -87,7 +87,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be done, what to know before, and what to do then."""
+    """The steps, what to know before them, and what to do then."""
 
     title: str
     steps: list[Step] = field(default_factory=list)
@@ -123,7 +123,7 @@ def plan_bind(
     dev: str = DEV,
     proc: str = "/proc",
 ) -> Plan:
-    """How the ivshmem device at `address` (normalized) comes to `driver`. Raises RegionError."""
+    """Plan how the ivshmem device at `address` (normalized) comes to `driver`. Raises RegionError."""
     if not re.fullmatch(r"[A-Za-z0-9_-]*vfio[A-Za-z0-9_-]*", driver, re.ASCII):
         raise region_error(
             errno.EINVAL,
@@ -201,7 +201,7 @@ def plan_bind(
 
 
 def plan_unbind(address: str, *, sysfs: str = SYSFS, dev: str = DEV, proc: str = "/proc") -> Plan:
-    """How it comes back. Raises RegionError."""
+    """Plan how it comes back. Raises RegionError."""
     device = the_device(address, sysfs)
     group = read_group(device, sysfs, dev)
     override = read_line(f"{device.directory}/driver_override")
@@ -283,7 +283,7 @@ def _write(step: Step) -> None:
 
 
 def _next(device: PciDevice, group: Group | None) -> list[str]:
-    """What to do once it is bound."""
+    """Tell what to do once it is bound."""
     lines = [f"to use it: SHMSOCK_REGION=vfio:{device.address} (pci:auto finds it too)"]
     if group is not None and not group.noiommu:
         lines.append(f"to let others than root: chgrp shmsock {group.path}; chmod 0660 {group.path}")

@@ -1,4 +1,4 @@
-"""How subcommands speak: the console, and sizes for people."""
+"""The console of the subcommands, and sizes for people."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["console", "human"]
 
 
 def console(record: bool = False) -> Console:
-    """Where tables go: on a pipe they are not folded for its width."""
+    """Make what tables are printed on: a pipe does not fold them for its width."""
     from rich.console import Console
 
     if sys.stdout.isatty():

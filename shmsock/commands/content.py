@@ -1,4 +1,4 @@
-"""What lies in a region, for people: who is attached, who listens, which connections there are.
+"""The content of a region, for people: who is attached, who listens, which connections there are.
 
 Nothing is written. What is read is somebody else's and may be nonsense or half written: shown, never trusted.
 """
@@ -55,11 +55,11 @@ class Section:
     here: bool
     """Does its owner run under this kernel?"""
     doorbell: dict[str, int] | None = None
-    """It is woken by a doorbell: "id" and "vectors" on the ivshmem server of the region."""
+    """The doorbell that kicks it: "id" and "vectors" on the ivshmem server of the region."""
     doorbell_gone: bool = False
-    """That id is not the present server's: it was a former one's, and rings nobody, or somebody else."""
+    """That id is not the present server's: it was a former one's, and kicks nobody, or somebody else."""
     futex: bool = False
-    """It is woken by a futex, by who runs under its kernel. With neither, it polls."""
+    """Do peers under its kernel kick it by a futex? With neither, it polls."""
     ports: list[int] = field(default_factory=list)
     connections: list[dict[str, Any]] = field(default_factory=list)
 
@@ -129,14 +129,14 @@ def inspect(region: Region, watch_s: float = BEAT_S) -> Content:
 
 
 def _head(region: Region) -> bytes:
-    """The first page. Of a file not through the mapping: even looking at a hole there takes a page."""
+    """Read the first page, of a file not through the mapping: even reading a hole there takes a page."""
     if isinstance(region, FileRegion):
         return region.peek(lay.HEADER)
     return bytes(region.mmap[: lay.HEADER])
 
 
 def sections(layout: Layout, region: Region, watch_s: float = BEAT_S) -> list[Section]:
-    """Two looks at all sections, `watch_s` seconds apart."""
+    """Survey all sections twice, `watch_s` seconds apart."""
     boot = boot_id()
     before = survey(layout, region, boot)
     if any(seen.claim for seen in before):
@@ -152,7 +152,7 @@ def sections(layout: Layout, region: Region, watch_s: float = BEAT_S) -> list[Se
 
 
 def _ids(region: Region) -> frozenset[int] | None:
-    """Those that the region's ivshmem server gave to others; None: that cannot be known here."""
+    """Get the ids that the region's ivshmem server gave to others; None: that cannot be known here."""
     if region.doorbell is not None:
         region.doorbell.news()
         return region.doorbell.others()
@@ -224,7 +224,7 @@ def _connections(layout: Layout, section: int) -> list[dict[str, Any]]:
 
 
 def busy_sections(region: Region) -> list[str]:
-    """Who uses a region: their beat moves, or this kernel says that they run. Nobody, if it is no region."""
+    """Find who uses a region: their beat moves, or this kernel says that they run. Nobody, if it is none."""
     content = inspect(region)
     busy = []
     for section in content.sections:
@@ -242,11 +242,11 @@ class OldFile:
 
     held_by: list[Holder]
     content: Content | None
-    """None: it cannot be looked at."""
+    """None: it cannot be read."""
 
 
 def old_files(path: str) -> list[OldFile]:
-    """As far as this process may see others."""
+    """Find the removed files of that path, as far as this process may see others."""
     found: dict[int, list[Holder]] = {}
     for holder in holders(path):
         found.setdefault(holder.inode, []).append(holder)
@@ -254,7 +254,7 @@ def old_files(path: str) -> list[OldFile]:
 
 
 def _content_of(holder: Holder, path: str) -> Content | None:
-    """Looked at through one of those who have it open."""
+    """Inspect a file through one of those who have it open."""
     directory = f"/proc/{holder.pid}/fd"
     try:
         for name in os.listdir(directory):
@@ -276,7 +276,7 @@ def _content_of(holder: Holder, path: str) -> Content | None:
 
 
 def describe_region(region: Region) -> dict[str, Any]:
-    """How it is mapped."""
+    """Describe how it is mapped."""
     known, bell = region.describe(), region.doorbell
     return {
         "url": region.url,
@@ -297,7 +297,7 @@ def describe_region(region: Region) -> dict[str, Any]:
 
 
 def describe_device(device: PciDevice) -> dict[str, Any]:
-    """What lspci would say."""
+    """Describe a device as lspci does."""
     return {
         "address": device.address,
         "ids": "{:04x}:{:04x}".format(*device.ids),

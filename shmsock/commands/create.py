@@ -61,7 +61,7 @@ def _unused(region: Region) -> None:
 
 
 def made_lines(path: str, content: Content, mode: int) -> Iterator[str]:
-    """What `shmsock create` made."""
+    """Tell what `shmsock create` made."""
     size = content.bytes or 0
     yield f"made {path}: {format_size(size)}, mode {mode:04o}, all of it allocated"
     yield (
@@ -82,7 +82,7 @@ def made_lines(path: str, content: Content, mode: int) -> Iterator[str]:
 
 
 def qemu_options(path: str, size: int) -> str:
-    """What gives the region to a guest as BAR2."""
+    """The options that give the region to a guest as BAR2."""
     file = path.replace(",", ",,")
     return (
         f"-object memory-backend-file,size={_qemu_size(size)},mem-path={file},share=on,id=HMB "

@@ -60,7 +60,7 @@ class Commands(click.Group):
 
 
 def message(error: OSError) -> str:
-    """What a user is told of an error: what shmsock raises names the file itself."""
+    """Tell a user of an error: what shmsock raises names the file itself."""
     if isinstance(error, RegionError) or error.filename is None:
         return error.strerror or str(error)
     return f"{error.filename}: {error.strerror}"

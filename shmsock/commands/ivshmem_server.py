@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import click
 
@@ -30,22 +31,13 @@ __all__ = ["ivshmem_server"]
 )
 @click.option(
     "--timeout",
+    "patience",
     type=click.FloatRange(0.1, 3600),
     default=5.0,
     show_default=True,
     help="Seconds after which a client that takes no message is dropped.",
 )
-def ivshmem_server(
-    path: str | None,
-    region: str,
-    size: int | None,
-    vectors: int,
-    mode: int,
-    peers: int,
-    clients: int,
-    per_process: int,
-    timeout: float,
-) -> None:
+def ivshmem_server(path: str | None, region: str, size: int | None, **limits: Any) -> None:
     """Serve ivshmem-doorbell devices of QEMU, and processes of this host, until SIGTERM or Ctrl-C.
 
     Hands out the memory and the eventfds by which clients ring each other. Takes its socket from systemd
@@ -65,16 +57,4 @@ def ivshmem_server(
         raise click.UsageError("--socket is missing, and systemd passed none (LISTEN_FDS)")
     if listener is not None and path and os.path.abspath(path) != os.path.abspath(listener.path):
         raise click.UsageError(f"--socket is {path}, and systemd passed {listener.path}: leave --socket out")
-    run_server(
-        IvshmemServer(
-            listener or path or "",
-            region,
-            size=size,
-            peers=peers,
-            vectors=vectors,
-            mode=mode,
-            clients=clients,
-            per_process=per_process,
-            patience=timeout,
-        )
-    )
+    run_server(IvshmemServer(listener or path or "", region, size=size, **limits))

@@ -61,6 +61,6 @@ class Address(click.ParamType[str]):
 
 
 def peers_option(help: str) -> Callable[[_F], _F]:
-    """How many sections a region gets when it is formatted."""
+    """Add the number of sections that a region gets when it is formatted."""
     count = click.IntRange(1, MAX_SECTIONS)
     return click.option("--peers", type=count, default=16, show_default=True, help=help)

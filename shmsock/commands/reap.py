@@ -58,7 +58,7 @@ def _confirm(section: Section) -> bool:
 
 @dataclass
 class Reaped:
-    """What came of it. `region`: its URL."""
+    """The outcome. `region`: its URL."""
 
     region: str
     freed: list[Section] = field(default_factory=list)

@@ -21,23 +21,18 @@ __all__ = ["PciRegion", "open_pci", "place_of", "the_device", "udev_rule"]
 class PciRegion(Region):
     """A region in BAR2. It has its storage already; locks and identity are those of `resource2`."""
 
+    # Whatever file was mapped: x86 gives all mappings of a page one memory type, so ours is write-combining
+    # as soon as another process mapped resource2_wc first, or where an MTRR says so.
+    write_combining = True
+
     def __init__(self, device: PciDevice, path: str, mapping: mmap.mmap, fd: int, writable: bool) -> None:
-        super().__init__(
-            url=f"pci:{device.address}",
-            path=path,
-            mapping=mapping,
-            fd=fd,
-            writable=writable,
-            # Whatever file was mapped: x86 gives all mappings of a page one memory type, so ours is
-            # write-combining as soon as another process mapped resource2_wc first, or where an MTRR says so.
-            write_combining=True,
-        )
+        super().__init__(f"pci:{device.address}", path, mapping, fd, writable)
         self.device = device
         self.place = place_of(device)
 
 
 def place_of(device: PciDevice) -> Place:
-    """Where the device is found in sysfs, as long as it is plugged in."""
+    """Find the device in sysfs, where it is as long as it is plugged in."""
     return Place(device.directory, identity_of(device.directory))
 
 
@@ -215,7 +210,7 @@ def _claimed(device: PciDevice, path: str) -> RegionError:
 
 
 def _explain_map(error: OSError, device: PciDevice, path: str, sysfs: str) -> RegionError:
-    """What it means that BAR2 could not be mapped."""
+    """Explain why BAR2 could not be mapped."""
     code = error.errno or errno.EIO
     if code == errno.EPERM:
         lockdown = read_line(f"{sysfs}/kernel/security/lockdown")

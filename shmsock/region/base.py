@@ -29,7 +29,7 @@ MINIMUM = PAGESIZE
 
 
 class Description(NamedTuple):
-    """What a region lies on, at the moment of asking."""
+    """The storage of a region, at the moment of asking."""
 
     filesystem: str
     page_size: int
@@ -50,35 +50,25 @@ class Region:
     url: str
     """Canonical: "file:/dev/shm/x", "pci:0000:00:04.0" or "ivshmem:/run/ivshmem.sock"."""
     kind: str
-    """What stands before the colon of `url`."""
+    """The part of `url` before the colon."""
     path: str
     """The file that is mapped; the socket of the server whose memory it is."""
     size: int
     """Bytes mapped."""
     writable: bool
-    write_combining: bool
+    write_combining = False
     """May stores be combined and pass each other, so that they need `sfence` and loads `lfence`?"""
-    sparse: bool
+    sparse = False
     """Must bytes be backed by `ensure()` before they are touched?"""
     identity: tuple[int, int]
     """(st_dev, st_ino) of what is locked. Two processes of one kernel that agree on it map the same
     thing and see each other's locks. (Otherwise it may still be one device, through two sysfs mounts.)"""
     doorbell: Doorbell | None = None
-    """How its owner is rung, and rings others; None: it has only memory. Closed together with the region."""
+    """The way to be kicked, and to kick others; None: it has only memory. Closed together with the region."""
     place: Place | None = None
-    """Where others find it; None: not by a path, or by one that cannot be looked at without waiting."""
+    """The path where others find it; None: there is none, or a look at it may have to wait."""
 
-    def __init__(
-        self,
-        *,
-        url: str,
-        path: str,
-        mapping: Mapping,
-        fd: int,
-        writable: bool,
-        write_combining: bool = False,
-        sparse: bool = False,
-    ) -> None:
+    def __init__(self, url: str, path: str, mapping: Mapping, fd: int, writable: bool) -> None:
         """Takes `mapping` and `fd` over, unless it raises.
 
         `fd` must come from an open() of its own: the mapping keeps a duplicate of the descriptor that it was
@@ -87,7 +77,7 @@ class Region:
         self.url, self.path = url, path
         self.kind = url.partition(":")[0]
         self.size = len(mapping)
-        self.writable, self.write_combining, self.sparse = writable, write_combining, sparse
+        self.writable = writable
         self.identity = identity_of(fd)
         self._can_lock = locks.supported(fd)
         self._locked: set[int] = set()
@@ -139,7 +129,7 @@ class Region:
 
     @property
     def can_lock(self) -> bool:
-        """Does this file know locks? If not, every section looks free, and nothing follows from that."""
+        """Does this file know locks? If not, every section seems free, and nothing follows from that."""
         return self._can_lock
 
     @property

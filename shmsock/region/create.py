@@ -320,7 +320,7 @@ def _already(path: str) -> RegionError:
 
 
 def _explain_create(error: OSError, path: str, directory: str) -> RegionError:
-    """What it means that no file can be made in `directory`."""
+    """Explain why no file can be made in `directory`."""
     code = error.errno or errno.EIO
     if code in (errno.EACCES, errno.EPERM):
         try:

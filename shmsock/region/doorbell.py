@@ -1,6 +1,6 @@
-"""Doorbells: how a process is rung, and rings others, beside the memory of a region.
+"""Doorbells: how a process is kicked, and kicks others, beside the memory of a region.
 
-A doorbell is a hint. It may be lost, late, or for nobody, and who rings does not say so: what happened stands
+A doorbell is a hint. It may be lost, late, or for nobody, and nothing says who kicked: what happened stands
 in memory.
 """
 
@@ -15,8 +15,8 @@ __all__ = ["Doorbell", "Reach"]
 
 
 class Reach(NamedTuple):
-    """How another peer is rung: by 8 bytes that say 1, written to its eventfd, or by `value`, 4 bytes written
-    at `offset` of a device (a register)."""
+    """The way to kick another peer: 8 bytes that say 1, written to its eventfd, or `value`, 4 bytes,
+    written at `offset` of a device (a register)."""
 
     kind: str
     """"eventfd" or "register"."""
@@ -29,18 +29,18 @@ class Doorbell:
     """Ours, and the way to others'. Belongs to a Region, which closes it."""
 
     id: int
-    """Our peer id, 0 to 65535: others ring it."""
+    """Our peer id, 0 to 65535: others kick it."""
     vectors: int
-    """How many vectors we have, 1 to 64. Peers ring vector 0."""
+    """Our vectors, 1 to 64 of them. Peers kick through vector 0."""
     fd: int
-    """An eventfd: readable once somebody rang."""
+    """An eventfd: readable once somebody kicked."""
     server_fd = -1
     """Readable when the server has news: call news(). -1: nobody tells us."""
     lost = ""
     """Why there are no doorbells any more; empty: there are."""
 
     def reach(self, peer: int) -> Reach | None:
-        """How to ring the peer with that id; None when it is not known, or our own."""
+        """Tell how to kick the peer with that id; None when it is not known, or our own."""
         raise NotImplementedError
 
     def others(self) -> frozenset[int] | None:
@@ -48,7 +48,7 @@ class Doorbell:
         return None
 
     def drain(self) -> int:
-        """How often we were rung since the last call. Never waits, even if others made the eventfd blocking:
+        """Count the kicks since the last call. Never waits, even if others made the eventfd blocking:
         a peer of an ivshmem server shares it with everybody."""
         data = bytearray(8)
         try:

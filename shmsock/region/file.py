@@ -32,9 +32,9 @@ MEET = (
     "meet in a region that is nobody's own (`shmsock create /dev/shm/NAME --mode 0660 --size 64M`, chgrp it, "
     "set SHMSOCK_REGION for all)"
 )
-"""Of a default region, which its owner's processes refuse once others may open it."""
+"""Advice about a default region, which its owner's processes refuse once others may open it."""
 LOOK_S = 0.05
-"""For so long a message may look for processes that hold a removed file."""
+"""The time in which a message may search for processes that hold a removed file."""
 _OPEN_IT = "open it to a group: chgrp, chmod 0660 (`shmsock create --mode 0660`)"
 
 
@@ -54,14 +54,8 @@ class FileRegion(Region):
         # hugetlbfs reserves at mmap() all pages that the file lacks. Elsewhere only tmpfs counts blocks
         # exactly; calling ensure() where it is not needed costs little.
         full = fs.huge or (fs.type == "tmpfs" and status.st_blocks * 512 >= status.st_size)
-        super().__init__(
-            url=url or f"file:{path}",
-            path=path,
-            mapping=mapping,
-            fd=fd,
-            writable=writable,
-            sparse=not full,
-        )
+        super().__init__(url or f"file:{path}", path, mapping, fd, writable)
+        self.sparse = not full
         self._fs = fs
         self.place = Place(path, self.identity) if fs.type in LOCAL else None
 
@@ -118,7 +112,7 @@ class FileRegion(Region):
             raise disk_full(self.path, length, hint) from None
 
     def peek(self, length: int, offset: int = 0) -> bytes:
-        """Bytes from `offset` on, not through the mapping: there even looking at a hole takes a page."""
+        """Read bytes from `offset` on, not through the mapping: there even reading a hole takes a page."""
         return os.pread(self._open_fd(), length, offset)
 
     def reopen(self) -> int:
@@ -226,7 +220,7 @@ def check_regular(path: str, mode: int) -> None:
 
 
 def explain_open(error: OSError, path: str, writable: bool = True) -> RegionError:
-    """What it means that `path` could not be opened."""
+    """Explain why `path` could not be opened."""
     code = error.errno or errno.EIO
     directory = os.path.dirname(path) or "/"
     if code == errno.ENOENT and not os.path.isdir(directory):
@@ -251,7 +245,7 @@ def explain_open(error: OSError, path: str, writable: bool = True) -> RegionErro
 
 
 def whose(path: str, advice: str) -> str:
-    """Who may open `path`, who we are, and what would help besides being its owner."""
+    """Tell who may open `path`, who we are, and what would help besides being its owner."""
     me = f"this process runs as {owner_name(os.geteuid())}"
     try:
         status = os.stat(path)
@@ -272,7 +266,7 @@ def owner_name(uid: int) -> str:
 
 
 def _explain_map(error: OSError, path: str, size: int, fs: storage.FileSystem) -> RegionError:
-    """What it means that the `size` bytes of `path` could not be mapped."""
+    """Explain why the `size` bytes of `path` could not be mapped."""
     code = error.errno or errno.EIO
     amount = format_size(size)
     if isinstance(error, RegionError):

@@ -18,7 +18,7 @@ NOIOMMU_SWITCH = "module/vfio/parameters/enable_unsafe_noiommu_mode"
 """Below sysfs, once the module is loaded, and only where the kernel has it."""
 
 VFIO_DEVICE = "anon_inode:[vfio-device]"
-"""What a descriptor of a device looks like in /proc."""
+"""The link of a device's descriptor in /proc."""
 
 _PIDFD_GETFD = 438  # the number is the same on every machine
 
@@ -32,7 +32,7 @@ class Group:
 
     number: int
     path: str
-    """Of the file that stands for it, once all of it is vfio's."""
+    """The path of the file that stands for it, once all of it is vfio's."""
     noiommu: bool
     """Is there no IOMMU, and vfio was told to do without?"""
     others: tuple[PciDevice, ...]
@@ -92,8 +92,8 @@ def not_viable(device: PciDevice, group: Group) -> RegionError:
 
 
 def users(*paths: str, proc: str = "/proc") -> list[str]:
-    """Which processes have one of these files open or mapped: 'process 17 (python3)'. Those that one may
-    look into."""
+    """Find processes that have one of these files open or mapped: 'process 17 (python3)'. Others than those
+    that may be inspected are left out."""
     return [name_of(pid, proc) for pid in pids(proc) if not _files(pid, proc).isdisjoint(paths)]
 
 

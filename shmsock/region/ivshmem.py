@@ -1,7 +1,7 @@
 """Regions of an ivshmem server: a process of the host as one of its peers, beside QEMU's.
 
 The server hands out the memory and the eventfds, and says who comes and goes; for anything else it is not
-needed. What is mapped stays so without it, and eventfds that are known go on ringing.
+needed. What is mapped stays so without it, and eventfds that are known go on working.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _T = TypeVar("_T")
 PATIENCE_S = 2.0
 """Connecting and the first messages may take so long together. A server answers at once."""
 MAX_PEERS = 256
-"""The eventfds of so many peers are kept; what comes beyond is not rung. A region has 64 sections at most."""
+"""The eventfds of so many peers are kept; others are not kicked. A region has 64 sections at most."""
 BATCH = 256
-"""So many messages are taken in by one call of news()."""
+"""The most messages that one call of news() takes in."""
 
 _LONGEST = 107  # bytes of a socket's path, in struct sockaddr_un
 _EVENTFD = "anon_inode:[eventfd]"
@@ -46,7 +46,7 @@ _log = logging.getLogger("shmsock")
 
 
 class Wait(NamedTuple):
-    """What opening waits for: until `sock` is readable (None: nothing but time), `seconds` at most."""
+    """A wait of opening: until `sock` is readable (None: nothing but time), `seconds` at most."""
 
     sock: socket.socket | None
     seconds: float
@@ -81,7 +81,7 @@ class IvshmemRegion(FileRegion):
 @dataclass
 class _Peer:
     fd: int
-    """The eventfd of its vector 0, the one that is rung; others are closed at once. -1: not kept."""
+    """The eventfd of its vector 0, which kicks it; others are closed at once. -1: not kept."""
     vectors: int = 1
 
 
@@ -231,7 +231,7 @@ class IvshmemDoorbell(Doorbell):
         return f"as many vectors as its other peers have ({self.vectors} of {common})"
 
     def _common_vectors(self) -> int:
-        """How many each of the other peers has, 0 if there are none. Raises RegionError when they differ."""
+        """Count the vectors of each other peer, 0 without any. Raises RegionError when they differ."""
         counts = {known.vectors: peer for peer, known in self._peers.items()}
         if len(counts) > 1:
             (less, one), (more, two) = min(counts.items()), max(counts.items())
@@ -337,7 +337,7 @@ def _one_more(vectors: int, peer: int) -> int:
 
 
 def _is_eventfd(fd: int) -> bool:
-    """What else it could be might wait, make a file longer, or raise signals, when it is rung."""
+    """Check for an eventfd: a write to anything else might wait, make a file longer, or raise signals."""
     try:
         return os.readlink(f"/proc/self/fd/{fd}") == _EVENTFD
     except OSError:
@@ -367,8 +367,8 @@ def open_ivshmem(path: str, *, writable: bool = True) -> IvshmemRegion:
 
 
 def opening_ivshmem(path: str, *, writable: bool = True) -> _Waits[IvshmemRegion]:
-    """The same in steps: yields what is waited for, and never waits itself. Closed in between, it leaves
-    nothing behind."""
+    """Do as open_ivshmem() does, in steps: yield what is waited for, and never wait. Closed in between, it
+    leaves nothing behind."""
     path = os.path.join(os.getcwd(), path)
     deadline = time.monotonic() + PATIENCE_S
     with ExitStack() as undo:
@@ -449,7 +449,7 @@ def _wait_readable(sock: socket.socket, timeout: float) -> None:
 
 
 def _reopen(memory: int, writable: bool) -> int:
-    """The same file with an open file description of our own, for locks; -1 if that may not be."""
+    """Open the same file again, as locks need a file description of our own; -1 if that may not be."""
     try:
         flags = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
         if not stat.S_ISREG(os.fstat(memory).st_mode):

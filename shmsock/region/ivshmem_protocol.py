@@ -5,8 +5,8 @@ A message is 8 bytes, a little-endian number, and at most one file descriptor. T
     0            the version of the protocol
     id           its own
     -1 and fd    the shared memory
-    id and fd    an eventfd that rings the peer `id`: of each peer one message per vector, vector 0 first
-    id and fd    the newcomer's own eventfds, likewise: it is rung by them
+    id and fd    an eventfd that kicks the peer `id`: of each peer one message per vector, vector 0 first
+    id and fd    the newcomer's own eventfds, in the same way: they kick it
 
 Later, whenever it happens: `id and fd` of others that came, and `id` without fd of one that left.
 """

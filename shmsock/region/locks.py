@@ -16,7 +16,7 @@ import struct
 __all__ = ["SECTIONS", "SERVER_LOCK", "is_locked", "supported", "try_lock", "unlock"]
 
 SECTIONS = 64
-"""So many a region has at most: their bytes come first."""
+"""The most sections of a region: their bytes come first."""
 SERVER_LOCK = 4096
 """The byte of the ivshmem server that serves this file; those of the sections are below."""
 

@@ -1,4 +1,4 @@
-"""Who has claimed sections of a region, as its bytes say: for a message to whoever would overwrite them.
+"""The owners of a region's sections, as its bytes say: for a message to whoever would overwrite them.
 
 Nothing read here is trusted: what makes no sense is left out.
 """
@@ -46,7 +46,7 @@ def _word(region: Region, offset: int) -> int:
 
 
 def _bytes(region: Region, offset: int, length: int) -> bytes:
-    """Of a file not through the mapping: there even looking at a hole takes a page."""
+    """Read them, of a file not through the mapping: there even reading a hole takes a page."""
     if isinstance(region, FileRegion):
         return region.peek(length, offset)
     return bytes(region.mmap[offset : offset + length])

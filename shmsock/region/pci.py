@@ -68,7 +68,7 @@ class Bar:
         return bool(self.size) and not self.flags & _UNSET
 
     def __str__(self) -> str:
-        """As lspci prints it."""
+        """Describe it as lspci does."""
         if not self.size:
             return f"Region {self.index}: none"
         kind = "I/O ports" if self.flags & _IO else "Memory"
@@ -82,7 +82,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class PciDevice:
-    """What sysfs tells about a device, at the moment of asking."""
+    """A device as sysfs shows it, at the moment of asking."""
 
     address: str
     directory: str
@@ -97,13 +97,13 @@ class PciDevice:
     driver: str | None
     """The kernel driver bound to it."""
     enabled: int
-    """How often the kernel was asked to enable it."""
+    """The count of requests to the kernel to enable it."""
     decoding: bool
     """Does the device answer at its memory addresses?"""
     numa_node: int
     """-1: none."""
     mappable: tuple[str, ...]
-    """What sysfs offers of BAR2: "resource2_wc" (write-combining), "resource2"."""
+    """The files that sysfs offers of BAR2: "resource2_wc" (write-combining), "resource2"."""
 
     @property
     def is_ivshmem(self) -> bool:

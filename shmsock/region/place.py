@@ -1,5 +1,5 @@
-"""Where a region is found, and whether it is found there still: files are removed, moved and made anew under
-those who have them mapped, and who comes later gets another file, or none."""
+"""The path of a region, and whether it is found there still: files are removed, moved and made anew under
+those who have them mapped, and a later process gets another file, or none."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class Place:
         self._view = _view()
 
     def lost(self, fd: int) -> str:
-        """What became of it: "" while the path leads to it, or while nobody can tell; "removed" or "moved":
-        nothing is there; "replaced": something else is.
+        """Tell what became of it: "" while the path leads to it, or while nobody can tell; "removed" or
+        "moved": nothing is there; "replaced": something else is.
 
         `fd`: of the file. One that still has a name can be somewhere else for this process alone, which has
         changed its root or its mounts: that says nothing about the file.
@@ -68,7 +68,7 @@ class Place:
 
 
 def _view() -> tuple[object, ...]:
-    """What paths mean to this thread: its root directory, and its mounts."""
+    """Identify what paths mean to this thread: its root directory, and its mounts."""
     root = os.stat("/")
     try:
         mounts = os.readlink("/proc/thread-self/ns/mnt")
@@ -119,7 +119,7 @@ def holders(path: str, within_s: float | None = None) -> list[Holder]:
 
 
 def restart(old: list[Holder], path: str) -> str:
-    """What is to be said of those who hold what was removed from `path`, and done."""
+    """Tell who holds what was removed from `path`, and to restart them."""
     use, them = ("uses", "it") if len(old) == 1 else ("use", "them")
     seen = f"the file at {path} was removed or replaced while {listing(old)} still {use} the old one"
     return f"{seen}: restart {them}"

@@ -1,4 +1,4 @@
-"""What /proc tells: processes, and who of them uses a file."""
+"""Processes, as /proc shows them, and which of them use a file."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["Users", "command_of", "links", "name_of", "open_elsewhere", "pids", 
 
 
 class Users(NamedTuple):
-    """What users_of() found."""
+    """The processes that users_of() found."""
 
     mapped: list[str]
     """Other processes that have it mapped: 'process 17 (python3)', by number."""
     opened: list[str]
-    """Those that have it open, and not mapped; and this one, if it has either."""
+    """Processes that have it open, and not mapped; and this one, if it has either."""
     hidden: int
-    """So many processes may not be looked into: other users'."""
+    """The number of processes that may not be inspected: other users'."""
 
 
 def pids(proc: str = "/proc") -> list[str]:
@@ -32,7 +32,7 @@ def pids(proc: str = "/proc") -> list[str]:
 
 
 def read_line(path: str) -> str:
-    """What a small file of /proc or /sys says; "" when it cannot be read."""
+    """Read a small file of /proc or /sys; "" when it cannot be read."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             return file.read(80).strip()
@@ -41,7 +41,7 @@ def read_line(path: str) -> str:
 
 
 def command_of(pid: str | int, proc: str = "/proc") -> str:
-    """What a process runs, also when it has ended just now."""
+    """Tell what a process runs, also when it has ended just now."""
     return read_line(f"{proc}/{pid}/comm") or "ending"
 
 
@@ -51,7 +51,7 @@ def name_of(pid: str, proc: str = "/proc") -> str:
 
 
 def links(pid: str, proc: str = "/proc") -> dict[str, str]:
-    """What a process has open, by descriptor; empty when it may not be looked into."""
+    """List what a process has open, by descriptor; empty when it may not be inspected."""
     found: dict[str, str] = {}
     with contextlib.suppress(OSError):
         for number in os.listdir(f"{proc}/{pid}/fd"):
@@ -61,7 +61,7 @@ def links(pid: str, proc: str = "/proc") -> dict[str, str]:
 
 
 def users_of(fd: int, proc: str = "/proc") -> Users:
-    """Which processes use the file of `fd`, which may be open here for this question."""
+    """Find the processes that use the file of `fd`, which may be open here for this question."""
     wanted, identity = _as_in_maps(fd), os.fstat(fd)
     mapped: list[str] = []
     opened: list[str] = []

@@ -1,4 +1,4 @@
-"""What lies under a file: its file system, huge pages, and how to back bytes with storage.
+"""The ground under a file: its file system, huge pages, and how to back bytes with storage.
 
 A shared mapping of a file with holes is a trap: when the file system is full, touching a hole is a SIGBUS
 instead of an error. (On tmpfs loads as well as stores: reading a hole allocates its page.)
@@ -33,10 +33,10 @@ _MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module has no name for it
 
 @dataclass(frozen=True)
 class FileSystem:
-    """Where a file lies."""
+    """The file system that a file lies on."""
 
     type: str
-    """As mount(8) names it: "tmpfs", "hugetlbfs", "ext4"; "unknown" when /proc does not say."""
+    """Its name as in mount(8): "tmpfs", "hugetlbfs", "ext4"; "unknown" when /proc does not say."""
     block_size: int
     """Bytes. On hugetlbfs the size of one huge page."""
 
@@ -72,7 +72,7 @@ def filesystem(file: int | str, mountinfo: str = "/proc/self/mountinfo") -> File
 
 
 def disk_words(kind: str) -> str:
-    """What it means for a region to lie on a file system of that type; empty: nothing."""
+    """Warn of a region on a file system of that type; empty: there is no need."""
     if kind not in _DISKS:
         return ""
     return (
@@ -118,7 +118,7 @@ def back(fd: int, mapping: mmap.mmap, kind: str, offset: int, length: int) -> No
 
 
 def huge_page_hint(size: int, page: int, root: str = "/sys/kernel/mm/hugepages") -> str:
-    """How many huge pages `size` bytes take, how many there are, and the command that reserves them."""
+    """Tell how many huge pages `size` bytes take, how many there are, and the command that reserves them."""
     need = -(-size // page)
     directory = f"{root}/hugepages-{page // 1024}kB"
     names = ("nr_hugepages", "free_hugepages", "resv_hugepages")

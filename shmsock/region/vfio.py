@@ -36,7 +36,7 @@ _NOBODY = 0xFFFFFFFF
 
 
 class VfioDoorbell(Doorbell):
-    """All vectors fill one eventfd; others are rung through BAR0. `device` is the region's to close."""
+    """All vectors fill one eventfd; others are kicked through BAR0. `device` is the region's to close."""
 
     def __init__(self, device: int, vectors: int) -> None:
         """Raises OSError; nothing is on then."""
@@ -49,7 +49,7 @@ class VfioDoorbell(Doorbell):
         self.id = self._position()
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
-            # Whichever a peer rings. Where the kernel has fewer to give, the first will do.
+            # Whichever a peer kicks through. Where the kernel has fewer to give, the first will do.
             self.vectors = vfio_ioctl.irqs_to(device, vfio_ioctl.MSIX, [self.fd] * vectors)
         except BaseException:
             os.close(self.fd)
@@ -89,7 +89,7 @@ class VfioDoorbell(Doorbell):
                 vfio_ioctl.irqs_off(self._device, vfio_ioctl.MSIX)
                 self._set_command(0, _BUS_MASTER)
         except OSError:
-            pass  # the device was unplugged: it rings nobody any more
+            pass  # the device was unplugged: it kicks nobody any more
         finally:
             os.close(fd)
 
@@ -98,10 +98,15 @@ class VfioRegion(Region):
     """A region in BAR2, and its doorbell unless it is read-only.
 
     Locks and identity are those of sysfs' `resource2`, as with pci:. (The inode of the device's descriptor is
-    shared with half of the kernel's.) Who may not open that has no locks.
+    shared with half of the kernel's.) A user that may not open that has no locks.
     """
 
     doorbell: VfioDoorbell | None
+    # vfio asks for uncached memory, where stores stay in order and fences are not needed. But x86 gives all
+    # mappings of a page one memory type, and this one gives way to an MTRR that says write-combining, and to
+    # a process that mapped resource2_wc first. Beside an uncached access a fence costs nothing; in a VM whose
+    # host ignores the guest's types it costs what it costs pci:.
+    write_combining = True
 
     def __init__(
         self,
@@ -115,18 +120,7 @@ class VfioRegion(Region):
         doorbell: VfioDoorbell | None,
     ) -> None:
         """Takes all of it over, unless it raises. `fds`: container, group, device."""
-        super().__init__(
-            url=f"vfio:{device.address}",
-            path=group.path,
-            mapping=mapping,
-            fd=fd,
-            writable=writable,
-            # vfio asks for uncached memory, where stores stay in order and fences are not needed. But x86
-            # gives all mappings of a page one memory type, and this one gives way to an MTRR that says
-            # write-combining, and to a process that mapped resource2_wc first. Beside an uncached access a
-            # fence costs nothing; in a VM whose host ignores the guest's types it costs what it costs pci:.
-            write_combining=True,
-        )
+        super().__init__(f"vfio:{device.address}", group.path, mapping, fd, writable)
         self._can_lock = self._can_lock and can_lock
         self.device, self.doorbell = device, doorbell
         self.place = place_of(device)
@@ -206,7 +200,7 @@ def open_vfio(address: str, *, writable: bool = True, sysfs: str = SYSFS, dev: s
 
 
 def _ready(device: PciDevice, group: Group | None) -> Group:
-    """What must be so before vfio is asked at all. Raises RegionError."""
+    """Check what must be so before vfio is asked at all. Raises RegionError."""
     if group is None:
         raise no_iommu(device)
     if not device.vfio:
@@ -316,7 +310,7 @@ def _join(device: PciDevice, group: Group, group_fd: int, container: int) -> Non
 
 
 def _vectors(device: PciDevice, group: Group, fd: int) -> int:
-    """How many interrupts there are, once it is known that there are registers too. Raises RegionError."""
+    """Count the interrupts, once it is known that there are registers too. Raises RegionError."""
     registers = _call(device, "ask", lambda: vfio_ioctl.region_info(fd, vfio_ioctl.BAR0), group.path)
     if registers.size < _REGISTERS:
         raise region_error(
@@ -352,7 +346,7 @@ def _open_lock(device: PciDevice, writable: bool) -> int | None:
 
 
 def _call(device: PciDevice, what: str, call: Callable[[], _T], path: str) -> _T:
-    """What `call` returns; an OSError becomes a RegionError that says what it was about."""
+    """Return what `call` does; an OSError becomes a RegionError that says what it was about."""
     try:
         return call()
     except RegionError as error:

@@ -1,4 +1,4 @@
-"""What the kernel's vfio is asked (linux/vfio.h): one function per ioctl, numbers and structures as there.
+"""The requests to the kernel's vfio (linux/vfio.h): one function per ioctl, numbers and structures as there.
 
 Everything goes through `ioctl` below, where tests put a device of their own.
 """
@@ -58,7 +58,7 @@ _SET = struct.Struct("=IIIII")  # index, start, count; then data
 
 
 class RegionInfo(NamedTuple):
-    """Where a region of a device lies in its descriptor; size 0: there is none."""
+    """The place of a region of a device in its descriptor; size 0: there is none."""
 
     size: int
     offset: int
@@ -106,7 +106,7 @@ def region_info(device: int, index: int) -> RegionInfo:
 
 
 def irq_count(device: int, index: int) -> int:
-    """How many interrupts of that kind the device has."""
+    """Count the interrupts of that kind that the device has."""
     info = bytearray(_IRQ.pack(_IRQ.size, 0, index, 0))
     ioctl(device, _DEVICE_GET_IRQ_INFO, info)
     count: int = _IRQ.unpack(info)[3]
@@ -114,7 +114,7 @@ def irq_count(device: int, index: int) -> int:
 
 
 def irqs_to(device: int, index: int, eventfds: Sequence[int]) -> int:
-    """Let the first interrupts ring these; returns how many do.
+    """Let the first interrupts signal these eventfds; returns how many do.
 
     Raises OSError (ENOSPC: the kernel has no interrupt left).
     """

@@ -24,14 +24,14 @@ from shmsock.region.processes import read_line
 __all__ = ["Client", "Credentials", "Flow", "Id", "Ids", "Limiter", "credentials"]
 
 _LONG = 1024
-"""So many comings and goings are queued before those that cancel out are left out."""
+"""The length of a queue from which on comings and goings that cancel out are left out."""
 _EVENTFD = os.EFD_NONBLOCK | os.EFD_CLOEXEC
 # The kernel's troubles, or this process's: not the doing of the client that is being told something.
 _LATER = frozenset((errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM, errno.EMFILE, errno.ENFILE))
 
 
 class Id(NamedTuple):
-    """What a newcomer gets. A `join` here: the how-manieth client it was since the server started."""
+    """The id that a newcomer gets. A `join` is a client's number in the order of coming, from 1."""
 
     number: int
     known: int = 0
@@ -67,19 +67,19 @@ class Ids:
         return None
 
     def give_back(self, taken: Id) -> None:
-        """Nobody was told about it."""
+        """Take an id back that nobody was told about."""
         if taken.known:
             self._retired.appendleft(taken)
         else:
             self._unused.append(taken)
 
     def retire(self, number: int, join: int, newest: int) -> None:
-        """Its owner left. All who came up to the join `newest` may know it."""
+        """Note that its owner left. Clients up to the join `newest` may know it."""
         self._retired.append(Id(number, newest, join))
 
 
 class Credentials(NamedTuple):
-    """Who connected. The pid is 0 when that process lies outside of our pid namespace."""
+    """The process that connected. The pid is 0 when that process lies outside of our pid namespace."""
 
     pid: int
     uid: int
@@ -97,13 +97,13 @@ def credentials(sock: socket.socket) -> Credentials:
 
 
 class Flow(enum.Enum):
-    """How far a client has been told everything."""
+    """The reason why no more is sent to a client for now."""
 
     DONE = enum.auto()
     FULL = enum.auto()
-    """It has to read first."""
+    """The client has to read first."""
     MORE = enum.auto()
-    """It was the turn of the others."""
+    """Others have to be served first."""
     LATER = enum.auto()
     """The kernel has no room, or this process no descriptor: try again in a while."""
 
@@ -127,7 +127,7 @@ class Client:
         self.eventfds: list[int] = []
         self.gone = False
         self.room = 0
-        """Of the server's: what it took for this client's unread messages."""
+        """The room that the server set aside for this client's unread messages."""
         self._hello: list[tuple[int, int | None]] = [
             (MEMORY, memory),
             (number, None),
@@ -169,7 +169,7 @@ class Client:
             del self._queue[peer.join]
 
     def overlook(self, join: int) -> None:
-        """That one left, and another has its id, of whom what is not told yet would seem to be the news."""
+        """Drop the news of one that left and whose id another has now: it would seem to be about that one."""
         self._queue.pop(-join, None)
         if self._telling() != join:
             self._queue.pop(join, None)
@@ -255,13 +255,13 @@ class Client:
 
 
 class Limiter:
-    """So many at once, then one every so often. For log lines that others can cause."""
+    """Allow so many at once, then one every so often: for log lines that others can cause."""
 
     def __init__(self, burst: int, every_s: float) -> None:
         self._burst, self._every = burst, every_s
         self._room, self._then = float(burst), 0.0
         self.missed = 0
-        """How many were refused since the last that was not."""
+        """The number refused since the last that was allowed."""
 
     def allows(self, now: float) -> bool:
         self._room = min(self._burst, self._room + (now - self._then) / self._every)

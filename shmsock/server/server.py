@@ -1,8 +1,8 @@
-"""A server for QEMU's ivshmem-doorbell: it hands out the memory, ids, and eventfds to ring each other.
+"""A server for QEMU's ivshmem-doorbell: it hands out the memory, ids, and eventfds to kick each other.
 
 What goes over the wire: shmsock/region/ivshmem_protocol.py. Clients have nothing to say, and the server waits
-for none of them: each has a queue, and who does not read is dropped. Nothing that one of them does is felt by
-another, except that it comes and goes.
+for none of them: each has a queue, and a client that does not read is dropped. Nothing that one of them does
+is felt by another, except that it comes and goes.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _BURST = 256
 _RESERVE = 16
 """Descriptors that we may need for other things than clients."""
 _SHARE = 4096
-"""A process that took so many new ids gets used ones from then on: who joins and leaves without end does not
+"""A process that took so many new ids gets used ones from then on: joining and leaving without end does not
 use up those of others."""
 _PAUSE_S = 0.5
-"""After the process, or the kernel, ran out of descriptors; and between looks at what is left unread."""
+"""The pause after the process, or the kernel, ran out of descriptors; and between polls of what is unread."""
 _RETRY_S = 0.05
 _LAG_S = 1.0
 """When a timer is that late, we were stopped, and perhaps our clients with us."""
@@ -73,7 +73,7 @@ class IvshmemServer:
             raise ValueError(f"a patience of {patience} s was asked for, expected more than 0")
         self.vectors = vectors
         self.limit = clients
-        """So many clients fit; start() lowers it to what RLIMIT_NOFILE allows."""
+        """The most clients; start() lowers it to what RLIMIT_NOFILE allows."""
         self._socket, self._region = socket, os.fspath(region)
         self._size, self._peers, self._mode = size, peers, mode
         self._per_process, self._patience = per_process, patience
@@ -117,7 +117,7 @@ class IvshmemServer:
         log.info("room for %d clients with %d vector%s each", self.limit, self.vectors, plural)
 
     def _room(self) -> int:
-        """How many clients RLIMIT_NOFILE allows: their connections, eventfds, and what they leave unread."""
+        """Count the clients that RLIMIT_NOFILE allows: connections, eventfds, and what they leave unread."""
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         if soft == resource.RLIM_INFINITY:
             soft = 1 << 30
@@ -166,7 +166,7 @@ class IvshmemServer:
 
     @property
     def connected(self) -> int:
-        """How many clients there are."""
+        """The number of clients."""
         return len(self._clients)
 
     # -- coming
@@ -349,7 +349,7 @@ class IvshmemServer:
         else:
             self._lingering.append(client)
             if self._sweep is None:
-                self._sweep = self._loop.call_later(_RETRY_S, self._look_at_lingering)
+                self._sweep = self._loop.call_later(_RETRY_S, self._poll_lingering)
         self._ids.retire(client.number, client.join, self._joins)
         self._move("%s %s; %d connected", client, why, self.connected)
         # Telling the others may show that one more is gone: one after the other, not one inside the other.
@@ -368,9 +368,9 @@ class IvshmemServer:
         finally:
             self._parting = False
 
-    def _look_at_lingering(self) -> None:
-        """Until it reads that or closes its end, one that is gone keeps its place: nobody gets more unread
-        messages out of us than fit by leaving and coming again."""
+    def _poll_lingering(self) -> None:
+        """Keep the place of one that is gone until it reads the rest or closes its end: nobody gets more
+        unread messages out of us than fit by leaving and coming again."""
         self._sweep = None
         still = []
         for client in self._lingering:
@@ -381,10 +381,10 @@ class IvshmemServer:
                 self._release(client)
         self._lingering = still
         if still:
-            self._sweep = self._loop.call_later(_PAUSE_S, self._look_at_lingering)
+            self._sweep = self._loop.call_later(_PAUSE_S, self._poll_lingering)
 
     def _release(self, client: Client) -> None:
-        """Another one may have its place."""
+        """Give its place to others."""
         self._unread.give_back(client.room)
         key = (client.who.pid, client.who.uid)
         self._processes[key] -= 1

@@ -1,4 +1,4 @@
-"""What an ivshmem server stands on: its memory, its listening socket, and what systemd hands to it."""
+"""The ground of an ivshmem server: its memory, its listening socket, and what systemd hands to it."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def _make_memfd(size: int, peers: int) -> Store:
         mapping = map_bytes(fd, size, True)
         # Of an open() of its own, since locks and close() go with that.
         own = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
-        with Region(url=MEMFD, path=MEMFD, mapping=mapping, fd=own, writable=True) as opened:
+        with Region(MEMFD, MEMFD, mapping, own, True) as opened:
             prepare_region(opened, peers)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         undo.pop_all()
@@ -366,7 +366,7 @@ def notify(state: str) -> None:
 
 
 class Unread:
-    """How many messages lie unread in connections, at most: their descriptors count for our user as if we had
+    """A limit on messages that lie unread in connections: their descriptors count for our user as if we had
     them open ourselves (else ETOOMANYREFS, for everybody). Each client gets room for `least`, and a part of
     what is left over as long as there is any: so it goes on for a while when it is busy elsewhere."""
 
@@ -377,7 +377,7 @@ class Unread:
         self._most = most
         self._bytes = size / most  # of SO_SNDBUF for a message
         self.clients = min(clients, total // self.least)
-        """So many can have their room."""
+        """The number of clients that can have their room."""
         self._spare = total - self.clients * self.least
 
     def take(self, sock: socket.socket) -> int:
@@ -392,7 +392,7 @@ class Unread:
 
 
 def _messages(size: int) -> tuple[int, int]:
-    """How many messages a connection takes with that SO_SNDBUF, tried out; and what the kernel made of it."""
+    """Try how many messages a connection takes with that SO_SNDBUF, and what the kernel makes of it."""
     near, far = socket.socketpair()
     with near, far:
         near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)

@@ -14,7 +14,7 @@ from shmsock.bench.child import cpus
 from shmsock.bench.ends import streams
 from shmsock.bench.ends.timing import BATCH, LEAST, batches, encoded, percentiles, trips
 from shmsock.bench.ends.usage import used
-from shmsock.bench.pairs import Variant, checked, pair, peers, private_region
+from shmsock.bench.pairs import Variant, checked, peers, private_region
 from shmsock.bench.results import merged
 from shmsock.errors import RegionError
 
@@ -31,7 +31,7 @@ def taken(variant: Variant, *kinds: str, more: tuple[object, ...] = ()) -> dict[
     """What one pair of processes measures; fair, or there is an error."""
     server, client, _ = cpus()
     with private_region("bench", 32 << 20, 2) as region:
-        found = pair(variant, region, 0.03, server, client, "--measure", ",".join(kinds), *more)
+        (found,) = peers(variant, region, 0.03, (server, client), "--measure", ",".join(kinds), *more)
     assert (found.pop("shmsock_modules") > 0) == variant.is_shmsock
     assert set(found) == set(kinds)
     return found
@@ -112,7 +112,9 @@ def test_others(variant: Variant) -> None:
 
 def test_peers() -> None:
     with private_region("bench", 32 << 20, 4) as region:
-        found = peers(Variant("shmsock", "asyncio"), region, 0.03, None, None, "--measure", "echo", clients=3)
+        found = peers(
+            Variant("shmsock", "asyncio"), region, 0.03, (None, None), "--measure", "echo", clients=3
+        )
     assert len(found) == 3
     for client in found:
         check_times(client["echo"])

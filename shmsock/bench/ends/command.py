@@ -27,7 +27,7 @@ def say(what: dict[str, Any]) -> None:
 
 
 def finish(options: argparse.Namespace, found: dict[str, Any]) -> None:
-    """What a client has to say; and whether it was a fair one."""
+    """Print what a client has to say, and whether it was a fair one."""
     foreign = sorted(name for name in sys.modules if name.partition(".")[0] == "shmsock")
     say({**found, "shmsock_modules": len(foreign)})
 

@@ -53,7 +53,7 @@ class Network:
         return made
 
     def address(self, server: Any) -> dict[str, Any]:
-        """What a client is told, of a server or of a datagram transport."""
+        """Tell the address of a server, or of a datagram transport, for clients."""
         listening = getattr(server, "sockets", None)
         name = listening[0].getsockname() if listening else server.get_extra_info("sockname")
         return {"host": name, "port": 0} if self.unix else {"host": name[0], "port": name[1]}

@@ -1,4 +1,4 @@
-"""What else two processes can talk over, without an event loop: pyzmq, a Pipe, iceoryx2's Python binding.
+"""Other ways to talk, without an event loop: pyzmq, a Pipe, iceoryx2's Python binding.
 
 A message says what the client wants: b"e" echoes, b"s" a sink that counts; one of a single byte ends it.
 """
@@ -26,7 +26,7 @@ AHEAD = 16
 
 
 class Wire:
-    """What has a way to send a message and one to take the next, and knows where it is."""
+    """A way to send a message, and to receive the next."""
 
     send: Callable[[bytes], Any]
     receive: Callable[[], bytes]

@@ -114,7 +114,7 @@ class Nowhere(asyncio.Transport):
 
 
 def own_objects() -> Any:
-    """What asyncio itself makes for a connection, above its transport."""
+    """Make what asyncio itself makes for a connection, above its transport."""
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader(loop=loop)
     protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
@@ -127,7 +127,7 @@ def heap() -> int:
 
 
 async def memory(network: Network, options: argparse.Namespace, _: list[int]) -> dict[str, Any]:
-    """What one idle connection costs its client in Python's heap, and in the arena of its section."""
+    """Weigh one idle connection of a client in Python's heap, and in the arena of its section."""
     await let_go(await held(network, options.connections))  # whatever is made once has been made
     count = options.connections
     tracemalloc.start()

@@ -66,7 +66,7 @@ async def disconnect(writer: asyncio.StreamWriter) -> None:
 
 
 async def held(network: Network, count: int, kind: bytes = b"e") -> list[Pair]:
-    """So many connections, each of them tried."""
+    """Open so many connections, and try each of them."""
     gate = asyncio.Semaphore(AT_ONCE)
 
     async def one() -> Pair:

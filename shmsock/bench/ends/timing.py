@@ -33,7 +33,7 @@ def trips(times: list[int], seconds: float, begin: int = 0) -> Iterator[bool]:
 
 
 def batches(seconds: float) -> Iterator[int]:
-    """How many messages there will have been after this one, until the time is over; one clock call for
+    """Count the messages up to and with this one, until the time is over; one clock call for
     eight."""
     clock = time.perf_counter
     end, count = clock() + seconds, 0
@@ -44,7 +44,7 @@ def batches(seconds: float) -> Iterator[int]:
 
 
 def percentiles(times: list[int]) -> dict[str, Any]:
-    """Of nanoseconds, in microseconds; and how many fit in a second, one after another."""
+    """Sum up nanoseconds, in microseconds; and how many fit in a second, one after another."""
     times.sort()
     count = len(times)
     found: dict[str, Any] = {"count": count, "per_s": count / (sum(times) / 1e9)}

@@ -1,4 +1,4 @@
-"""What a process used: CPU time, sleeps, and the counters of a node of shmsock."""
+"""The use of a process: CPU time, sleeps, and the counters of a node of shmsock."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Usages", "usage", "used"]
 
 
 def usage(writer: asyncio.StreamWriter) -> dict[str, Any]:
-    """What the kernel has counted for this process, all of its threads; and shmsock its node."""
+    """Read what the kernel has counted for this process, all of its threads; and shmsock for its node."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     node = writer.get_extra_info("shmsock_node")
     counters = node.statistics() if node is not None else {}
@@ -52,7 +52,7 @@ class Usages:
         return said
 
     async def during(self, work: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
-        """What that gives, and what both processes used for it."""
+        """Do the work, and return what it gives and what both processes used for it."""
         _, writer = self.held[0]
         theirs = await self.ask()
         ours = usage(writer)
