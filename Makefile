@@ -2,13 +2,16 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 export PYTHON
+# The tests start Python a thousand times: each time it would compile what it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 BIN := .venv/bin
 # Most tests wait more than they compute: one at a time more than there are CPUs.
 AT_ONCE := -n $(shell expr $$(nproc) + 1)
 QUICK := $(AT_ONCE) -m "not vm and not slow"
 # The tests of a file share guests, and so does one process. Files in their order: the long ones are not the last.
-GUESTS := -n 2 --dist loadfile --no-loadscope-reorder -m "vm or slow"
+GUESTS := -n 2 --dist loadfile --no-loadscope-reorder -m "vm or slow" \
+	$(shell grep -lrE 'mark\.(vm|slow)\b' tests --include='test_*.py' | sort)
 # What depends on the Python version: asyncio's contract, its loops, anyio. The rest runs on one.
 ACROSS := -n $(shell nproc) -m "not vm and not slow and not control" tests/conformance tests/anyio_face \
 	tests/aio/test_streams.py tests/aio/test_datagram.py tests/aio/test_cpython.py tests/aio/test_cpython_loop.py \
