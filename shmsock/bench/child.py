@@ -50,7 +50,7 @@ class Child:
             )
         if interrupted:
             self._end(kindly=False)
-            raise KeyboardInterrupt
+            signal.raise_signal(interrupted[0])
         return self
 
     def line(self) -> dict[str, Any]:
@@ -101,16 +101,18 @@ class Child:
 
 @contextlib.contextmanager
 def _interrupt_later() -> Iterator[list[int]]:
-    """Collect Ctrl-C instead of raising KeyboardInterrupt at once. (Only the main thread gets it anyway.)"""
+    """Collect Ctrl-C and SIGTERM, which raise at once otherwise. (Only the main thread gets them anyway.)"""
     interrupted: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield interrupted
         return
-    before = signal.signal(signal.SIGINT, lambda number, _: interrupted.append(number))
+    numbers = signal.SIGINT, signal.SIGTERM
+    before = [signal.signal(number, lambda number, _: interrupted.append(number)) for number in numbers]
     try:
         yield interrupted
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def python(script: str | Path, *arguments: object) -> list[str]:

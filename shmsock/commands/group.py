@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -34,6 +38,19 @@ class Failed(click.ClickException):
         click.echo(f"shmsock: {self.message}", err=True)
 
 
+@contextlib.contextmanager
+def _cleaning_up_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the command as Ctrl-C does: its children and files go with it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class Commands(click.Group):
     """Every error that a user can meet becomes one line; a traceback is for what nobody foresaw."""
 
@@ -49,7 +66,8 @@ class Commands(click.Group):
 
     def invoke(self, context: click.Context) -> Any:
         try:
-            return super().invoke(context)
+            with _cleaning_up_on_sigterm():
+                return super().invoke(context)
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise

@@ -327,16 +327,17 @@ def test_demo() -> None:
     assert regions() <= before
 
 
-def test_demo_and_ctrl_c() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_demo_that_is_ended(number: signal.Signals) -> None:
     before = regions()
     with subprocess.Popen(command("demo"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
         assert run.stderr is not None
         while "listens on port" not in run.stdout.readline():
             assert run.poll() is None, run.stderr.read()
-        run.send_signal(signal.SIGINT)
+        run.send_signal(number)
         said = run.stderr.read()
-        assert run.wait(SECONDS) == 130
-    assert "interrupted" in said
+        assert run.wait(SECONDS) == 128 + number
+    assert ("interrupted" in said) == (number == signal.SIGINT)
     assert "Traceback" not in said
     assert regions() <= before
