@@ -10,8 +10,7 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from shmsock.bench import plot as bench_plot
-from shmsock.bench import results as bench_results
+from shmsock.bench import plot, results
 from shmsock.bench.ends.timing import encoded
 from shmsock.bench.marks import MARKS, judge
 from shmsock.bench.measures import IDLE, MEASURES, SPORADIC, SUITE, SWEEPS, chosen
@@ -186,20 +185,20 @@ def test_plot(tmp_path: Path) -> None:
         "sweeps": {"sizes": {"title": "By size", "figure": "mb_s", "results": sizes}},
     }
     file = tmp_path / "out.svg"
-    bench_plot.plot(report, str(file))
+    plot.plot(report, str(file))
     root = ElementTree.parse(file).getroot()
     assert root.tag.endswith("svg")
     said = file.read_text()
     for text in ("Round trips, here", "By size", OURS, "99.99 %", "1 MiB", "at abc"):
         assert text in said
     with pytest.raises(RegionError, match="nothing to plot"):
-        bench_plot.plot({"machine": MACHINE, "measures": {"bulk": figures()}}, str(file))
+        plot.plot({"machine": MACHINE, "measures": {"bulk": figures()}}, str(file))
 
 
 def test_where_libraries_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert not bench_results.have_histograms()
-    for need in (bench_results.need_histograms, bench_plot.need_matplotlib):
+    assert not results.have_histograms()
+    for need in (results.need_histograms, plot.need_matplotlib):
         with pytest.raises(RegionError, match=r"pip install 'shmsock\[bench\]'"):
             need()
 

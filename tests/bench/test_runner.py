@@ -17,12 +17,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from shmsock.bench import floor
-from shmsock.bench import machine as bench_machine
-from shmsock.bench import measures as bench_measures
-from shmsock.bench import remote as bench_remote
-from shmsock.bench import runner as bench
-from shmsock.bench import vm as bench_vm
+from shmsock.bench import floor, machine, measures, remote, runner, vm
 from shmsock.bench.child import Child, ChildError, python
 from shmsock.bench.ends.timing import encoded
 from shmsock.bench.measures import ECHO, MEASURES, PLAIN, SWEEPS, Measure
@@ -98,11 +93,11 @@ def test_a_run_takes_turns() -> None:
 def test_the_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its parts, but as if measured elsewhere."""
     place = Made()
-    monkeypatch.setattr(bench, "Host", lambda console: place)
+    monkeypatch.setattr(runner, "Host", lambda console: place)
     file, text, plot = tmp_path / "all.json", tmp_path / "all.txt", tmp_path / "all.svg"
     said = good("bench", "--all", "--rounds", "1", "--json", file, "--text", text, "--plot", plot)
     report = json.loads(file.read_text())
-    assert list(report["measures"]) == [m.name for m in bench_measures.SUITE if m.placement != "one"]
+    assert list(report["measures"]) == [m.name for m in measures.SUITE if m.placement != "one"]
     assert set(report["sweeps"]) == {"sizes", "connections"}
     assert list(report["sweeps"]["connections"]["results"][TCP]) == ["1", "4", "16", "64", "250", "1000"]
     assert {mark["measure"] for mark in report["marks"]} >= {"echo", "bulk", "connect", "many", "think-1ms"}
@@ -133,7 +128,7 @@ def test_what_the_old_options_choose(monkeypatch: pytest.MonkeyPatch) -> None:
         chosen[:] = what
         return {}
 
-    monkeypatch.setattr(bench, "bench", taken)
+    monkeypatch.setattr(runner, "bench", taken)
 
     def names(*options: str) -> tuple[int, float, list[str], set[str], list[str]]:
         good("bench", *options)
@@ -185,7 +180,7 @@ def test_missing_packages_are_named(
 ) -> None:
     """Before anything is measured."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else name)
-    monkeypatch.setattr(bench, "bench", lambda *_: pytest.fail("it was measured"))
+    monkeypatch.setattr(runner, "bench", lambda *_: pytest.fail("it was measured"))
     assert "pip install 'shmsock[bench]'" in bad("bench", *options)
 
 
@@ -195,7 +190,7 @@ def test_files_that_cannot_be_written(
     way: tuple[str, ...], option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That is said before anything is measured."""
-    for module, name in ((bench, "bench"), (bench_vm, "bench_guests"), (bench_remote, "bench_remote")):
+    for module, name in ((runner, "bench"), (vm, "bench_guests"), (remote, "bench_remote")):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("it was measured"))
     there = tmp_path / "none" / "file"
     assert f"there is no directory {there.parent}" in bad("bench", *way, option, there)
@@ -215,7 +210,7 @@ def test_files_that_cannot_be_written(
     ],
 )
 def test_nothing_to_plot(options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in ((bench, "bench"), (bench_vm, "bench_guests"), (bench_remote, "bench_remote")):
+    for module, name in ((runner, "bench"), (vm, "bench_guests"), (remote, "bench_remote")):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("it was measured"))
     assert "nothing to plot" in bad("bench", *options, "--plot", tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
@@ -265,7 +260,7 @@ def test_the_c_loop(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_cpu_measures_no_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "cpus", lambda: (3, 3, "both on CPU 3, the only one there is"))
+    monkeypatch.setattr(runner, "cpus", lambda: (3, 3, "both on CPU 3, the only one there is"))
     out = io.StringIO()
     host = Host(Console(width=200, file=out))
     assert host.where(ECHO) is None
@@ -279,18 +274,18 @@ def test_a_busy_machine_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     for load in (4.0, 4.1):
         assert out.getvalue() == ""
         monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
-        bench_machine.note_load(Console(width=300, file=out), known)
+        machine.note_load(Console(width=300, file=out), known)
     assert "load 4.1 on 2 CPUs" in out.getvalue()
     assert known == {"cpus": 2, "load_after": 4.1}
 
 
 def test_machine_without_extension_and_uvloop(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "no extension" not in bench_machine.describe({**bench_machine.machine(), "extension": True})
-    monkeypatch.setattr(bench_machine, "extension", None)
-    assert "no extension" in bench_machine.describe(bench_machine.machine())
-    monkeypatch.setattr(bench_machine, "have_uvloop", lambda: False)
-    assert "uvloop" not in bench_machine.machine()
-    assert "no uvloop" in bench_machine.describe(bench_machine.machine())
+    assert "no extension" not in machine.describe({**machine.machine(), "extension": True})
+    monkeypatch.setattr(machine, "extension", None)
+    assert "no extension" in machine.describe(machine.machine())
+    monkeypatch.setattr(machine, "have_uvloop", lambda: False)
+    assert "uvloop" not in machine.machine()
+    assert "no uvloop" in machine.describe(machine.machine())
 
 
 def test_a_child_that_fails(capfd: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shmsock.bench import demo_vm
-from shmsock.guests import image as guest_image
+from shmsock.guests import image
 from shmsock.guests.qemu import Fleet, GuestError
 from tests.commands.test_cli import bad, good
 
@@ -23,7 +23,7 @@ def test_demo_vm() -> None:
 
 
 def test_demo_vm_without_qemu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guest_image, "missing", lambda: ["qemu-system-x86"])
+    monkeypatch.setattr(image, "missing", lambda: ["qemu-system-x86"])
     assert "sudo apt-get install qemu-system-x86" in bad("demo-vm")
 
 
