@@ -11,11 +11,13 @@ import os
 from typing import Any
 
 from shmsock.engine.memory import Core
+from shmsock.native._core import lib
 
 __all__ = ["Heartbeat", "eventfd"]
 
 BEAT_NS = 100_000_000
-LOCK, DOUBT = 1, 2
+LOCK: int = lib.SH_HEARD_LOCK
+SUSPECTED_LOSS: int = lib.SH_HEARD_SUSPECTED_LOSS
 
 
 def eventfd() -> int:
@@ -48,7 +50,8 @@ class Heartbeat:
 
     def heard(self) -> int:
         """Empty the eventfd. Before the pump looks, never after: what comes in between must make it readable
-        again. Returns what is to be asked besides: LOCK (see unlocked()), DOUBT (a doorbell may be lost)."""
+        again. Returns what is to be asked besides: LOCK (see unlocked()),
+        SUSPECTED_LOSS (a doorbell may be lost)."""
         bits: int = self._lib.sh_heartbeat_heard(self.native)
         return bits
 

@@ -166,6 +166,96 @@ def ring_breaches(package: Path) -> list[str]:
     return breaches
 
 
+def circles(package: Path) -> list[str]:
+    """Modules that import each other, by whatever way; for type checkers counts too."""
+    known = modules(package)
+    edges = {
+        name: {target for _, target in imports(name, file, known) if target in known and target != name}
+        for name, file in known.items()
+    }
+    ways = {name: reachable(name, edges) for name in known}
+    return [name for name in known if name in ways[name]]
+
+
+# Numbers of the core are typed in the core: what Python calls by the same name is made of what cffi exports.
+COLD_READERS = {"shmsock.commands.content", "shmsock.region.occupants"}
+
+
+def typed_twice(package: Path, exported: dict[str, int]) -> list[str]:
+    """Constants in Python whose value is written out, and which the core has under that name too."""
+    found = []
+    for name, file in modules(package).items():
+        if room(name) not in ("engine", "wakeup") and name not in COLD_READERS:
+            continue
+        for node in ast.parse(file.read_text(encoding="utf-8"), file.name).body:
+            target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+            value = getattr(node, "value", None)
+            pairs = [(target, value)]
+            if isinstance(target, ast.Tuple):
+                values = value.elts if isinstance(value, ast.Tuple) else [value] * len(target.elts)
+                pairs = list(zip(target.elts, values, strict=True))
+            for key, written in pairs:
+                if not isinstance(key, ast.Name) or written is None or not is_number(written):
+                    continue
+                same = [c for c in exported if c.endswith("_" + key.id.strip("_"))]
+                if same:
+                    found.append(f"{name}:{node.lineno} types {key.id}, which is {same[0]}")
+    layout = package / "engine" / "layout.py"
+    for literal in ast.walk(ast.parse(layout.read_text(encoding="utf-8"))) if layout.exists() else ():
+        if isinstance(literal, ast.Constant) and type(literal.value) is int:
+            text = ast.get_source_segment(layout.read_text(encoding="utf-8"), literal) or ""
+            if text.startswith("0x") and set(text[2:]) != {"F"}:
+                found.append(f"shmsock.engine.layout:{literal.lineno} types {text}")
+    return found
+
+
+def is_number(node: ast.AST) -> bool:
+    """An int that is written out, in whatever way."""
+    return not any(isinstance(n, (ast.Name, ast.Attribute)) for n in ast.walk(node)) or (
+        isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "range"
+    )
+
+
+def exported_numbers() -> dict[str, int]:
+    from shmsock.native._core import lib
+
+    names = {name: getattr(lib, name) for name in dir(lib) if name.startswith("SH_")}
+    return {name: value for name, value in names.items() if isinstance(value, int)}
+
+
+# Words that others write are read by functions of engine/layout.py, which return what they have checked.
+READERS = {"shmsock.engine.layout", "shmsock.engine.memory"}
+
+
+def raw_reads(package: Path) -> list[str]:
+    """Where a word or bytes of the region are read elsewhere."""
+    return [
+        f"{name}:{node.lineno} reads the region"
+        for name, file in modules(package).items()
+        if room(name) in ("engine", "aio", "anyio", "commands", "wakeup") and name not in READERS
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"), file.name))
+        if isinstance(node, ast.Attribute)
+        and node.attr in ("load", "read", "_base")
+        and getattr(node.value, "attr", getattr(node.value, "id", "")) == "memory"
+    ]
+
+
+def test_the_core_s_numbers_are_typed_once() -> None:
+    from shmsock.address import MAX_SECTIONS
+    from shmsock.engine.layout import MAX_PEERS
+
+    assert typed_twice(PACKAGE, exported_numbers()) == []
+    assert MAX_SECTIONS == MAX_PEERS  # names and addresses are known without the core
+
+
+def test_words_of_others_are_read_in_one_place() -> None:
+    assert raw_reads(PACKAGE) == []
+
+
+def test_no_module_of_the_engine_is_in_a_circle() -> None:
+    assert [name for name in circles(PACKAGE) if room(name) == ENGINE] == []
+
+
 def test_imports_go_downward() -> None:
     assert floor_breaches(PACKAGE) == []
 
@@ -287,6 +377,40 @@ def test_a_look_into_a_ring_is_found_in_c(package: Path, line: str) -> None:
 def test_a_look_into_a_ring_is_found_in_python(package: Path, line: str) -> None:
     (package / "engine" / "connection.py").write_text(line)
     assert len(ring_breaches(package)) == 1
+
+
+def test_modules_in_a_circle_are_found(package: Path) -> None:
+    assert circles(package) == []
+    (package / "engine" / "node.py").write_text("if TYPE_CHECKING:\n    from shmsock.engine.links import X")
+    assert circles(package) == ["shmsock.engine.links", "shmsock.engine.node"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "EOF = -2",
+        "EOF: int = -2",
+        "EMPTY, EOF = -1, -2",
+        "EMPTY, EOF = range(2)",
+        "MAX_RING = 1 << 30",
+        "_EOF = -2",
+    ],
+)
+def test_a_number_that_is_typed_twice_is_found(package: Path, line: str) -> None:
+    (package / "engine" / "bad.py").write_text(line)
+    (breach,) = typed_twice(package, {"SH_EOF": -2, "SH_MAX_RING": 1 << 30})
+    assert breach.startswith("shmsock.engine.bad:1 types ")
+
+
+def test_an_offset_that_is_typed_is_found(package: Path) -> None:
+    (package / "engine" / "layout.py").write_text("def f(at):\n    return at + 0x140 & 0xFFFF\n")
+    assert typed_twice(package, {}) == ["shmsock.engine.layout:2 types 0x140"]
+
+
+@pytest.mark.parametrize("line", ["self.home.memory.load(at)", "memory.read(at, 8)", "load = x.memory.load"])
+def test_a_word_that_is_read_elsewhere_is_found(package: Path, line: str) -> None:
+    (package / "engine" / "links.py").write_text(line)
+    assert raw_reads(package) == ["shmsock.engine.links:1 reads the region"]
 
 
 def test_long_file_is_found(package: Path) -> None:

@@ -24,7 +24,7 @@ from shmsock.aio.node import Loop, Node, slowness
 from shmsock.engine import layout as lay
 from shmsock.engine.attach import PATIENCE_S, claim_section, name_taken, release_claim
 from shmsock.engine.engine import Engine
-from shmsock.engine.layout import Identity, Layout, format_region, is_blank, read_layout
+from shmsock.engine.layout import Identity, Layout, format_region, has_magic, is_blank, read_layout
 from shmsock.engine.memory import Memory, native_core
 from shmsock.engine.peers import Peer
 from shmsock.engine.settings import Settings
@@ -96,7 +96,7 @@ def _holds_a_region(device: region.PciDevice) -> bool:
     with region.open(device.url, writable=False) as candidate:
         memory = Memory(native_core(), candidate.mmap, write_combining=candidate.write_combining)
         try:
-            return memory.load(lay.H_MAGIC) == lay.MAGIC
+            return has_magic(memory)
         finally:
             memory.release()
 

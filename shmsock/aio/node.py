@@ -30,7 +30,7 @@ from shmsock.engine.listeners import Listener
 from shmsock.engine.peers import Peer
 from shmsock.errors import NodeClosedError, address_unavailable, forked, other_memory, wrong_thread
 from shmsock.region.base import Region
-from shmsock.wakeup import DOUBT, LOCK, Heartbeat
+from shmsock.wakeup import LOCK, SUSPECTED_LOSS, Heartbeat
 
 __all__ = ["Handler", "Loop", "Node", "slowness", "yield_once"]
 
@@ -180,7 +180,7 @@ class Node(Pump):  # type: ignore[misc]
         if news & LOCK:
             self.unlocked = self.heartbeat.unlocked()
         self.listens = self.doorbell_listener.bell is not None
-        if news & DOUBT or self.listens:
+        if news & SUSPECTED_LOSS or self.listens:
             self.doorbell_listener.look()
         self.flushed()
 

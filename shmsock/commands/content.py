@@ -13,11 +13,10 @@ from typing import Any
 from shmsock.address import boot_id
 from shmsock.engine import layout as lay
 from shmsock.engine.attach import Seen, survey
-from shmsock.engine.layout import Layout, read_layout, too_small
+from shmsock.engine.layout import Layout, read_layout, too_small, version_and_size
 from shmsock.engine.memory import Memory, native_core
 from shmsock.region.base import Region, map_bytes
 from shmsock.region.file import FileRegion
-from shmsock.region.ivshmem_protocol import MAX_ID, MAX_VECTORS
 from shmsock.region.locks import SERVER_LOCK
 from shmsock.region.pci import PciDevice
 from shmsock.region.place import Holder, holders
@@ -38,8 +37,6 @@ __all__ = [
 BEAT_S = 0.5
 """A beat moves five times a second at least: one that stands still so long is silent (or its machine very
 busy)."""
-SLOT_BYTES, SLOT_P = 192, 0x40
-FIN, DONE = 1 << 32, 1 << 34
 
 
 @dataclass(frozen=True)
@@ -108,11 +105,11 @@ def inspect(region: Region, watch_s: float = BEAT_S) -> Content:
                 "unformatted",
                 "somebody began to format it, or zeroed its first word, and did not come to the end",
             )
-        version = memory.load(lay.H_VERSION)
+        version, size = version_and_size(memory)
         try:
             layout = read_layout(memory)
         except OSError as error:
-            return Content("broken", error.strerror or str(error), version, bytes=memory.load(lay.H_BYTES))
+            return Content("broken", error.strerror or str(error), version, bytes=size)
         return Content(
             "formatted",
             version=version,
@@ -174,6 +171,7 @@ def _section(layout: Layout, first: Seen, now: Seen, boot: bytes) -> Section:
     else:
         state = "leaving" if now.state == lay.LEAVING else "live"
     shown = who is not None and state not in ("free", "left")
+    bell = layout.doorbell(now.section) if shown else None
     return Section(
         number=now.section,
         state=state,
@@ -181,46 +179,24 @@ def _section(layout: Layout, first: Seen, now: Seen, boot: bytes) -> Section:
         pid=who.pid if who else None,
         boot=who.boot_id.hex() if who else None,
         here=who is not None and who.boot_id == boot != bytes(16),
-        doorbell=_doorbell(layout, now.section) if shown else None,
+        doorbell={"id": bell[0], "vectors": bell[1]} if bell else None,
         futex=shown and who is not None and bool(who.flags & lay.FLAG_FUTEX),
-        ports=_ports(layout, now.section) if shown else [],
+        ports=sorted({port for port, _ in layout.listener_entries(now.section)}) if shown else [],
         connections=_connections(layout, now.section) if shown else [],
     )
 
 
-def _doorbell(layout: Layout, section: int) -> dict[str, int] | None:
-    word = layout.memory.load(layout.section(section) + lay.DOORBELL)
-    number, vectors = word >> 32, word & 0xFFFFFFFF
-    if number > MAX_ID or not 0 < vectors <= MAX_VECTORS:
-        return None
-    return {"id": number, "vectors": vectors}
-
-
-def _ports(layout: Layout, section: int) -> list[int]:
-    load, at = layout.memory.load, layout.section(section)
-    used = min(load(at + lay.N_LISTENERS), lay.LISTENERS)
-    words = (load(at + lay.LISTENER + 8 * index) for index in range(used))
-    return sorted({word & 0xFFFF for word in words if word >> 16 & 1})
-
-
 def _connections(layout: Layout, section: int) -> list[dict[str, Any]]:
-    load, at = layout.memory.load, layout.section(section) + int(layout.geometry.slot_off)
-    found = []
-    for slot in range(layout.slots):
-        link = load(at + slot * SLOT_BYTES)
-        if link:
-            flags = load(at + slot * SLOT_BYTES + SLOT_P)
-            state = "closing" if flags & DONE else "half-closed" if flags & FIN else "open"
-            found.append(
-                {
-                    "slot": slot,
-                    "state": state,
-                    "peer_section": link >> 32 & 0xFF,
-                    "peer_slot": link >> 16 & 0xFFFF,
-                    "generation": link >> 40,
-                }
-            )
-    return found
+    return [
+        {
+            "slot": slot,
+            "state": "closing" if word & lay.DONE else "half-closed" if word & lay.FIN else "open",
+            "peer_section": link >> 32 & 0xFF,
+            "peer_slot": link >> 16 & 0xFFFF,
+            "generation": link >> 40,
+        }
+        for slot, link, word in layout.slot_words(section)
+    ]
 
 
 def busy_sections(region: Region) -> list[str]:

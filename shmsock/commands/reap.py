@@ -102,7 +102,7 @@ def reap_region(
             if section.state == "silent" and confirm is not None and not confirm(section):
                 done.refused.append(f"section {section.number} is left as it is")
             elif section.state == "silent":
-                words[section.number] = memory.load(layout.section(section.number))
+                words[section.number] = layout.claim(section.number)
 
         def force(found: attach.Seen) -> bool:
             return words.get(found.section) == found.claim

@@ -3,9 +3,11 @@ memory)."""
 
 from __future__ import annotations
 
+from shmsock.native._core import lib
+
 __all__ = ["MIN_RING", "Arena"]
 
-MIN_RING = 4096
+MIN_RING: int = lib.SH_MIN_RING
 KEPT = 32
 
 

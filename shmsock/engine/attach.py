@@ -18,7 +18,6 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Protocol
 
-from shmsock.engine import layout as lay
 from shmsock.engine.layout import Identity, Layout
 from shmsock.errors import section_taken, sections_full
 
@@ -65,11 +64,9 @@ class Seen:
 
 
 def survey(layout: Layout, locks: Locks, boot_id: bytes) -> list[Seen]:
-    memory, found = layout.memory, []
+    found = []
     for i in range(layout.peers):
-        at = layout.section(i)
-        claim, who = memory.load(at + lay.CLAIM), layout.identity(i)
-        life = memory.load(at + lay.INCARNATION)
+        claim, who, life = layout.claim(i), layout.identity(i), layout.life(i)
         used = life != 0
         # The identity of who left says nothing of who is just claiming the section.
         lock_here = who is not None and who.claim == claim and who.lock_tells(boot_id, locks.identity)
@@ -77,14 +74,14 @@ def survey(layout: Layout, locks: Locks, boot_id: bytes) -> list[Seen]:
             Seen(
                 section=i,
                 claim=claim,
-                beat=memory.load(at + lay.BEAT),
-                state=memory.load(at + lay.STATE),
+                beat=layout.beat(i),
+                state=layout.state(i),
                 used=used,
                 life=life,
                 who=who,
                 # Without any identity (killed while it claimed a fresh section) nothing was published either.
                 dead=bool(claim and (lock_here or not used) and not locks.section_locked(i)),
-                left=memory.load(at + lay.LEFT),
+                left=layout.departure(i),
             )
         )
     return found
@@ -92,27 +89,15 @@ def survey(layout: Layout, locks: Locks, boot_id: bytes) -> list[Seen]:
 
 def _alive(layout: Layout, before: list[Seen]) -> set[int]:
     """Sections whose beat moved since `before` was taken."""
-    load = layout.memory.load
-    return {s.section for s in before if s.claim and load(layout.section(s.section) + lay.BEAT) != s.beat}
+    return {s.section for s in before if s.claim and layout.beat(s.section) != s.beat}
 
 
 def _is_read(layout: Layout, section: int, readers: set[int]) -> bool:
     """Has one of these not taken all messages of the section's last owner, or does it read what that
     published? (A message may be the answer to a connection whose bytes are there already.)"""
-    load = layout.memory.load
-    if not load(layout.section(section) + lay.INCARNATION):
+    if not layout.life(section):
         return False  # nobody ever lived there, whatever others say: newcomers need not wait for them
-    for reader in readers - {section}:
-        there, back = layout.pair(section, reader), layout.pair(reader, section)
-        tag, mine = load(there + lay.NOTIFY_SEQ) >> 32, load(back + lay.NOTIFY_SEQ) >> 32
-        sent, taken = load(there + lay.OUTBOX), load(back + lay.INBOX)
-        head = taken if taken >> 32 == tag else 0
-        if sent >> 32 == mine and (sent ^ head) & 0xFFFFFFFF:
-            return True
-        users = load(back + lay.USERS)  # SYNC U: inbox before users; partner: handshake.c, acknowledge()
-        if users & 0xFFFFFFFF and users >> 32 == tag:
-            return True
-    return False
+    return any(layout.is_read_by(section, reader) for reader in readers - {section})
 
 
 def _readers(now: list[Seen], alive: set[int]) -> set[int]:
@@ -243,7 +228,7 @@ def name_taken(
 
 def release_claim(layout: Layout, locks: Locks, claim: Claim) -> None:
     """Undo a claim that no engine was made of."""
-    layout.memory.cas(layout.section(claim.section) + lay.CLAIM, claim.word, 0)
+    layout.swap_claim(claim.section, claim.word, 0)
     locks.unlock_section(claim.section)
 
 
@@ -270,18 +255,18 @@ def _take(
     """Claim it, unless somebody was quicker, or it is read; None for `alive`: read or not."""
     if not locks.lock_section(seen.section):
         return None
-    at, word = layout.section(seen.section) + lay.CLAIM, rng.getrandbits(64) | 1
+    word = rng.getrandbits(64) | 1
     taken = False
     try:
-        if layout.memory.cas(at, seen.claim, word):
+        if layout.swap_claim(seen.section, seen.claim, word):
             yield SETTLE_S  # on some mappings a compare-and-swap is not one: see that ours stands
-            taken = layout.memory.load(at) == word
+            taken = layout.claim(seen.section) == word
             if taken and alive is not None:  # only from here on can no other owner have been there
                 readers = _readers(survey(layout, locks, boot_id), alive)
                 taken = not _is_read(layout, seen.section, readers)
     finally:
         if not taken:  # also when whoever drives this generator gave up
-            layout.memory.cas(at, word, seen.claim)
+            layout.swap_claim(seen.section, word, seen.claim)
             locks.unlock_section(seen.section)
     return Claim(seen.section, word) if taken else None
 
@@ -308,8 +293,7 @@ def reap(
     for seen in before:
         if not seen.claim or seen.section in alive:
             continue
-        if (seen.dead or (force is not None and force(seen))) and layout.memory.cas(
-            layout.section(seen.section) + lay.CLAIM, seen.claim, 0
-        ):
+        wanted = seen.dead or (force is not None and force(seen))
+        if wanted and layout.swap_claim(seen.section, seen.claim, 0):
             freed.append(seen)
     return freed

@@ -36,6 +36,7 @@ from typing import Any
 from shmsock.engine.home import Home
 from shmsock.engine.slots import Held, Slots
 from shmsock.errors import violation, wrong_thread
+from shmsock.native._core import lib
 
 __all__ = [
     "ADOPTIONS_PER_S",
@@ -64,11 +65,24 @@ __all__ = [
 ]
 
 # statuses of read and write (enum sh_status)
-EMPTY, EOF, RESET, YIELD, VIOLATION, STALE, CLOSED, UNBOUND, GROW = -1, -2, -3, -4, -5, -6, -7, -8, -9
+EMPTY: int = lib.SH_EMPTY
+EOF: int = lib.SH_EOF
+RESET: int = lib.SH_RESET
+YIELD: int = lib.SH_YIELD
+VIOLATION: int = lib.SH_VIOLATION
+STALE: int = lib.SH_STALE
+CLOSED: int = lib.SH_CLOSED
+UNBOUND: int = lib.SH_UNBOUND
+GROW: int = lib.SH_GROW
 # bits of a poll (enum sh_bits)
-DATA, FIN, DONE, RESET_BIT, BAD, SPACE, MOVED = 1, 2, 4, 8, 16, 32, 64
-COPY_MAX = 1 << 20
-SH_TAKE = 4096  # what sh_take copies itself
+DATA: int = lib.SH_POLL_DATA
+FIN: int = lib.SH_POLL_FIN
+DONE: int = lib.SH_POLL_DONE
+RESET_BIT: int = lib.SH_POLL_RESET
+BAD: int = lib.SH_POLL_BAD
+SPACE: int = lib.SH_POLL_SPACE
+MOVED: int = lib.SH_POLL_MOVED
+COPY_MAX: int = lib.SH_COPY_MAX  # bytes of one read
 VIOLATIONS = 3
 ADOPTIONS_PER_S = 10
 IMPOSSIBLE = "an impossible position, epoch or flag in a slot"

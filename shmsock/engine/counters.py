@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
+from shmsock.native._core import ffi, lib
+
 __all__ = ["OF_CORE", "OF_ENGINE"]
 
-OF_CORE = (  # in the order of enum sh_counter
-    "pumps",
-    "reads",
-    "writes",
-    "bytes_in",
-    "bytes_out",
-    "notifies",
-    "notifies_pending",
-    "spin_hits",
-    "spin_misses",
-    "wakeups",
-    "healed",
-    "notifications",
-    "datagrams_in",
-    "datagrams_out",
-    "kicks",
-    "suppressed",
-    "received",
-    "spurious",
-    "rate_limited",
-)
+_elements = ffi.typeof("enum sh_counter").elements
+#: In the order of the enum: sh_node_counter() takes an index of this.
+OF_CORE = tuple(_elements[i].removeprefix("SH_N_").lower() for i in range(lib.SH_N_COUNTERS))
 OF_ENGINE = (
     "accepted",
     "connected",

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 from shmsock.engine.connection import DATA, DONE, EMPTY, EOF, SPACE, UNBOUND, VIOLATION, Connection, State
 from shmsock.engine.home import Home
 from shmsock.errors import no_buffers
+from shmsock.native._core import lib
 
 __all__ = [
     "OVERHEAD",
@@ -31,7 +32,7 @@ __all__ = [
     "remember",
 ]
 
-HEADER = 8
+HEADER: int = lib.SH_RECORD_HEADER
 OVERHEAD = 64  # what one that waits counts beside its bytes
 RECORDS_PER_PASS, BYTES_PER_PASS = 64, 256 << 10
 SENT_PER_PASS = 256

@@ -34,10 +34,11 @@ from shmsock.engine.listeners import Listener, Listeners
 from shmsock.engine.peers import Peer, Peers
 from shmsock.engine.slots import Slots
 from shmsock.errors import datagram_too_long, node_closed
+from shmsock.native._core import lib
 
 __all__ = ["BROADCAST", "DATAGRAM_MAX", "Datagrams", "Endpoint"]
 
-DATAGRAM_MAX = 65507  # SH_DATAGRAM_MAX
+DATAGRAM_MAX: int = lib.SH_DATAGRAM_MAX
 BROADCAST = "*"
 
 

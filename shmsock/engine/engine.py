@@ -33,11 +33,13 @@ from shmsock.engine.settings import Settings
 from shmsock.engine.slots import Slots
 from shmsock.engine.wakes import Wakes
 from shmsock.errors import NodeClosedError, node_closed, peer_gone
+from shmsock.native._core import lib
 from shmsock.region.doorbell import Doorbell
 
 __all__ = ["Engine"]
 
-EV_SLOT, EV_ADOPT, EV_MESSAGE = 0, 1, 2
+EV_SLOT: int = lib.SH_EV_SLOT
+EV_ADOPT: int = lib.SH_EV_ADOPT
 SAMPLE_NS = 75_000_000  # a bit less than a beat, which is what wakes a sleeping loop for it
 SAFETY_NS = 1_000_000_000
 COMING_NS = 5_000_000_000

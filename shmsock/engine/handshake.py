@@ -16,12 +16,18 @@ from shmsock.engine.listeners import Listeners
 from shmsock.engine.peers import Peer, Peers
 from shmsock.engine.slots import NO_MEMORY, NO_SLOT, Slots
 from shmsock.errors import backlog_full, peer_full, violation
+from shmsock.native._core import lib
 
 __all__ = ["Handshake"]
 
-CONNECT, ACCEPT, REFUSE = 1, 2, 3  # enum sh_kind
-NO_LISTENER, BACKLOG, STALE_CONNECT = 1, 4, 5  # enum sh_reason
-MESSAGES, MESSAGES_PER_PASS = 64, 16  # in the ring; taken at a time
+CONNECT: int = lib.SH_CONNECT
+ACCEPT: int = lib.SH_ACCEPT
+REFUSE: int = lib.SH_REFUSE
+NO_LISTENER: int = lib.SH_NO_LISTENER
+BACKLOG: int = lib.SH_BACKLOG
+STALE_CONNECT: int = lib.SH_STALE_CONNECT
+MESSAGES: int = lib.SH_MESSAGES
+MESSAGES_PER_PASS = 16  # read from a peer at a time
 
 
 class Handshake:

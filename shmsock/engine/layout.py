@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from shmsock.address import MAX_SECTIONS
 from shmsock.engine.memory import Memory
-from shmsock.errors import RegionFormatError, format_error, region_error
-from shmsock.region import occupants
+from shmsock.errors import format_error, region_error
+from shmsock.native._core import lib
+from shmsock.region.ivshmem_protocol import MAX_ID, MAX_VECTORS
 
 __all__ = [
     "MAX_PEERS",
@@ -19,25 +20,56 @@ __all__ = [
     "Layout",
     "default_slots",
     "format_region",
+    "has_magic",
+    "is_blank",
     "read_layout",
     "region_for",
     "too_small",
+    "version_and_size",
 ]
 
-MAGIC = int.from_bytes(occupants.MAGIC, "little")
-VERSION = 4
-HEADER = 4096
-MAX_PEERS = MAX_SECTIONS
-LISTENERS = 448
-# offsets in the header, then in a section, then in a pair
-H_MAGIC, H_VERSION, H_ID, H_BYTES = 0, 8, 16, 24
-CLAIM, BEAT, PUMPS, INCARNATION, STATE, N_LISTENERS, FLAGS = 0x00, 0x40, 0x48, 0xC0, 0xC8, 0xD0, 0xD8
-NAME, MACHINE, BOOT, PID, DEV, INO = 0x100, 0x140, 0x150, 0x160, 0x168, 0x170
-LEFT, DOORBELL, RESERVED, OWNER = 0x178, 0x180, 0x188, 0x190
-LISTENER = 0x200
-NOTIFY_SEQ, OUTBOX, INBOX, USERS = 0x00, 0x40, 0x80, 0xC0
-LIVE, LEAVING, GONE = 1, 2, 3
-FLAG_LOCKED, FLAG_FUTEX = 1, 2
+# native/LAYOUT.md says what these are; the core's numbers are the only ones
+MAGIC: int = lib.SH_MAGIC
+VERSION: int = lib.SH_VERSION
+HEADER: int = lib.SH_HEADER_SIZE
+MAX_PEERS: int = lib.SH_MAX_PEERS
+LISTENERS: int = lib.SH_LISTENERS
+H_MAGIC: int = lib.SH_HEADER_MAGIC
+H_VERSION: int = lib.SH_HEADER_VERSION
+H_ID: int = lib.SH_HEADER_REGION_ID
+H_BYTES: int = lib.SH_HEADER_REGION_BYTES
+CLAIM: int = lib.SH_SECTION_CLAIM
+BEAT: int = lib.SH_SECTION_BEAT
+PUMPS: int = lib.SH_SECTION_PUMPS
+INCARNATION: int = lib.SH_SECTION_INCARNATION
+STATE: int = lib.SH_SECTION_STATE
+N_LISTENERS: int = lib.SH_SECTION_LISTENERS
+FLAGS: int = lib.SH_SECTION_FLAGS
+NAME: int = lib.SH_SECTION_NAME
+MACHINE: int = lib.SH_SECTION_MACHINE_ID
+BOOT: int = lib.SH_SECTION_BOOT_ID
+PID: int = lib.SH_SECTION_PID
+DEV: int = lib.SH_SECTION_DEV
+INO: int = lib.SH_SECTION_INO
+LEFT: int = lib.SH_SECTION_LEFT
+DOORBELL: int = lib.SH_SECTION_DOORBELL
+RESERVED: int = lib.SH_SECTION_RESERVED
+OWNER: int = lib.SH_SECTION_OWNER
+LISTENER: int = lib.SH_SECTION_LISTENER
+NOTIFY_SEQ: int = lib.SH_PAIR_NOTIFY_SEQ
+OUTBOX: int = lib.SH_PAIR_OUTBOX
+INBOX: int = lib.SH_PAIR_INBOX
+USERS: int = lib.SH_PAIR_USERS
+SLOT_LINK: int = lib.SH_SLOT_LINK
+SLOT_TX_WORD: int = lib.SH_SLOT_TX_WORD
+SLOT_BYTES: int = lib.SH_SLOT_SIZE
+LIVE: int = lib.SH_STATE_LIVE
+LEAVING: int = lib.SH_STATE_LEAVING
+GONE: int = lib.SH_STATE_LEFT
+FLAG_LOCKED: int = lib.SH_FLAG_LOCKED
+FLAG_FUTEX: int = lib.SH_FLAG_FUTEX
+FIN = 1 << lib.SH_FIN_BIT
+DONE = 1 << lib.SH_DONE_BIT
 
 
 @dataclass(frozen=True)
@@ -85,6 +117,21 @@ class Layout:
         g: Any = self.geometry
         return self.section(of) + int(g.pair_off) + towards * int(g.pair_bytes)
 
+    # -- words of others: read here and nowhere else, and only what was checked is returned
+
+    def claim(self, index: int) -> int:
+        """The nonce of the owner; 0 for nobody."""
+        return self.memory.load(self.section(index) + CLAIM)
+
+    def life(self, index: int) -> int:
+        """The incarnation of the owner, or of the last one; 0 when the section was never used."""
+        return self.memory.load(self.section(index) + INCARNATION)
+
+    def state(self, index: int) -> int:
+        """0 (not yet there), LIVE, LEAVING, or GONE for anything else."""
+        state = self.memory.load(self.section(index) + STATE)
+        return state if state in (0, LIVE, LEAVING) else GONE
+
     def beat(self, index: int) -> int:
         """Compared for equality only."""
         return self.memory.load(self.section(index) + BEAT)
@@ -92,6 +139,38 @@ class Layout:
     def departure(self, index: int) -> int:
         """The smaller, the longer ago the section was left."""
         return self.memory.load(self.section(index) + LEFT)
+
+    def doorbell(self, index: int) -> tuple[int, int] | None:
+        """Id on the region's ivshmem server, and vectors; None when the owner has no doorbell."""
+        word = self.memory.load(self.section(index) + DOORBELL)
+        number, vectors = word >> 32, word & 0xFFFFFFFF
+        return (number, vectors) if number <= MAX_ID and 0 < vectors <= MAX_VECTORS else None
+
+    def listener_entries(self, index: int) -> list[tuple[int, int]]:
+        """(port, flags) of the listeners in use."""
+        at = self.section(index)
+        used = min(self.memory.load(at + N_LISTENERS), LISTENERS)
+        entries = struct.unpack(f"<{used}Q", self.memory.read(at + LISTENER, 8 * used))
+        return [(e & 0xFFFF, e >> 16 & 0xFF) for e in entries if e >> 16 & lib.SH_LISTEN_USED]
+
+    def slot_words(self, index: int) -> Iterator[tuple[int, int, int]]:
+        """(slot, link, tx word) of the slots in use: to be shown, nothing follows from them."""
+        at = self.section(index) + int(self.geometry.slot_off)
+        for slot in range(self.slots):
+            if link := self.memory.load(at + slot * SLOT_BYTES + SLOT_LINK):
+                yield slot, link, self.memory.load(at + slot * SLOT_BYTES + SLOT_TX_WORD)
+
+    def is_read_by(self, section: int, reader: int) -> bool:
+        """Has the reader not taken all messages of the section's last owner, or does it read what that
+        published?"""
+        load, there, back = self.memory.load, self.pair(section, reader), self.pair(reader, section)
+        tag, mine = load(there + NOTIFY_SEQ) >> 32, load(back + NOTIFY_SEQ) >> 32
+        sent, taken = load(there + OUTBOX), load(back + INBOX)
+        head = taken if taken >> 32 == tag else 0
+        if sent >> 32 == mine and (sent ^ head) & 0xFFFFFFFF:
+            return True
+        users = load(back + USERS)  # SYNC U: inbox before users; partner: handshake.c, acknowledge()
+        return bool(users & 0xFFFFFFFF) and users >> 32 == tag
 
     def swap_claim(self, index: int, old: int, new: int) -> bool:
         """Compare and swap; 0 for nobody's."""
@@ -213,6 +292,16 @@ def format_region(memory: Memory, *, peers: int = 16, rng: random.Random | None 
     return layout
 
 
+def has_magic(memory: Memory) -> bool:
+    """Was it formatted, in whatever version?"""
+    return memory.size >= HEADER and memory.load(H_MAGIC) == MAGIC
+
+
+def version_and_size(memory: Memory) -> tuple[int, int]:
+    """What the header says of itself: to be shown."""
+    return memory.load(H_VERSION), memory.load(H_BYTES)
+
+
 def is_blank(memory: Memory) -> bool:
     """No magic yet, and nothing else either: a BAR2 that nobody formatted, or a format that was begun."""
     return memory.size >= HEADER and memory.load(H_MAGIC) == 0
@@ -252,6 +341,3 @@ def region_for(layout: Layout, factor: int = 2) -> str:
     from shmsock.region.sizes import format_size
 
     return format_size(layout.region_bytes * factor)
-
-
-__all__ += ["RegionFormatError", "is_blank"]

@@ -4,7 +4,6 @@ streams share the table and the rules, and nothing else."""
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Callable, Iterator
 from errno import EADDRINUSE
 from typing import Any
@@ -23,13 +22,17 @@ from shmsock.errors import (
     port_taken,
     ports_exhausted,
 )
+from shmsock.native._core import lib
 
 __all__ = ["Listener", "Listeners"]
 
-USED, REUSE, LOCAL, TENTATIVE, DATAGRAM = 1, 2, 4, 8, 16
+USED: int = lib.SH_LISTEN_USED
+REUSE: int = lib.SH_LISTEN_REUSE
+LOCAL: int = lib.SH_LISTEN_LOCAL
+TENTATIVE: int = lib.SH_LISTEN_TENTATIVE
+DATAGRAM: int = lib.SH_LISTEN_DATAGRAM
 EPHEMERAL = 32768
 PATIENCE, PATIENCE_NS = 20000, 3_000_000  # looks, and time: the loop stands still meanwhile
-ENTRY = struct.Struct("<Q")
 REMEMBERED = 256
 
 
@@ -146,14 +149,12 @@ class Listeners:
 
     def _taken(self, datagram: bool) -> set[int]:
         """Ports that others of the own name have, or are about to have."""
-        memory, found = self.home.memory, set[int]()
-        for peer in self._namesakes():
-            at = self.home.layout.section(peer.section)
-            used = min(memory.load(at + lay.N_LISTENERS), lay.LISTENERS)
-            for (entry,) in ENTRY.iter_unpack(memory.read(at + lay.LISTENER, ENTRY.size * used)):
-                if entry >> 16 & USED and bool(entry >> 16 & DATAGRAM) == datagram:
-                    found.add(entry & 0xFFFF)
-        return found
+        return {
+            port
+            for peer in self._namesakes()
+            for port, flags in self.home.layout.listener_entries(peer.section)
+            if bool(flags & DATAGRAM) == datagram
+        }
 
     def _settle(self, port: int, reuse: bool, datagram: bool) -> bool:
         """Is the port ours? Who is tentative decides within microseconds, unless it was stopped in the middle

@@ -34,11 +34,6 @@ class Memory:
         self._base = core.ffi.cast("void *", self._buffer)  # until release(): then __getattr__ is asked
         self.size = len(self._buffer)
         self.wc = int(write_combining)
-        room = core.ffi.new("char[]", core.lib.SH_TAKE)
-        self.room = (
-            room,
-            core.ffi.buffer(room),
-        )  # where sh_take() puts bytes, and a buffer whose slices are bytes
 
     # -- words
 

@@ -32,9 +32,9 @@ class Peer:
         self.coming = False  # about to say that it is there: its bells are heard before
         self.here = False  # was live, and sample() has not told yet that it is gone
         self.watched = False  # its lock: somebody was asked to
-        self.doorbell = 0  # id << 32 | vectors, as it says
+        self.doorbell: tuple[int, int] | None = None  # id and vectors, as it says
         #: life, live or coming, and its doorbell, as `changed` was last told of
-        self.told = (0, False, 0)
+        self.told: tuple[object, ...] = (0, False, None)
         self.forsaken = False  # the server says that its id is gone: dead, if its beat is still as well
         self.beat = -1
         self.beat_ns = 0
@@ -66,15 +66,15 @@ class Peers:
 
     def refresh(self, peer: Peer, now_ns: int) -> None:
         """Is there somebody, and who? Reads two words unless a new life began."""
-        load, at = self.layout.memory.load, self.layout.section(peer.section)
-        claim = load(at + lay.CLAIM)
+        layout, section = self.layout, peer.section
+        claim = layout.claim(section)
         if not claim and not peer.claim:
             return  # nobody was there, and nobody is
-        life, state = load(at + lay.INCARNATION), load(at + lay.STATE)
-        peer.claim, peer.doorbell = claim, load(at + lay.DOORBELL)
+        life, state = layout.life(section), layout.state(section)
+        peer.claim, peer.doorbell = claim, layout.doorbell(section)
         if life != peer.incarnation:
             peer.incarnation = life
-            peer.who = who = self.layout.identity(peer.section)
+            peer.who = who = layout.identity(section)
             believed = who is not None and self.pin.get(who.name, peer.section) == peer.section
             peer.name = who.name if who and believed else f"section-{peer.section}"
             peer.locked = (
@@ -83,7 +83,7 @@ class Peers:
                 and peer.section != self.own
                 and who.lock_tells(self.me.boot_id, self.locks.identity)
             )
-            peer.beat, peer.beat_ns, peer.samples = load(at + lay.BEAT), now_ns, 0
+            peer.beat, peer.beat_ns, peer.samples = layout.beat(section), now_ns, 0
             peer.live = peer.watched = peer.forsaken = peer.seen = False
         peer.coming = peer.who is not None and bool(peer.claim) and state == 0
         if peer.who is None or not peer.claim or state not in (lay.LIVE, lay.LEAVING):
@@ -163,7 +163,7 @@ class Peers:
         """Before somebody is refused: does one beat again that was thought dead at the last look?"""
         found = False
         for peer in filter(self._thought_dead, self.some):
-            beat = self.layout.memory.load(self.layout.section(peer.section) + lay.BEAT)
+            beat = self.layout.beat(peer.section)
             if beat != peer.beat:
                 self._came_back(peer, beat, now_ns)
                 found |= peer.live
@@ -202,7 +202,7 @@ class Peers:
 
     def declare_dead(self, peer: Peer, now_ns: int) -> None:
         """The kernel said so: its lock fell."""
-        beat = self.layout.memory.load(self.layout.section(peer.section) + lay.BEAT)
+        beat = self.layout.beat(peer.section)
         peer.seen |= beat != peer.beat
         peer.beat, peer.beat_ns = beat, now_ns
         peer.live, peer.here, peer.samples = False, False, max(peer.samples, 1)
@@ -211,7 +211,7 @@ class Peers:
     def forsake(self, peer: Peer, now_ns: int) -> None:
         """The server says that the peer's id is gone. One whose beat goes on was merely dropped by it."""
         peer.forsaken, peer.samples, peer.beat_ns = True, 0, now_ns
-        peer.beat = self.layout.memory.load(self.layout.section(peer.section) + lay.BEAT)
+        peer.beat = self.layout.beat(peer.section)
 
     @property
     def doubtful(self) -> bool:

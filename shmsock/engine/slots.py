@@ -9,10 +9,12 @@ from shmsock.engine.arena import MIN_RING, Arena
 from shmsock.engine.home import Home
 from shmsock.engine.layout import Layout, default_slots, region_for
 from shmsock.errors import no_buffers
+from shmsock.native._core import lib
 
 __all__ = ["NO_MEMORY", "NO_SLOT", "Held", "Slots"]
 
-NO_SLOT, NO_MEMORY = 2, 3  # enum sh_reason
+NO_SLOT: int = lib.SH_NO_SLOT
+NO_MEMORY: int = lib.SH_NO_MEMORY
 DATAGRAM_RING = 256 << 10  # at best; a quarter of it holds the largest datagram
 
 

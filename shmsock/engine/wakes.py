@@ -14,13 +14,18 @@ from collections.abc import Callable
 from shmsock.engine import layout as lay
 from shmsock.engine.home import Home
 from shmsock.engine.peers import Peer, Peers
+from shmsock.native._core import lib
 from shmsock.region.doorbell import Doorbell
 
 __all__ = ["Wakes"]
 
-NONE, FUTEX, EVENTFD, REGISTER, LOST = range(5)
-BY_FUTEX, BY_DOORBELL = 1, 2
-MAX_ID, MAX_VECTORS = 65535, 64
+NONE: int = lib.SH_WAKE_OUT_NONE
+FUTEX: int = lib.SH_WAKE_OUT_FUTEX
+EVENTFD: int = lib.SH_WAKE_OUT_EVENTFD
+REGISTER: int = lib.SH_WAKE_OUT_REGISTER
+LOST: int = lib.SH_WAKE_OUT_LOST
+BY_FUTEX: int = lib.SH_WAKE_IN_FUTEX
+BY_DOORBELL: int = lib.SH_WAKE_IN_DOORBELL
 
 
 class Wakes:
@@ -39,10 +44,9 @@ class Wakes:
     def _id(self, peer: Peer) -> int | None:
         """What the peer says that its doorbell is. Our own id is another server's peer, from before a
         restart."""
-        number, vectors = peer.doorbell >> 32, peer.doorbell & 0xFFFFFFFF
-        if self.doorbell is None or number > MAX_ID or not 0 < vectors <= MAX_VECTORS:
+        if self.doorbell is None or peer.doorbell is None or peer.doorbell[0] == self.doorbell.id:
             return None
-        return None if number == self.doorbell.id else number
+        return peer.doorbell[0]
 
     def _by_futex(self, peer: Peer) -> bool:
         who, me = peer.who, self.peers.me

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from shmsock.native._core import ffi, lib
 from shmsock.region.base import Region
 from shmsock.region.file import FileRegion
 
 __all__ = ["MAGIC", "claimed_by", "is_formatted"]
 
-MAGIC = b"SHMSOCK1"
-_SECTIONS, _ID, _BYTES = 4096, 16, 24  # offsets, here and below, as LAYOUT.md has them
-_CLAIM, _NAME, _PID = 0, 0x100, 0x160
+MAGIC: bytes = lib.SH_MAGIC.to_bytes(8, "little")
 _ALLOWED = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789._-")
 
 
@@ -25,19 +24,17 @@ def is_formatted(region: Region) -> bool:
 
 def claimed_by(region: Region) -> list[str]:
     """The owners of its sections: 'vm-a (process 17)'. Some may have died since."""
-    from shmsock.native._core import ffi, lib
-
     geometry: Any = ffi.new("sh_geometry *")
-    size = min(_word(region, _BYTES), region.size)
-    if lib.sh_geometry_of(_word(region, _ID), size, geometry) < 0:
+    size = min(_word(region, lib.SH_HEADER_REGION_BYTES), region.size)
+    if lib.sh_geometry_of(_word(region, lib.SH_HEADER_REGION_ID), size, geometry) < 0:
         return []
     found = []
     for section in range(geometry.peers):
-        at = _SECTIONS + section * geometry.section_bytes
-        if _word(region, at + _CLAIM):
-            name = _bytes(region, at + _NAME, 64).partition(b"\0")[0]
+        at = lib.SH_HEADER_SIZE + section * geometry.section_bytes
+        if _word(region, at + lib.SH_SECTION_CLAIM):
+            name = _bytes(region, at + lib.SH_SECTION_NAME, 64).partition(b"\0")[0]
             known = name.decode("ascii") if name and _ALLOWED.issuperset(name) else "no name"
-            found.append(f"{known} (process {_word(region, at + _PID)})")
+            found.append(f"{known} (process {_word(region, at + lib.SH_SECTION_PID)})")
     return found
 
 
