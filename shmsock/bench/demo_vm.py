@@ -21,6 +21,8 @@ __all__ = ["guest_lines", "run_demo_vm"]
 
 LINE_S = 300.0
 PORT = 7000
+MODULES = ("shmsock.aio.attach", "shmsock.aio.endpoints")
+"""What a worker needs, and a guest imports once."""
 
 
 def guest_lines(command: Command) -> Iterator[dict[str, Any]]:
@@ -53,7 +55,7 @@ class _Demo:
         a, b = guests
         for guest in guests:
             self._check_network(guest)
-        serving = [guest.start(self._worker("serve", "--file", "/tmp/file")) for guest in guests]
+        serving = [self._start(guest, "serve", "--file", "/tmp/file") for guest in guests]
         for guest, command in zip(guests, serving, strict=True):
             said = json.loads(command.readline(LINE_S))
             self.console.print(
@@ -68,8 +70,9 @@ class _Demo:
         self.console.print(self.table)
         return self.good
 
-    def _worker(self, role: str, *more: object) -> list[str]:
-        return ["python", *worker(role, *self.loop, "--port", PORT, *more)[1:]]
+    def _start(self, guest: Guest, role: str, *more: object) -> Command:
+        _, *arguments = worker(role, *self.loop, "--port", PORT, *more)
+        return guest.start(["python", *arguments], modules=MODULES)
 
     def _check_network(self, guest: Guest) -> None:
         found = guest.run(["ls", "/sys/class/net"]).text.split()
@@ -89,8 +92,8 @@ class _Demo:
                 made = [pool.submit(g.run, ["sh", "-c", script], timeout=LINE_S) for g in (a, b)]
                 for done in made:
                     done.result()
-        send = self._worker("send", "vm-b", "--bytes", self.size, "--file", "/tmp/file", "--both")
-        with progress_bar(self.console) as bar, a.start(send) as command:
+        send = ("send", "vm-b", "--bytes", self.size, "--file", "/tmp/file", "--both")
+        with progress_bar(self.console) as bar, self._start(a, *send) as command:
             tasks = {"sent": bar.add_task("vm-a to vm-b", total=self.size)}
             tasks["received"] = bar.add_task("vm-b to vm-a", total=self.size)
             said = self._follow(guest_lines(command), bar, tasks)
@@ -110,7 +113,7 @@ class _Demo:
 
     def _echo(self, guest: Guest, to: str) -> None:
         status = self.console.status(f"{self.echoes} echoes of 64 B from {guest.name} to {to}")
-        with status, guest.start(self._worker("echo", to, "--count", self.echoes)) as command:
+        with status, self._start(guest, "echo", to, "--count", self.echoes) as command:
             *_, said = guest_lines(command)
         self._echo_row(f"{guest.name} to {to}", said)
 

@@ -1,6 +1,6 @@
 """What runs as process 1 of a test guest: starts commands for the host over a virtio-serial port.
 
-Run by file path (``python guest_agent.py MARKER``) from the initramfs that `guest_image` builds;
+Run by file path (``python agent.py MARKER``) from the initramfs that `image` builds;
 standard library only. The host side, `qemu`, imports the framing below from here.
 
 The wire. The agent sends the raw marker, the host answers with the same marker, and frames follow both
@@ -11,7 +11,8 @@ both sides: after a reset of the machine the stream may hold half a frame of the
 from   op       meaning
 ====== ======== =================================================================================
 host   config   hostname, env, modules, net: prepare the guest; answered by ``ready`` or ``failed``
-host   spawn    id, argv, env, cwd: start a command in its own session
+host   spawn    id, argv, env, cwd: start a command in its own session. With ``modules`` it is a Python
+                program, and a fork of a process that has imported these (`forker`)
 host   stdin    id, bytes; no bytes: end of file
 host   signal   id, number: to the command's process group
 agent  output   id, stream (``stdout`` or ``stderr``), bytes
@@ -32,10 +33,11 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 PORT = "shmsock.agent"
 _LENGTHS = struct.Struct(">II")
@@ -62,20 +64,52 @@ def unpack(buffer: bytearray) -> Iterator[tuple[dict[str, Any], bytes]]:
 
 
 class _Command:
-    """One process the host asked for."""
+    """One process the host asked for; its three pipes are unbuffered and never block."""
 
-    def __init__(self, ident: int, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, ident: int, pid: int, stdin: IO[bytes], stdout: IO[bytes], stderr: IO[bytes]) -> None:
         self.ident = ident
-        self.process = process
+        self.pid = pid
         self.input = bytearray()  # not yet accepted by the pipe
         self.end_of_input = False
-        assert process.stdin is not None
-        assert process.stdout is not None
-        assert process.stderr is not None
-        self.stdin = process.stdin
-        self.outputs = {"stdout": process.stdout, "stderr": process.stderr}
-        for pipe in (self.stdin, *self.outputs.values()):
+        self.stdin = stdin
+        self.outputs = {"stdout": stdout, "stderr": stderr}
+        for pipe in (stdin, stdout, stderr):
             os.set_blocking(pipe.fileno(), False)
+
+
+class _Forker:
+    """A process that has imported some modules, and its fork for every program that wants them."""
+
+    def __init__(self, modules: Sequence[str], env: dict[str, str]) -> None:
+        self._connection, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        script = str(Path(__file__).with_name("forker.py"))
+        with other:
+            argv = [sys.executable, script, str(other.fileno()), *modules]
+            self._process = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                env=env,
+                cwd="/",
+                pass_fds=[other.fileno()],
+                start_new_session=True,
+            )
+
+    def start(self, argv: Sequence[str], env: dict[str, str], cwd: str) -> tuple[int, list[Any]]:
+        """Returns the program's process id and the other ends of its standard files."""
+        (stdin, input), (output, stdout), (errors, stderr) = os.pipe(), os.pipe(), os.pipe()
+        request = json.dumps({"argv": argv, "env": env, "cwd": cwd}).encode()
+        try:
+            socket.send_fds(self._connection, [request], [stdin, stdout, stderr])
+            answer = self._connection.recv(_CHUNK)
+        except ConnectionError:
+            answer = b""
+        finally:
+            for fd in stdin, stdout, stderr:
+                os.close(fd)
+        ends: list[Any] = [FileIO(input, "w"), FileIO(output), FileIO(errors)]
+        if not answer:
+            raise OSError("its modules cannot be imported; the console says why")
+        return int(answer), ends
 
 
 class Agent:
@@ -87,6 +121,7 @@ class Agent:
         self.received = bytearray()
         self.env: dict[str, str] = {}
         self.commands: dict[int, _Command] = {}  # by process id
+        self.forkers: dict[tuple[str, ...], _Forker] = {}  # by their modules
         self.selector = selectors.DefaultSelector()
 
     def serve(self) -> None:
@@ -140,7 +175,7 @@ class Agent:
                 for command in [c for c in self.commands.values() if c.ident == head["id"]]:
                     if op == "signal":
                         with contextlib.suppress(ProcessLookupError):
-                            os.killpg(command.process.pid, head["number"])
+                            os.killpg(command.pid, head["number"])
                     elif op == "stdin":
                         command.input += body
                         command.end_of_input |= not body
@@ -168,26 +203,26 @@ class Agent:
             raise RuntimeError(f"{' '.join(argv)}: exit status {done.returncode}: {done.stderr.strip()}")
 
     def _spawn(self, head: dict[str, Any]) -> None:
-        pipe = subprocess.PIPE
+        argv, env = head["argv"], {**self.env, **head["env"]}
         try:
-            process = subprocess.Popen(
-                head["argv"],
-                stdin=pipe,
-                stdout=pipe,
-                stderr=pipe,
-                bufsize=0,
-                env={**self.env, **head["env"]},
-                cwd=head["cwd"],
-                start_new_session=True,
-            )
+            if head["modules"]:
+                pid, files = self._forker(tuple(head["modules"])).start(argv[1:], env, head["cwd"])
+            else:
+                pid, files = _start(argv, env, head["cwd"])
         except (OSError, ValueError) as error:
-            text = f"cannot start {head['argv']}: {error}\n"
-            self._send(text.encode(), op="output", id=head["id"], stream="stderr")
+            self._send(
+                f"cannot start {argv}: {error}\n".encode(), op="output", id=head["id"], stream="stderr"
+            )
             self._send(op="exit", id=head["id"], code=127)
             return
-        command = self.commands[process.pid] = _Command(head["id"], process)
+        command = self.commands[pid] = _Command(head["id"], pid, *files)
         for stream, file in command.outputs.items():
             self._watch(file.fileno(), selectors.EVENT_READ, partial(self._drain, command, stream, 1))
+
+    def _forker(self, modules: tuple[str, ...]) -> _Forker:
+        if modules not in self.forkers:
+            self.forkers[modules] = _Forker(modules, self.env)
+        return self.forkers[modules]
 
     def _drain(self, command: _Command, stream: str, chunks: int) -> None:
         file = command.outputs[stream]
@@ -242,12 +277,24 @@ class Agent:
             command = self.commands.pop(pid, None)
             if command is None:
                 continue
-            command.process.returncode = code = os.waitstatus_to_exitcode(status)
             self._close(command.stdin)
             for stream, file in command.outputs.items():
                 if not file.closed:  # stays watched: a grandchild may go on writing
                     self._drain(command, stream, _LAST_WORDS)
-            self._send(op="exit", id=command.ident, code=code)
+            self._send(op="exit", id=command.ident, code=os.waitstatus_to_exitcode(status))
+
+
+def _start(argv: Sequence[str], env: dict[str, str], cwd: str) -> tuple[int, list[Any]]:
+    """Start a program; returns its process id and the other ends of its standard files."""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        argv, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0, env=env, cwd=cwd, start_new_session=True
+    )
+    process.returncode = 0  # it is waited for by its process id
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
+    return process.pid, [process.stdin, process.stdout, process.stderr]
 
 
 def _interface(mac: str) -> str:

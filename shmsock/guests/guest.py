@@ -1,4 +1,4 @@
-"""One test guest and the commands in it: the host's end of what `guest_agent` does in the guest.
+"""One test guest and the commands in it: the host's end of what `agent` does in the guest.
 
 `qemu` makes guests; all that is known here of QEMU's arguments is what connects it to this process.
 """
@@ -194,13 +194,14 @@ class Guest:
         cwd: str = "/tmp",
         input: bytes = b"",
         check: bool = True,
+        modules: Sequence[str] = (),
     ) -> Result:
         """Run a command to its end. A program called "python" is this interpreter.
 
         Raises `CommandFailed` unless it exits with 0 (or ``check=False``); `CommandTimeout`, after killing
         it, when it takes longer than `timeout`; `GuestDied` when the guest does.
         """
-        with self.start(args, env=env, cwd=cwd) as command:
+        with self.start(args, env=env, cwd=cwd, modules=modules) as command:
             if input:
                 command.send(input)
             command.close_stdin()
@@ -212,14 +213,21 @@ class Guest:
         *,
         env: Mapping[str, str] | None = None,
         cwd: str = "/tmp",
+        modules: Sequence[str] = (),
     ) -> Command:
-        """Start a command; its stdin is a pipe that stays open. `env` adds to the guest's environment."""
+        """Start a command; its stdin is a pipe that stays open. `env` adds to the guest's environment.
+
+        `modules`, for a Python program: one process of the guest imports these once, and each program that
+        names the same is a fork of it; under emulation that saves seconds.
+        """
         self.wait_ready()
         argv = [os.fspath(arg) for arg in args]
         with self._changed:
             self._last_id += 1
             command = self._running[self._last_id] = Command(self, self._last_id, argv)
-        self._send(op="spawn", id=command._ident, argv=argv, env=dict(env or {}), cwd=cwd)
+        self._send(
+            op="spawn", id=command._ident, argv=argv, env=dict(env or {}), cwd=cwd, modules=list(modules)
+        )
         return command
 
     def kill_commands(self) -> None:
@@ -357,7 +365,7 @@ class Guest:
                 return
 
     def _look_for_marker(self, received: bytearray) -> None:
-        """After a boot or a reset: skip to where the agent begins, and answer it. See `guest_agent`."""
+        """After a boot or a reset: skip to where the agent begins, and answer it. See `agent`."""
         before, marker, after = bytes(received).partition(self._marker)
         if marker:
             received[:] = after

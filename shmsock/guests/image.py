@@ -2,7 +2,7 @@
 
 No disk image is built. The initramfs (busybox and a few kernel modules) mounts the host's root read-only
 through virtiofs, puts a tmpfs over /tmp, /run and /dev/shm (folders of the host's that guests need from
-there are mounted again), and starts `guest_agent` as process 1. The host's running kernel does not matter.
+there are mounted again), and starts `agent` as process 1. The host's running kernel does not matter.
 """
 
 from __future__ import annotations

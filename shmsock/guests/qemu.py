@@ -15,7 +15,7 @@ A guest has a stock Debian cloud kernel and the host's root file system, read-on
 environment and checkout are at the same paths. /tmp, /run and /dev/shm are the guest's own tmpfs, /tmp is the
 working directory, everything runs as root. The guest keeps what it has read from the host's files: files that
 the host *changes* while it runs may look old in it, new ones appear. There is no network device but ``lo``
-unless one is asked for; commands go over a virtio-serial port to `guest_agent`.
+unless one is asked for; commands go over a virtio-serial port to `agent`.
 
 Nothing is left behind: `Fleet.close` ends every process it started, and the kernel ends them when the test
 run itself is killed (PR_SET_PDEATHSIG); only its temporary files stay then.

@@ -19,6 +19,16 @@ from shmsock.guests.qemu import CommandFailed, CommandTimeout, Guest
 from shmsock.region import open_file
 
 WORKER = str(Path(__file__).with_name("worker.py"))
+MODULES = (
+    "shmsock.aio.attach",
+    "shmsock.aio.endpoints",
+    "faulthandler",
+    "hashlib",
+    "json",
+    "logging",
+    "random",
+)
+"""What a worker needs, all that takes long: its process in a guest begins with them."""
 SECONDS = 60.0  # for what takes a moment; emulation and two busy cores make it several
 
 
@@ -96,7 +106,7 @@ class Peer:
         self, guest: Guest | None, *, uvloop: bool = False, env: dict[str, str] | None = None
     ) -> None:
         argv = [sys.executable, WORKER, *(["uvloop"] if uvloop else [])]
-        self.process = guest.start(argv, env=env) if guest else _HostProcess(argv, env or {})
+        self.process = guest.start(argv, env=env, modules=MODULES) if guest else _HostProcess(argv, env or {})
         self.identity: dict[str, Any] = {}
         self._numbers = itertools.count()
         self._done: dict[int, dict[str, Any]] = {}

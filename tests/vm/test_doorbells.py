@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from shmsock.guests.qemu import Fleet, Guest, IvshmemDoorbell
-from tests.vm.peers import Peer, Peers, format_region
+from tests.vm.peers import MODULES, Peer, Peers, format_region
 from tests.vm.test_deaths import held, wait_for
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
@@ -83,7 +83,8 @@ class House:
         if self.server is None:
             self.serve()
         self.boot()
-        for command in [guest.start(["shmsock", "bind", "--yes", ADDRESS]) for guest in self.unbound]:
+        bind = ["python", "-m", "shmsock", "bind", "--yes", ADDRESS]
+        for command in [guest.start(bind, modules=MODULES) for guest in self.unbound]:
             with command:
                 command.wait(check=True)
         self.unbound.clear()

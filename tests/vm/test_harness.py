@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import mmap
 import os
 import shutil
@@ -123,7 +124,7 @@ def test_hanging_command_is_killed(two_guests: Pair) -> None:
     with pytest.raises(CommandTimeout, match=r"(?s)still running after 5 s.*started"):
         a.run(["sh", "-c", "echo started; sleep 4321 & sleep 4321"], timeout=5)
     alive = a.run(["sh", "-c", "cat /proc/[0-9]*/cmdline | tr '\\0' ' '"], check=False).text
-    assert "guest_agent" in alive
+    assert "guests/agent.py" in alive
     assert "sleep" not in alive
 
 
@@ -143,6 +144,40 @@ def test_talking_to_a_running_command(two_guests: Pair) -> None:
         assert one.wait().returncode == 0
         two.kill(signal.SIGTERM)
         assert two.wait().returncode == -signal.SIGTERM
+
+
+PROGRAM = """
+import os, sys
+print(sys.argv, "decimal" in sys.modules, os.environ.get("ONE"), os.getcwd(), os.getsid(0) == os.getpid())
+print(sys.stdin.read(), file=sys.stderr)
+"""
+
+
+def test_programs_that_begin_with_their_modules(two_guests: Pair) -> None:
+    """The same as from the beginning, whichever way Python is told what to run."""
+    a = two_guests.a
+    program = ["python", "-c", PROGRAM, "x"]
+    for modules in (), ("decimal",):
+        done = a.run(program, modules=modules, env={"ONE": "1"}, cwd="/run", input=b"in")
+        assert done.text == f"['-c', 'x'] {bool(modules)} 1 /run True"
+        assert done.stderr == b"in\n"
+    for argv in ["-m", "base64", "-t"], [base64.__file__, "-t"]:
+        assert "Aladdin:open sesame" in a.run(["python", *argv], modules=["decimal"]).text
+    for code, status in ("sys.exit(3)", 3), ("1 / 0", 1), ("os.kill(os.getpid(), 15)", -signal.SIGTERM):
+        fails = ["python", "-c", f"import atexit, os, sys; atexit.register(print, 'end'); {code}"]
+        done = a.run(fails, modules=["decimal"], check=False)
+        assert (done.returncode, done.text) == (status, "" if status < 0 else "end")
+        assert (b"ZeroDivisionError" in done.stderr) == (status == 1)
+    sleeps = ["python", "-c", "import time; print('up'); time.sleep(1000)"]
+    with a.start(sleeps, modules=["decimal"]) as command:
+        assert command.readline() == "up"
+        command.kill()
+        assert command.wait().returncode == -signal.SIGKILL
+    done = a.run(program, modules=["no_such_module"], check=False)
+    assert done.returncode == 127
+    assert b"cannot be imported" in done.stderr
+    zombies = a.run(["sh", "-c", "cat /proc/[0-9]*/stat | grep ') Z'"], check=False)
+    assert zombies.stdout == b""
 
 
 def test_what_a_command_leaves_behind(two_guests: Pair) -> None:

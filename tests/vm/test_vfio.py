@@ -72,7 +72,7 @@ class Process:
     """PROCESS in a guest."""
 
     def __init__(self, guest: Guest) -> None:
-        self.command = guest.start(["python", "-c", PROCESS])
+        self.command = guest.start(["python", "-c", PROCESS], modules=["shmsock.commands.bind"])
 
     def ask(self, *words: Any) -> Any:
         self.command.send(json.dumps(words).encode() + b"\n")
