@@ -20,7 +20,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from shmsock import address, region
-from shmsock.aio.node import Loop, Node, slowness
+from shmsock.aio.driver import Loop, slowness
+from shmsock.aio.node import Node
 from shmsock.engine import layout as lay
 from shmsock.engine.attach import PATIENCE_S, claim_section, name_taken, release_claim
 from shmsock.engine.engine import Engine

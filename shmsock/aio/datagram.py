@@ -51,7 +51,7 @@ class ShmDatagramTransport(FlowControl, asyncio.DatagramTransport):
         super().__init__(extra, node.loop)
         self.node, self.endpoint, self.context, self._protocol = node, endpoint, context, protocol
         endpoint.sink = (protocol, context)
-        self._outbox = DatagramOut(node, endpoint.local[1], endpoint.routes, self)
+        self._outbox = DatagramOut(node.pump, endpoint.local[1], endpoint.routes, self)
         self.sendto = self._outbox.sendto  # type: ignore[method-assign]
         self._closing = self._lost = self._reading_paused = False
         self._sends_after_close = 0

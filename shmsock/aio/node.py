@@ -1,25 +1,20 @@
-"""The node of one event loop: runs the engine's pump (turn.py), hands out its events, and is what connects,
-listens and closes."""
+"""The node of one event loop: what connects, listens and closes. An engine does the work, which a driver
+runs."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import contextvars
-import errno
-import logging
 import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator
-from functools import partial
-from types import coroutine
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 from shmsock.address import is_any, is_local, normalize_name
-from shmsock.aio.doorbells import DoorbellListener
-from shmsock.aio.pump import FastPath, Pump, extension, ready_queue, selector
+from shmsock.aio.driver import Driver, Loop, Opening
 from shmsock.aio.watch import Watch
 from shmsock.engine import layout as lay
 from shmsock.engine.connection import Connection
@@ -28,96 +23,16 @@ from shmsock.engine.engine import Engine
 from shmsock.engine.handshake import MESSAGES_PER_PASS
 from shmsock.engine.listeners import Listener
 from shmsock.engine.peers import Peer
-from shmsock.errors import NodeClosedError, address_unavailable, forked, other_memory, wrong_thread
+from shmsock.errors import NodeClosedError, address_unavailable, forked, wrong_thread
 from shmsock.region.base import Region
-from shmsock.wakeup import LOCK, SUSPECTED_LOSS, Heartbeat
+from shmsock.wakeup import Heartbeat
 
-__all__ = ["Handler", "Loop", "Node", "slowness", "yield_once"]
-
-log = logging.getLogger("shmsock")
+__all__ = ["Node"]
 
 
-class Loop(Protocol):
-    """All that a node asks of its loop: asyncio's and uvloop's have it, and TrioLoop. No timers: each beat
-    wakes the loop."""
-
-    def call_soon(
-        self, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
-    ) -> object: ...
-    def call_soon_threadsafe(self, callback: Callable[..., object], *args: Any) -> object: ...
-    def add_reader(self, fd: int, callback: Callable[[], object]) -> object: ...
-    def remove_reader(self, fd: int) -> object: ...
-    def create_future(self) -> Any: ...
-    def is_closed(self) -> bool: ...
-    def is_running(self) -> bool: ...
-    def call_exception_handler(self, context: dict[str, Any]) -> object: ...
-
-
-class Handler(Protocol):
-    """What an engine's connection belongs to."""
-
-    def ready(self, bits: int) -> None: ...
-    def failed(self, error: OSError) -> None: ...
-    def freed(self) -> None: ...
-
-
-@coroutine
-def yield_once() -> Generator[None, None, None]:
-    """Let the loop turn once."""
-    yield
-
-
-def slowness(call: Callable[[], int]) -> int:
-    """How many times slower than usual this machine runs such code as ours, 1 to 10: the windows of an
-    emulated guest must be longer, or no answer ever comes within them. Measured by calls that take about 0.1
-    us elsewhere, the best of several tries."""
-    best = 1 << 62
-    for _ in range(5):
-        begin = time.perf_counter_ns()
-        for _ in range(50):
-            call()
-        best = min(best, time.perf_counter_ns() - begin)
-    return min(max(best // (50 * 200), 1), 10)
-
-
-class _Opening:
-    """A connection that waits for its answer."""
-
-    def __init__(self, waiter: asyncio.Future[None], by_name: bool) -> None:
-        self.waiter, self.by_name = waiter, by_name
-        self.early = False
-
-    def ready(self, bits: int) -> None:
-        """Bytes came with the answer: they are looked at when the waiter has made a transport of it."""
-        self.early = True
-
-    def freed(self) -> None:
-        """Nobody was given it yet."""
-
-    def connected(self) -> None:
-        if not self.waiter.done():
-            self.waiter.set_result(None)
-
-    def failed(self, error: OSError) -> None:
-        if not self.waiter.done():
-            self.waiter.set_exception(error)
-
-    def silent(self, conn: Connection) -> None:
-        """Another of that name may answer."""
-        if self.by_name:
-            self.failed(
-                ConnectionResetError(
-                    errno.ECONNRESET, f"peer {conn.remote[0]!r} (section {conn.peer}) is silent"
-                )
-            )
-
-
-class Node(Pump):  # type: ignore[misc]
+class Node:
     """This process's side of a region, for one event loop. Made by attach(); not thread-safe, as asyncio's
     objects are not."""
-
-    closed: bool
-    scheduled: bool
 
     def __init__(
         self, region: Region, engine: Engine, heartbeat: Heartbeat, loop: Loop, slow: int = 1
@@ -127,92 +42,31 @@ class Node(Pump):  # type: ignore[misc]
         self.lib, self.nd = engine.lib, engine.nd
         self.name, self.section = engine.name, engine.section
         engine.home.url = region.url
-        super().__init__(
-            engine, heartbeat, loop, contextvars.Context(), threading.get_ident(), ready_queue(loop)
-        )
-        if extension is not None:
-            engine.datagrams.gate = partial(FastPath, self)
-            engine.datagrams.inbox = partial(extension.DatagramIn, self)
-        self.pid = os.getpid()
+        self.ident, self.pid = threading.get_ident(), os.getpid()
         self.transports: set[Any] = set()
         self.servers: set[Any] = set()
         self._flushed: asyncio.Future[None] | None = None
         self.guard: Any = None  # what detaches an implicit node when its loop ends
+        bell = region.doorbell if engine.settings.doorbells else None
+        self._driver = Driver(engine, heartbeat, loop, bell, slow, self, self.flushed)
+        self.pump = self._driver.pump
+        self.context: contextvars.Context = self.pump.context
+        self.doorbell_listener = self._driver.doorbells
         self.watch = Watch(self)
-        us = engine.settings
-        one_cpu = len(os.sched_getaffinity(0)) == 1
-        hot_turns = getattr(loop, "hot_turns", 1 << 62)
-        self.lib.sh_hot(self.nd, us.hot_us * 1000 * slow, hot_turns, one_cpu)
-        # On one CPU a spin that does not yield only keeps the peer from answering.
-        yield_ns = 0 if one_cpu else 1000
-        self.lib.sh_node_settings(self.nd, us.hold_us * 1000, us.busy_poll_us * 1000 * slow, yield_ns)
-        self.lib.sh_loop(self.nd, selector(loop))
-        self.context.run(loop.add_reader, heartbeat.fd, self._wake)
-        self.doorbell_listener = DoorbellListener(
-            self, region.doorbell if engine.settings.doorbells else None
-        )
-        self.listens = self.doorbell_listener.bell is not None
-        engine.home.stir = self.stir
-        engine.on_down, engine.on_alone = self._report_down, self._report_alone
-        self.begin_turn()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"section {self.section}"
         return f"<shmsock.Node {self.name!r} {self.region.url} {state}>"
 
-    # -- the pump
-
-    def _pump_follows(self) -> None:
-        """What the engine has just done may be for this very node, which sleeps: nobody rings it for that."""
-        if not self.loop.is_closed():
-            self.begin_turn()
+    @property
+    def closed(self) -> bool:
+        """Is it detached?"""
+        closed: bool = self.pump.closed
+        return closed
 
     def check(self) -> None:
-        """Raises ForkedError, RuntimeError (another thread) or NodeClosedError, before anything in C is
-        touched."""
-        if threading.get_ident() != self.ident:
-            raise wrong_thread(repr(self))
-        if os.getpid() != self.pid:
-            raise forked(repr(self))
-        self.engine.check()
-
-    def _heard(self, news: int) -> None:
-        if news & LOCK:
-            self.unlocked = self.heartbeat.unlocked()
-        self.listens = self.doorbell_listener.bell is not None
-        if news & SUSPECTED_LOSS or self.listens:
-            self.doorbell_listener.look()
-        self.flushed()
-
-    def _attend(self, words: list[int] | None, now: int) -> bool:
-        events = self.engine.events
-        unlocked, self.unlocked = self.unlocked, 0
-        self.engine.attend(words, now, unlocked)
-        told = len(events)
-        for _ in range(told):  # what comes of these is for the next pass
-            call, arg = events.popleft()
-            try:
-                call(arg)
-            except (SystemExit, KeyboardInterrupt):
-                raise
-            except BaseException as error:
-                owner = getattr(call, "__self__", None)
-                self.loop.call_exception_handler(
-                    {
-                        "message": f"shmsock: unhandled error in {call.__name__} of {owner!r}",
-                        "exception": error,
-                        "node": self,
-                    }
-                )
-        return told > 0
-
-    def _report_down(self, why: OSError) -> None:
-        self.loop.call_exception_handler(
-            {"message": f"shmsock: {self!r} is down", "exception": why, "node": self}
-        )
-
-    def _report_alone(self) -> None:
-        log.warning("%r has listened for half a minute, and saw nobody else: %s", self, other_memory())
+        """Raises ForkedError, WrongThreadError or NodeClosedError, before anything in C is touched."""
+        self._driver.check()
 
     # -- names
 
@@ -250,7 +104,7 @@ class Node(Pump):  # type: ignore[misc]
             waiter = self.loop.create_future()
             local = (self.name, local_port or self.engine.listeners.ephemeral())
             conn = self.engine.connect(peer.section, port, local=local, remote=peer.name)
-            conn.handler = _Opening(waiter, not isinstance(host, int))
+            conn.handler = Opening(waiter, not isinstance(host, int))
             if self.closed:  # by a signal handler, under all this: then nobody answers
                 self.check()
             try:
@@ -316,7 +170,7 @@ class Node(Pump):  # type: ignore[misc]
         end = time.monotonic() + self.engine.settings.flush_s
         try:
             while self.engine.alive and time.monotonic() < end and any(t.flushing for t in self.transports):
-                self._flushed, self.hurry = self.loop.create_future(), True
+                self._flushed, self.pump.hurry = self.loop.create_future(), True
                 await self._flushed  # each beat of the heartbeat ends it
         finally:
             self.close()
@@ -328,7 +182,7 @@ class Node(Pump):  # type: ignore[misc]
             return
         if threading.get_ident() != self.ident and self.loop.is_running():
             raise wrong_thread(repr(self))
-        self.closed = True
+        self.pump.closed = True
         if os.getpid() != self.pid:
             return
         self.lib.sh_node_own(self.nd)  # at exit, the thread of the loop may be gone
@@ -341,15 +195,14 @@ class Node(Pump):  # type: ignore[misc]
             steps.callback(self._leave)
             steps.callback(self._end_transports)
             if not self.loop.is_closed():
-                steps.callback(self.doorbell_listener.close)
-                steps.callback(self.loop.remove_reader, self.heartbeat.fd)
+                steps.callback(self._driver.stop)
 
     def _end_transports(self) -> None:
         for transport in list(self.transports):
             transport.node_closed()
 
     def _leave(self) -> None:
-        opening = [c.handler for c in self.engine.connections.values() if isinstance(c.handler, _Opening)]
+        opening = [c.handler for c in self.engine.connections.values() if isinstance(c.handler, Opening)]
         self.engine.leave()
         if not self.loop.is_closed():
             for server in list(self.servers):
@@ -359,7 +212,7 @@ class Node(Pump):  # type: ignore[misc]
 
     def inherited(self) -> None:
         """In a forked child: everything of the parent's is inert here."""
-        self.closed = True
+        self.pump.closed = True
         self.engine.abandon(OSError(9, str(forked(repr(self)))))
         for transport in self.transports:
             transport.freed()  # so that all calls take the slow way, where they find out

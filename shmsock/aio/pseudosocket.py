@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from shmsock.errors import wrong_thread
 from shmsock.wakeup import eventfd
@@ -17,11 +17,20 @@ from shmsock.wakeup import eventfd
 if TYPE_CHECKING:
     from typing import NoReturn
 
-    from shmsock.aio.transport import ShmTransport
-
 __all__ = ["Duplicate", "PollFd", "PseudoSocket"]
 
 _PROTOCOLS = {socket.SOCK_STREAM: socket.IPPROTO_TCP, socket.SOCK_DGRAM: socket.IPPROTO_UDP}
+
+
+class Duplicable(Protocol):
+    """A transport, as duplicates of its pseudo-socket know it."""
+
+    superseded: bool
+    node: Any
+
+    def get_extra_info(self, name: str) -> Any: ...
+    def duplicate(self) -> Duplicate: ...
+    def let_go(self) -> None: ...
 
 
 class PollFd:
@@ -153,13 +162,13 @@ class Duplicate(PseudoSocket):
 
     __slots__ = ("_transport",)
 
-    def __init__(self, transport: ShmTransport, fileno: Callable[[], int]) -> None:
-        self._transport: ShmTransport | None = transport
+    def __init__(self, transport: Duplicable, fileno: Callable[[], int]) -> None:
+        self._transport: Duplicable | None = transport
         address = transport.get_extra_info
         super().__init__(address("sockname"), address("peername"), fileno, duplicate=transport.duplicate)
         self._options = address("socket")._options
 
-    def take(self, loop: Any) -> ShmTransport:
+    def take(self, loop: Any) -> Any:
         """The transport whose connection it is: create_connection() goes on with that.
 
         Raises OSError (EBADF) when it was closed or used, RuntimeError on another thread or loop."""

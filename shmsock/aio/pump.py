@@ -20,7 +20,6 @@ import weakref
 from typing import Any
 
 from shmsock.engine.engine import Engine
-from shmsock.errors import wrong_thread
 from shmsock.wakeup import Heartbeat
 
 __all__ = ["DatagramOut", "FastPath", "Pump", "extension", "ready_queue", "selector"]
@@ -71,6 +70,7 @@ class PlainPump:
 
     def __init__(
         self,
+        owner: Any,
         engine: Engine,
         heartbeat: Heartbeat,
         loop: Any,
@@ -78,15 +78,15 @@ class PlainPump:
         ident: int,
         queue: Any = None,
     ) -> None:
-        self._engine, self._heartbeat, self._loop, self.context = engine, heartbeat, loop, context
-        self.ident, self.queue = ident, queue
+        self._owner, self._engine, self._heartbeat, self._loop = owner, engine, heartbeat, loop
+        self.context, self.ident, self.queue = context, ident, queue
         self.scheduled = self.closed = self.hurry = self.listens = False
         self.unlocked = 0
 
     def begin_turn(self) -> None:
         """Give this turn of the loop a budget of its own, and have a pass follow it."""
         if threading.get_ident() != self.ident:
-            raise wrong_thread(repr(self))
+            self._owner.check()  # raises
         self._engine.lib.sh_turn(self._engine.nd)
         self._loop.call_soon(self._pump, context=self.context)
         self.scheduled = True
@@ -94,7 +94,7 @@ class PlainPump:
     def stir(self) -> None:
         """Have a pass follow what the engine has done."""
         if not (self.scheduled or self.closed):
-            self._pump_follows()
+            self._owner.pump_follows()
 
     def will_run(self) -> None:
         """Note that the pump woke a task; here nobody asks."""
@@ -111,7 +111,7 @@ class PlainPump:
         if not self.closed:
             news = self._heartbeat.heard()
             if news or self.listens or self.hurry:
-                self._heard(news)
+                self._owner.heard(news)
             self.woken()
 
     def _pump(self) -> None:
@@ -121,7 +121,7 @@ class PlainPump:
         again = True
         try:
             now = time.monotonic_ns()
-            told = self._attend(self._engine.poll(), now)
+            told = self._owner.attend(self._engine.poll(), now)
             if not (told or self.closed):
                 lib, nd, owed = self._engine.lib, self._engine.nd, any(self._engine.owed)
                 again = bool(lib.sh_stay_hot(nd, time.monotonic_ns(), owed)) or not self._fall_asleep()
@@ -133,15 +133,6 @@ class PlainPump:
     def _fall_asleep(self) -> bool:
         """False: somebody was quicker. A node that is over sleeps for good."""
         return not self._engine.alive or self._heartbeat.arm(self.hurry)
-
-    def _pump_follows(self) -> None:
-        raise NotImplementedError
-
-    def _heard(self, news: int) -> None:
-        raise NotImplementedError
-
-    def _attend(self, words: list[int] | None, now: int) -> bool:
-        raise NotImplementedError
 
 
 class NoFastPath:

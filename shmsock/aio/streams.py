@@ -11,11 +11,12 @@ from __future__ import annotations
 import asyncio
 import ssl
 import warnings
+from collections.abc import Generator
 from errno import ECONNRESET
-from types import SimpleNamespace
+from types import SimpleNamespace, coroutine
 from typing import Any
 
-from shmsock.aio.node import Node, yield_once
+from shmsock.aio.node import Node
 from shmsock.aio.pump import extension
 from shmsock.aio.tls import start_tls
 from shmsock.aio.transport import ShmTransport
@@ -32,6 +33,12 @@ if missing := [x for x in _PRIVATE if not hasattr(asyncio.StreamReader, x)] + [
     x for x in _PRIVATE_STATE if x not in _code
 ]:
     raise ImportError(f"asyncio.StreamReader of this Python has no {missing}: shmsock does not know it")
+
+
+@coroutine
+def yield_once() -> Generator[None, None, None]:
+    """Let the loop turn once."""
+    yield
 
 
 class ShmStreamReader(asyncio.StreamReader):
@@ -196,6 +203,7 @@ class ShmStreamReaderProtocol(asyncio.StreamReaderProtocol):
         BrokenPipeError."""
         transport = self._transport
         if isinstance(transport, ShmTransport):
+            transport._check_thread()
             await _share_turn(transport.node)
         await super()._drain_helper()  # type: ignore[misc]
         if isinstance(transport, ShmTransport):
@@ -208,8 +216,8 @@ class ShmStreamReaderProtocol(asyncio.StreamReaderProtocol):
 async def _share_turn(node: Node) -> None:
     """Let the loop turn once when the budget of this turn is used up."""
     if not node.closed:
-        if not node.scheduled:
-            node.begin_turn()
+        if not node.pump.scheduled:
+            node.pump.begin_turn()
         if node.lib.sh_over(node.nd):
             await yield_once()
 

@@ -20,7 +20,7 @@ import weakref
 from asyncio.constants import _SendfileMode
 from asyncio.sslproto import SSLProtocol
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from shmsock.aio import names
 from shmsock.aio.direct import DELIVER_MAX, DirectMode
@@ -33,12 +33,21 @@ from shmsock.errors import forked, wrong_thread
 
 if TYPE_CHECKING:
     from shmsock.aio.node import Node
-    from shmsock.aio.server import Server
 
 __all__ = ["ShmTransport"]
 
 NO_LINGER = struct.pack("ii", 1, 0)
 _get_ident = threading.get_ident
+
+
+class Acceptor(Protocol):
+    """A server, as the transports of its connections know it. `inherited`: options of its socket that theirs
+    have too."""
+
+    inherited: dict[tuple[int, int], Any]
+
+    def _attach(self, transport: Any) -> None: ...
+    def _detach(self, transport: Any) -> None: ...
 
 
 def _set_result(waiter: asyncio.Future[None]) -> None:
@@ -85,7 +94,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
         conn: Connection,
         protocol: asyncio.BaseProtocol,
         context: contextvars.Context,
-        server: Server | None = None,
+        server: Acceptor | None = None,
         *,
         numeric: bool = False,
     ) -> None:
@@ -95,7 +104,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
             local, remote = (address(url, local[0]), local[1]), (address(url, remote[0]), remote[1])
         super().__init__({"peername": remote, "sockname": local, "shmsock_node": node}, node.loop)
         self.node, self.conn, self.context, self._protocol = node, conn, context, protocol
-        self.fast_path = FastPath(node, conn, self)
+        self.fast_path = FastPath(node.pump, conn, self)
         self.write = self.fast_path.write  # type: ignore[method-assign]
         self._server = server
         self.direct = DirectMode(self.fast_path)
@@ -285,8 +294,8 @@ class ShmTransport(FlowControl, asyncio.Transport):
 
     def _resumed(self) -> None:
         if not self._lost:
-            if not (self.node.scheduled or self.node.closed):
-                self.node.begin_turn()
+            if not (self.node.pump.scheduled or self.node.closed):
+                self.node.pump.begin_turn()
             self.ready(DATA)
 
     def _receiving(self) -> bool:

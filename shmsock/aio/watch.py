@@ -8,17 +8,16 @@ import os
 import re
 import time
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from shmsock.address import default_region
 from shmsock.engine.connection import State
+from shmsock.engine.engine import Engine
 from shmsock.engine.listeners import DATAGRAM
 from shmsock.errors import command, listing, other_memory
+from shmsock.region.base import Region
 from shmsock.region.file import LOOK_S, MEET, owner_name
 from shmsock.region.place import holders, restart
-
-if TYPE_CHECKING:
-    from shmsock.aio.node import Node
 
 __all__ = ["Watch"]
 
@@ -26,6 +25,23 @@ REMEMBERED_NS = 10_000_000_000
 """For so long it is remembered what a look at other processes and regions has shown."""
 
 log = logging.getLogger("shmsock")
+
+
+class Watched(Protocol):
+    """What is asked of a node."""
+
+    region: Region
+    engine: Engine
+    loop: Any
+    context: Any
+    section: int
+    transports: set[Any]
+    servers: set[Any]
+    guard: Any
+    watch: Watch
+
+    @property
+    def closed(self) -> bool: ...
 
 
 async def _end(guard: Any) -> None:
@@ -40,11 +56,11 @@ class Watch:
     when nothing of it is in use any more.
     """
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Watched) -> None:
         self.node = node
         self.lost = ""  # what Region.displaced() said
         self.name: str | None = None  # as an implicit node was asked for
-        self.former: weakref.ref[Node] | None = None  # whose place this one has taken
+        self.former: weakref.ref[Any] | None = None  # whose place this one has taken
         self.retired = False
         self._told: frozenset[int] | None = None  # of which ports
         self._ending: Any = None
@@ -67,7 +83,7 @@ class Watch:
         own = listening and self.node.region.path == default_region()
         return self.lost == "replaced" or (own and bool(self.lost))
 
-    def before(self) -> Node | None:
+    def before(self) -> Any:
         """Whose place this node has taken, as long as that is in use."""
         node = None if self.former is None else self.former()
         return None if node is None or node.closed or not node.watch.in_use() else node

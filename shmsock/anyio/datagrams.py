@@ -33,7 +33,7 @@ class _DatagramEnd(End):
         self.queue: deque[tuple[bytes, Address]] = deque()
         self.error: OSError | None = None
         self._paused = False
-        self.send = DatagramOut(node, endpoint.local[1], endpoint.routes, self).sendto
+        self.send = DatagramOut(node.pump, endpoint.local[1], endpoint.routes, self).sendto
         endpoint.handler = self
 
     def _send_slowly(self, data: bytes, to: Address | None) -> None:

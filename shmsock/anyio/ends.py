@@ -50,7 +50,7 @@ def checkpoints(node: Node) -> tuple[Checkpoint, Checkpoint]:
 
     @coroutine
     def turn() -> Generator[None, None, None]:
-        node.polled = 2
+        node.pump.polled = 2
         yield
 
     token = getattr(anyio.lowlevel, "current_token", None)  # anyio 4.11
@@ -79,14 +79,14 @@ class End:
             self._waiters[side] = None
             if self._woken[side]:
                 self._woken[side] = False
-                self.node.runs()
+                self.node.pump.runs()
 
     def wake(self, side: int) -> None:
         waiter = self._waiters[side]
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
             self._woken[side] = True
-            self.node.will_run()
+            self.node.pump.will_run()
 
     def close(self) -> None:
         """Who waits gets ClosedResourceError. Raises RuntimeError on another thread."""

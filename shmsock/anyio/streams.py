@@ -48,7 +48,7 @@ class _StreamEnd(End):
         super().__init__(node)
         self.conn = conn
         self.live = conn.state is State.OPEN  # slot and ring are ours
-        self.fast_path = FastPath(node, conn, self)
+        self.fast_path = FastPath(node.pump, conn, self)
         self.fast_path.can_write = self.fast_path.can_read = self.live
         self.poll: PollFd | None = None
         conn.handler = self
@@ -127,8 +127,8 @@ class ShmStream(Resource, ByteStream):
     async def _receive_slowly(self, max_bytes: int) -> bytes:
         end, node, conn = self._end, self._node, self._conn
         while end.live:
-            if not node.scheduled:
-                node.begin_turn()
+            if not node.pump.scheduled:
+                node.pump.begin_turn()
             data = conn.read(max_bytes)
             if isinstance(data, bytes):
                 end.update_poll()

@@ -161,9 +161,9 @@ def beneath(a: Any) -> Held:
     endpoints = list(engine.datagrams)
     ports = []
     for conn in conns[:3]:  # made by hand: nobody tells them of the end
-        ports.append(FastPath(a, conn, Protocol()))
+        ports.append(FastPath(a.pump, conn, Protocol()))
         ports[-1].can_read = ports[-1].can_write = True
-        ports.append(extension.DatagramIn(a, conn, {}))
+        ports.append(extension.DatagramIn(a.pump, conn, {}))
     routes = endpoints[0].routes if endpoints else {}
     return [
         *(engine, engine.listeners, engine.datagrams, engine.peers, engine.layout, engine.memory),
@@ -174,7 +174,7 @@ def beneath(a: Any) -> Held:
             *engine.peers.all[:3],
             *engine.listeners,
             *ports,
-            DatagramOut(a, 7100, routes, Protocol()),
+            DatagramOut(a.pump, 7100, routes, Protocol()),
         ),
         *(*engine.datagrams._links.values(), *engine.datagrams.incoming, *engine.layout.survey()),
         *(t.fast_path for t in a.transports if hasattr(t, "fast_path")),

@@ -81,7 +81,7 @@ def test_each_kind_of_read_cancelled(run: Run, world: World, how: str, late: boo
                 await until(lambda: s.reader._waiter is not None)  # type: ignore[attr-defined]
                 if late:
                     c.writer.write(text)
-                    s.node._pump()
+                    s.node.pump._pump()
                     assert s.reader._waiter.done()  # type: ignore[attr-defined]
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError):

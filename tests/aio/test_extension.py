@@ -185,12 +185,12 @@ def test_a_pump_that_could_not_be_called_is_called_later(region: str, asked: str
 
         loop.call_soon = call_soon  # before there is a node
         async with World("self", region).pair() as (c, s):
-            await until(lambda: not c.node.scheduled, "asleep")
+            await until(lambda: not c.node.pump.scheduled, "asleep")
             fails = True
             with pytest.raises(ArithmeticError):
                 s.writer.write(b"x") if asked == "write" else c.reader.read(1).send(None)
             fails = False
-            assert not c.node.scheduled
+            assert not c.node.pump.scheduled
             s.writer.write(b"y")
             assert await c.reader.readexactly(1) in b"xy"
 

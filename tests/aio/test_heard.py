@@ -58,7 +58,7 @@ class Ends:
 async def hears(node: shmsock.Node, act: Callable[[], Any], heard: Callable[[], Any]) -> int:
     """So many turns of the loop from `act`, done while the node sleeps, until it is heard."""
     passes = -1
-    while node.scheduled or node.statistics()["pumps"] != passes:  # its heartbeat looks often, at first
+    while node.pump.scheduled or node.statistics()["pumps"] != passes:  # its heartbeat looks often, at first
         passes = node.statistics()["pumps"]
         await asyncio.sleep(0.02)
     act()

@@ -69,7 +69,7 @@ def test_the_queue_of_a_loop_is_found(factory: Any, debug: bool, region: str) ->
         loop = asyncio.get_running_loop()
         async with shmsock.attach(region) as node:
             queue = ready_queue(loop)
-            assert queue is node.queue is getattr(loop, "_ready", queue)
+            assert queue is node.pump.queue is getattr(loop, "_ready", queue)
             before = len(queue)
             handle = loop.call_soon(int)
             assert len(queue) == before + 1

@@ -20,6 +20,7 @@ typedef struct {
     sh_heartbeat *heartbeat;
     PyObject *memory; /* tuple of what these two belong to: it is held as long as there is anybody to ask them */
     PyObject *owed;   /* tuple of containers: while one of them is not empty, the engine is owed a pass */
+    PyObject *owner;  /* is asked to check() whether the node may be used, and told what was heard, to attend() to events, that a pass must follow */
     PyObject *queue;  /* what the loop runs next, or a list that stands for it */
     PyObject *call_soon, *create_future, *context, *pump;
     FastPath **ports;     /* by slot: connections with a reader in direct mode, or with a protocol that takes bytes; borrowed */

@@ -10,7 +10,17 @@
 #define UNUSUAL (SH_POLL_FIN | SH_POLL_DONE | SH_POLL_RESET | SH_POLL_BAD)
 
 PyTypeObject *sh_pump_type;
-static PyObject *s_heard, *s_attend, *s_pump_follows;
+static PyObject *s_check, *s_heard, *s_attend, *s_pump_follows;
+
+/* owner.method([first[, second]]): what is seldom done. */
+static PyObject *ask_owner(Pump *t, PyObject *method, PyObject *first, PyObject *second)
+{
+    if (!t->owner) {
+        PyErr_SetString(PyExc_RuntimeError, "this node was never attached, or has been collected");
+        return NULL;
+    }
+    return PyObject_CallMethodObjArgs(t->owner, method, first, second, NULL);
+}
 
 static int owed(Pump *t)
 {
@@ -33,7 +43,7 @@ static int attend(Pump *t, const uint64_t *words, int n, uint64_t now)
         PyList_SET_ITEM(list, i, word);
     }
     if (clock)
-        r = PyObject_CallMethodObjArgs((PyObject *)t, s_attend, list, clock, NULL);
+        r = ask_owner(t, s_attend, list, clock);
     if (r)
         told = PyObject_IsTrue(r);
 out:
@@ -116,7 +126,7 @@ static int next_pass(Pump *t, uint64_t *words, int *n, uint64_t now, int told, i
         return 0;
     if (alone && (*n = sh_pump_more(t->nd, words, EVENTS, now, t->nd->spin_max_ns / 64 > GLANCE_NS ? t->nd->spin_max_ns / 64 : GLANCE_NS)))
         return 1;
-    if (told) /* what it did may be for others, and the loop's to pass on: uvloop paused writes to sockets back until the turn ends */
+    if (told) /* what it did may be for others, and the loop's to pass on: uvloop holds writes to sockets back until the turn ends */
         return 0;
     Py_BEGIN_ALLOW_THREADS
     if (alone)
@@ -169,7 +179,8 @@ static int pump(Pump *t)
 static PyObject *none_unless(int failed) { return failed < 0 ? NULL : Py_NewRef(Py_None); }
 
 static PyObject *turn_begin(Pump *t, PyObject *unused) { (void)unused; return none_unless(sh_begin_turn(t)); }
-static PyObject *turn_stir(Pump *t, PyObject *unused) { (void)unused; return t->scheduled || t->closed ? Py_NewRef(Py_None) : PyObject_CallMethodNoArgs((PyObject *)t, s_pump_follows); }
+static PyObject *turn_check(Pump *t, PyObject *unused) { (void)unused; return ask_owner(t, s_check, NULL, NULL); }
+static PyObject *turn_stir(Pump *t, PyObject *unused) { (void)unused; return t->scheduled || t->closed ? Py_NewRef(Py_None) : ask_owner(t, s_pump_follows, NULL, NULL); }
 static PyObject *turn_may_spin(Pump *t, PyObject *unused) { (void)unused; return PyBool_FromLong(sh_may_spin(t)); }
 static PyObject *turn_will_run(Pump *t, PyObject *unused) { (void)unused; return none_unless(sh_will_run(t)); }
 static PyObject *turn_runs(Pump *t, PyObject *unused) { (void)unused; return none_unless(sh_runs(t)); }
@@ -185,7 +196,7 @@ static PyObject *turn_wake(Pump *t, PyObject *unused)
         Py_RETURN_NONE;
     news = sh_heartbeat_heard(t->heartbeat);
     if (news || t->listens || t->hurry) {
-        PyObject *number = PyLong_FromLong(news), *r = number ? PyObject_CallMethodOneArg((PyObject *)t, s_heard, number) : NULL;
+        PyObject *number = PyLong_FromLong(news), *r = number ? ask_owner(t, s_heard, number, NULL) : NULL;
         Py_XDECREF(number);
         if (!r)
             return NULL;
@@ -231,20 +242,21 @@ static void go_on(void *mine) { PyEval_RestoreThread(mine); }
 
 static int turn_init(Pump *t, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"engine", "heartbeat", "loop", "context", "ident", "queue", NULL};
-    PyObject *engine, *heartbeat, *loop, *context, *queue;
+    static char *names[] = {"owner", "engine", "heartbeat", "loop", "context", "ident", "queue", NULL};
+    PyObject *owner, *engine, *heartbeat, *loop, *context, *queue;
 
     if (t->memory) {
         PyErr_SetString(PyExc_RuntimeError, "a node is made once");
         return -1;
     }
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOkO", names, &engine, &heartbeat, &loop, &context, &t->ident, &queue)
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOOkO", names, &owner, &engine, &heartbeat, &loop, &context, &t->ident, &queue)
         || !(t->memory = PyTuple_New(2)) || borrow(heartbeat, &t->heartbeat, t->memory, 0) < 0 || !(t->owed = PyObject_GetAttrString(engine, "owed"))
         || !(t->call_soon = PyObject_GetAttrString(loop, "call_soon"))
         || !(t->create_future = PyObject_GetAttrString(loop, "create_future"))
         || !(t->pump = PyObject_GetAttrString((PyObject *)t, "_pump"))
         || borrow(engine, &t->nd, t->memory, 1) < 0)
         return -1;
+    t->owner = Py_NewRef(owner);
     t->context = Py_NewRef(context);
     t->queue_visible = queue != Py_None;
     t->queue = t->queue_visible ? Py_NewRef(queue) : Py_BuildValue("[O]", Py_None);
@@ -265,6 +277,7 @@ static int turn_traverse(Pump *t, visitproc visit, void *arg)
 {
     Py_VISIT(Py_TYPE(t));
     Py_VISIT(t->memory);
+    Py_VISIT(t->owner);
     Py_VISIT(t->owed);
     Py_VISIT(t->queue);
     Py_VISIT(t->call_soon);
@@ -277,6 +290,7 @@ static int turn_traverse(Pump *t, visitproc visit, void *arg)
 static int turn_clear(Pump *t)
 {
     t->closed = 1; /* what is called from here on finds nothing to work with */
+    Py_CLEAR(t->owner);
     Py_CLEAR(t->owed);
     Py_CLEAR(t->queue);
     Py_CLEAR(t->call_soon);
@@ -302,14 +316,15 @@ static void turn_dealloc(Pump *t)
 #define METHOD(function, text) (PyCFunction)(void (*)(void))(function), METH_NOARGS, text
 
 static PyMethodDef methods[] = {
-    {"begin_turn", METHOD(turn_begin, "What happens now happens in a turn of the loop that has its own budget, and a pump follows it.")},
-    {"stir", METHOD(turn_stir, "The engine has done something: a pump follows.")},
-    {"may_spin", METHOD(turn_may_spin, "Nothing else is to be run by this loop, as far as can be known.")},
-    {"will_run", METHOD(turn_will_run, "The pump woke a task.")},
-    {"runs", METHOD(turn_runs, "And it runs.")},
-    {"woken", METHOD(turn_woken, "Something rang: look.")},
-    {"_wake", METHOD(turn_wake, "A bell moved, or it is time for a look.")},
-    {"_pump", METHOD(turn_pump, "One pass.")},
+    {"check", METHOD(turn_check, "Raises when the node may not be used here (any more).")},
+    {"begin_turn", METHOD(turn_begin, "Give this turn of the loop a budget of its own, and have a pass follow it.")},
+    {"stir", METHOD(turn_stir, "Have a pass follow what the engine has done.")},
+    {"may_spin", METHOD(turn_may_spin, "Is nothing else to be run by this loop, as far as can be known?")},
+    {"will_run", METHOD(turn_will_run, "Note that the pump woke a task.")},
+    {"runs", METHOD(turn_runs, "Note that the task runs.")},
+    {"woken", METHOD(turn_woken, "Make a pass, as a doorbell rang.")},
+    {"_wake", METHOD(turn_wake, "Make a pass, as the heartbeat asks for one.")},
+    {"_pump", METHOD(turn_pump, "Make a pass, and more of them while there are news and nothing else is to be run.")},
     {NULL, NULL, 0, NULL},
 };
 
@@ -320,14 +335,14 @@ static PyMemberDef members[] = {
     {"listens", T_BOOL, offsetof(Pump, listens), 0, "there is more than the heartbeat to hear"},
     {"unlocked", T_ULONGLONG, offsetof(Pump, unlocked), 0, "mask of sections whose lock fell"},
     {"polled", T_INT, offsetof(Pump, polled), 0, "passes that may be left out, soon after the last one"},
-    {"ident", T_ULONG, offsetof(Pump, ident), READONLY, "of the thread"},
-    {"context", T_OBJECT_EX, offsetof(Pump, context), READONLY, "of the pump"},
+    {"ident", T_ULONG, offsetof(Pump, ident), READONLY, "of the thread that it belongs to"},
+    {"context", T_OBJECT_EX, offsetof(Pump, context), READONLY, "in which it is called back"},
     {"queue", T_OBJECT_EX, offsetof(Pump, queue), READONLY, "more than one in it: do not spin"},
     {NULL, 0, 0, 0, NULL},
 };
 
 static PyType_Slot slots[] = {
-    {Py_tp_doc, "The pump's side of a node."},
+    {Py_tp_doc, "Passes over what peers said, as callbacks of a loop. Pump(owner, engine, heartbeat, loop, context, ident, queue)."},
     {Py_tp_new, turn_new},
     {Py_tp_init, turn_init},
     {Py_tp_traverse, turn_traverse},
@@ -341,16 +356,17 @@ static PyType_Slot slots[] = {
 static PyType_Spec spec = {
     .name = "shmsock.native._extension.Pump",
     .basicsize = sizeof(Pump),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_GC,
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
     .slots = slots,
 };
 
 int sh_pump_ready(PyObject *module)
 {
-    s_heard = PyUnicode_InternFromString("_heard");
-    s_attend = PyUnicode_InternFromString("_attend");
-    s_pump_follows = PyUnicode_InternFromString("_pump_follows");
+    s_check = PyUnicode_InternFromString("check");
+    s_heard = PyUnicode_InternFromString("heard");
+    s_attend = PyUnicode_InternFromString("attend");
+    s_pump_follows = PyUnicode_InternFromString("pump_follows");
     sh_pump_type = (PyTypeObject *)PyType_FromSpec(&spec);
-    return s_heard && s_attend && s_pump_follows && sh_pump_type
+    return s_check && s_heard && s_attend && s_pump_follows && sh_pump_type
         ? PyModule_AddObjectRef(module, "Pump", (PyObject *)sh_pump_type) : -1;
 }

@@ -1,0 +1,199 @@
+"""What runs an engine on an event loop: a pump, the heartbeat and doorbells that wake it, and the handing out
+of what the engine has to tell."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import errno
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+from shmsock.aio.doorbells import DoorbellListener
+from shmsock.aio.pump import FastPath, Pump, extension, ready_queue, selector
+from shmsock.engine.connection import Connection
+from shmsock.engine.engine import Engine
+from shmsock.errors import forked, other_memory, wrong_thread
+from shmsock.region.doorbell import Doorbell
+from shmsock.wakeup import LOCK, SUSPECTED_LOSS, Heartbeat
+
+__all__ = ["Driver", "Handler", "Loop", "Opening", "slowness"]
+
+log = logging.getLogger("shmsock")
+
+
+class Loop(Protocol):
+    """All that a node asks of its loop: asyncio's and uvloop's have it, and TrioLoop. No timers: each beat
+    wakes the loop."""
+
+    def call_soon(
+        self, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
+    ) -> object: ...
+    def call_soon_threadsafe(self, callback: Callable[..., object], *args: Any) -> object: ...
+    def add_reader(self, fd: int, callback: Callable[[], object]) -> object: ...
+    def remove_reader(self, fd: int) -> object: ...
+    def create_future(self) -> Any: ...
+    def is_closed(self) -> bool: ...
+    def is_running(self) -> bool: ...
+    def call_exception_handler(self, context: dict[str, Any]) -> object: ...
+
+
+class Handler(Protocol):
+    """What an engine's connection belongs to."""
+
+    def ready(self, bits: int) -> None: ...
+    def failed(self, error: OSError) -> None: ...
+    def freed(self) -> None: ...
+
+
+def slowness(call: Callable[[], int]) -> int:
+    """How many times slower than usual this machine runs such code as ours, 1 to 10: the windows of an
+    emulated guest must be longer, or no answer ever comes within them. Measured by calls that take about 0.1
+    us elsewhere, the best of several tries."""
+    best = 1 << 62
+    for _ in range(5):
+        begin = time.perf_counter_ns()
+        for _ in range(50):
+            call()
+        best = min(best, time.perf_counter_ns() - begin)
+    return min(max(best // (50 * 200), 1), 10)
+
+
+class Opening:
+    """A connection that waits for its answer."""
+
+    def __init__(self, waiter: asyncio.Future[None], by_name: bool) -> None:
+        self.waiter, self.by_name = waiter, by_name
+        self.early = False
+
+    def ready(self, bits: int) -> None:
+        """Bytes came with the answer: they are looked at when the waiter has made a transport of it."""
+        self.early = True
+
+    def freed(self) -> None:
+        """Nobody was given it yet."""
+
+    def connected(self) -> None:
+        if not self.waiter.done():
+            self.waiter.set_result(None)
+
+    def failed(self, error: OSError) -> None:
+        if not self.waiter.done():
+            self.waiter.set_exception(error)
+
+    def silent(self, conn: Connection) -> None:
+        """Another of that name may answer."""
+        if self.by_name:
+            self.failed(
+                ConnectionResetError(
+                    errno.ECONNRESET, f"peer {conn.remote[0]!r} (section {conn.peer}) is silent"
+                )
+            )
+
+
+class Driver:
+    """Owns the pump of a node, which calls check(), heard(), attend() and pump_follows(). All methods are
+    called by the thread of the loop."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        heartbeat: Heartbeat,
+        loop: Any,
+        doorbell: Doorbell | None,
+        slow: int,
+        node: object,
+        beat: Callable[[], object],
+    ) -> None:
+        """`slow`: see slowness(). Messages name `node`; `beat` is called whenever the
+        heartbeat wakes the loop for more than that a peer said something."""
+        self._engine, self._heartbeat, self._loop = engine, heartbeat, loop
+        self._node, self._beat = node, beat
+        self._ident, self._pid = threading.get_ident(), os.getpid()
+        context = contextvars.Context()
+        self.pump: Any = Pump(self, engine, heartbeat, loop, context, self._ident, ready_queue(loop))
+        if extension is not None:
+            engine.datagrams.gate = partial(FastPath, self.pump)
+            engine.datagrams.inbox = partial(extension.DatagramIn, self.pump)
+        self._tune(slow)
+        context.run(loop.add_reader, heartbeat.fd, self.pump._wake)
+        listen = partial(context.run, loop.add_reader)
+        self.doorbells = DoorbellListener(engine, doorbell, listen, loop.remove_reader, self.pump.woken, node)
+        self.pump.listens = doorbell is not None
+        engine.home.stir = self.pump.stir
+        engine.on_down, engine.on_alone = self._report_down, self._report_alone
+        self.pump.begin_turn()
+
+    def _tune(self, slow: int) -> None:
+        lib, nd, us = self._engine.lib, self._engine.nd, self._engine.settings
+        one_cpu = len(os.sched_getaffinity(0)) == 1
+        hot_turns = getattr(self._loop, "hot_turns", 1 << 62)
+        lib.sh_hot(nd, us.hot_us * 1000 * slow, hot_turns, one_cpu)
+        # On one CPU a spin that does not yield only keeps the peer from answering.
+        yield_ns = 0 if one_cpu else 1000
+        lib.sh_node_settings(nd, us.hold_us * 1000, us.busy_poll_us * 1000 * slow, yield_ns)
+        lib.sh_loop(nd, selector(self._loop))
+
+    def check(self) -> None:
+        """Raises ForkedError, WrongThreadError or NodeClosedError, before anything in C is touched."""
+        if threading.get_ident() != self._ident:
+            raise wrong_thread(repr(self._node))
+        if os.getpid() != self._pid:
+            raise forked(repr(self._node))
+        self._engine.check()
+
+    def pump_follows(self) -> None:
+        """Schedule a pass: what the engine has just done may be for this very node, which sleeps, and nobody
+        kicks it for that."""
+        if not self._loop.is_closed():
+            self.pump.begin_turn()
+
+    def heard(self, news: int) -> None:
+        """Look into what woke the loop, beside peers that said something."""
+        if news & LOCK:
+            self.pump.unlocked = self._heartbeat.unlocked()
+        self.pump.listens = self.doorbells.bell is not None
+        if news & SUSPECTED_LOSS or self.pump.listens:
+            self.doorbells.look()
+        self._beat()
+
+    def attend(self, words: list[int] | None, now: int) -> bool:
+        """Have the engine take in what the core found in a pass, and hand out its events. Were there any?"""
+        events, pump = self._engine.events, self.pump
+        unlocked, pump.unlocked = pump.unlocked, 0
+        self._engine.attend(words, now, unlocked)
+        told = len(events)
+        for _ in range(told):  # what comes of these is for the next pass
+            call, arg = events.popleft()
+            try:
+                call(arg)
+            except (SystemExit, KeyboardInterrupt):
+                raise
+            except BaseException as error:
+                owner = getattr(call, "__self__", None)
+                self._loop.call_exception_handler(
+                    {
+                        "message": f"shmsock: unhandled error in {call.__name__} of {owner!r}",
+                        "exception": error,
+                        "node": self._node,
+                    }
+                )
+        return told > 0
+
+    def _report_down(self, why: OSError) -> None:
+        self._loop.call_exception_handler(
+            {"message": f"shmsock: {self._node!r} is down", "exception": why, "node": self._node}
+        )
+
+    def _report_alone(self) -> None:
+        log.warning("%r has listened for half a minute, and saw nobody else: %s", self._node, other_memory())
+
+    def stop(self) -> None:
+        """Wait for nothing any more. The loop must be open."""
+        self.doorbells.close()
+        self._loop.remove_reader(self._heartbeat.fd)
