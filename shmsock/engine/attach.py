@@ -6,7 +6,7 @@ clock: so it is a generator that yields seconds to wait and returns the Claim. N
 once.
 
 What was seen before a claim proves nothing: another may have lived in the section and left in between. So
-whether anybody still reads there is looked at behind the compare-and-swap, when no owner can come any more,
+whether anybody still reads there is found out behind the compare-and-swap, when no owner can come any more,
 and a section that is read is given back. The readers' side is `users` and the inbox (native/LAYOUT.md, rule
 U); tests/models/reuse.pml is the model.
 """
@@ -68,7 +68,7 @@ def survey(layout: Layout, locks: Locks, boot_id: bytes) -> list[Seen]:
     for i in range(layout.peers):
         claim, who, life = layout.claim(i), layout.identity(i), layout.life(i)
         used = life != 0
-        # The identity of who left says nothing of who is just claiming the section.
+        # A former owner's identity says nothing of the one that is just claiming the section.
         lock_here = who is not None and who.claim == claim and who.lock_tells(boot_id, locks.identity)
         found.append(
             Seen(
@@ -93,7 +93,7 @@ def _alive(layout: Layout, before: list[Seen]) -> set[int]:
 
 
 def _is_read(layout: Layout, section: int, readers: set[int]) -> bool:
-    """Has one of these not taken all messages of the section's last owner, or does it read what that
+    """Has one of these left messages of the section's last owner unread, or does it still read what that
     published? (A message may be the answer to a connection whose bytes are there already.)"""
     if not layout.life(section):
         return False  # nobody ever lived there, whatever others say: newcomers need not wait for them
@@ -151,7 +151,7 @@ def claim_section(
         return [s for s in found if only in (None, s.section)]
 
     now = survey(layout, locks, boot_id)
-    anyone = {s.section for s in now if s.claim}  # who of them is dead is not looked at yet
+    anyone = {s.section for s in now if s.claim}  # which of them are dead is not known yet
     for seen in wanted(_free(now)):
         if not seen.used or not _is_read(layout, seen.section, anyone):
             claim = yield from _take(layout, locks, boot_id, seen, rng, anyone)
@@ -284,7 +284,7 @@ def reap(
 
     For `shmsock reap`: a person knows what no observer can, that a silent VM will not come back. Yields
     seconds to wait, returns what was freed. What somebody still reads there, it can go on reading: whoever
-    claims the section looks at that.
+    claims the section checks that.
     """
     before = survey(layout, locks, boot_id)
     yield watch_s

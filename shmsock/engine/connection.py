@@ -327,8 +327,8 @@ class Connection(Held):
     # -- bytes
 
     def write(self, data: Any, size: int) -> int:
-        """Bytes taken, at most `size`; fewer when the ring is full (an event comes when there is space); or a
-        status."""
+        """Returns how many bytes were written, at most `size`; fewer when the ring is full (an event comes
+        when there is space); or a status."""
         if self.state is not OPEN:
             return CLOSED
         taken: int = self.home.lib.sh_write(self.ep, data, size)
@@ -365,7 +365,7 @@ class Connection(Held):
         changed hands while it was copied."""
         data = self.copy(span)
         status = self.taken(len(data) + header)
-        if status == GROW:  # a signal handler looked into the ring, and found a larger one
+        if status == GROW:  # a signal handler read from it, and found a larger one
             return self.read(len(data))
         return self.ended_by(status) if status else data
 

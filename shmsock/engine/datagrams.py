@@ -50,7 +50,8 @@ class Endpoint:
     def __init__(self, owner: Datagrams, listener: Listener, remote: Address | None, given: Any) -> None:
         self.owner, self.home, self.listener = owner, owner.home, listener
         self.local, self.remote = (owner.home.name, listener.port), remote
-        #: A driver's own way with addresses: shown(address, section) of who sent, host(host) of who is meant.
+        #: A driver's own way with addresses: shown(address, section) of a sender, host(host) of a
+        #: destination.
         self.shown: Callable[[Address, int], Address] = lambda address, section: address
         self.host: Callable[[Any], Any] = lambda host: host
         self.aliases: list[Any] = [None, remote, given]  # what send() may be given when connected

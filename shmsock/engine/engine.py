@@ -213,14 +213,6 @@ class Engine:
         n = self.lib.sh_pump(self.nd, self._out, EVENTS_PER_PASS) if self.home.alive else STALE
         return None if n == STALE else self._out[0:n]
 
-    def poll_more(self, now_ns: int, ns: int) -> list[int] | None:
-        """The same once more in the same turn of the loop: waits up to `ns` nanoseconds, busily. Empty:
-        nothing came."""
-        n = STALE
-        if self.home.alive:
-            n = self.lib.sh_pump_more(self.nd, self._out, EVENTS_PER_PASS, now_ns, ns)
-        return None if n == STALE else self._out[0:n]
-
     def attend(self, words: list[int] | None, now_ns: int, unlocked: int = 0) -> None:
         """The engine's part of a pass: do what follows from the words that a poll found. `unlocked`: a mask
         of sections whose lock fell (Heartbeat.unlocked)."""

@@ -40,7 +40,6 @@ H_ID: int = lib.SH_HEADER_REGION_ID
 H_BYTES: int = lib.SH_HEADER_REGION_BYTES
 CLAIM: int = lib.SH_SECTION_CLAIM
 BEAT: int = lib.SH_SECTION_BEAT
-PUMPS: int = lib.SH_SECTION_PUMPS
 INCARNATION: int = lib.SH_SECTION_INCARNATION
 STATE: int = lib.SH_SECTION_STATE
 N_LISTENERS: int = lib.SH_SECTION_LISTENERS
@@ -161,7 +160,7 @@ class Layout:
                 yield slot, link, self.memory.load(at + slot * SLOT_BYTES + SLOT_TX_WORD)
 
     def is_read_by(self, section: int, reader: int) -> bool:
-        """Has the reader not taken all messages of the section's last owner, or does it read what that
+        """Has the reader left messages of the section's last owner unread, or does it still read what that
         published?"""
         load, there, back = self.memory.load, self.pair(section, reader), self.pair(reader, section)
         tag, mine = load(there + NOTIFY_SEQ) >> 32, load(back + NOTIFY_SEQ) >> 32

@@ -32,7 +32,7 @@ LOCAL: int = lib.SH_LISTEN_LOCAL
 TENTATIVE: int = lib.SH_LISTEN_TENTATIVE
 DATAGRAM: int = lib.SH_LISTEN_DATAGRAM
 EPHEMERAL = 32768
-PATIENCE, PATIENCE_NS = 20000, 3_000_000  # looks, and time: the loop stands still meanwhile
+PATIENCE, PATIENCE_NS = 20000, 3_000_000  # tries, and time: the loop stands still meanwhile
 REMEMBERED = 256
 
 
@@ -50,7 +50,7 @@ class Listener:
         self.pending = 0  # accepted, and the handler was not told yet
         self.handler: Any = None
         self.closed = False
-        self.serving = True  # False: the port is taken, and who connects is refused
+        self.serving = True  # False: the port is occupied, and a CONNECT is refused
 
     @property
     def full(self) -> bool:
@@ -105,7 +105,7 @@ class Listeners:
         return port
 
     def _unused(self) -> Iterator[int]:
-        """Round and round; what connections use is looked up once in a round, in which no port comes
+        """Round and round; what connections use is found out once in a round, in which no port comes
         twice. While they use all, that is each time."""
         while True:
             used = self._used()
@@ -157,8 +157,8 @@ class Listeners:
         }
 
     def _settle(self, port: int, reuse: bool, datagram: bool) -> bool:
-        """Is the port ours? Who is tentative decides within microseconds, unless it was stopped in the middle
-        of it, or lies: then it is not, and this is over within PATIENCE_NS."""
+        """Is the port ours? A tentative owner decides within microseconds, unless it was stopped in the
+        middle of it, or lies: then it is not, and this is over within PATIENCE_NS."""
         end = self.home.now() + PATIENCE_NS
         for _ in range(PATIENCE):
             undecided = False
@@ -242,7 +242,7 @@ class Listeners:
         return found, bool(named)
 
     def find(self, host: Any, port: int, *, exclude: tuple[int, ...] = (), datagram: bool = False) -> Peer:
-        """Who is to be asked for (host, port): a section's owner, a peer of that name, or (None, localhost)
+        """Find the peer to ask for (host, port): a section's owner, a peer of that name, or (None, localhost)
         one of this machine. Raises socket.gaierror, ConnectionRefusedError."""
         if isinstance(host, int) and not isinstance(host, bool):
             now_ns = self.home.now()

@@ -13,7 +13,7 @@ __all__ = ["Peer", "Peers"]
 
 SAMPLES = 10
 BEAT_NS = 100_000_000
-FORSAKEN_SAMPLES, FORSAKEN_NS = 3, 425_000_000  # more than two beats of who is silent
+FORSAKEN_SAMPLES, FORSAKEN_NS = 3, 425_000_000  # more than two beats of a silent one
 STALE_NS = 250_000_000  # more than one
 UNSEEN_NS = 1_000_000_000  # who was never seen to beat is not waited for as long as who was
 
@@ -123,8 +123,8 @@ class Peers:
                         self._unread |= 1 << peer.section
 
     def sample(self, now_ns: int) -> list[Peer]:
-        """One look at every beat. Returns the peers that are gone since the last: left, or silent too
-        long."""
+        """Compare every beat with the last sample. Returns the peers that are gone since the last: left, or
+        silent too long."""
         gone = []
         self.refresh_all(now_ns)
         unread, self._unread = self._unread, 0
@@ -160,7 +160,7 @@ class Peers:
         self.refresh(peer, now_ns)
 
     def came_back(self, now_ns: int) -> bool:
-        """Before somebody is refused: does one beat again that was thought dead at the last look?"""
+        """Before somebody is refused: does one beat again that was thought dead at the last sample?"""
         found = False
         for peer in filter(self._thought_dead, self.some):
             beat = self.layout.beat(peer.section)
@@ -174,8 +174,9 @@ class Peers:
         return peer.live and peer.samples >= FORSAKEN_SAMPLES and now_ns - peer.beat_ns >= STALE_NS
 
     def to_bury(self, now_ns: int) -> tuple[list[Peer], bool]:
-        """Those whose lock fell and whose beat stands still besides: dead, whoever looks. And is there one
-        of which that is to be seen yet? (A lock that falls proves nothing where two VMs share a boot id.)"""
+        """Those whose lock fell and whose beat stands still besides: dead, for every observer. And is there
+        one of which that is to be seen yet? (A lock that falls proves nothing where two VMs share a boot
+        id.)"""
         fallen = [
             p
             for p in filter(self._thought_dead, self.some)
@@ -185,8 +186,8 @@ class Peers:
         return dead, len(dead) < len(fallen)
 
     def _moved(self, peer: Peer, beat: int, now_ns: int) -> None:
-        """Looks may be further apart than beats. If there were fewer beats than there was time for, it fell
-        silent between two looks: counted from when it did, and looked at more closely."""
+        """Samples may be further apart than beats. If there were fewer beats than there was time for, it fell
+        silent between two samples: counted from when it did, and sampled more often."""
         beats, time = (beat - peer.beat) & 0xFFFFFFFFFFFFFFFF, now_ns - peer.beat_ns
         peer.lagging = peer.beat >= 0 and not peer.lagging and (beats + 3) * BEAT_NS < time
         peer.beat_ns = peer.beat_ns + beats * BEAT_NS if peer.lagging else now_ns
@@ -215,7 +216,7 @@ class Peers:
 
     @property
     def doubtful(self) -> bool:
-        """Is there one whose beat stood still at the last look?"""
+        """Is there one whose beat stood still at the last sample?"""
         return any(p.live and (p.samples or p.lagging or p.forsaken) for p in self.some)
 
     def same_kernel(self, peer: Peer) -> bool:
@@ -230,7 +231,7 @@ class Peers:
 
     def named(self, name: str | None, *, local: bool = False) -> list[Peer]:
         """Live peers by name (None: any of the own machine), own section included. Here a killed one is found
-        out at once: who is restarted after a crash shall not meet its own ghost."""
+        out at once: a program that is restarted after a crash shall not meet its own ghost."""
         here = name is None or local
         return [
             p

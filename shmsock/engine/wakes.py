@@ -1,10 +1,10 @@
 """Who wakes whom, pair by pair: by a doorbell where both have one, by a futex where both run under one
-kernel, else by nobody, and the heartbeat looks.
+kernel, else by nobody, and the heartbeat polls.
 
 A futex wakes the heartbeat, which wakes the loop.
 
-A doorbell that was rung and never came is found out by the core (wake.c, sh_lost): such a peer is looked
-at as one that cannot ring, until a doorbell of its comes through.
+A doorbell that was rung and never came is found out by the core (wake.c, sh_lost): such a peer is polled
+as one that cannot ring, until a doorbell of its comes through.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Wakes:
         news."""
         lib, nd, number = self.home.lib, self.home.nd, self._id(peer)
         if peer.section == self.peers.own:
-            return  # who rings itself is awake
+            return  # this node is awake when it would kick itself
         reach = self.doorbell.reach(number) if self.doorbell and number is not None else None
         there = peer.live or peer.coming
         if not there:
@@ -101,8 +101,8 @@ class Wakes:
             self.update(peer)
 
     def withdraw(self) -> None:
-        """Our doorbell is gone, or is not listened to for now: tell the others, who will be looked at. Some
-        go on ringing for a moment: nothing hears it."""
+        """Our doorbell is gone, or is not listened to for now: tell the others, which are polled from now
+        on. Some go on ringing for a moment: nothing hears it."""
         self.doorbell = None
         self.announce()
         self.update_all()

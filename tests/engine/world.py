@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, TypeVar
 from shmsock.engine import layout as lay
 from shmsock.engine.arena import Arena
 from shmsock.engine.attach import Claim, claim_section
-from shmsock.engine.connection import Connection, Link
+from shmsock.engine.connection import STALE, Connection, Link
 from shmsock.engine.datagram_links import Incoming, Outgoing
 from shmsock.engine.datagrams import Endpoint
 from shmsock.engine.engine import Engine
@@ -154,7 +154,14 @@ class Node:
 
     def pump_on(self) -> list[Event]:
         """Once more in the same turn."""
-        events = self.call(lambda: self._attended(self.engine.poll_more(self.engine.home.now(), 50_000)))
+        engine = self.engine
+
+        def more() -> list[Event]:
+            words = self.world.ffi.new("uint64_t[64]")
+            n = engine.lib.sh_pump_more(engine.nd, words, 64, engine.home.now(), 50_000)
+            return self._attended(None if n == STALE else words[0:n])
+
+        events = self.call(more)
         self.events += events
         return events
 
