@@ -7,6 +7,7 @@ and watches the locks of peers under the same kernel.
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import Any
 
@@ -36,12 +37,12 @@ class Heartbeat:
         #: What `native` points to; whoever keeps that keeps this.
         self.private = core.ffi.new("uint8_t[]", core.lib.sh_heartbeat_bytes())
         self.native = core.ffi.cast("sh_heartbeat *", self.private)
-        error = core.lib.sh_heartbeat_start(
+        status = core.lib.sh_heartbeat_start(
             self.native, nd, self.fd, lock_fd, BEAT_NS, look_cap_us * 1000, int(futex)
         )
-        if error:
+        if status < 0:
             os.close(self.fd)
-            raise OSError(error, f"cannot start the heartbeat thread: {os.strerror(error)}")
+            raise OSError(errno.EAGAIN, f"cannot start the heartbeat thread: {os.strerror(errno.EAGAIN)}")
 
     def arm(self, hurry: bool) -> bool:
         """Fall asleep: `fd` becomes readable once, when a bell moved, or at the first beat after the engine

@@ -31,8 +31,6 @@
 struct end { /* of a connection */
     sh_node *nd;
     sh_ep *ep;
-    const uint8_t *rx;
-    uint32_t rx_bytes;
 };
 
 static sh_node *nodes[PEERS];
@@ -106,7 +104,6 @@ static void connect_ends(uint32_t peers, uint32_t ring_bytes)
         r = sh_ep_open(ends[i].ep, !i, 0, gens[!i]);
         if (r < 0)
             fail("open", r);
-        ends[i].rx = base + sh_ep_follow(ends[i].ep, &ends[i].rx_bytes);
     }
 }
 
@@ -129,25 +126,16 @@ static void put(struct end *e, const void *bytes, uint32_t n)
 /* At least `min` and at most `want` bytes; 0 at the end. */
 static uint32_t take(struct end *e, uint8_t *to, uint32_t want, uint32_t min)
 {
-    int64_t found;
-    uint32_t n, at, first;
-    int r;
+    int64_t n;
 
-    while ((found = sh_read_begin(e->ep, want, min, 1)) == SH_EMPTY)
-        ;
-    if (found == SH_EOF)
+    do
+        if ((n = sh_read_wait(e->ep, to, want, min, SH_MAY_SPIN)) > 0)
+            return (uint32_t)n;
+    while (n == SH_EMPTY || n == SH_YIELD || n == SH_SLOW);
+    if (n == SH_EOF)
         return 0;
-    if (found < 0)
-        fail("read", found);
-    n = (uint32_t)found;
-    at = (uint32_t)(found >> 32);
-    first = e->rx_bytes - at < n ? e->rx_bytes - at : n;
-    sh_copy_in(to, e->rx + at, first);
-    if (first < n)
-        sh_copy_in(to + first, e->rx, n - first);
-    if ((r = sh_read_end(e->ep, n)) < 0)
-        fail("end of a read", r);
-    return n;
+    fail("read", n);
+    return 0;
 }
 
 /* ---- two processes ---- */

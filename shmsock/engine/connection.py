@@ -138,8 +138,6 @@ class Connection(Held):
         "orphaned_ns",
         "peer_slot",
         "remote",
-        "rx",
-        "rx_bytes",
         "slots",
         "state",
     )
@@ -166,8 +164,6 @@ class Connection(Held):
         self.local: tuple[str, int] = ("", 0)
         self.remote: tuple[str, int] = ("", 0)
         self.peer_slot = -1
-        self.rx: Any = b""  # until follow(): what reads in C alone needs none
-        self.rx_bytes = 0
         self.orphaned_ns = 0
         self.error: OSError | None = None
         slots.connections[slot] = self
@@ -212,16 +208,6 @@ class Connection(Held):
             self.peer_slot, self.state = peer_slot, OPEN
             self.link.connections[peer_slot] = self
         return bits
-
-    def follow(self) -> None:
-        """The peer's ring is to be read for the first time, or has grown: `rx` and `rx_bytes` are of it."""
-        size = self.home.ffi.new("uint32_t *")
-        off = self.home.lib.sh_ep_follow(self.ep, size)
-        self.rx, self.rx_bytes = self.home.memory.view(off, size[0]), size[0]
-
-    def let_go(self) -> None:
-        """The peer's ring is not read any more: it may be unmapped. What a read has found in it is void."""
-        self.rx, self.rx_bytes = b"", 0
 
     def poll(self) -> None:
         """See what the peer did, and tell the handler."""
@@ -310,8 +296,6 @@ class Connection(Held):
             return
         notify = self.state is not OPENING
         self.state = FREE
-        if self.rx_bytes:
-            self.let_go()
         if self.handler is not None:
             self.handler.freed()  # `ep` may be another connection's after this
         home, link = self.home, self.link
@@ -342,56 +326,33 @@ class Connection(Held):
 
     def read(self, want: int) -> bytes | int:
         """1 to `want` bytes that are there, or a status. Does not wait."""
-        span = self.span(want)
-        return self.take(span) if span > 0 else span
-
-    def available(self) -> int:
-        """How many bytes read() would give, or a status. Takes nothing."""
-        span = self.span(COPY_MAX)
-        return span & 0xFFFFFFFF if span > 0 else span
-
-    def span(self, want: int) -> int:
-        """Where 1 to `want` bytes are that are there, for take(); or a status."""
         if self.state is not OPEN:
             return self.ended()
-        span: int = self.home.lib.sh_read_now(self.ep, min(want, COPY_MAX))
-        if span == GROW:
-            self.follow()
-            span = self.home.lib.sh_read_now(self.ep, min(want, COPY_MAX))
-        return span if span > 0 else self.ended_by(span)
-
-    def take(self, span: int, header: int = 0) -> bytes | int:
-        """Take out what sh_read_now, sh_read_begin or, behind a header, sh_recv found. RESET when the slot
-        changed hands while it was copied."""
-        data = self.copy(span)
-        status = self.taken(len(data) + header)
-        if status == GROW:  # a signal handler read from it, and found a larger one
-            return self.read(len(data))
-        return self.ended_by(status) if status else data
-
-    def copy(self, span: int) -> bytes:
-        """The same bytes, which stay in the ring until taken() is called: nothing is lost with whoever has no
-        room for them."""
-        at, end = span >> 32, (span >> 32) + (span & 0xFFFFFFFF)
-        if end <= self.rx_bytes:
-            data: bytes = self.rx[at:end]
-        else:
-            data = self.rx[at:] + self.rx[: end - self.rx_bytes]
+        room, bytes_of = self.home.room
+        n = self.home.lib.sh_read(self.ep, room, min(want, COPY_MAX))
+        if n <= 0:
+            return self.ended_by(n)
+        self.home.stir()
+        try:
+            data: bytes = bytes_of[:n]
+        except BaseException as error:  # the ring has them no more: what follows would follow a gap
+            self.broke(error)
+            raise
         return data
 
-    def taken(self, n: int) -> int:
-        """So many bytes were copied: their space is the peer's again. 0; or a status, and the copy is
-        worthless, as the slot or the ring changed under it."""
-        status: int = self.home.lib.sh_read_end(self.ep, n)
-        self.home.stir()
-        return status
+    def available(self) -> int:
+        """How many bytes are there, or a status. Takes nothing."""
+        if self.state is not OPEN:
+            return self.ended()
+        n: int = self.home.lib.sh_available(self.ep)
+        return n if n > 0 else self.ended_by(n)
 
     def ended(self) -> int:
         """What reading from a connection that is not open answers."""
         return EOF if self.error is None else RESET
 
     def ended_by(self, status: int) -> int:
-        """A status that read_now, read_begin or read_end gave: act on it, hand it on. GROW: come again."""
+        """A status that a read gave: act on it, hand it on."""
         if self.state is not OPEN:
             return self.ended()
         if status == VIOLATION:
@@ -409,6 +370,4 @@ class Connection(Held):
                 raise wrong_thread(repr(self))
             self.error = self.error or self.home.failure()
             return RESET
-        elif status == GROW:
-            self.follow()
         return status

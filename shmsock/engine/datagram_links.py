@@ -250,22 +250,20 @@ class Incoming:
         self._ports = home.ffi.new("uint32_t *")
         self._flows: dict[int, tuple[Receiver, Address]] = {}  # by source << 16 | destination port
         self._inbox = inbox and inbox(conn, self._flows)
-        conn.follow()
         conn.handler = self
 
     def ready(self, bits: Any) -> None:
         home, conn, ep, ports, flows = self.home, self.conn, self.ep, self._ports, self._flows
         recv, arm, over = home.lib.sh_recv, home.lib.sh_arm, home.lib.sh_over
+        room, bytes_of = home.room
         records = given = 0
         while conn.state is State.OPEN:
             if records and (records == RECORDS_PER_PASS or given >= BYTES_PER_PASS or over(home.nd)):
                 home.emit(conn.ready, DATA)
                 return
-            span = recv(ep, ports)
-            if span >= 0:
-                data = conn.take(span, HEADER)
-                if not isinstance(data, bytes):
-                    return
+            size = recv(ep, room, ports)
+            if size >= 0:
+                data = bytes_of[:size]
                 records += 1
                 given += len(data)
                 flow = flows.get(ports[0]) or self._flow(ports[0])
@@ -273,8 +271,8 @@ class Incoming:
                     home.counts["datagrams_unreachable"] += 1
                 else:
                     flow[0].receive(data, flow[1])
-            elif span != EMPTY:
-                self._ended(span)
+            elif size != EMPTY:
+                self._ended(size)
                 return
             elif not arm(ep):
                 return

@@ -162,8 +162,6 @@ class Engine:
         stored."""
         self.home.end(why)
         self.peers.locks = None  # they are the parent's, or another's
-        for conn in self.connections.values():
-            conn.let_go()
 
     def failure(self) -> OSError:
         """Why this node may not touch the region any more."""
@@ -191,7 +189,6 @@ class Engine:
             else:
                 self.home.emit(conn.ready, 0)
             conn.state = State.FREE
-            conn.let_go()
         self.connections.clear()
         self.datagrams.down(why)
         self.home.emit(self.down, why)

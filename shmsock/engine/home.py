@@ -32,6 +32,9 @@ class Home:
         #: What `nd` points to; whoever keeps that keeps this.
         self.private = self.ffi.new("uint8_t[]", self.lib.sh_node_bytes(layout.geometry))
         self.nd = self.memory.node(self.private, layout.geometry, section)
+        #: Where the core puts bytes that it takes out of a ring, and a buffer whose slices are bytes.
+        room = self.ffi.new("char[]", self.lib.SH_COPY_MAX)
+        self.room = room, self.ffi.buffer(room)
         self.counts = dict.fromkeys(OF_ENGINE, 0)
         #: Called whenever something was published, or an event is to be told, maybe outside of a pass: one
         #: should follow. (The own node may be the peer, and nobody kicks itself.)

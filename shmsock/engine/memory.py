@@ -61,11 +61,6 @@ class Memory:
     def write(self, offset: int, data: bytes) -> None:
         self.core.lib.sh_write_bytes(self._base, offset, data, len(data))
 
-    def view(self, offset: int, n: int) -> Any:
-        """A buffer whose slices are copies (bytes): how ring bytes come out. It is not to be kept beyond
-        release()."""
-        return self.core.ffi.buffer(self.core.ffi.cast("uint8_t *", self._base) + offset, n)
-
     # -- what the core does with the mapping
 
     def node(self, private: Any, geometry: Any, section: int) -> Any:

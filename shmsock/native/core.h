@@ -75,14 +75,20 @@ enum sh_status {
     SH_STALE = -6,     /* not this node's to touch (any more): closed, forked, another thread, or its section was taken */
     SH_CLOSED = -7,    /* this side's writing has ended, or the peer will never read */
     SH_UNBOUND = -8,   /* the listener entry that a datagram is for has changed: resolve the address anew */
-    SH_GROW = -9       /* a write: the ring is to grow first; a read: the peer's ring has grown, take it over (sh_ep_follow). Then again */
+    SH_GROW = -9,      /* the ring is to grow first, then again */
+    SH_SLOW = -10,     /* not by this way: fewer bytes than asked for, or whoever asked wants none of them; they stay */
+    SH_FULL = -11,     /* the ring of messages has no room */
+    SH_UNADOPTED = -12, /* no life of that peer is known */
+    SH_NO_REGION = -13, /* an id that is none, or a region that is too small for it */
+    SH_NO_FUTEX = -14, /* words of the region cannot be waited for here */
+    SH_NO_THREAD = -15 /* the heartbeat could not be started */
 };
 /* bits of sh_poll() and of what sh_pump() returns */
 enum sh_bits {
     SH_POLL_DATA = 1, SH_POLL_FIN = 2, SH_POLL_DONE = 4, SH_POLL_RESET = 8, SH_POLL_BAD = 16, SH_POLL_SPACE = 32, SH_POLL_MOVED = 64
 };
 enum sh_event { SH_EV_SLOT = 0, SH_EV_ADOPT = 1, SH_EV_MESSAGE = 2 };
-enum sh_sizes { SH_TAKE = 4096 }; /* bytes that sh_take() copies */
+enum sh_how { SH_MAY_SPIN = 1, SH_YIELDED = 2 }; /* of a read: nothing else is to be run; it has just let the loop turn */
 enum sh_survey { SH_SURVEY_CLAIM, SH_SURVEY_INCARNATION, SH_SURVEY_STATE, SH_SURVEY_DOORBELL, SH_SURVEY_BEAT, SH_SURVEY }; /* words per section */
 enum sh_counter { /* by these names, in lower case, statistics() tells of them */
     SH_N_PUMPS, SH_N_READS, SH_N_WRITES, SH_N_BYTES_IN, SH_N_BYTES_OUT, SH_N_NOTIFIES, SH_N_NOTIFIES_PENDING, SH_N_SPIN_HITS, SH_N_SPIN_MISSES,
@@ -156,10 +162,9 @@ uint64_t sh_ep_unsent(sh_ep *ep);
 int64_t sh_write(sh_ep *ep, const void *data, uint64_t n);
 int64_t sh_write_some(sh_ep *ep, const void *data, uint64_t n);
 int sh_wait_space(sh_ep *ep, int spin);
-int64_t sh_read_begin(sh_ep *ep, uint32_t want, uint32_t min, int spin);
-int64_t sh_take(sh_ep *ep, void *to, uint32_t want, uint32_t min, int spin);
-int64_t sh_read_now(sh_ep *ep, uint32_t want);
-int sh_read_end(sh_ep *ep, uint32_t n);
+int64_t sh_available(sh_ep *ep);
+int64_t sh_read(sh_ep *ep, void *to, uint32_t want);
+int64_t sh_read_wait(sh_ep *ep, void *to, uint32_t want, uint32_t min, int how);
 int sh_poll(sh_ep *ep);
 int sh_arm(sh_ep *ep);
 
@@ -167,11 +172,10 @@ int sh_arm(sh_ep *ep);
 void sh_ep_may_grow(sh_ep *ep, int may);
 int sh_ep_grow(sh_ep *ep, uint64_t ring_off, uint32_t ring_bytes);
 int sh_ep_outgrown(sh_ep *ep);
-uint64_t sh_ep_follow(sh_ep *ep, uint32_t *ring_bytes);
 
 /* datagrams */
 int sh_send(sh_ep *ep, uint32_t src_port, uint32_t dst_port, uint32_t entry, const void *data, uint32_t n);
-int64_t sh_recv(sh_ep *ep, uint32_t *ports);
+int64_t sh_recv(sh_ep *ep, void *to, uint32_t *ports);
 uint32_t sh_unread(sh_ep *ep);
 
 /* heartbeat */
@@ -196,6 +200,7 @@ void sh_fake_cut(int cpu);
 void sh_fake_bury(int cpu);
 void sh_fake_omit(const char *function);
 int sh_fake_any_notified(sh_node *nd);
+uint32_t sh_fake_rx_bytes(sh_ep *ep);
 /* cdef-fake-end */
 #endif
 

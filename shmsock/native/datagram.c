@@ -1,6 +1,14 @@
 /* datagram.c - records in a ring: a header, and the bytes. Published whole or not at all, so every tail is the end of one; all
  * else is the ring's way (ring.c). */
-#include "node.h"
+#include "ring.h"
+
+static int is_bound(const sh_ep *ep, uint32_t index, uint32_t entry)
+{
+    const sh_node *nd = ep->nd;
+    const struct sh_section *to = (const struct sh_section *)sh_section_at(nd->base, &nd->g, ep->peer);
+
+    return index < SH_LISTENERS && sh_load(&to->listener[index], nd->wc) == entry;
+}
 
 /* One datagram, whole or not at all, for the listener entry index << 8 | flags of the peer. 1: sent; 0: no room (WANT is set);
  * or a status. */
@@ -8,14 +16,11 @@ int sh_send(sh_ep *ep, uint32_t src_port, uint32_t dst_port, uint32_t entry, con
 {
     sh_node *nd = ep->nd;
     const struct sh_record h = {.length = n, .src_port = (uint16_t)src_port, .dst_port = (uint16_t)dst_port};
-    const struct sh_section *to;
     int r = sh_writable(ep);
 
     if (SH_UNLIKELY(r < 0))
         return r;
-    to = (const struct sh_section *)sh_section_at(nd->base, &nd->g, ep->peer);
-    if (n > SH_DATAGRAM_MAX || entry >> 8 >= SH_LISTENERS
-        || sh_load(&to->listener[entry >> 8], nd->wc) != ((entry & 0xff) << 16 | h.dst_port))
+    if (n > SH_DATAGRAM_MAX || !is_bound(ep, entry >> 8, (entry & 0xff) << 16 | h.dst_port))
         return SH_UNBOUND;
     if (SH_UNLIKELY((r = sh_room(ep, n + SH_RECORD_HEADER, n + SH_RECORD_HEADER)) <= 0))
         return r;
@@ -38,27 +43,39 @@ static void get(const sh_ep *ep, uint32_t position, void *to, uint32_t n)
         sh_copy_in((uint8_t *)to + first, ep->tx, n - first);
 }
 
-/* The next datagram: where its bytes are, as sh_read_now says it (none is a datagram too), and source << 16 | destination; or
- * a status. The header is copied once and checked. sh_read_end(8 + bytes) follows. */
-int64_t sh_recv(sh_ep *ep, uint32_t *ports)
+/* The next datagram: its ports, source << 16 | destination, are there when `to` takes its bytes. How many these were (none is a datagram too), or
+ * a status. The header is copied once and checked. */
+int64_t sh_recv_step(sh_ep *ep, sh_taker *to, uint32_t *ports)
 {
-    int64_t found = ep->followed ? SH_VIOLATION : sh_now(ep, UINT32_MAX);
+    int64_t found = sh_available(ep);
     uint32_t left = (uint32_t)found - SH_RECORD_HEADER;
     struct sh_record h;
 
     if (found < 0)
         return found;
-    if ((uint32_t)found < SH_RECORD_HEADER)
+    if (ep->rx_grown || (uint32_t)found < SH_RECORD_HEADER)
         return SH_VIOLATION;
     sh_copy_ring(ep, &h, ep->head, SH_RECORD_HEADER);
     if (h.length > SH_DATAGRAM_MAX || h.length > left) { /* nonsense, unless the ring changed hands under the copy */
         sh_acquire(ep->nd->wc);
-        return SH_GEN(sh_load(&ep->theirs->tx_word, ep->nd->wc)) == ep->peer_gen ? SH_VIOLATION : SH_RESET;
+        return sh_same_life(ep) ? SH_VIOLATION : SH_RESET;
     }
     *ports = (uint32_t)h.src_port << 16 | h.dst_port;
-    ep->nd->n[SH_N_DATAGRAMS_IN]++;
-    return (int64_t)((ep->head + SH_RECORD_HEADER) & (ep->rx_bytes - 1)) << 32 | h.length;
+    found = sh_take_out(ep, to, SH_RECORD_HEADER, h.length);
+    ep->nd->n[SH_N_DATAGRAMS_IN] += found >= 0;
+    return found;
 }
+
+/* The same, into plain memory for SH_DATAGRAM_MAX bytes. */
+int64_t sh_recv(sh_ep *ep, void *to, uint32_t *ports)
+{
+    struct sh_plain plain = {{sh_take_plain}, to};
+
+    return sh_recv_step(ep, &plain.taker, ports);
+}
+
+/* (A slot that is another life's does not tell how far its reader came.) */
+static int reads_on(const sh_ep *ep) { return SH_GEN(sh_load(&ep->theirs->rx_word, ep->nd->wc)) == ep->peer_gen; }
 
 /* Datagrams that the peer has not taken, for the books when it is gone. Others can write this ring too: it is not trusted. */
 uint32_t sh_unread(sh_ep *ep)
@@ -66,9 +83,8 @@ uint32_t sh_unread(sh_ep *ep)
     uint32_t count = 0, left;
     struct sh_record h;
 
-    if (!sh_may_write(ep->nd) || !ep->theirs || SH_GEN(sh_load(&ep->theirs->rx_word, ep->nd->wc)) != ep->peer_gen
-        || sh_see_head(ep) < 0)
-        return 0; /* (a slot that is another life's does not tell) */
+    if (!sh_may_write(ep->nd) || !ep->theirs || !reads_on(ep) || sh_see_head(ep) < 0)
+        return 0;
     for (left = ep->tail - ep->head_seen; left >= SH_RECORD_HEADER; left -= h.length, count++) {
         get(ep, ep->tail - left, &h, SH_RECORD_HEADER);
         left -= SH_RECORD_HEADER;

@@ -1,10 +1,9 @@
-/* grow.c - rings that grow while bytes are in them. Storage is Python's business (engine/slots.py), and so are the views that it
- * reads through.
+/* grow.c - rings that grow while bytes are in them. Storage is Python's business (engine/slots.py).
  *
  * The producer copies what the peer has not taken to the same positions of a larger ring, and goes on there. The old one stays as
  * it is until the peer has read behind that: then it knows the new one. A larger ring has all that is to be read, so it does not
  * matter if the peer finds a later descriptor in the slot than P speaks of. */
-#include "node.h"
+#include "ring.h"
 
 /* What does not fit is for a larger ring (sh_write says SH_GROW), or takes what room there is. */
 void sh_ep_may_grow(sh_ep *ep, int may) { ep->may_grow = may != 0; }
@@ -59,45 +58,4 @@ int sh_ep_grow(sh_ep *ep, uint64_t ring_off, uint32_t ring_bytes)
     /* SYNC G: the copy, then the descriptor, then P; partner: follow, P before the descriptor before the bytes */
     sh_store(&ep->mine->ring, sh_ring_word(ep, ring_off), nd->wc);
     return 1;
-}
-
-/* Python reads from that ring from now on: its offset in the region. A read that was begun before is to be begun again. */
-uint64_t sh_ep_follow(sh_ep *ep, uint32_t *ring_bytes)
-{
-    ep->followed = 0;
-    ep->reading_gen = SH_NOT_READING;
-    *ring_bytes = ep->rx_bytes;
-    return (uint64_t)(ep->rx - ep->nd->base);
-}
-
-/* What Python calls to read: not before it has followed. */
-
-int64_t sh_read_now(sh_ep *ep, uint32_t want)
-{
-    int64_t found = sh_now(ep, want);
-
-    return SH_UNLIKELY(ep->followed) && found > 0 ? SH_GROW : found;
-}
-
-int64_t sh_read_begin(sh_ep *ep, uint32_t want, uint32_t min, int spin)
-{
-    int64_t found = sh_begin(ep, want, min, spin);
-
-    return SH_UNLIKELY(ep->followed) && found > 0 ? SH_GROW : found;
-}
-
-/* The fast read in one call: at least `min` and at most `want` bytes. Up to SH_TAKE of them are put into `to`, and their space is given
- * back: how many they are. More: as sh_read_begin. Or a status. */
-int64_t sh_take(sh_ep *ep, void *to, uint32_t want, uint32_t min, int spin)
-{
-    int64_t found = sh_begin(ep, want, min, spin && min <= ep->rx_bytes);
-    uint32_t n = (uint32_t)found;
-    int r;
-
-    if (found < 0)
-        return found;
-    if (n > SH_TAKE)
-        return SH_UNLIKELY(ep->followed) ? SH_GROW : found;
-    r = sh_read_out(ep, to, (uint32_t)(found >> 32), n, 0);
-    return r ? r : (int64_t)n;
 }

@@ -1,7 +1,5 @@
 /* handshake.c - how connections come to be and end: CONNECT and its answers, slots taken, opened and released. */
-#include "node.h"
-
-#include <errno.h>
+#include "foreign.h"
 
 /* ---- messages ---- */
 
@@ -15,24 +13,19 @@ static void acknowledge(sh_node *nd, struct sh_link *l)
     sh_store(&l->out->inbox, SH_PACK(l->peer_inc, l->msg_head), nd->wc);
 }
 
-/* 0, -EAGAIN when the ring is full, -ENOTCONN before adoption, SH_VIOLATION when the peer's head is impossible. */
+/* 0; SH_FULL; SH_UNADOPTED; SH_VIOLATION when the peer's head is impossible. */
 static int post(sh_node *nd, uint32_t peer, struct sh_message m)
 {
     struct sh_link *l = &nd->links[peer];
-    uint64_t box;
-    uint32_t head;
+    uint32_t waiting;
 
     if (!sh_may_write(nd))
         return SH_STALE;
     if (!l->peer_inc)
-        return -ENOTCONN;
+        return SH_UNADOPTED;
     acknowledge(nd, l); /* honest rings cannot overflow, as nobody is answered whose CONNECT is still in the way */
-    box = sh_load(&l->in->inbox, nd->wc);
-    head = SH_HIGH(box) == l->my_inc ? SH_LOW(box) : 0; /* under a foreign tag it counts another life's messages */
-    if (l->msg_tail - head > SH_MESSAGES)
-        return SH_VIOLATION;
-    if (l->msg_tail - head == SH_MESSAGES)
-        return -EAGAIN;
+    if ((waiting = sh_mail_out(nd, l)) >= SH_MESSAGES)
+        return waiting > SH_MESSAGES ? SH_VIOLATION : SH_FULL;
     m.src_inc = l->my_inc;
     m.dst_inc = l->peer_inc;
     m.seq = l->msg_tail;
@@ -68,17 +61,16 @@ int sh_message_recv(sh_node *nd, uint32_t peer, uint32_t *note)
 {
     struct sh_link *l = &nd->links[peer];
     struct sh_message in;
-    uint64_t box;
+    uint32_t waiting;
 
     if (!sh_may_write(nd))
         return SH_STALE;
     l->unread = 0;
     acknowledge(nd, l);
-    box = sh_load(&l->in->outbox, nd->wc);
-    if (!l->peer_inc || SH_HIGH(box) != l->my_inc || SH_LOW(box) == l->msg_head || sh_rate_limited(l))
+    if (!l->peer_inc || !(waiting = sh_mail(nd, l)) || sh_rate_limited(l))
         return 0;
     sh_caused(nd, l, 1);
-    if (SH_LOW(box) - l->msg_head > SH_MESSAGES)
+    if (waiting > SH_MESSAGES)
         return SH_VIOLATION;
     sh_copy_in(&in, &l->m_in[l->msg_head % SH_MESSAGES], sizeof in);
     if (in.src_inc != l->peer_inc || in.dst_inc != l->my_inc || in.seq != l->msg_head || in.kind < SH_CONNECT
@@ -87,7 +79,7 @@ int sh_message_recv(sh_node *nd, uint32_t peer, uint32_t *note)
         return SH_VIOLATION;
     memcpy(note, (uint32_t[]){in.kind, in.reason, in.slot, in.gen, in.dst_slot, in.dst_gen, in.port, in.src_port}, 8 * sizeof *note);
     l->msg_head++;
-    l->unread = SH_LOW(box) != l->msg_head;
+    l->unread = waiting > 1;
     if (in.kind == SH_CONNECT)
         l->moved++;
     else if (l->asked) { /* also when whoever asked has given up since: that is no fault of who answers */
@@ -128,7 +120,9 @@ uint32_t sh_ep_alloc(sh_ep *ep, uint64_t ring_off, uint32_t ring_bytes, int acce
     ep->orphan = ep->waiting = 0;
     ep->accepted = accepted != 0;
     ep->may_grow = may_grow != 0;
-    ep->outgrown = ep->followed = 0;
+    ep->outgrown = ep->rx_grown = 0;
+    ep->turn_end_ns = 0;
+    ep->drains = 0;
     ep->window_ns = 50000;
     ep->spun_ns = 0;
     ep->one_way = 0;
@@ -177,7 +171,6 @@ int sh_ep_open(sh_ep *ep, uint32_t peer, uint32_t peer_slot, uint32_t peer_gen)
     ep->theirs = theirs;
     nd->links[peer].open[SH_WORD(ep->slot)] |= SH_BIT(ep->slot);
     sh_put(&ep->mine->link, (uint64_t)ep->gen << SH_GEN_SHIFT | (uint64_t)peer << 32 | (uint64_t)peer_slot << 16 | 1u << 8);
-    ep->followed = 1; /* for who reads through Python, it has grown from nothing */
     users(nd, peer, 1);
     return sh_poll(ep);
 }
@@ -208,7 +201,7 @@ void sh_ep_release(sh_ep *ep, int notify)
         nd->links[ep->peer].open[w] &= keep;
         nd->links[ep->peer].moved += ep->moved;
         /* Who was told REL waits for nothing more, and who has released needs no news: a bell for these would speak of nothing. */
-        if (notify && !ep->orphan && !(ep->flags & SH_DONE) && SH_GEN(sh_load(&ep->theirs->tx_word, nd->wc)) == ep->peer_gen)
+        if (notify && !ep->orphan && !(ep->flags & SH_DONE) && sh_same_life(ep))
             sh_notify_slot(nd, ep->peer, ep->peer_slot);
         users(nd, ep->peer, -1);
     }

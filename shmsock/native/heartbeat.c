@@ -2,7 +2,7 @@
  * while all is silent) as long as the section is still ours, wakes the sleep_seq loop when a bell moved or its time has come, and tells of
  * peers under the same kernel whose lock fell. Peers under the same kernel wake it by a futex (kicked_for), those with doorbells wake the loop themselves; only for the others does
  * it look again and again. */
-#include "node.h"
+#include "foreign.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -107,13 +107,13 @@ static long wait_for_any(const struct waiter *w, uint32_t n, uint64_t until)
     return syscall(SYS_FUTEX_WAITV, w, n, 0, &t, CLOCK_MONOTONIC);
 }
 
-/* Can words of the region be waited for? 0 or an errno: ENOSYS before Linux 5.16, EPERM in a container that forbids it, EFAULT where memory is a device's. */
+/* Can words of the region be waited for? 0, or SH_NO_FUTEX: before Linux 5.16, in a container that forbids it, where memory is a device's. */
 int sh_futex_works(void *base, uint64_t offset)
 {
     uint64_t word = (uint64_t)(uintptr_t)base + offset;
     struct waiter w = {.val = *(volatile uint32_t *)(uintptr_t)word + 1u, .uaddr = word, .flags = WAIT_32};
 
-    return wait_for_any(&w, 1, sh_clock() + 1) == 0 || errno == EAGAIN || errno == ETIMEDOUT ? 0 : errno;
+    return wait_for_any(&w, 1, sh_clock() + 1) == 0 || errno == EAGAIN || errno == ETIMEDOUT ? 0 : SH_NO_FUTEX;
 }
 
 /* What to wait for: the owner, the rings of others as they are now, and strangers, who wake whoever waits for the own sleep_seq word. */
@@ -130,7 +130,7 @@ static uint32_t take_rings(sh_heartbeat *k, uint32_t seen, struct waiter *w)
 
         if (sh_rate_limited(l))
             continue;
-        kicked_for = SH_LOW(sh_load(&l->in->kicked_for, k->nd->wc));
+        kicked_for = SH_LOW(sh_kicked_for(k->nd, l));
         r->changes += kicked_for != r->kicked_for;
         r->kicked_for = kicked_for;
         if (r->changes > sleeps + FLOOD / 2) /* before the others have to be looked for because of it */
@@ -157,7 +157,7 @@ static int rung_for(sh_heartbeat *k, const struct waiter *w, uint32_t n, uint64_
             if ((uintptr_t)&l->in->kicked_for != w[i].uaddr || ((GET(l->wake_in) & SH_WAKE_IN_DOORBELL) && woke != w[i].uaddr))
                 continue;
             count(k, SH_N_RECEIVED);
-            if (sh_peek(&l->in->notify_seq) != GET(l->last))
+            if (sh_any_notified(k->nd, 1ull << j))
                 continue;
             count(k, SH_N_SPURIOUS);
             if (++k->rings[j].nothing >= FLOOD)
@@ -257,7 +257,7 @@ static void *run(void *arg)
 /* How much memory one takes: the caller's, all zeros, as that of a node. */
 uint64_t sh_heartbeat_bytes(void) { return sizeof(sh_heartbeat); }
 
-/* 0 or an errno. */
+/* 0 or SH_NO_THREAD. */
 int sh_heartbeat_start(sh_heartbeat *k, sh_node *nd, int event_fd, int lock_fd, uint64_t beat_ns, uint64_t cap_ns, int futexes)
 {
     sigset_t all, old;
@@ -277,7 +277,7 @@ int sh_heartbeat_start(sh_heartbeat *k, sh_node *nd, int event_fd, int lock_fd, 
     pthread_sigmask(SIG_SETMASK, &old, NULL);
     if (!error)
         pthread_setname_np(k->thread, "shmsock-beat"); /* 15 characters at most */
-    return error;
+    return error ? SH_NO_THREAD : 0;
 }
 
 static void wake(sh_heartbeat *k)

@@ -1,5 +1,5 @@
 /* link.c - a node, and its links to its peers: what their bells say, how much they may say, and their lives. */
-#include "node.h"
+#include "foreign.h"
 
 /* ---- life of a node ---- */
 
@@ -88,7 +88,7 @@ uint64_t sh_node_counter(sh_node *nd, int which)
 /* Take in one peer's bell: acknowledge its toggles and keep what is open as ready. 1 when the pump has something to do. */
 int sh_collect(sh_node *nd, struct sh_link *l)
 {
-    uint64_t bell = sh_load(&l->in->notify_seq, nd->wc), box, any = 0; /* SYNC NOTIFY: notify_seq before toggles; partner: sh_notify_slot */
+    uint64_t bell = sh_load(&l->in->notify_seq, nd->wc), any = 0; /* SYNC NOTIFY: notify_seq before toggles; partner: sh_notify_slot */
     uint32_t looks = 0;
     int acked = 0;
 
@@ -100,7 +100,7 @@ int sh_collect(sh_node *nd, struct sh_link *l)
         return 1;
     }
     for (uint32_t w = 0; w < nd->words; w++) {
-        uint64_t diff = sh_load(&l->t_in[w], nd->wc) ^ l->a[w], held = diff & nd->touched[w] & l->open[w];
+        uint64_t diff = sh_toggled(nd, l, w), held = diff & nd->touched[w] & l->open[w];
 
         for (uint64_t m = diff & l->open[w]; m; m &= m - 1)
             looks++;
@@ -114,8 +114,7 @@ int sh_collect(sh_node *nd, struct sh_link *l)
     }
     if (acked)
         sh_fence(nd->wc); /* SYNC R1: A before the look at P; partner: F1 */
-    box = sh_load(&l->in->outbox, nd->wc);
-    if (SH_HIGH(box) == l->my_inc && SH_LOW(box) != l->msg_head) {
+    if (sh_mail(nd, l)) {
         l->news |= SH_NEWS_MAIL;
         nd->attention = 1;
     }
@@ -218,7 +217,7 @@ uint32_t sh_adopt(sh_node *nd, uint32_t peer)
     sh_fence(nd->wc);
     sh_notify_peer(nd, l);
     /* look at everything, regardless of bits and bell */
-    if (SH_HIGH(sh_load(&l->in->outbox, nd->wc)) == l->my_inc) {
+    if (sh_mail(nd, l)) {
         l->news |= SH_NEWS_MAIL;
         nd->attention = 1;
     }
@@ -232,5 +231,5 @@ int sh_adopted(sh_node *nd, uint32_t peer)
 
     if (!sh_may_write(nd))
         return SH_STALE;
-    return l->peer_inc ? SH_HIGH(sh_load(&l->in->notify_seq, nd->wc)) == l->peer_inc : SH_EMPTY;
+    return l->peer_inc ? sh_inc_now(nd, l) == l->peer_inc : SH_EMPTY;
 }

@@ -1,7 +1,6 @@
 /* memory.c - plain access for the cold paths (format, claim, identity), the clock, and where everything lies. */
 #include "node.h"
 
-#include <errno.h>
 #include <time.h>
 
 /* ---- memory for the cold paths ---- */
@@ -29,16 +28,16 @@ uint64_t sh_clock(void)
 
 static uint64_t lines(uint64_t bytes) { return (bytes + SH_LINE - 1) & ~(uint64_t)(SH_LINE - 1); }
 
-/* Where everything lies, from the region id and the size alone. -EINVAL: the id makes no sense; -ENOSPC: the region is too small. */
+/* Where everything lies, from the region id and the size alone. SH_NO_REGION: the id makes no sense, or the region is too small. */
 int sh_geometry_of(uint64_t region_id, uint64_t region_bytes, sh_geometry *out)
 {
     uint32_t peers = region_id & 0xff, log2_slots = (region_id >> 8) & 0xff;
     sh_geometry g = {0};
 
     if (peers < 1 || peers > SH_MAX_PEERS || log2_slots < 4 || log2_slots > 11 || ((region_id >> 16) & 0xff))
-        return -EINVAL;
+        return SH_NO_REGION;
     if (region_bytes < SH_PAGE)
-        return -ENOSPC;
+        return SH_NO_REGION;
     g.peers = peers;
     g.slots = 1u << log2_slots;
     g.section_bytes = (region_bytes - SH_PAGE) / peers & ~(uint64_t)(SH_PAGE - 1);
@@ -50,7 +49,7 @@ int sh_geometry_of(uint64_t region_id, uint64_t region_bytes, sh_geometry *out)
     g.slot_off = g.pair_off + peers * g.pair_bytes;
     g.arena_off = (g.slot_off + g.slots * sizeof(struct sh_slot) + SH_PAGE - 1) & ~(uint64_t)(SH_PAGE - 1);
     if (g.section_bytes < g.arena_off + 2 * SH_MIN_RING || g.section_bytes > (uint64_t)SH_MIN_RING << 30)
-        return -ENOSPC;
+        return SH_NO_REGION;
     g.arena_bytes = g.section_bytes - g.arena_off;
     *out = g;
     return 0;

@@ -61,8 +61,6 @@ struct sh_ep {
     uint32_t head, tail_seen;     /* consumer */
     uint32_t grown_at;            /* tail when the own ring grew last */
     uint32_t gen, peer_gen;
-    uint32_t reading_gen;         /* gen when a read was begun; SH_NOT_READING: it is no generation */
-#define SH_NOT_READING (~0u)
     uint64_t flags;               /* epoch and FIN RST REL WANT as published in P */
     uint64_t tx_last;              /* the peer's P as last taken over */
     uint32_t moved;               /* how often that, or head_seen, moved, whoever took it over; until sh_weigh() adds it up */
@@ -71,7 +69,7 @@ struct sh_ep {
     uint8_t accepted;             /* the peer opened the connection */
     uint8_t may_grow;             /* what does not fit into the ring is for a larger one, which Python allocates */
     uint8_t outgrown;             /* rings before this one, from which the peer may still read */
-    uint8_t rx_epoch, followed;   /* of the peer's ring; it has grown, and Python reads from the one before */
+    uint8_t rx_epoch, rx_grown;   /* of the peer's ring; it has grown since the connection was opened */
     uint8_t waiting;              /* somebody is suspended on this slot since wait_since */
     uint64_t wait_since;
     uint64_t window_ns;           /* learnt busy-poll window */
@@ -80,6 +78,9 @@ struct sh_ep {
     uint32_t patience;            /* how much rarer the long ones among them have become */
     int32_t one_way;                 /* small reads in a row, with no write in between; negative: writes with no read; up to SH_ONE_WAY */
     uint64_t polled_ns;           /* when the last read looked at P */
+    uint64_t turn_end_ns;         /* of the turn in which something was taken last, */
+    uint64_t since_ns;            /* and when that began */
+    uint32_t drains;              /* that had nothing to wait for */
 };
 
 struct sh_node {
@@ -94,6 +95,8 @@ struct sh_node {
     uint64_t turn_end_ns, hold_ns, spin_max_ns, spin_yield_ns;
     uint64_t ask_ns;              /* when to ask the loop again whether others want this turn to end; 0: they do */
     int loop_fd;                  /* readable when they do; negative: not known */
+    uint64_t counted_ns;          /* end of the turn that is counted: how many took something in it, and in the one before */
+    uint32_t readers, sharers;
     uint64_t n[SH_N_COUNTERS];
     uint64_t moved_messages, moved_space; /* writes that went on where there had been no space */
     uint64_t due_ns;              /* when the engine wants a pass at the latest */
@@ -161,6 +164,7 @@ void sh_rate_limit(sh_node *nd, struct sh_link *l);
 
 /* ---- budget.c ---- */
 int sh_asked(sh_node *nd, uint64_t now);
+int sh_takes_part(sh_ep *ep);
 
 /* ---- spin.c ---- */
 int sh_spin_on(sh_ep *ep, const uint64_t *word, uint64_t seen, uint64_t now);
@@ -168,25 +172,42 @@ uint64_t sh_gather(sh_ep *ep, uint64_t now);
 uint64_t sh_clock_and_yield(sh_node *nd, uint64_t *yield_at);
 uint64_t sh_yield_at(const sh_node *nd, uint64_t now);
 
-/* ---- ring.c ---- */
+/* ---- ring.c; more in ring.h ---- */
 void sh_notify_slot(sh_node *nd, uint32_t peer, uint32_t slot);
 int sh_refresh(sh_ep *ep);
 int sh_ring_of(sh_ep *ep, uint64_t ring, uint32_t least);
-int64_t sh_now(sh_ep *ep, uint32_t want);
-int64_t sh_begin(sh_ep *ep, uint32_t want, uint32_t min, int spin);
-void sh_copy_ring(const sh_ep *ep, void *to, uint32_t at, uint32_t n);
-int sh_read_out(sh_ep *ep, void *to, uint32_t at, uint32_t n, uint32_t header);
+/* Who takes bytes out of a ring: copies what it wants of n bytes from that position on (sh_copy_ring), and says how many these are; negative:
+ * none, they stay. */
+typedef struct sh_taker {
+    int (*take)(struct sh_taker *to, const sh_ep *ep, uint32_t at, uint32_t n);
+} sh_taker;
+struct sh_plain { sh_taker taker; void *to; }; /* into plain memory, all of them */
+int sh_take_plain(sh_taker *to, const sh_ep *ep, uint32_t at, uint32_t n);
+int sh_empty(const sh_ep *ep);
 int sh_see_head(sh_ep *ep);
-int sh_writable(sh_ep *ep);
 int sh_room(sh_ep *ep, uint32_t need, uint64_t wish);
-void sh_stage(sh_ep *ep, uint32_t ahead, const void *data, uint32_t n);
-void sh_commit(sh_ep *ep, uint32_t n);
 int sh_acknowledge(sh_node *nd, sh_ep *ep);
 int sh_space_came(const sh_ep *ep);
 void sh_rearm_touched(sh_node *nd);
 int sh_poll_at(sh_ep *ep, uint64_t now);
 
+/* ---- stream.c ---- */
+int64_t sh_read_some(sh_ep *ep, sh_taker *to, uint32_t want);
+int64_t sh_read_step(sh_ep *ep, sh_taker *to, uint32_t want, uint32_t min, int how);
+int sh_drain_step(sh_ep *ep, int quick);
+
+/* ---- datagram.c ---- */
+int64_t sh_recv_step(sh_ep *ep, sh_taker *to, uint32_t *ports);
+
 /* ---- what is inline ---- */
+
+/* Around what may take long: whoever runs Python lets other threads run. */
+static inline void *sh_let_go(const sh_node *nd) { return nd->let_go ? nd->let_go() : NULL; }
+static inline void sh_take_back(const sh_node *nd, void *held)
+{
+    if (held)
+        nd->take_back(held);
+}
 
 static inline uint64_t sh_tx_word(const sh_ep *ep)
 {
@@ -245,6 +266,16 @@ static inline int sh_rate_limited(const struct sh_link *l) { return __atomic_loa
 
 /* Is it time to let the loop turn? */
 static inline int sh_over_at(sh_node *nd, uint64_t now) { return SH_UNLIKELY(now >= nd->ask_ns) && sh_asked(nd, now); }
+
+/* A turn's budget is shared by as many as took part in the last one: reads are so quick that the first would leave the others nothing. */
+static inline int sh_share_is_used(sh_ep *ep, uint64_t now)
+{
+    sh_node *nd = ep->nd;
+
+    if (SH_UNLIKELY(ep->turn_end_ns != nd->turn_end_ns) && sh_takes_part(ep))
+        ep->since_ns = now;
+    return SH_UNLIKELY(nd->sharers > 1) && (now - ep->since_ns) * nd->sharers > nd->hold_ns;
+}
 
 /* May this call write the section? Not from another thread: it ends here, before anything is touched. And may it read the region? When the node
  * was closed that is not mapped any more: whatever Python may call asks this first. */

@@ -1,6 +1,6 @@
 /* pump.c - the pass over what peers said: O(peers) words when idle, O(active slots) under load. And when the next one is due: at once, or
  * when the heartbeat or a doorbell wakes the loop. */
-#include "node.h"
+#include "foreign.h"
 
 #define CREDIT_CAP_NS 5000000u
 #define SKIP_NS 50000u
@@ -19,7 +19,7 @@ static int pass(sh_node *nd, uint64_t *out, int max, uint64_t look, uint64_t now
 
         if (!(look >> j & 1))
             continue;
-        if (sh_peek(&l->in->notify_seq) != l->last && !sh_rate_limited(l)) {
+        if (sh_has_news(l)) {
             if (nd->woke)
                 sh_suspect_loss(nd, l, now);
             sh_collect(nd, l);
@@ -100,7 +100,7 @@ int sh_safety(sh_node *nd)
         return 0;
     for (uint32_t j = 0; j < nd->g.peers; j++) {
         struct sh_link *l = &nd->links[j];
-        uint64_t bell = sh_load(&l->in->notify_seq, nd->wc), box;
+        uint64_t bell = sh_load(&l->in->notify_seq, nd->wc);
         int suspect = 0;
 
         if (sh_rate_limited(l)) {
@@ -119,20 +119,19 @@ int sh_safety(sh_node *nd)
         for (uint32_t w = 0; w < nd->words; w++) {
             uint64_t due = nd->ready[w] | nd->later[w] | nd->touched[w];
 
-            if ((sh_load(&l->t_in[w], nd->wc) ^ l->a[w]) & l->open[w] & ~due)
+            if (sh_toggled(nd, l, w) & l->open[w] & ~due)
                 suspect = 1;
             for (uint64_t m = l->open[w] & ~due; m; m &= m - 1) {
                 sh_ep *ep = &nd->eps[w * 64 + (uint32_t)__builtin_ctzll(m)];
                 /* WANT is published without a bell: it is seen when bytes are taken */
                 if (((sh_load(&ep->theirs->tx_word, nd->wc) ^ ep->tx_last) & ~SH_WANT)
-                    || ((ep->flags & SH_WANT) && SH_LOW(sh_load(&ep->theirs->rx_word, nd->wc)) != ep->head_seen)) {
+                    || ((ep->flags & SH_WANT) && sh_head_moved(ep))) {
                     nd->ready[w] |= SH_BIT(ep->slot);
                     suspect = 1;
                 }
             }
         }
-        box = sh_load(&l->in->outbox, nd->wc);
-        if (SH_HIGH(box) == l->my_inc && SH_LOW(box) != l->msg_head && !(l->news & SH_NEWS_MAIL) && !l->unread) {
+        if (sh_mail(nd, l) && !(l->news & SH_NEWS_MAIL) && !l->unread) {
             l->news |= SH_NEWS_MAIL;
             nd->attention = 1;
             suspect = 1;
@@ -204,7 +203,7 @@ static int news(sh_node *nd)
 
     for (uint64_t m = nd->known_peers; m; m &= m - 1) {
         struct sh_link *l = &nd->links[__builtin_ctzll(m)];
-        found |= sh_peek(&l->in->notify_seq) != l->last && !sh_rate_limited(l);
+        found |= sh_has_news(l);
     }
     for (uint32_t w = 0; w < nd->words; w++) {
         for (uint64_t m = nd->touched[w]; m; m &= m - 1) {

@@ -1,9 +1,8 @@
 /* ring.c - the way of a byte: write -> ring -> P -> toggle, and look -> ring -> C. One producer, one consumer, two sections.
  *
  * The rules' names (F1, R1, W) are those of LAYOUT.md, "Ordering". Each comment "SYNC X" has its partner of the same name. */
-#include "node.h"
+#include "ring.h"
 
-#define FLOW_BYTES 4096u    /* smaller pieces than these may gather */
 
 /* ---- telling the peer ---- */
 
@@ -23,11 +22,6 @@ void sh_notify_slot(sh_node *nd, uint32_t peer, uint32_t slot)
     sh_notify_peer(nd, l); /* SYNC NOTIFY: toggle before notify_seq; partner: sh_collect */
 }
 
-static void publish(sh_ep *ep)
-{
-    sh_store(&ep->mine->tx_word, sh_tx_word(ep), ep->nd->wc); /* SYNC P: bytes before tail; partner: sh_refresh */
-}
-
 /* ---- producer ---- */
 
 /* Take over the consumer's head. It may only grow, and never past what was written. */
@@ -44,23 +38,6 @@ int sh_see_head(sh_ep *ep)
     return 0;
 }
 
-static uint32_t space_of(const sh_ep *ep) { return ep->tx_bytes - (ep->tail - ep->head_seen); }
-
-int sh_writable(sh_ep *ep)
-{
-    uint64_t p;
-
-    if (SH_UNLIKELY(!sh_may_write(ep->nd)))
-        return SH_STALE;
-    if (SH_UNLIKELY(!ep->theirs || ep->orphan || (ep->flags & (SH_FIN | SH_RST | SH_DONE))))
-        return SH_CLOSED;
-    /* Its last word, and not what a pass has seen of it: the next pass may be many writes away. */
-    p = sh_peek(&ep->theirs->tx_word) ^ (uint64_t)ep->peer_gen << SH_GEN_SHIFT;
-    if (SH_UNLIKELY(p & ((uint64_t)SH_GEN_MASK << SH_GEN_SHIFT | SH_DONE | SH_RST)))
-        return SH_CLOSED;
-    return 0;
-}
-
 /* Ask to be told of space, or of more. Returns the space found after asking. */
 static int want_space(sh_ep *ep)
 {
@@ -68,11 +45,11 @@ static int want_space(sh_ep *ep)
 
     if (!(ep->flags & SH_WANT)) {
         ep->flags |= SH_WANT;
-        publish(ep);
+        sh_publish(ep);
     }
     sh_fence(ep->nd->wc); /* SYNC W: WANT before the look at head; partner: sh_read_end, head before the look at WANT */
     r = sh_see_head(ep);
-    return r < 0 ? r : (int)space_of(ep);
+    return r < 0 ? r : (int)sh_space_of(ep);
 }
 
 /* Room for `need` bytes, at best for `wish`: the space there is, 0 when it is less than need (WANT is set then), or a status. */
@@ -80,66 +57,12 @@ int sh_room(sh_ep *ep, uint32_t need, uint64_t wish)
 {
     int r;
 
-    if (space_of(ep) < wish && SH_UNLIKELY((r = sh_see_head(ep)) < 0))
+    if (sh_space_of(ep) < wish && SH_UNLIKELY((r = sh_see_head(ep)) < 0))
         return r;
-    if (space_of(ep) >= need)
-        return (int)space_of(ep);
+    if (sh_space_of(ep) >= need)
+        return (int)sh_space_of(ep);
     r = want_space(ep);
     return r < 0 || (uint32_t)r >= need ? r : 0;
-}
-
-/* n bytes into the ring, `ahead` of the tail. */
-void sh_stage(sh_ep *ep, uint32_t ahead, const void *data, uint32_t n)
-{
-    uint32_t at = (ep->tail + ahead) & (ep->tx_bytes - 1), first = ep->tx_bytes - at < n ? ep->tx_bytes - at : n;
-
-    sh_copy_out(ep->tx + at, data, first);
-    if (first < n)
-        sh_copy_out(ep->tx, (const uint8_t *)data + first, n - first);
-}
-
-/* The peer may have the n bytes that were put behind the tail. */
-void sh_commit(sh_ep *ep, uint32_t n)
-{
-    ep->nd->moved_space += (ep->flags & SH_WANT) != 0;
-    ep->tail += n;
-    ep->one_way = ep->one_way > 0 ? -1 : ep->one_way > -SH_ONE_WAY ? ep->one_way - 1 : ep->one_way;
-    ep->flags &= ~SH_WANT;
-    publish(ep);
-    sh_notify_slot(ep->nd, ep->peer, ep->peer_slot);
-    if (ep->one_way == -SH_ONE_WAY) /* more is to come: the next fence need not wait for the next line */
-        sh_prefetch_write(ep->tx + ((ep->tail + SH_LINE - 1) & (ep->tx_bytes - 1)));
-}
-
-/* Put up to n bytes into the ring. Returns how many went in, fewer only when the ring is full (WANT is set then). */
-int64_t sh_write_some(sh_ep *ep, const void *data, uint64_t n)
-{
-    const uint8_t *from = data;
-    uint64_t left = n;
-    int r = sh_writable(ep);
-
-    if (SH_UNLIKELY(r < 0))
-        return r;
-    while (left) {
-        uint32_t m;
-
-        if (SH_UNLIKELY((r = sh_room(ep, 1, left)) < 0))
-            return r;
-        if (!r)
-            break;
-        m = left < (uint32_t)r ? (uint32_t)left : (uint32_t)r;
-        if (m > SH_COPY_MAX)
-            m = SH_COPY_MAX;
-        sh_stage(ep, 0, from, m);
-        sh_commit(ep, m);
-        from += m;
-        left -= m;
-        if (left && SH_UNLIKELY(!sh_may_write(ep->nd)))
-            return SH_STALE;
-    }
-    ep->nd->n[SH_N_WRITES]++;
-    ep->nd->n[SH_N_BYTES_OUT] += n - left;
-    return (int64_t)(n - left);
 }
 
 /* FIN, REL, RST. Who says REL looks once, at whether the peer has: returns what sh_poll() does, or 0. */
@@ -148,7 +71,7 @@ int sh_ep_shut(sh_ep *ep, int fin, int rel, int rst)
     if (!ep->theirs || !sh_may_write(ep->nd))
         return 0;
     ep->flags = (ep->flags & ~SH_WANT) | (fin ? SH_FIN : 0) | (rel ? SH_DONE : 0) | (rst ? SH_RST : 0);
-    publish(ep);
+    sh_publish(ep);
     sh_notify_slot(ep->nd, ep->peer, ep->peer_slot);
     return rel ? sh_poll(ep) : 0;
 }
@@ -168,8 +91,8 @@ int sh_wait_space(sh_ep *ep, int spin)
 
     if (r < 0)
         return r;
-    if ((r = sh_see_head(ep)) < 0 || space_of(ep))
-        return r < 0 ? r : (int)space_of(ep);
+    if ((r = sh_see_head(ep)) < 0 || sh_space_of(ep))
+        return r < 0 ? r : (int)sh_space_of(ep);
     if ((r = want_space(ep)) != 0)
         return r;
     if (spin) {
@@ -178,8 +101,8 @@ int sh_wait_space(sh_ep *ep, int spin)
             && sh_spin_on(ep, &ep->theirs->rx_word, (uint64_t)ep->peer_gen << SH_GEN_SHIFT | ep->head_seen, now) > 0) {
             if ((r = sh_see_head(ep)) < 0)
                 return r;
-            if (space_of(ep))
-                return (int)space_of(ep);
+            if (sh_space_of(ep))
+                return (int)sh_space_of(ep);
         }
     }
     return 0;
@@ -212,12 +135,12 @@ static int follow(sh_ep *ep, uint64_t p)
     if (now <= ((ep->rx_epoch - was) & 15))
         return 0; /* we were quicker */
     ring = sh_load(&ep->theirs->ring, ep->nd->wc); /* SYNC G */
-    if (SH_GEN(ring) != ep->peer_gen && SH_GEN(sh_load(&ep->theirs->tx_word, ep->nd->wc)) != ep->peer_gen)
+    if (SH_GEN(ring) != ep->peer_gen && !sh_same_life(ep))
         return SH_RESET;
     if (SH_GEN(ring) != ep->peer_gen || ((SH_EPOCH(ring) - was) & 15) < now || now > SH_EPOCH_LEAD
         || sh_ring_of(ep, ring, 2 * ep->rx_bytes) < 0)
         return SH_VIOLATION;
-    ep->followed = 1;
+    ep->rx_grown = 1;
     return 0;
 }
 
@@ -228,7 +151,7 @@ static int gave_up(const sh_ep *ep)
     const struct sh_link *l = &ep->nd->links[ep->peer];
 
     return ep->accepted && !ep->orphan && (ep->tx_last & ~(SH_FIN | SH_DONE)) == (uint64_t)ep->peer_gen << SH_GEN_SHIFT
-        && SH_HIGH(sh_load(&l->in->notify_seq, ep->nd->wc)) == l->peer_inc;
+        && sh_inc_now(ep->nd, l) == l->peer_inc;
 }
 
 /* Take over the peer's P: copied once, checked, and only the copy is used. 0, SH_RESET or SH_VIOLATION. */
@@ -261,116 +184,15 @@ int sh_refresh(sh_ep *ep)
 }
 
 /* What an empty ring means. */
-static int empty(const sh_ep *ep)
+int sh_empty(const sh_ep *ep)
 {
     return ep->tx_last & SH_FIN ? SH_EOF : ep->orphan || (ep->tx_last & SH_DONE) ? SH_RESET : SH_EMPTY;
 }
 
-static int64_t span(sh_ep *ep, uint32_t n)
+int sh_take_plain(sh_taker *to, const sh_ep *ep, uint32_t at, uint32_t n)
 {
-    ep->reading_gen = ep->gen;
-    return (int64_t)(ep->head & (ep->rx_bytes - 1)) << 32 | n;
-}
-
-/* What can be read without waiting: offset in the ring << 32 | bytes (they may wrap), or a status. */
-int64_t sh_now(sh_ep *ep, uint32_t want)
-{
-    uint32_t avail;
-    int r;
-
-    if (SH_UNLIKELY(!sh_may_write(ep->nd)))
-        return SH_STALE;
-    if (SH_UNLIKELY(!ep->theirs))
-        return SH_RESET;
-    if ((r = sh_refresh(ep)) < 0)
-        return r;
-    avail = ep->tail_seen - ep->head;
-    return avail ? span(ep, avail < want ? avail : want) : empty(ep);
-}
-
-/* The fast read: at least `min` and at most `want` bytes, spinning for them when `spin` allows. Answers like sh_now;
- * SH_EMPTY also when something but less than min is there. */
-int64_t sh_begin(sh_ep *ep, uint32_t want, uint32_t min, int spin)
-{
-    sh_node *nd = ep->nd;
-    uint64_t now;
-    uint32_t avail;
-    int r;
-
-    if (SH_UNLIKELY(!sh_may_write(nd)))
-        return SH_STALE;
-    if (SH_UNLIKELY(!ep->theirs))
-        return SH_RESET;
-    if (sh_over_at(nd, now = sh_clock()))
-        return SH_YIELD;
-    if (spin && sh_one_way(ep, min))
-        now = sh_gather(ep, now);
-    ep->polled_ns = now;
-    for (;;) {
-        avail = ep->tail_seen - ep->head;
-        if (avail < min) {
-            if (SH_UNLIKELY((r = sh_refresh(ep)) < 0))
-                return r;
-            avail = ep->tail_seen - ep->head;
-        }
-        if (avail >= min)
-            return span(ep, avail < want ? avail : want);
-        if (!now && sh_over_at(nd, now = sh_clock()))
-            spin = 0;
-        r = spin && !(ep->tx_last & SH_FIN) ? sh_spin_on(ep, &ep->theirs->tx_word, ep->tx_last, now) : 0;
-        if (r <= 0)
-            return r ? r : avail ? SH_EMPTY : empty(ep);
-        now = 0; /* read again when there is something to wait for */
-    }
-}
-
-/* n bytes were copied out: give their space back. SH_RESET: the slot changed hands meanwhile, the copy is worthless;
- * SH_GROW: so it is, as the reader changed rings. */
-int sh_read_end(sh_ep *ep, uint32_t n)
-{
-    sh_node *nd = ep->nd;
-    uint32_t old = ep->head, quarter = ep->rx_bytes / 4;
-
-    if (SH_UNLIKELY(!sh_may_write(nd)))
-        return SH_STALE;
-    /* Between begin and end Python may have run (a signal handler): this slot may have been released, even taken again. */
-    if (SH_UNLIKELY(!ep->theirs || ep->reading_gen != ep->gen))
-        return ep->theirs && ep->reading_gen == SH_NOT_READING ? SH_GROW : SH_RESET;
-    sh_acquire(nd->wc);
-    if (SH_UNLIKELY(SH_GEN(sh_load(&ep->theirs->tx_word, nd->wc)) != ep->peer_gen))
-        return SH_RESET;
-    ep->head += n;
-    ep->one_way = n >= FLOW_BYTES ? 0 : ep->one_way < 0 ? 1 : ep->one_way < SH_ONE_WAY ? ep->one_way + 1 : ep->one_way;
-    ep->spun_ns = 0;
-    sh_store(&ep->mine->rx_word, (uint64_t)ep->gen << SH_GEN_SHIFT | ep->head, nd->wc);
-    nd->touched[SH_WORD(ep->slot)] |= SH_BIT(ep->slot);
-    nd->n[SH_N_READS]++;
-    nd->n[SH_N_BYTES_IN] += n;
-    if (old / quarter != ep->head / quarter) {
-        sh_fence(nd->wc); /* SYNC W; a crossing that is not reached is made good by sh_arm and sh_rearm_touched */
-        if (!ep->orphan && (sh_load(&ep->theirs->tx_word, nd->wc) & SH_WANT))
-            sh_notify_slot(nd, ep->peer, ep->peer_slot);
-    }
-    return 0;
-}
-
-/* Copy n bytes from there in the ring. What they are is decided by the copy alone. */
-void sh_copy_ring(const sh_ep *ep, void *to, uint32_t at, uint32_t n)
-{
-    uint32_t first;
-
-    at &= ep->rx_bytes - 1;
-    first = ep->rx_bytes - at < n ? ep->rx_bytes - at : n;
-    sh_copy_in(to, ep->rx + at, first);
-    if (first < n)
-        sh_copy_in((uint8_t *)to + first, ep->rx, n - first);
-}
-
-/* The same, and give their space back, and that of a header before them. As sh_read_end. */
-int sh_read_out(sh_ep *ep, void *to, uint32_t at, uint32_t n, uint32_t header)
-{
-    sh_copy_ring(ep, to, at, n);
-    return sh_read_end(ep, n + header);
+    sh_copy_ring(ep, ((struct sh_plain *)to)->to, at, n);
+    return (int)n;
 }
 
 /* What is the matter with this slot? Bits SH_POLL_*; MOVED says that bytes came since the last look, or space that is waited for. */
@@ -392,7 +214,7 @@ int sh_poll_at(sh_ep *ep, uint64_t now)
         bits |= SH_POLL_FIN;
     if (ep->tx_last & SH_DONE)
         bits |= SH_POLL_DONE;
-    if (space_of(ep))
+    if (sh_space_of(ep))
         bits |= SH_POLL_SPACE;
     if (tail != ep->tail_seen || head != ep->head_seen) {
         bits |= SH_POLL_MOVED;
@@ -425,7 +247,7 @@ int sh_acknowledge(sh_node *nd, sh_ep *ep)
  * Space that is known already counts: somebody may have taken the head over and told nobody. */
 int sh_space_came(const sh_ep *ep)
 {
-    return (ep->flags & SH_WANT) && (space_of(ep) || SH_LOW(sh_load(&ep->theirs->rx_word, ep->nd->wc)) != ep->head_seen);
+    return (ep->flags & SH_WANT) && (sh_space_of(ep) || sh_head_moved(ep));
 }
 
 /* Before suspending: from here on the peer must tell. 1: something is there after all, look again. 0: suspend. */

@@ -1,5 +1,5 @@
 /* spin.c - waiting in C, GIL released: busy-polling a word of the peer, for a window that is learnt. */
-#include "node.h"
+#include "foreign.h"
 
 #include <sched.h>
 
@@ -29,7 +29,7 @@ static uint64_t spin_step(sh_ep *ep, uint64_t *yield_at)
 {
     for (uint64_t m = ep->nd->known_peers; m; m &= m - 1) {
         struct sh_link *l = &ep->nd->links[__builtin_ctzll(m)];
-        if (sh_peek(&l->in->notify_seq) != l->last && !sh_rate_limited(l) && sh_collect(ep->nd, l))
+        if (sh_has_news(l) && sh_collect(ep->nd, l))
             return 0;
     }
     return sh_clock_and_yield(ep->nd, yield_at);

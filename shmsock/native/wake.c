@@ -1,6 +1,6 @@
 /* wake.c - going to sleep, and waking those who sleep. A doorbell is a hint: what happened stands in memory, each pump looks at all
  * bells, and a doorbell that does not come costs time only. */
-#include "node.h"
+#include "foreign.h"
 
 #include <errno.h>
 #include <limits.h>
@@ -26,15 +26,14 @@ static void kick_eventfd(sh_node *nd, struct sh_link *l)
 
     if (__atomic_load_n(&l->stuck, __ATOMIC_RELAXED))
         return;
-    held = nd->let_go ? nd->let_go() : NULL;
+    held = sh_let_go(nd);
     __atomic_store_n(&nd->kicking, ++nd->kick_count << 8 | (uint64_t)(l - nd->links), __ATOMIC_RELEASE);
     if (poll(&(struct pollfd){.fd = l->kick_fd, .events = POLLOUT}, 1, 0) == 1)
         done = write(l->kick_fd, &one, sizeof one);
     __atomic_store_n(&nd->kicking, 0, __ATOMIC_SEQ_CST);
     while (__atomic_load_n(&nd->unsticking, __ATOMIC_SEQ_CST)) /* it does not wait; and the descriptor may be closed, and be another's, once we return */
         sched_yield();
-    if (held)
-        nd->take_back(held);
+    sh_take_back(nd, held);
     (void)done;
 }
 
@@ -68,7 +67,7 @@ static void ring(sh_node *nd, struct sh_link *l)
 
     if (l->wake_out == SH_WAKE_OUT_FUTEX) { /* the low half, as we are little-endian */
         done = syscall(SYS_futex, &l->out->kicked_for, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
-        if (SH_HIGH(sh_peek(&l->in->outbox)) != l->my_inc) /* it does not know us yet, and does not wait for that */
+        if (!sh_knows_us(l)) /* it does not know us yet, and does not wait for that */
             done = syscall(SYS_futex, l->sleep_seq, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
     } else if (l->wake_out == SH_WAKE_OUT_EVENTFD)
         kick_eventfd(nd, l);
@@ -209,7 +208,7 @@ int sh_received(sh_node *nd, uint64_t times)
     __atomic_fetch_add(&nd->n[SH_N_RECEIVED], times, __ATOMIC_RELAXED);
     for (uint32_t j = 0; j < nd->g.peers; j++) { /* whose doorbells did not come, and who says to have rung for this sleep: they come again */
         struct sh_link *l = &nd->links[j];
-        if (l->missed && sh_load(&l->in->kicked_for, nd->wc) == nd->sleep) {
+        if (l->missed && sh_kicked_for(nd, l) == nd->sleep) {
             l->missed = 0;
             set_bit(&nd->must_poll, j, 0);
         }
@@ -251,7 +250,7 @@ int sh_hear(sh_node *nd, int fd)
 /* It rings for another sleep before long, so its word is looked at whenever we come by. */
 static void says_it_rang(const sh_node *nd, struct sh_link *l)
 {
-    l->loss_kicked |= sh_load(&l->in->kicked_for, nd->wc) == l->loss_sleep;
+    l->loss_kicked |= sh_kicked_for(nd, l) == l->loss_sleep;
 }
 
 /* The pump found a bell that moved while we slept. If nothing has rung by now, something may have been lost: sh_lost() decides, later,

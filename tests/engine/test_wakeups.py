@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from shmsock.engine.connection import EMPTY, EOF, GROW, RESET, YIELD, Connection, State
+from shmsock.engine.connection import EMPTY, EOF, RESET, YIELD, Connection, State
 from shmsock.engine.settings import Settings
 from tests.engine.world import FakeDoorbell, Node, World
 
@@ -124,21 +124,15 @@ def touching_reader(spin: int) -> Callable[..., Task]:
     def reader(world: World, node: Node, conn: Connection, got: bytearray, rng: random.Random) -> Task:
         lib = world.lib
         while True:
-            span = node.call(
-                lib.sh_read_begin, conn.ep, rng.choice((1, 100, 4096)), 1, spin and not world.busy
-            )
-            if span > 0:
-                data = node.call(conn.take, span)
-                assert isinstance(data, bytes)
+            how = lib.SH_MAY_SPIN if spin and not world.busy else 0
+            data = node.read_or_arm(conn, rng.choice((1, 100, 4096)), how=how)
+            if isinstance(data, bytes):
                 got += data
                 if rng.random() < 0.1:
                     node.pump()
-            elif span == EMPTY:
-                if not node.call(lib.sh_arm, conn.ep):
-                    yield
-            elif span == GROW:
-                node.call(conn.follow)
-            elif span == YIELD:
+            elif data == EMPTY:
+                yield
+            elif data == YIELD:
                 node.call(lib.sh_turn, node.engine.nd)
             else:
                 return
@@ -148,22 +142,14 @@ def touching_reader(spin: int) -> Callable[..., Task]:
 
 def greedy_reader(world: World, node: Node, conn: Connection, got: bytearray, rng: random.Random) -> Task:
     """As readexactly: waits for more than there is, and so takes what is there before it sleeps."""
-    lib = world.lib
     while True:
-        need = rng.choice((2, 50, 4096))
-        span = node.call(lib.sh_read_begin, conn.ep, 4096, need, 0)
-        if span == EMPTY:
+        data = node.read_or_arm(conn, 4096, rng.choice((2, 50, 4096)))
+        if data == world.lib.SH_SLOW:
             data = node.read(conn)
-            if isinstance(data, bytes):
-                got += data
-            elif data == EMPTY and not node.call(lib.sh_arm, conn.ep):
-                yield
-        elif span == GROW:
-            node.call(conn.follow)
-        elif span > 0:
-            data = node.call(conn.take, span)
-            assert isinstance(data, bytes)
+        if isinstance(data, bytes):
             got += data
+        elif data == EMPTY:
+            yield
         else:
             return
 
@@ -227,22 +213,16 @@ def play(world: World, a: Node, b: Node, kind: str, rng: random.Random, conns: i
     for node, conn in ends:
         node.close(conn)
     world.quiet()
-    assert a.connections == b.connections == []
+    if a.connections or b.connections:
+        raise Hung(f"{world!r}: ends that were not seen, of {a.connections} and {b.connections}")
 
 
 def one_read(node: Node, conn: Connection, arms: bool) -> bytes | int:
     """As a protocol's transport, or as a stream does."""
-    lib = node.world.lib
-    while arms:
-        span = node.call(lib.sh_read_begin, conn.ep, 4096, 1, 0)
-        if span > 0:
-            return node.call(conn.take, span)
-        if span == GROW:
-            node.call(conn.follow)
-            continue
-        if span != EMPTY or not node.call(lib.sh_arm, conn.ep):
-            return span if span != YIELD else EMPTY
-    return node.read(conn)
+    if not arms:
+        return node.read(conn)
+    data = node.read_or_arm(conn, 4096)
+    return EMPTY if data == YIELD else node.read(conn) if data in (EOF, RESET) else data
 
 
 def ping(side: Sleeper, conn: Connection, rng: random.Random, arms: bool) -> Task:
@@ -403,7 +383,7 @@ def test_a_toggle_that_a_spin_passed_over_is_not_left_behind_by_release() -> Non
 
     hook = meanwhile(world, 40, act)
     b.call(world.lib.sh_turn, b.engine.nd)
-    assert b.call(world.lib.sh_read_begin, s1.ep, 10, 1, 1) == EMPTY
+    assert b.read_or_arm(s1, 10, how=world.lib.SH_MAY_SPIN) == EMPTY
     assert hook
     assert c2.state is not State.OPEN
     assert b.read(s2) == RESET

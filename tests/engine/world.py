@@ -225,6 +225,12 @@ class Node:
     def read(self, conn: Connection, want: int = 1 << 20) -> bytes | int:
         return self.call(conn.read, want)
 
+    def read_or_arm(self, conn: Connection, want: int, least: int = 1, how: int = 0) -> bytes | int:
+        """As a stream reads: the question that the extension asks the core. EMPTY: armed."""
+        room, bytes_of = self.engine.home.room
+        n: int = self.call(self.world.lib.sh_read_wait, conn.ep, room, want, least, how)
+        return bytes(bytes_of[:n]) if n > 0 else n
+
     def read_all(self, conn: Connection) -> tuple[bytes, int]:
         """Everything that is there, and the status behind it."""
         found = b""

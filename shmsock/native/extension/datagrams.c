@@ -3,72 +3,81 @@
 #include "extension.h"
 
 #define RECORDS_PER_PASS 64
-#define BYTES_PER_PASS (256u << 10)
+#define BYTES_PER_PASS (256 << 10)
 
 PyTypeObject *sh_datagram_in_type, *sh_datagram_out_type;
 static PyObject *s_paused, *s_sink, *s_datagram_received, *s_raised, *s_send_slowly, *s_handler, *s_data, *s_addr;
 
 /* ---- receiving ---- */
 
-/* Who gets what comes from and for these ports: (protocol, context), and *source; NULL: Python knows, or finds out. Borrowed but for the
- * first. */
-static PyObject *who_takes(DatagramIn *box, uint32_t ports, PyObject **endpoint, PyObject **source)
+/* One datagram, and where it goes. */
+typedef struct {
+    Taken taken;
+    DatagramIn *box;
+    PyObject *sink, *endpoint, *source; /* (protocol, context) */
+    uint32_t ports;
+} Arrival;
+
+/* Who gets what comes from and for these ports. 0: Python knows, or finds out. */
+static int find_sink(Arrival *a)
 {
-    PyObject *key = PyLong_FromUnsignedLong(ports), *flow = key ? PyDict_GetItemWithError(box->one_way, key) : NULL, *paused, *sink;
+    PyObject *key = PyLong_FromUnsignedLong(a->ports), *flow = key ? PyDict_GetItemWithError(a->box->one_way, key) : NULL, *paused;
 
     Py_XDECREF(key);
     if (!flow || !PyTuple_Check(flow) || PyTuple_GET_SIZE(flow) != 2)
-        return NULL;
-    *endpoint = PyTuple_GET_ITEM(flow, 0);
-    *source = PyTuple_GET_ITEM(flow, 1);
-    paused = PyObject_GetAttr(*endpoint, s_paused);
-    sink = paused == Py_False ? PyObject_GetAttr(*endpoint, s_sink) : NULL;
+        return 0;
+    a->endpoint = Py_NewRef(PyTuple_GET_ITEM(flow, 0));
+    a->source = Py_NewRef(PyTuple_GET_ITEM(flow, 1));
+    paused = PyObject_GetAttr(a->endpoint, s_paused);
+    a->sink = paused == Py_False ? PyObject_GetAttr(a->endpoint, s_sink) : NULL;
     Py_XDECREF(paused);
-    if (sink && PyTuple_Check(sink) && PyTuple_GET_SIZE(sink) == 2 && PyContext_CheckExact(PyTuple_GET_ITEM(sink, 1)))
-        return sink;
-    Py_XDECREF(sink);
-    return NULL;
+    return a->sink && PyTuple_Check(a->sink) && PyTuple_GET_SIZE(a->sink) == 2 && PyContext_CheckExact(PyTuple_GET_ITEM(a->sink, 1));
+}
+
+static int take_arrival(sh_taker *to, const sh_ep *ep, uint32_t at, uint32_t n)
+{
+    uint32_t gen = ep->gen, head = ep->head;
+    int found = find_sink((Arrival *)to) && ep->theirs && ep->gen == gen && ep->head == head; /* Python may have run in there */
+
+    return found ? sh_take_bytes(to, ep, at, n) : -1;
+}
+
+/* 1: given to its endpoint. 0: there was none, and *status says why. -1: an exception. */
+static int pass_on(DatagramIn *box, int64_t *status)
+{
+    Arrival a = {.taken.taker.take = take_arrival, .box = box};
+    PyObject *data = sh_taken(&a.taken, *status = sh_recv_step(box->ep, &a.taken.taker, &a.ports)), *error;
+    int r = PyErr_Occurred() ? -1 : 0;
+
+    if (data) {
+        PyObject *protocol = PyTuple_GET_ITEM(a.sink, 0);
+        r = sh_hand_over(PyTuple_GET_ITEM(a.sink, 1), protocol, s_datagram_received, data, a.source, &error);
+        if (r == 0)
+            r = sh_tell_of(PyObject_GetAttr(a.endpoint, s_handler), s_raised, error, protocol);
+        Py_DECREF(data);
+        r = r < 0 ? -1 : 1;
+    }
+    Py_XDECREF(a.sink);
+    Py_XDECREF(a.endpoint);
+    Py_XDECREF(a.source);
+    return r;
 }
 
 /* 1: that was all. 0: the rest is Python's. -1: an exception. */
 int sh_datagram_in_drain(DatagramIn *box)
 {
-    sh_node *nd = box->turn->nd;
-    uint32_t given = 0;
+    int64_t given = 0, n;
 
-    sh_takes_part(box->turn, &box->turn_end_ns);
+    sh_takes_part(box->ep);
     for (int records = 0; records < RECORDS_PER_PASS && given < BYTES_PER_PASS && box->open; records++) {
-        PyObject *sink, *endpoint, *source, *data, *error;
-        uint32_t ports;
-        int64_t span = sh_recv(box->ep, &ports);
-        int r = 0;
+        int r = pass_on(box, &n);
 
-        if (span < 0)
-            return span == SH_EMPTY;
-        if (!(sink = who_takes(box, ports, &endpoint, &source))) {
-            nd->n[SH_N_DATAGRAMS_IN]--; /* it is still there, and will be found again */
-            return PyErr_Occurred() ? -1 : 0;
-        }
-        Py_INCREF(endpoint);
-        Py_INCREF(source);
-        data = sh_bytes_out(box->ep, (uint32_t)(span >> 32), (uint32_t)span, SH_RECORD_HEADER);
-        given += (uint32_t)span;
-        if (data) {
-            PyObject *protocol = PyTuple_GET_ITEM(sink, 0);
-            r = sh_hand_over(PyTuple_GET_ITEM(sink, 1), protocol, s_datagram_received, data, source, &error);
-            if (r == 0)
-                r = sh_tell_of(PyObject_GetAttr(endpoint, s_handler), s_raised, error, protocol);
-            Py_DECREF(data);
-        } else
-            r = PyErr_Occurred() ? -1 : 0;
-        Py_DECREF(sink);
-        Py_DECREF(endpoint);
-        Py_DECREF(source);
-        if (!data || r < 0)
-            return r;
+        if (r <= 0)
+            return r < 0 ? r : n == SH_EMPTY;
+        given += n;
         if (box->ep->tail_seen == box->ep->head)
             return 1; /* that was all: what came meanwhile is news of its own */
-        if (sh_over(nd))
+        if (sh_over(box->turn->nd))
             break;
     }
     if (box->open)

@@ -7,7 +7,7 @@
 #include <Python.h>
 #include <structmember.h>
 
-#include "../node.h"
+#include "../ring.h"
 
 #define KEEP_GIL_MAX (1u << 15) /* bytes that are copied without letting other threads run */
 
@@ -26,8 +26,6 @@ typedef struct {
     FastPath **ports;     /* by slot: connections with a reader in direct mode, or with a protocol that takes bytes; borrowed */
     DatagramIn **inboxes;  /* and links that bring datagrams */
     uint32_t slots;
-    uint64_t turn_end_ns; /* the turn that is counted: how many took something in it, and in the one before */
-    uint32_t readers, sharers;
     unsigned long ident;
     unsigned long long unlocked;
     int polled;
@@ -43,8 +41,6 @@ struct fast_path {
     sh_ep *ep;
     uint32_t slot;
     Py_ssize_t limit; /* of a line */
-    uint64_t turn_end_ns, since_ns; /* the turn in which it read last, and since when; 0: once only */
-    unsigned int drains;
     char can_write, can_read, wake_pending;
 };
 
@@ -54,9 +50,20 @@ struct datagram_in {
     PyObject *one_way; /* source << 16 | destination port -> (endpoint, address of the source) */
     sh_ep *ep;
     uint32_t slot;
-    uint64_t turn_end_ns; /* the turn in which it brought something last */
     char open;
 };
+
+/* Takes bytes out of a ring as a bytes object. */
+typedef struct {
+    sh_taker taker;
+    PyObject *data;
+    Py_ssize_t limit; /* of a line */
+} Taken;
+
+#define SH_TAKEN ((Taken){{sh_take_bytes}, NULL, 0})
+int sh_take_bytes(sh_taker *to, const sh_ep *ep, uint32_t at, uint32_t n);
+int sh_take_line(sh_taker *to, const sh_ep *ep, uint32_t at, uint32_t n);
+PyObject *sh_taken(Taken *taken, int64_t status);
 
 enum sh_op_kind { SH_OP_READ, SH_OP_EXACTLY, SH_OP_LINE, SH_OP_DRAIN, SH_OP_HELPER, SH_OP_KINDS };
 
@@ -78,7 +85,6 @@ int sh_begin_turn(Pump *t);
 int sh_may_spin(Pump *t);
 int sh_will_run(Pump *t);
 int sh_runs(Pump *t);
-PyObject *sh_bytes_out(sh_ep *ep, uint32_t at, uint32_t n, uint32_t header);
 void sh_poll_again(Pump *t, uint32_t slot);
 long sh_slot_of(PyObject *conn, Pump *turn);
 int sh_hand_over(PyObject *context, PyObject *protocol, PyObject *method, PyObject *data, PyObject *source, PyObject **error);
@@ -86,10 +92,7 @@ int sh_tell_of(PyObject *whom, PyObject *method, PyObject *error, PyObject *abou
 int sh_fast_path_wake(FastPath *p);
 int sh_fast_path_deliver(FastPath *p);
 int sh_datagram_in_drain(DatagramIn *box);
-int sh_takes_part(Pump *t, uint64_t *last);
-int sh_share_is_used(FastPath *p);
 int sh_drained(FastPath *p);
-PyObject *sh_line_out(FastPath *p, uint32_t at, uint32_t n);
 
 /* To be called at the start of everything that uses the core. */
 static inline int sh_pump_follows(Pump *t) { return t->scheduled ? 0 : sh_begin_turn(t); }

@@ -33,14 +33,23 @@ int sh_fast_path_wake(FastPath *p)
     return is_done < 0 || PyErr_Occurred() ? -1 : 0;
 }
 
-/* Copy n bytes out of the ring, from where the reading is, or a header behind it. NULL without an exception: the slot changed hands meanwhile. */
-PyObject *sh_bytes_out(sh_ep *ep, uint32_t at, uint32_t n, uint32_t header)
+int sh_take_bytes(sh_taker *to, const sh_ep *ep, uint32_t at, uint32_t n)
 {
     PyObject *data = PyBytes_FromStringAndSize(NULL, n);
 
-    if (data && sh_read_out(ep, PyBytes_AS_STRING(data), at, n, header))
-        Py_CLEAR(data);
-    return data;
+    ((Taken *)to)->data = data;
+    if (!data)
+        return -1;
+    sh_copy_ring(ep, PyBytes_AS_STRING(data), at, n);
+    return (int)n;
+}
+
+/* What was taken, if the read says so. NULL: status tells why, or an exception does. */
+PyObject *sh_taken(Taken *taken, int64_t status)
+{
+    if (SH_UNLIKELY(status < 0))
+        Py_CLEAR(taken->data); /* the slot changed hands under the copy */
+    return taken->data;
 }
 
 /* protocol.method(data[, source]) in that context. 1: done. 0: it raised *error. -1: an exception that ends the program. */
@@ -87,99 +96,72 @@ int sh_tell_of(PyObject *whom, PyObject *method, PyObject *error, PyObject *abou
 int sh_fast_path_deliver(FastPath *p)
 {
     uint32_t given = 0;
-    int64_t span = 0;
+    int64_t n = 0;
 
-    sh_takes_part(p->turn, &p->turn_end_ns);
-    while (p->protocol && p->can_write && given < DELIVER_MAX && (span = sh_now(p->ep, PIECE)) > 0) {
-        PyObject *data = sh_bytes_out(p->ep, (uint32_t)(span >> 32), (uint32_t)span, 0), *error;
+    sh_takes_part(p->ep);
+    while (p->protocol && p->can_write && given < DELIVER_MAX) {
+        Taken taken = SH_TAKEN;
+        PyObject *data = sh_taken(&taken, n = sh_read_some(p->ep, &taken.taker, PIECE)), *error;
         int r;
 
         if (!data)
-            return PyErr_Occurred() ? -1 : 0;
-        given += (uint32_t)span;
+            return PyErr_Occurred() ? -1 : n == SH_EMPTY;
+        given += (uint32_t)n;
         r = sh_hand_over(p->context, p->protocol, s_data_received, data, NULL, &error);
         Py_DECREF(data);
         if (r < 0 || (r == 0 && sh_tell_of(PyObject_CallNoArgs(p->transport), s_raised, error, s_data_received) < 0))
             return -1;
-        if ((uint32_t)span < PIECE)
+        if ((uint32_t)n < PIECE)
             return 1; /* that was all: what came meanwhile is news of its own */
         if (sh_over(p->turn->nd))
             break;
     }
-    if (span > 0 && p->protocol)
+    if (n > 0 && p->protocol)
         sh_poll_again(p->turn, p->slot);
-    return span > 0 || span == SH_EMPTY;
+    return n > 0;
 }
 
-/* Take the line out that begins there. It is looked for in a copy: whatever its writer does meanwhile, it has one end. The copies are small
- * at first, since many lines may be there, and larger for long ones. NULL without an exception: no whole one is there, or it is longer than
- * allowed. */
-PyObject *sh_line_out(FastPath *p, uint32_t at, uint32_t n)
+/* Takes the line out that begins there. It is looked for in a copy: whatever its writer does meanwhile, it has one end. The copies are small
+ * at first, since many lines may be there, and larger for long ones. None when no whole one is there, or it is longer than allowed. */
+int sh_take_line(sh_taker *to, const sh_ep *ep, uint32_t at, uint32_t n)
 {
+    Taken *t = (Taken *)to;
     char begin[LINE];
-    uint32_t done = 0, size = LINE, most = (Py_ssize_t)n <= p->limit + 1 ? n : (uint32_t)p->limit + 1;
+    uint32_t done = 0, size = LINE, most = (Py_ssize_t)n <= t->limit + 1 ? n : (uint32_t)t->limit + 1;
     PyObject *line = NULL;
     char *copy = begin, *end;
 
     for (;;) {
         if (size > most)
             size = most;
-        sh_copy_ring(p->ep, copy + done, at + done, size - done);
+        sh_copy_ring(ep, copy + done, at + done, size - done);
         if ((end = memchr(copy + done, '\n', size - done)) || size == most)
             break;
         done = size;
         size *= 4;
         if (!line) {
             if (!(line = PyBytes_FromStringAndSize(NULL, size)))
-                return NULL;
+                return -1;
             memcpy(PyBytes_AS_STRING(line), begin, done);
         } else if (_PyBytes_Resize(&line, size) < 0)
-            return NULL;
+            return -1;
         copy = PyBytes_AS_STRING(line);
     }
     size = end ? (uint32_t)(end - copy) + 1 : 0;
-    if (!line && size)
-        line = PyBytes_FromStringAndSize(begin, size);
-    else if (line && size && _PyBytes_Resize(&line, size) < 0)
-        return NULL;
-    if (line && (!size || sh_read_end(p->ep, size)))
+    if (!size)
         Py_CLEAR(line);
-    return line;
+    else if (!line)
+        line = PyBytes_FromStringAndSize(begin, size);
+    else
+        _PyBytes_Resize(&line, size);
+    t->data = line;
+    return line ? (int)size : -1;
 }
 
-/* Counts who takes something in this turn of the loop; `last` is its own note of that. 1: for the first time. */
-int sh_takes_part(Pump *t, uint64_t *last)
-{
-    if (t->turn_end_ns != t->nd->turn_end_ns) {
-        t->turn_end_ns = t->nd->turn_end_ns;
-        t->sharers = t->readers;
-        t->readers = 0;
-    }
-    if (*last == t->turn_end_ns)
-        return 0;
-    *last = t->turn_end_ns;
-    t->readers++;
-    return 1;
-}
-
-/* A turn's budget is shared by as many as took part in the last one: reads in C are so quick that the first would leave the others nothing.
- * The clock is that of the last look. */
-int sh_share_is_used(FastPath *p)
-{
-    Pump *t = p->turn;
-
-    if (sh_takes_part(t, &p->turn_end_ns))
-        p->since_ns = 0;
-    else if (!p->since_ns)
-        p->since_ns = p->ep->polled_ns;
-    return p->since_ns && t->sharers > 1 && (p->ep->polled_ns - p->since_ns) * t->sharers > t->nd->hold_ns;
-}
-
-/* Has a drain nothing to wait for? Reads look at the clock each time; of drains every eighth is enough to keep a turn within its budget.
- * Their coroutine looks at the reader's exception as well, and lets the loop turn. */
+/* Has a drain nothing to wait for? Its coroutine looks at the reader's exception as well, and lets the loop turn. */
 int sh_drained(FastPath *p)
 {
-    return p && p->can_write && (++p->drains & 7 || (p->can_read && p->turn->scheduled && !sh_over(p->turn->nd)));
+    return p && p->can_write && sh_drain_step(p->ep, p->can_read && p->turn->scheduled);
 }
 
 /* The slow way. A transport that is no more is one whose connection is lost: it would at most warn. */
@@ -226,9 +208,8 @@ static PyObject *port_write(FastPath *p, PyObject *data)
 static PyObject *port_take(FastPath *p, PyObject *most)
 {
     Py_ssize_t n = p->can_read ? PyLong_AsSsize_t(most) : 0;
-    uint32_t want = n > (Py_ssize_t)SH_COPY_MAX ? SH_COPY_MAX : (uint32_t)n;
+    Taken taken = SH_TAKEN;
     PyObject *data;
-    int64_t span;
 
     if (n < 1) {
         PyErr_Clear();
@@ -236,13 +217,7 @@ static PyObject *port_take(FastPath *p, PyObject *most)
     }
     if (sh_pump_follows(p->turn) < 0)
         return NULL;
-    span = sh_begin(p->ep, want, 1, 0);
-    if (span == SH_EMPTY && sh_may_spin(p->turn)) {
-        Py_BEGIN_ALLOW_THREADS
-        span = sh_begin(p->ep, want, 1, 1);
-        Py_END_ALLOW_THREADS
-    }
-    data = span > 0 ? sh_bytes_out(p->ep, (uint32_t)(span >> 32), (uint32_t)span, 0) : NULL;
+    data = sh_taken(&taken, sh_read_step(p->ep, &taken.taker, n > SH_COPY_MAX ? SH_COPY_MAX : (uint32_t)n, 1, sh_may_spin(p->turn) ? SH_MAY_SPIN : 0));
     return data || PyErr_Occurred() ? data : Py_NewRef(Py_None);
 }
 
@@ -396,7 +371,6 @@ static PyMemberDef members[] = {
     {"can_write", T_BOOL, offsetof(FastPath, can_write), 0, "writes go sink to the ring and drain() has nothing to wait for"},
     {"can_read", T_BOOL, offsetof(FastPath, can_read), 0, "a reader takes its bytes from the ring, no exception is set, and nobody waits in Python"},
     {"wake_pending", T_BOOL, offsetof(FastPath, wake_pending), 0, "the pump has wake_pending who waits"},
-    {"drains", T_UINT, offsetof(FastPath, drains), 0, "of those that had nothing to wait for"},
     {NULL, 0, 0, 0, NULL},
 };
 

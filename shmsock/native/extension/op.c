@@ -25,43 +25,22 @@ static int spares;
 
 /* ---- bytes ---- */
 
-/* Look, spin if nothing else is to be run, and take. NULL without an exception: *status says why. */
+/* What is to be read; NULL without an exception: *status says why. */
 static PyObject *take(Op *op, int64_t *status)
 {
     FastPath *p = op->port;
-    sh_ep *ep = p->ep;
     uint32_t most = op->kind == SH_OP_LINE || op->n > (Py_ssize_t)SH_COPY_MAX ? SH_COPY_MAX : (uint32_t)op->n;
-    uint32_t least = op->kind == SH_OP_EXACTLY ? most : 1, at, n;
-    PyObject *data = NULL;
-    int64_t span;
+    Taken taken = SH_TAKEN;
+    int how = op->state == YIELDED ? SH_YIELDED : 0;
 
+    if (op->kind == SH_OP_LINE)
+        taken = (Taken){{sh_take_line}, NULL, p->limit};
     if (sh_pump_follows(p->turn) < 0)
         return NULL;
-    if (op->state == YIELDED) /* others may use up every turn: one without bytes was enough */
-        span = sh_now(ep, most);
-    else {
-        if (sh_share_is_used(p))
-            span = SH_YIELD;
-        else
-            span = sh_one_way(ep, least) && sh_may_spin(p->turn) ? SH_EMPTY : sh_begin(ep, most, least, 0);
-        if (span == SH_EMPTY && sh_may_spin(p->turn)) {
-            Py_BEGIN_ALLOW_THREADS
-            span = sh_begin(ep, most, least, 1);
-            Py_END_ALLOW_THREADS
-        }
-    }
-    *status = span;
-    if (span <= 0)
-        return NULL;
-    at = (uint32_t)(span >> 32);
-    n = (uint32_t)span;
-    if (op->kind == SH_OP_LINE)
-        data = sh_line_out(p, at, n);
-    else if (op->kind != SH_OP_EXACTLY || n == most)
-        data = sh_bytes_out(ep, at, n, 0);
-    if (!data)
-        *status = SH_CLOSED; /* not for us */
-    return data;
+    if (sh_may_spin(p->turn))
+        how |= SH_MAY_SPIN;
+    *status = sh_read_step(p->ep, &taken.taker, most, op->kind == SH_OP_EXACTLY ? most : 1, how);
+    return sh_taken(&taken, *status);
 }
 
 /* ---- waiting ---- */
@@ -169,7 +148,7 @@ static PySendResult go_on(Op *op, PyObject **out)
 {
     FastPath *p = op->port;
 
-    while (p->can_read && p->buffer && !p->waiter && !PyByteArray_GET_SIZE(p->buffer) && (op->kind != SH_OP_EXACTLY || op->n <= (Py_ssize_t)p->ep->rx_bytes)) {
+    while (p->can_read && p->buffer && !p->waiter && !PyByteArray_GET_SIZE(p->buffer)) {
         int64_t status = 0;
         int eof;
         PyObject *data = take(op, &status);
@@ -178,10 +157,6 @@ static PySendResult go_on(Op *op, PyObject **out)
             return finish(op, data, out);
         if (PyErr_Occurred())
             return finish(op, NULL, out);
-        if (op->state == YIELDED && status == SH_EMPTY) {
-            op->state = START;
-            continue;
-        }
         if (status == SH_YIELD) {
             op->state = YIELDED;
             *out = Py_NewRef(Py_None);
@@ -197,7 +172,7 @@ static PySendResult go_on(Op *op, PyObject **out)
             break;
         if ((eof = is_eof(op)) < 0)
             return finish(op, NULL, out);
-        if (eof || sh_arm(p->ep)) /* somebody fed it by hand: nothing is waited for */
+        if (eof) /* somebody fed it by hand: nothing is waited for */
             break;
         if (start_waiting(op) < 0)
             return finish(op, NULL, out);
@@ -229,7 +204,7 @@ static PySendResult op_send(Op *op, PyObject *value, PyObject **out)
         if (op->kind >= SH_OP_DRAIN && sh_drained(op->port))
             return finish(op, Py_NewRef(Py_None), out);
         if (op->kind == SH_OP_DRAIN && op->port && op->port->can_write)
-            op->port->drains--; /* its helper, which is asked next, counts it */
+            op->port->ep->drains--; /* its helper, which is asked next, counts it */
         if (op->kind >= SH_OP_DRAIN)
             return delegate(op, out);
         return op->port && op->n > 0 ? go_on(op, out) : delegate(op, out);

@@ -1,0 +1,162 @@
+/* stream.c - what streams ask at each message. A question has one answer: how many bytes, or a status that says what to do now. The policy is
+ * here alone: whether a read spins, and when it has to let the loop turn. */
+#include "ring.h"
+
+/* ---- reading ---- */
+
+/* Bytes that are there: maybe fewer than min; or SH_RESET, SH_VIOLATION. */
+static int64_t look(sh_ep *ep, uint32_t min)
+{
+    int r;
+
+    if (ep->tail_seen - ep->head < min && SH_UNLIKELY((r = sh_refresh(ep)) < 0))
+        return r;
+    return ep->tail_seen - ep->head;
+}
+
+static uint32_t at_most(int64_t n, uint32_t want) { return n < want ? (uint32_t)n : want; }
+
+/* What is there, whatever the turn's budget says; 1 to `want` bytes, or a status. SH_EMPTY: nothing is armed. */
+int64_t sh_read_some(sh_ep *ep, sh_taker *to, uint32_t want)
+{
+    int64_t found = sh_available(ep);
+
+    return found > 0 ? sh_take_out(ep, to, 0, at_most(found, want)) : found;
+}
+
+/* How much that would be. */
+int64_t sh_available(sh_ep *ep)
+{
+    int64_t found;
+
+    if (SH_UNLIKELY(!sh_may_write(ep->nd)))
+        return SH_STALE;
+    if (SH_UNLIKELY(!ep->theirs))
+        return SH_RESET;
+    found = look(ep, UINT32_MAX);
+    return found ? found : sh_empty(ep);
+}
+
+/* Busy-polls for at least `min` bytes. As look(), or SH_YIELD. */
+static int64_t spin_for(sh_ep *ep, uint32_t min, uint64_t now)
+{
+    int64_t found;
+
+    do {
+        int r;
+
+        if (!now && sh_over_at(ep->nd, now = sh_clock()))
+            return SH_YIELD;
+        if (ep->tx_last & SH_FIN)
+            return ep->tail_seen - ep->head;
+        if ((r = sh_spin_on(ep, &ep->theirs->tx_word, ep->tx_last, now)) < 0)
+            return r;
+        if (!r)
+            return ep->tail_seen - ep->head;
+        now = 0; /* read again when there is something to wait for */
+    } while ((found = look(ep, min)) >= 0 && found < min);
+    return found;
+}
+
+/* Only `found` bytes are there, fewer than min: spins for more, or arms. As sh_read_step(), but what is there now is not taken. */
+static __attribute__((noinline)) int64_t wait_for(sh_ep *ep, int64_t found, uint32_t min, uint64_t now, int spins)
+{
+    if (spins) {
+        void *held = sh_let_go(ep->nd);
+
+        if (sh_one_way(ep, min))
+            ep->polled_ns = now = sh_gather(ep, now);
+        if ((found = look(ep, min)) >= 0 && found < min && min <= ep->rx_bytes)
+            found = spin_for(ep, min, now);
+        sh_take_back(ep->nd, held);
+    }
+    if (!found) {
+        if ((found = sh_empty(ep)) != SH_EMPTY || !sh_arm(ep))
+            return found;
+        if ((found = sh_available(ep)) == SH_EMPTY)
+            return SH_STALE; /* that is why it is not armed */
+    }
+    return found >= 0 && found < min ? SH_SLOW : found;
+}
+
+/* At least `min` and at most `want` bytes. SH_EMPTY: there are none, and the peer tells of the next: wait. SH_YIELD: others are to run first. SH_SLOW:
+ * fewer than min are there, or `to` wants none of them. `how` says SH_MAY_SPIN where nothing else is to be run, and SH_YIELDED from whoever has just
+ * let the loop turn: others may use up every turn, and one without bytes was enough. */
+int64_t sh_read_step(sh_ep *ep, sh_taker *to, uint32_t want, uint32_t min, int how)
+{
+    sh_node *nd = ep->nd;
+    uint64_t now;
+    int64_t found;
+
+    if (SH_UNLIKELY(!sh_may_write(nd)))
+        return SH_STALE;
+    if (SH_UNLIKELY(!ep->theirs))
+        return SH_RESET;
+    now = sh_clock();
+    if (SH_UNLIKELY(sh_share_is_used(ep, now) || sh_over_at(nd, now))) {
+        found = how & SH_YIELDED ? look(ep, min) : 0;
+        if (found < min)
+            return found < 0 ? found : SH_YIELD;
+    } else {
+        ep->polled_ns = now;
+        found = (how & SH_MAY_SPIN) && sh_one_way(ep, min) ? 0 : look(ep, min);
+        if (SH_UNLIKELY(found < min) && (found < 0 || (found = wait_for(ep, found, min, now, how & SH_MAY_SPIN)) < 0))
+            return found;
+    }
+    return sh_take_out(ep, to, 0, at_most(found, want));
+}
+
+/* For whoever is not in the extension: into plain memory. */
+int64_t sh_read(sh_ep *ep, void *to, uint32_t want)
+{
+    struct sh_plain plain = {{sh_take_plain}, to};
+
+    return sh_read_some(ep, &plain.taker, want);
+}
+
+int64_t sh_read_wait(sh_ep *ep, void *to, uint32_t want, uint32_t min, int how)
+{
+    struct sh_plain plain = {{sh_take_plain}, to};
+
+    return sh_read_step(ep, &plain.taker, want, min, how);
+}
+
+/* ---- writing ---- */
+
+/* Put up to n bytes into the ring. Returns how many went in, fewer only when the ring is full (WANT is set then). */
+int64_t sh_write_some(sh_ep *ep, const void *data, uint64_t n)
+{
+    const uint8_t *from = data;
+    uint64_t left = n;
+    int r = sh_writable(ep);
+
+    if (SH_UNLIKELY(r < 0))
+        return r;
+    while (left) {
+        uint32_t m;
+
+        if (SH_UNLIKELY((r = sh_room(ep, 1, left)) < 0))
+            return r;
+        if (!r)
+            break;
+        m = left < (uint32_t)r ? (uint32_t)left : (uint32_t)r;
+        if (m > SH_COPY_MAX)
+            m = SH_COPY_MAX;
+        sh_stage(ep, 0, from, m);
+        sh_commit(ep, m);
+        from += m;
+        left -= m;
+        if (left && SH_UNLIKELY(!sh_may_write(ep->nd)))
+            return SH_STALE;
+    }
+    ep->nd->n[SH_N_WRITES]++;
+    ep->nd->n[SH_N_BYTES_OUT] += n - left;
+    return (int64_t)(n - left);
+}
+
+/* A drain that has nothing to wait for: 1 when it may return at once, 0 to let the loop turn. Reads look at the clock each time; of drains every
+ * eighth is enough to keep a turn within its budget, and that one only when it is `quick`. */
+int sh_drain_step(sh_ep *ep, int quick)
+{
+    return ++ep->drains & 7 || (quick && !sh_over(ep->nd));
+}
