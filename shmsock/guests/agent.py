@@ -42,11 +42,11 @@ from typing import IO, Any
 PORT = "shmsock.agent"
 _LENGTHS = struct.Struct(">II")
 _CHUNK = 1 << 16
-_LAST_WORDS = 16  # chunks read when a command has ended: who else holds its pipe could write for ever
+_LAST_WORDS = 16  # chunks read when a command has ended: a child with its pipe might never stop writing
 
 
 def pack(head: dict[str, Any], body: bytes = b"") -> bytes:
-    """One frame."""
+    """Build one frame."""
     text = json.dumps(head).encode()
     return _LENGTHS.pack(len(text), len(body)) + text + body
 
@@ -263,7 +263,7 @@ class Agent:
             file.close()
 
     def _reap(self, woken: socket.socket) -> None:
-        """Every dead child: the host's commands, and the orphans that process 1 inherits."""
+        """Collect every dead child: the host's commands, and the orphans that process 1 inherits."""
         with contextlib.suppress(BlockingIOError):
             while woken.recv(_CHUNK):
                 pass
@@ -298,7 +298,7 @@ def _start(argv: Sequence[str], env: dict[str, str], cwd: str) -> tuple[int, lis
 
 
 def _interface(mac: str) -> str:
-    """The network interface with this address, once its driver made it."""
+    """Name the network interface with this address, once its driver has made it."""
     for _ in range(100):
         for path in Path("/sys/class/net").iterdir():
             if (path / "address").read_text().strip() == mac:

@@ -356,16 +356,16 @@ class Guest:
                     self._state = f"QEMU ended with status {self.process.poll()}"
                     self._lose_commands("the guest died")
                 elif not self._in_step:
-                    self._look_for_marker(received)
+                    self._find_marker(received)
                 if self._in_step:
                     for head, body in guest_agent.unpack(received):
-                        self._take(head, body)
+                        self._handle(head, body)
                 self._changed.notify_all()
             if not data:
                 return
 
-    def _look_for_marker(self, received: bytearray) -> None:
-        """After a boot or a reset: skip to where the agent begins, and answer it. See `agent`."""
+    def _find_marker(self, received: bytearray) -> None:
+        """Skip, after a boot or a reset, to where the agent begins, and answer it (see `agent`)."""
         before, marker, after = bytes(received).partition(self._marker)
         if marker:
             received[:] = after
@@ -376,13 +376,13 @@ class Guest:
             received[:] = before[-len(self._marker) :]
 
     def _greet(self, hello: bytes) -> None:
-        """Not in the reader's thread: a sender of the life before may still fill the socket."""
+        """Answer in a thread of its own: a sender of the life before may still fill the socket."""
         with contextlib.suppress(OSError, MonitorError):
             self.monitor.run("set-action", reboot="shutdown")  # a panic ends QEMU again
             with self._sending:
                 self._port.sendall(hello)
 
-    def _take(self, head: dict[str, Any], body: bytes) -> None:
+    def _handle(self, head: dict[str, Any], body: bytes) -> None:
         ident = head.get("id", 0)
         command = self._running.get(ident) or self._ended.get(ident)
         match head["op"]:

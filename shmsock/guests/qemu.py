@@ -70,8 +70,8 @@ __all__ = [
 BOOT_SECONDS = 90.0
 
 KERNEL_WORDS = "console=ttyS0 panic=-1 quiet mitigations=off random.trust_cpu=on no_timer_check"
-"""(The last: the kernel would look whether the timer's interrupts come within a few ticks, which an emulated
-one's may not on a busy host, and panic; under KVM it does not look either.)"""
+"""(The last: the kernel would check whether the timer's interrupts come within a few ticks, which an emulated
+one's may not on a busy host, and panic; under KVM it does not check either.)"""
 
 log = logging.getLogger("shmsock.qemu")
 
