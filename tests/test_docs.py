@@ -254,7 +254,7 @@ def test_counters_are_those_of_the_code() -> None:
 
 def test_rules_are_those_of_the_code() -> None:
     """Each `SYNC X` in the code is a rule of LAYOUT.md, and each rule is there at both ends."""
-    source = [read(file) for kind in ("c", "py") for file in (ROOT / "shmsock").rglob(f"*.{kind}")]
+    source = [read(file) for kind in ("c", "h", "py") for file in (ROOT / "shmsock").rglob(f"*.{kind}")]
     used = re.findall(r"SYNC ([A-Z]\w*)", "\n".join(source))
     _, _, ordering = read(ROOT / "shmsock" / "native" / "LAYOUT.md").partition("\n## Ordering\n")
     rules = re.findall(r"^\| ([A-Z]\w*) \|", ordering.partition("\n## ")[0], re.MULTILINE)
