@@ -298,6 +298,45 @@ def test_figures_stand_in_one_place() -> None:
     assert [row for row in rows if row.removesuffix("|") not in kept] == []
 
 
+# -- words that were given up: docs/glossary.md has those that came for them ---------------------------------
+
+#: Nowhere.
+OLD_NAMES = """
+    Ear EOF_AT_REL Inbox KNOBS Keeper MUTE Outbox RANG SH_FLOWS SH_GLANCE SH_LOOK_REL SH_LOOKS SH_N_BELLS
+    SH_N_MUTED SH_N_RUNG SH_REL SHMSOCK_ACCELERATOR STORM Turn _Outbox _Turn fabric fruitless keeper
+    sh_bells_differ sh_doubt sh_ep_take sh_expect sh_flows sh_glance sh_keeper sh_know sh_look sh_look_at
+    sh_look_again sh_mute sh_muted sh_p_word sh_polled sh_pump_on sh_reach sh_read_begin sh_read_now
+    sh_ring_bell sh_rings sh_rung sh_take sh_take_later
+"""
+#: Not in documents and models. (A variable may be called `bell`, as the object for a doorbell is.)
+OLD_WORDS = """
+    accelerator accelerators bell bells calm fabric fruitless glance keeper knob knobs mute muted rang REL
+    rung storm storms
+"""
+CODE = [
+    file
+    for folder in ("shmsock", "tests", "examples", "docs", ".ci")
+    for file in (ROOT / folder).rglob("*")
+    if (file.suffix in {".c", ".h", ".md", ".pml", ".py", ".pyi"} or folder == ".ci") and file.is_file()
+]
+
+
+def given_up(words: str, file: Path, flags: int = 0) -> list[str]:
+    pattern = re.compile(rf"(?<![\w])(?:{'|'.join(words.split())})(?![\w])", flags)
+    lines = enumerate(read(file).splitlines(), 1)
+    return [f"{name_of(file)}:{n}: {found[0]}" for n, line in lines if (found := pattern.search(line))]
+
+
+def test_old_names_do_not_come_back() -> None:
+    assert [hit for file in CODE if file != Path(__file__) for hit in given_up(OLD_NAMES, file)] == []
+
+
+def test_documents_and_models_use_the_words_of_the_glossary() -> None:
+    files = [*DOCUMENTS, *(ROOT / "tests" / "models").iterdir()]
+    told = [file for file in files if file.is_file() and file.name != "CHANGELOG.md"]
+    assert [hit for file in told for hit in given_up(OLD_WORDS, file, re.IGNORECASE)] == []
+
+
 # -- the checks can fail -----------------------------------------------------------------------------------
 
 
@@ -317,6 +356,13 @@ def test_a_wrong_command_is_found(line: str) -> None:
 @pytest.mark.parametrize("line", ["shmsock create x --size 2M", "shmsock bench connect vm-b", "shmsock info"])
 def test_a_right_command_is_let_pass(line: str) -> None:
     assert unknown_options(line.split()) == []
+
+
+def test_a_word_that_came_back_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    (tmp_path / "a.c").write_text("sh_look(ep);\nsh_lookup(ep);\nThe Bell.\n")
+    assert given_up(OLD_NAMES, tmp_path / "a.c") == ["a.c:1: sh_look"]
+    assert given_up(OLD_WORDS, tmp_path / "a.c", re.IGNORECASE) == ["a.c:3: Bell"]
 
 
 if __name__ == "__main__":
