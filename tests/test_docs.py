@@ -210,6 +210,14 @@ def test_what_the_architecture_names_is_there() -> None:
     assert {file for file in files if not (ROOT / "shmsock" / file).exists()} == set()
 
 
+def test_names_of_the_core_are_those_of_the_core() -> None:
+    """Of each `sh_...` in a document or a model; `sh_ep_*` is all that begin so."""
+    core = "\n".join(read(file) for file in (ROOT / "shmsock" / "native").rglob("*.[ch]"))
+    files = [*DOCUMENTS, *(ROOT / "tests" / "models").glob("*.pml")]
+    named = {(name_of(file), name) for file in files for name in re.findall(r"\b(?:sh|SH)_\w+", read(file))}
+    assert [at for at in sorted(named) if not re.search(rf"\b{at[1]}", core)] == []
+
+
 # -- what is generated or said twice -----------------------------------------------------------------------
 
 BETWEEN = re.compile(r"(?<=<!-- settings -->\n).*?(?=<!-- /settings -->)", re.DOTALL)

@@ -1,5 +1,5 @@
-/* attach.pml - lives of a pair: attach, re-attach, drop; adoption; messages (link.c sh_restart, sh_adopt, sh_message_send,
- * sh_message_recv; LAYOUT.md, "Lives of a pair").
+/* attach.pml - lives of a pair: attach, re-attach, drop; adoption; messages (link.c sh_restart, sh_adopt;
+ * handshake.c post, sh_message_recv; LAYOUT.md, "Lives of a pair").
  *
  * Node 0 sends N messages to node 1 in each life of the link. Either may be killed between any two steps, D0 and D1
  * times, and attaches again, which to the pair is the same as a drop. Each polls when the other's notify_seq
@@ -109,7 +109,7 @@ end:		do
 			:: HIGH(last[0]) != adopted[0] -> adopt(0, OUTBOX, sent)
 			:: else
 			fi
-		:: adopted[0] && sent < N -> /* sh_message_send */
+		:: adopted[0] && sent < N -> /* post */
 			box = LOAD(INBOX);
 #ifndef UNTAGGED
 			if
