@@ -91,9 +91,10 @@ def _is_mounted(fd: int) -> bool:
 def holders(path: str, within_s: float | None = None) -> list[Holder]:
     """Other processes that have a file mapped that was removed from `path`, as far as this one may see.
 
-    Reads /proc, for up to `within_s` seconds: not for every message of a busy loop.
+    Reads /proc, for up to `within_s` seconds of processor time (on a busy machine
+    others take some meanwhile): not for every message of a busy loop.
     """
-    end = None if within_s is None else time.monotonic() + within_s
+    end = None if within_s is None else time.thread_time() + within_s
     needle = os.fsencode(path) + b" (deleted)\n"
     try:
         device = os.stat(os.path.dirname(path) or "/").st_dev
@@ -102,7 +103,7 @@ def holders(path: str, within_s: float | None = None) -> list[Holder]:
     here = b"%02x:%02x" % (os.major(device), os.minor(device))  # such a path elsewhere is another one
     found = []
     for name in pids():
-        if end is not None and time.monotonic() >= end:
+        if end is not None and time.thread_time() >= end:
             break
         if int(name) == os.getpid():
             continue
