@@ -240,15 +240,19 @@ async def _make(
 
 
 class attach:
-    """A node of its own on a region: `async with shmsock.attach("pci:auto", name="vm-a") as node: ...`, or
-    `await` it and `await node.aclose()` later.
+    """Attach the running loop to a region, as a node of its own: `async with shmsock.attach("pci:auto",
+    name="vm-a") as node: ...`, or `node = await shmsock.attach()` and `await node.aclose()` later.
 
-    `region`: a URL; None: SHMSOCK_REGION, else the one ivshmem device there is, else this user's own in
-    /dev/shm. `name`: what others call this node; None: SHMSOCK_NAME, else the host's name. Raises
-    RegionError, OSError (ENOSPC) when no section is free, OSError (EADDRINUSE) when an explicit name is
-    another machine's. `section`: the one to take, as others may have pinned it; None: SHMSOCK_SECTION, else
-    any that is free. Raises OSError (ENOSPC) that says who has it, ValueError when the region has no such
-    section. Cancelled, it leaves nothing behind.
+    `region`: a URL or a path; None: SHMSOCK_REGION, else the one ivshmem device there is, else this user's
+    own file in /dev/shm, which is made if need be. `name`: what others call this node; None: SHMSOCK_NAME,
+    else the host's name. `settings`: see Settings. `section`: the number of the part to take, as others may
+    have pinned it; None: SHMSOCK_SECTION, else any that is free.
+
+    Returns a Node. Raises RegionError (its subclasses say what is wrong with the region), OSError: ENOSPC
+    when no section is free or somebody has the one that was asked for, EADDRINUSE when a name that was given
+    is another machine's; ValueError when the region has no such section.
+
+    Cancelling leaves nothing behind. Leaving the `async with` is Node.aclose().
     """
 
     def __init__(
@@ -301,8 +305,9 @@ async def _make_implicit(url: str | None, name: str | None, former: Node | None)
 
 
 async def current_node(url: str | None = None, name: str | None = None, *, listening: bool = False) -> Node:
-    """The node of the running loop for that region, attached at first use, and again when another file has
-    taken the place of the region's. Cancelling one of several that wait stops no other."""
+    """The implicit node of the running loop for that region, attached at first use, and again when another
+    file has taken the place of the region's. `listening`: it is needed to listen. Raises what attach() does.
+    Cancelling one of several calls that wait stops no other."""
     loop = _running_loop()
     shield: Callable[[Any], Awaitable[Node]] = getattr(loop, "shield", asyncio.shield)
     if url is not None:

@@ -334,19 +334,20 @@ async def create_datagram_endpoint(
     numeric: bool = False,
     wide: bool = False,
 ) -> tuple[ShmDatagramTransport, Any]:
-    """loop.create_datagram_endpoint over shared memory: (transport, protocol).
+    """Take a port for datagrams, as loop.create_datagram_endpoint() does over UDP.
 
     `local_addr`: (host, port) to receive at: None, "" or the own name for all peers, "localhost" for those of
-    this machine; port 0, or no address: one is chosen. `remote_addr`: (host, port) to be connected to: it
-    sends there, and takes only what comes from there. `reuse_port`: several endpoints of one host may share
-    the port; a sender stays with one of them as long as that lives. `region`, `name`: see attach(); the
-    implicit node of this loop is used, or `node`. `numeric`: addresses are told as internet addresses,
-    `wide`: those that datagrams come from as (address, port, flowinfo, scope). `flags` and `allow_broadcast`
-    are accepted and mean nothing: ("*", port) is allowed always.
+    this machine; port 0, or no address: one is chosen. `remote_addr`: (host, port) to be connected to: the
+    endpoint sends there, and takes only what comes from there. `reuse_port`: several endpoints of one host
+    may share the port; a sender stays with one of them as long as that lives. `region`, `name`: see attach();
+    the implicit node of this loop is used, unless `node` is given. `numeric`: addresses are told as internet
+    addresses, `wide`: those that datagrams come from as (address, port, flowinfo, scope). `flags` and
+    `allow_broadcast` are accepted and mean nothing: ("*", port) is allowed always.
 
-    Datagrams have 0 to 65507 bytes, arrive whole, and in order between two peers. When one may be lost:
-    engine/datagrams.py. Raises OSError (EADDRINUSE, EADDRNOTAVAIL, ENOBUFS), socket.gaierror (nobody has the
-    remote name), and what attach() raises.
+    Datagrams have 0 to 65507 bytes, arrive whole, and in order between two peers; engine/datagrams.py says
+    when one may be lost. Returns (transport, protocol). Raises OSError (EADDRINUSE; EADDRNOTAVAIL: the local
+    host is not this node), socket.gaierror (nobody has the remote name), and what attach() raises. Cancelling
+    gives the port back.
     """
     if sock is not None:
         raise ValueError("sock= is for kernel sockets: give local_addr, remote_addr, or both")

@@ -76,7 +76,7 @@ class Opening:
         self.early = True
 
     def freed(self) -> None:
-        """Nobody was given it yet."""
+        """Nothing is to be done: nobody was given the connection yet."""
 
     def connected(self) -> None:
         if not self.waiter.done():

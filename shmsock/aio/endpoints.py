@@ -52,19 +52,22 @@ async def create_connection(
     node: Node | None = None,
     numeric: bool = False,
 ) -> tuple[Any, Any]:
-    """loop.create_connection over shared memory: (transport, protocol), connected to `port` of the peer named
-    `host`.
+    """Connect to `port` of the peer named `host`, as loop.create_connection() does over TCP.
 
-    `host`: a peer's name, a section number, or None / "localhost" for this machine. `sock`, instead of host
-    and port: the dup() of a connection's get_extra_info("socket"), which goes on under this protocol; its
-    transport is closed. `local_addr`: only its port counts. `region`, `name`: see attach(); the implicit node
-    of this loop is used, or `node`. `numeric`: the transport tells internet addresses instead of names.
+    `host`: a peer's name, a section number, or None or "localhost" for this machine. `sock`, instead of host
+    and port: the dup() of a connection's get_extra_info("socket"); that connection goes on under this
+    protocol, and its transport is closed. `local_addr`: only its port counts. `ssl`, `server_hostname` and
+    the timeouts, in seconds, are asyncio's. `region`, `name`: see attach(); the implicit node of this loop is
+    used, unless `node` is given. `numeric`: the transport tells internet addresses instead of names.
     `family`, `proto`, `flags` and what is about several addresses are accepted and mean nothing.
 
-    Raises socket.gaierror (nobody has the name), ConnectionRefusedError (nobody listens there), OSError
-    (ENOBUFS: no slot or no memory for a ring; EBADF: `sock` was closed or used), ConnectionResetError (the
-    peer went away), with `ssl` what asyncio raises when hands cannot be shaken. A peer whose loop is blocked
-    is waited for; cancel to give up: nothing is left behind.
+    Returns (transport, protocol). Raises socket.gaierror (nobody has the name), ConnectionRefusedError
+    (nobody listens there), ConnectionResetError (the peer went away), OSError (ENOBUFS: no slot or no memory
+    for a ring; EBADF: `sock` was closed or used), with `ssl` what asyncio raises when hands cannot be shaken,
+    and what attach() raises.
+
+    There is no timeout: a peer whose loop is blocked is waited for. Cancelling gives up, and leaves nothing
+    behind.
     """
     tls = client_tls(ssl, host, server_hostname, ssl_handshake_timeout, ssl_shutdown_timeout)
     if sock is not None:
@@ -143,8 +146,9 @@ async def connect_accepted_socket(
     ssl_handshake_timeout: float | None = None,
     ssl_shutdown_timeout: float | None = None,
 ) -> tuple[Any, Any]:
-    """loop.connect_accepted_socket for the dup() of a connection's get_extra_info("socket"): with `ssl` the
-    server's side of TLS. Raises as create_connection(sock=) does."""
+    """Go on with the connection of which `sock` is the dup() of get_extra_info("socket"), as
+    loop.connect_accepted_socket() does: with `ssl` on the server's side of TLS. Raises as
+    create_connection(sock=) does."""
     tls = server_tls(ssl, ssl_handshake_timeout, ssl_shutdown_timeout)
     return await _go_on(protocol_factory, sock, (None, None), tls)
 
@@ -178,15 +182,17 @@ async def create_server(
     node: Node | None = None,
     numeric: bool = False,
 ) -> Server:
-    """loop.create_server over shared memory: a Server that makes a protocol for each connection to `port`.
+    """Listen at `port`, and make a protocol for each connection to it, as loop.create_server() does over TCP.
 
     `host`: None, "" or the own name for all peers, "localhost" for those of this machine, or several of
-    these. `port`: None or 0: one is chosen. `backlog`: connections accepted and not yet handled.
-    `reuse_port`: several processes of one host may share the port. `numeric`: addresses are told as internet
-    addresses. `family`, `flags`, `reuse_address` and `keep_alive` are accepted and mean nothing.
+    these. `port`: None or 0: one is chosen. `backlog`: how many connections may be accepted and not yet
+    handled. `reuse_port`: several processes of one host may share the port. `ssl` and the timeouts, in
+    seconds, are asyncio's. `start_serving`: accept at once. `region`, `name`, `node`: as for
+    create_connection(). `numeric`: addresses are told as internet addresses. `family`, `flags`,
+    `reuse_address` and `keep_alive` are accepted and mean nothing.
 
-    Raises TypeError and OverflowError (`backlog` is no C int), OSError (EADDRINUSE, EADDRNOTAVAIL), and what
-    attach() raises.
+    Returns a Server. Raises OSError (EADDRINUSE; EADDRNOTAVAIL: `host` is not this node), TypeError and
+    OverflowError (`backlog` is no C int), and what attach() raises. Cancelling leaves nothing behind.
     """
     tls = server_tls(ssl, ssl_handshake_timeout, ssl_shutdown_timeout)
     if sock is not None:
@@ -222,10 +228,11 @@ async def open_connection(
     limit: int = _DEFAULT_LIMIT,
     **kwds: Any,
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """asyncio.open_connection over shared memory: (reader, writer), connected to `port` of the peer named
-    `host`.
+    """Connect to `port` of the peer named `host`, as asyncio.open_connection() does over TCP.
 
-    `limit`: bytes, as asyncio's. All else as create_connection() takes and raises it.
+    `limit`: how long a line may be, in bytes, as asyncio's. All else is what create_connection() takes.
+    Returns (reader, writer): an asyncio.StreamReader and an asyncio.StreamWriter. Raises what
+    create_connection() does. Cancelling gives up, and leaves nothing behind.
     """
     given = kwds.pop("node", None), kwds.pop("region", None), kwds.pop("name", None)
     if kwds or port is None:
@@ -275,10 +282,11 @@ async def start_server(
     limit: int = _DEFAULT_LIMIT,
     **kwds: Any,
 ) -> Server:
-    """asyncio.start_server over shared memory: call `client_connected_cb(reader, writer)` for each connection
-    to `port`.
+    """Listen at `port`, and call `client_connected_cb(reader, writer)` for each connection to it, in a task
+    when it is a coroutine function, as asyncio.start_server() does over TCP.
 
-    `limit`: bytes, as asyncio's. All else as create_server() takes and raises it.
+    `limit`: how long a line may be, in bytes, as asyncio's. All else is what create_server() takes. Returns a
+    Server. Raises what create_server() does. Cancelling leaves nothing behind.
     """
     node = kwds.pop("node", None) or await current_node(
         kwds.pop("region", None), kwds.pop("name", None), listening=True

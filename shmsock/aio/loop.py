@@ -299,11 +299,11 @@ def _mixed(base: Hashable) -> Callable[[], asyncio.AbstractEventLoop]:
 def loop_factory(
     base: Callable[[], asyncio.AbstractEventLoop] | None = None,
 ) -> Callable[[], asyncio.AbstractEventLoop]:
-    """Makes loops on which hosts that end in `.shm` are peers of the region: what asyncio.Runner,
-    uvloop.run, pytest-asyncio and others take as `loop_factory`.
+    """Returns a function that makes event loops on which hosts that end in `.shm` are peers of the region:
+    what asyncio.Runner, uvloop.run, pytest-asyncio and others take as `loop_factory`.
 
-    `base`: the loop's class (asyncio.SelectorEventLoop, uvloop.Loop), or a function that makes such loops
-    (uvloop.new_event_loop); None: asyncio's. Raises TypeError for anything else.
+    `base`: the class of the loops (asyncio.SelectorEventLoop, uvloop.Loop), or a function that makes such
+    loops (uvloop.new_event_loop); None: asyncio's. Raises TypeError for anything else.
     """
     kind: Any = asyncio.SelectorEventLoop if base is None else base
     if callable(kind) and not isinstance(kind, type):
@@ -318,5 +318,5 @@ def loop_factory(
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
-    """asyncio.new_event_loop(), with `.shm` hosts."""
+    """Returns a new loop of asyncio's on which hosts that end in `.shm` are peers of the region."""
     return loop_factory()()

@@ -31,8 +31,16 @@ __all__ = ["Node"]
 
 
 class Node:
-    """This process's side of a region, for one event loop. Made by attach(); not thread-safe, as asyncio's
-    objects are not."""
+    """This process's side of a region, for one event loop: what connections, servers and datagram endpoints
+    of this loop belong to.
+
+    attach() makes one, and so does the first use of the module's functions on a loop. Pass it as `node=` to
+    open_connection(), start_server() and their like. Of its attributes `name` is what others call it,
+    `section` the number of its part of the region, `loop` the event loop, `closed` whether it is detached.
+
+    Like asyncio's objects it is not thread-safe: on another thread its methods raise WrongThreadError, in a
+    forked child ForkedError, after the end NodeClosedError.
+    """
 
     def __init__(
         self, region: Region, engine: Engine, heartbeat: Heartbeat, loop: Loop, slow: int = 1
@@ -60,7 +68,7 @@ class Node:
 
     @property
     def closed(self) -> bool:
-        """Is it detached?"""
+        """Whether it is detached."""
         closed: bool = self.pump.closed
         return closed
 
@@ -71,13 +79,14 @@ class Node:
     # -- names
 
     def find(self, host: Any, port: int, tried: tuple[int, ...]) -> Peer:
-        """Who is to be asked for (host, port). Raises socket.gaierror, ConnectionRefusedError,
+        """The peer to be asked for (host, port); sections in `tried` were asked already. Raises
+        socket.gaierror (nobody has that name), ConnectionRefusedError (nobody listens there),
         NodeClosedError."""
         self.check()
         return self.engine.listeners.find(host, port, exclude=tried)
 
     def peer_name(self, host: str) -> str:
-        """The one spelling of a peer's name. Raises socket.gaierror for what is none."""
+        """The one spelling of a peer's name. Raises socket.gaierror for what cannot be a name."""
         return self.engine.listeners.peer_name(host)
 
     async def connect(
@@ -87,10 +96,15 @@ class Node:
         local_port: int = 0,
         meanwhile: Callable[[Connection], object] = lambda conn: None,
     ) -> Connection:
-        """A connection in OPEN. Raises what find() does, OSError (ENOBUFS), ConnectionResetError when the
-        peer goes away. While a peer is asked there is time for something else, to be done for each that is.
+        """Connect to `port` of `host`: a peer's name, a section number, or None or "localhost" for this
+        machine.
 
-        Cancelled, it takes the request back; nothing is left.
+        `local_port`: the own port; 0: one is chosen. `meanwhile` is called with each connection that was
+        asked for, before its answer. Returns an open connection of the engine. Raises what find() does,
+        OSError (ENOBUFS) when there is no slot or no memory for a ring, ConnectionResetError when the peer
+        goes away.
+
+        Cancelling takes the request back; nothing is left.
         """
         tried: tuple[int, ...] = ()
         refused: OSError | None = None
@@ -124,8 +138,12 @@ class Node:
                 raise
 
     def listen(self, hosts: list[Any], port: int, *, backlog: int, reuse_port: bool) -> Listener:
-        """Listen for all peers, or for those of this machine when every host is a loopback. Raises OSError
-        (EADDRNOTAVAIL, EADDRINUSE)."""
+        """Listen at `port` (0: one is chosen) for all peers, or for those of this machine when every one of
+        `hosts` is a loopback.
+
+        `backlog`: how many connections may be accepted and not yet handled. `reuse_port`: several processes
+        may share the port. Raises OSError: EADDRNOTAVAIL for a host that is not this node, EADDRINUSE.
+        """
         self.check()
         local_only = self._local_only(hosts)
         # Each pass of the pump hands over all that it accepted: whoever came in one pass is no backlog.
@@ -135,8 +153,9 @@ class Node:
     def bind_datagram(
         self, host: Any, port: int, *, reuse_port: bool = False, remote: tuple[Any, int] | None = None
     ) -> Endpoint:
-        """A port for datagrams (0: one is chosen), under the rules of listen(). `remote`: connected to there.
-        Raises what listen() does, and socket.gaierror when nobody has the remote name."""
+        """Take `port` (0: one is chosen) for datagrams, under the rules of listen(). `remote`, (host, port):
+        send there alone, and take only what comes from there. Raises what listen() does, and socket.gaierror
+        when nobody has the remote name."""
         self.check()
         return self.engine.datagrams.bind(
             port, reuse_port=reuse_port, local_only=self._local_only([host]), remote=remote
@@ -158,13 +177,16 @@ class Node:
     # -- the end
 
     def flushed(self) -> None:
-        """A transport got rid of what it held, or time went by."""
+        """Have aclose() look again: a transport got rid of what it held, or time went by."""
         if self._flushed is not None and not self._flushed.done():
             self._flushed.set_result(None)
 
     async def aclose(self) -> None:
-        """Detach. Closed writers get up to `flush_s` to hand over what they still hold; everything else is
-        closed as the end of the process would."""
+        """Detach, and give the section back; harmless when repeated.
+
+        Writers that were closed get up to Settings.flush_s seconds to hand over what they still hold;
+        everything else is closed as the end of the process would. Cancelling detaches at once.
+        """
         if self.closed or os.getpid() != self.pid:
             return
         end = time.monotonic() + self.engine.settings.flush_s
@@ -176,7 +198,7 @@ class Node:
             self.close()
 
     def close(self) -> None:
-        """Detach at once; harmless when repeated. Raises RuntimeError on another thread while the loop
+        """Detach at once; harmless when repeated. Raises WrongThreadError on another thread while the loop
         runs."""
         if self.closed:
             return
@@ -211,7 +233,7 @@ class Node:
                 waiting.failed(self.engine.failure())
 
     def inherited(self) -> None:
-        """In a forked child: everything of the parent's is inert here."""
+        """Make everything of the parent's inert, in a forked child."""
         self.pump.closed = True
         self.engine.abandon(OSError(9, str(forked(repr(self)))))
         for transport in self.transports:
@@ -236,14 +258,19 @@ class Node:
                 pass  # the loop was closed just now
 
     def statistics(self) -> dict[str, Any]:
-        """Counters since attach, and what is so now. Of waking: `rung` and `suppressed` (not rung, as the
-        peer was awake, or had been rung), `received` and `spurious`, doorbells and futexes alike; `healed`:
-        lost, or forgotten, and found by a slow look; `woken_by`: by name, how each peer wakes this node,
-        "doorbell", "futex" or "polling"; `wakes`: how this node wakes each peer, "doorbell", "futex" or
-        "nothing"; `doorbell`: the own id on the ivshmem server, or None;
-        `doorbell_lost`: why there is none any more. `names`: who is there; `peers`: how many, this one
-        included. `region_replaced`: what became of the file or device, when who attaches now gets another one
-        or none; else "". `alone`: nobody else was ever seen."""
+        """Counters since attach, and what is so now, by name.
+
+        Of waking, by doorbells and futexes alike: `kicks` counts peers that were woken, `suppressed` those
+        that were not, as they were awake or had been woken already; `received` and `spurious` count what woke
+        this node, and what did for nothing; `healed` what was lost or forgotten, and found by a slow look.
+        `woken_by` says how each peer wakes this node ("doorbell", "futex" or "polling"), `wakes` how this
+        node wakes each peer ("doorbell", "futex" or "nothing"), `doorbell` the own id on the ivshmem server
+        or None, `doorbell_lost` why there is none any more.
+
+        `names` are those of the peers that are there, `peers` their number, this one included; `alone`:
+        nobody else was ever seen. `region_replaced` says what became of the file or device when a process
+        that attaches now gets another one or none, else "". `state` is "attached", "down" or "closed".
+        """
         counts: dict[str, Any] = dict(self.engine.statistics())
         counts["name"], counts["section"], counts["region"] = self.name, self.section, self.region.url
         counts["names"] = sorted(self.engine.peers.names()) if self.engine.alive else []

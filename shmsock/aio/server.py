@@ -31,8 +31,8 @@ def _shook_hands(transport: ShmTransport, waiter: asyncio.Future[None]) -> None:
 
 
 class Server(asyncio.AbstractServer):
-    """Returned by start_server(). The port is taken when it is made; connections are accepted from
-    start_serving() on."""
+    """What start_server() and create_server() return: asyncio.Server's methods, for one port of a node. The
+    port is taken when this is made; connections are accepted from start_serving() on."""
 
     def __init__(
         self,
@@ -128,6 +128,7 @@ class Server(asyncio.AbstractServer):
         return self._serving
 
     async def start_serving(self) -> None:
+        """Accept connections from now on; harmless when repeated."""
         self._start()
         await asyncio.sleep(0)
 
@@ -137,6 +138,9 @@ class Server(asyncio.AbstractServer):
         self._serving = self._listener.serving = True
 
     async def serve_forever(self) -> None:
+        """Accept connections until this is cancelled, or close() is called; then it closes the server, waits
+        as wait_closed() does, and raises CancelledError. Raises RuntimeError when the server is closed, or is
+        awaited here already."""
         if self._forever is not None:
             raise RuntimeError(f"server {self!r} is already being awaited on serve_forever()")
         if self._listener is None:
@@ -155,7 +159,7 @@ class Server(asyncio.AbstractServer):
             self._forever = None
 
     def close(self) -> None:
-        """Stop listening. Connections that are open stay."""
+        """Stop listening, and give the port back. Connections that are open stay; harmless when repeated."""
         listener, self._listener = self._listener, None
         if listener is None:
             return
@@ -168,7 +172,7 @@ class Server(asyncio.AbstractServer):
             self._wake()
 
     async def wait_closed(self) -> None:
-        """Until close() was called and, as in Python from 3.12 on, the last connection has ended."""
+        """Wait until close() was called and, as in Python from 3.12 on, the last connection has ended."""
         if self._listener is None and (not self._transports or sys.version_info < (3, 12)):
             return
         waiter = self._node.loop.create_future()

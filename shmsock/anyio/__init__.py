@@ -91,14 +91,18 @@ async def connect_shm(
     name: str | None = None,
     node: Node | None = None,
 ) -> ShmStream | TLSStream:
-    """anyio.connect_tcp over shared memory: connect to `remote_port` of the peer named `remote_host`, and
-    shake hands when one of the TLS parameters says so.
+    """Connect to `remote_port` of the peer named `remote_host`, as anyio.connect_tcp() does over TCP, with
+    TLS when one of `tls`, `ssl_context` and `tls_hostname` says so.
 
-    `remote_host`: a peer's name, a section number, or None / "localhost" for this machine. `tls_hostname`:
-    None: the host's. `region`, `name`: see attach(); the implicit node of this loop is used, or `node`.
+    `remote_host`: a peer's name, a section number, or None or "localhost" for this machine. `local_port`: the
+    own port; 0: one is chosen. `tls_hostname`: the name that the certificate must have; None: `remote_host`.
+    `tls_standard_compatible`: an end without TLS's own closing is an error. `region`, `name`: see attach();
+    the implicit node of this run is used, unless `node` is given.
 
-    Raises socket.gaierror (nobody has the name), ConnectionRefusedError (nobody listens there), OSError
-    (ENOBUFS: no slot or no memory for a ring), ConnectionResetError (the peer went away).
+    Returns a stream. Raises socket.gaierror (nobody has the name), ConnectionRefusedError (nobody listens
+    there), ConnectionResetError (the peer went away), OSError (ENOBUFS: no slot or no memory for a ring),
+    ssl.SSLError, and what attach() raises. There is no timeout; cancelling gives up, and leaves nothing
+    behind.
     """
     port, local_port = check_port(remote_port), check_port(local_port)
 
@@ -131,11 +135,12 @@ async def create_shm_listener(
     name: str | None = None,
     node: Node | None = None,
 ) -> ShmListener:
-    """anyio.create_tcp_listener over shared memory.
+    """Listen at `local_port` (0: one is chosen), as anyio.create_tcp_listener() does over TCP.
 
-    `local_host`: None or the own name for all peers, "localhost" for those of this machine. `backlog`:
-    connections that accept() has not taken yet. Raises OSError (EADDRINUSE, EADDRNOTAVAIL), and what attach()
-    raises.
+    `local_host`: None or the own name for all peers, "localhost" for those of this machine. `backlog`: how
+    many connections may wait for accept(). `reuse_port`: several processes of one host may share the port.
+    `region`, `name`, `node`: as for connect_shm(). Raises OSError (EADDRINUSE; EADDRNOTAVAIL: `local_host` is
+    not this node), and what attach() raises. Cancelling leaves nothing behind.
     """
     port = check_port(local_port)
     node = node or await current_node(region, name, listening=True)
@@ -151,7 +156,9 @@ async def create_shm_datagram_socket(
     name: str | None = None,
     node: Node | None = None,
 ) -> ShmDatagramSocket:
-    """anyio.create_udp_socket over shared memory. Raises as create_shm_listener() does."""
+    """Take `local_port` (0: one is chosen) for datagrams from and to all peers, as anyio.create_udp_socket()
+    does over UDP. The parameters, what is raised and what cancelling does are those of
+    create_shm_listener()."""
     port = check_port(local_port)
     node = node or await current_node(region, name, listening=True)
     return ShmDatagramSocket(node, node.bind_datagram(_host(local_host), port, reuse_port=reuse_port))
@@ -168,8 +175,9 @@ async def create_connected_shm_datagram_socket(
     name: str | None = None,
     node: Node | None = None,
 ) -> ConnectedShmDatagramSocket:
-    """anyio.create_connected_udp_socket over shared memory. Raises socket.gaierror (nobody has the name), and
-    as create_shm_listener() does."""
+    """Take `local_port` (0: one is chosen) for datagrams from and to (remote_host, remote_port) alone, as
+    anyio.create_connected_udp_socket() does over UDP. Raises socket.gaierror (nobody has the remote name),
+    and what create_shm_listener() does."""
     remote, port = (_host(remote_host), check_port(remote_port)), check_port(local_port)
     node = node or await current_node(region, name, listening=True)
     return ConnectedShmDatagramSocket(
@@ -179,7 +187,8 @@ async def create_connected_shm_datagram_socket(
 
 @dataclass
 class ShmConnectable(ByteStreamConnectable):
-    """Connects as connect_shm() does, for what takes a connectable."""
+    """What connect_shm() needs to know, for programs that take an anyio connectable. Raises ValueError for a
+    port that is none."""
 
     host: Host
     port: int
@@ -193,7 +202,7 @@ class ShmConnectable(ByteStreamConnectable):
             raise ValueError("port number out of range")
 
     async def connect(self) -> ShmStream:
-        """Raises anyio.ConnectionFailed."""
+        """Connect, as connect_shm() does. Raises anyio.ConnectionFailed, whatever the reason."""
         try:
             return await connect_shm(self.host, self.port, region=self.region, name=self.name, node=self.node)
         except OSError as error:

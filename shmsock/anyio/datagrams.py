@@ -130,14 +130,18 @@ class ShmDatagramSocket(_Datagrams, UnreliableObjectStream[tuple[bytes, Address]
     all that have that port."""
 
     async def receive(self) -> tuple[bytes, Address]:
-        """One datagram, and where it came from. Raises ClosedResourceError."""
+        """Wait for a datagram, and return it and where it came from. Raises ClosedResourceError. Cancelling
+        loses none."""
         return await self._take()
 
     async def send(self, item: tuple[bytes, Address]) -> None:
-        """To (bytes, address). Raises socket.gaierror (nobody has the name), OSError (EMSGSIZE)."""
+        """Send (bytes, address), and wait while much of what was sent has no room yet. Raises socket.gaierror
+        (nobody has the name), OSError (EMSGSIZE: more than 65507 bytes), ClosedResourceError. Cancelled, it
+        has been sent, or not begun."""
         await self._send(*item)
 
     async def sendto(self, data: bytes, host: str, port: int) -> None:
+        """Send `data` to (host, port), as send() does."""
         await self._send(data, (host, port))
 
 
@@ -145,10 +149,11 @@ class ConnectedShmDatagramSocket(_Datagrams, UnreliableObjectStream[bytes]):
     """Datagrams from and to one address, as anyio's ConnectedUDPSocket."""
 
     async def receive(self) -> bytes:
-        """One datagram. Raises ClosedResourceError, BrokenResourceError (nobody had the port when something
-        was sent; told once)."""
+        """Wait for a datagram. Raises ClosedResourceError, BrokenResourceError (nobody had the port when
+        something was sent; told once). Cancelling loses none."""
         return (await self._take())[0]
 
     async def send(self, item: bytes) -> None:
-        """Raises as receive() does, and OSError (EMSGSIZE)."""
+        """Send a datagram, and wait while much of what was sent has no room yet. Raises as receive() does,
+        and OSError (EMSGSIZE: more than 65507 bytes)."""
         await self._send(item, None)

@@ -24,7 +24,7 @@ Address = tuple[str, int]
 
 
 class ShmAttribute(anyio.TypedAttributeSet):
-    """Beside those of SocketAttribute."""
+    """Attributes of streams, listeners and datagram sockets, beside those of SocketAttribute."""
 
     #: the node behind it
     node: Node = anyio.typed_attribute()
@@ -151,7 +151,7 @@ class Resource(AsyncResource, anyio.TypedAttributeProvider):
         return found
 
     async def aclose(self) -> None:
-        """What was sent arrives, also when this is cancelled. Connections that nobody has accepted are
-        reset."""
+        """Close this end. What was sent arrives, also when this is cancelled; connections that accept() has
+        not returned are reset. Harmless when repeated."""
         self._end.close()
         await checkpoint()

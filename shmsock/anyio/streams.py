@@ -93,7 +93,8 @@ class _StreamEnd(End):
 
 
 class ShmStream(Resource, ByteStream):
-    """A stream between two peers of a region, as anyio's SocketStream."""
+    """A stream of bytes between two peers of a region, as anyio's SocketStream is one over TCP. One task may
+    receive while another sends; a second one on the same side gets BusyResourceError."""
 
     _end: _StreamEnd
 
@@ -111,7 +112,9 @@ class ShmStream(Resource, ByteStream):
     # -- receiving
 
     async def receive(self, max_bytes: int = 65536) -> bytes:
-        """1 to `max_bytes` bytes. Raises EndOfStream, ClosedResourceError, BrokenResourceError."""
+        """Wait for bytes, and return 1 to `max_bytes` of them. Raises EndOfStream when the peer has sent all,
+        ClosedResourceError after aclose(), BrokenResourceError when the connection was reset. Cancelling
+        loses no byte."""
         if max_bytes < 1:
             raise ValueError("max_bytes must be a positive integer")
         if self._receiving:
@@ -154,8 +157,9 @@ class ShmStream(Resource, ByteStream):
     # -- sending
 
     async def send(self, item: bytes) -> None:
-        """All of it. Cancelled, what had room in the ring stays there. Raises ClosedResourceError,
-        BrokenResourceError."""
+        """Send all of `item`, and wait until it is in the ring. Raises ClosedResourceError after aclose(),
+        BrokenResourceError when the peer reads no more or send_eof() was called. Cancelled, what had room in
+        the ring stays there, and arrives."""
         if self._sending:
             raise BusyResourceError("writing to")
         self._sending = True
@@ -200,7 +204,8 @@ class ShmStream(Resource, ByteStream):
             await self._end.sleep(SENDER)
 
     async def send_eof(self) -> None:
-        """EndOfStream for the peer, behind what was sent; receiving goes on."""
+        """Have the peer get EndOfStream behind what was sent; receiving goes on. Raises
+        ClosedResourceError."""
         if self._sending:
             raise BusyResourceError("writing to")
         self._sending = True
@@ -250,7 +255,8 @@ class ShmListener(Resource, Listener[ShmStream]):
         self._accepting = anyio.ResourceGuard("accepting connections from")
 
     async def accept(self) -> ShmStream:
-        """The next connection. Raises ClosedResourceError. Cancelling loses none."""
+        """Wait for the next connection, and return its stream. Raises ClosedResourceError. Cancelling loses
+        none."""
         end = self._end
         with self._accepting:
             await checkpoint()
@@ -261,7 +267,8 @@ class ShmListener(Resource, Listener[ShmStream]):
             return ShmStream(end.node, end.take())
 
     async def serve(self, handler: Callable[[ShmStream], Any], task_group: TaskGroup | None = None) -> None:
-        """Start `handler(stream)` for each connection, in `task_group` or one of its own."""
+        """Start `handler(stream)` for each connection, in `task_group` or one of its own, until this is
+        cancelled. Raises ClosedResourceError after aclose()."""
         if task_group is None:
             async with anyio.create_task_group() as own:
                 await self.serve(handler, own)
