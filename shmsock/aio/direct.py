@@ -8,6 +8,7 @@ little.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from shmsock.engine.connection import Connection
@@ -16,11 +17,6 @@ __all__ = ["DELIVER_MAX", "DirectMode"]
 
 DELIVER_MAX = 256 * 1024  # bytes given to one protocol in one pass
 IDLE_MAX = 4096  # bytes in the buffer of a reader that nobody waits for
-
-
-def _room(reader: Any) -> int:
-    """How many bytes asyncio's reader would take before it pauses, or a little more."""
-    return max(2 * int(reader._limit), 1 << 16)
 
 
 class DirectMode:
@@ -37,6 +33,20 @@ class DirectMode:
         self._on = self._fast_path.can_read = is_open
         if is_open:
             self._fast_path.attach(reader)
+
+    def take(self, reader: Any, deliver: Callable[[bytes], object]) -> bool:
+        """Deliver to the reader what is in the ring, maybe after a spin. False: nothing is there, or it is
+        not for now. Raises what `deliver` does; the reader raises it then, too, as behind a gap nothing is to
+        be read."""
+        data = self._fast_path.take(self.room(reader))
+        if data is None:
+            return False
+        try:
+            deliver(data)
+        except BaseException as error:
+            reader.set_exception(error)
+            raise
+        return True
 
     def suspend(self) -> None:
         """Feed the reader until resume() is called."""
@@ -66,6 +76,11 @@ class DirectMode:
         """None when there was none, or its owner has dropped it."""
         return None if self._reader is None else self._reader()
 
+    @staticmethod
+    def room(reader: Any) -> int:
+        """How many bytes asyncio's reader would take before it pauses, or a little more."""
+        return max(2 * int(reader._limit), 1 << 16)
+
     def wanted(self) -> int:
         """How many bytes may be delivered in one pass. A reader that nobody waits for is given a few, so that
         at_eof() and who looks into the buffer (connection pools do) are told the truth."""
@@ -73,7 +88,7 @@ class DirectMode:
         if reader is None:
             return DELIVER_MAX
         if not self._fast_path.can_read:
-            return _room(reader)
+            return self.room(reader)
         return 0 if reader._eof else IDLE_MAX - len(reader._buffer)
 
     def read_ahead(self, conn: Connection) -> None:
@@ -82,7 +97,7 @@ class DirectMode:
         reader raises it then, as behind a gap nothing is to be read."""
         reader = self.reader if self._on else None
         while reader is not None and reader._exception is None:
-            room = _room(reader) - len(reader._buffer)
+            room = self.room(reader) - len(reader._buffer)
             data = conn.read(room) if room > 0 else b""
             if isinstance(data, int) or not data:
                 return

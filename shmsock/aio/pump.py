@@ -96,6 +96,10 @@ class PlainPump:
         if not (self.scheduled or self.closed):
             self._owner.pump_follows()
 
+    def may_spin(self) -> bool:
+        """No: nobody knows what else is to be run."""
+        return False
+
     def will_run(self) -> None:
         """Note that the pump woke a task; here nobody asks."""
 

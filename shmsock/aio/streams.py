@@ -53,7 +53,7 @@ class ShmStreamReader(asyncio.StreamReader):
     _waiter: asyncio.Future[None] | None
     _loop: asyncio.AbstractEventLoop
 
-    _fast_path: Any = SimpleNamespace(can_read=False)  # what the short cuts ask
+    _fast_path: Any = SimpleNamespace(can_read=False, take=lambda most: None)  # what the short cuts ask
     _late: BaseException | None = None  # raised when what is in the buffer was read
 
     def _attach(self, transport: ShmTransport) -> None:
@@ -106,9 +106,10 @@ class ShmStreamReader(asyncio.StreamReader):
         transport._check_thread()
         if self._eof:
             return
-        transport.feed()
+        had = len(self._buffer)
+        transport.feed(self)
         try:
-            if not self._eof:
+            if not self._eof and len(self._buffer) == had and self._exception is None:
                 await super()._wait_for_data(func_name)  # type: ignore[misc]
         finally:
             transport.direct.resume(self)

@@ -202,9 +202,6 @@ class ShmTransport(FlowControl, asyncio.Transport):
         if self.conn.error is not None and not self._lost:
             self._read_in_vain()
 
-    def failed(self, error: OSError) -> None:
-        self.force_close(error)
-
     def freed(self) -> None:
         """Slot and ring are the engine's again, and soon another connection's: hands off."""
         self.fast_path.can_write = False
@@ -242,9 +239,16 @@ class ShmTransport(FlowControl, asyncio.Transport):
         if not self._lost:
             self._loop.call_soon(self._resumed, context=self.node.context)
 
-    def feed(self) -> None:
-        """Have the bytes that are there, and those that come, delivered to the reader, for which a coroutine
-        of asyncio's is about to wait. An end is told at once."""
+    def feed(self, reader: Any) -> None:
+        """Give the reader what is there, maybe after a spin, or have what comes delivered to it until direct
+        mode is resumed: a coroutine of asyncio's is about to wait. An end is told at once."""
+        protocol: Any = self._protocol
+        try:
+            if self.direct.take(reader, protocol.data_received):
+                return
+        except BaseException as error:
+            self._raised(error, "data_received")
+            raise
         self.direct.suspend()
         if self._lost:
             return
@@ -596,16 +600,14 @@ class ShmTransport(FlowControl, asyncio.Transport):
         self._closing, self.fast_path.can_write = True, False
         self._pending.clear()
         if self.node.engine.alive and not self._duplicates:
-            if self._linger() == NO_LINGER:
+            sock = self._extra.get("socket")
+            if sock and sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8) == NO_LINGER:
                 self.conn.abort()
             else:
                 self._hang_up()
         self._end(error)
 
-    def _linger(self) -> Any:
-        sock = self._extra.get("socket")
-        return sock and sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8)
-
+    failed = force_close
     _force_close = force_close  # asyncio's TLS code calls it by this name
 
     def _end(self, error: BaseException | None) -> None:

@@ -200,8 +200,15 @@ class ShmStream(Resource, ByteStream):
 
     async def _room(self) -> None:
         """Wait until there is room in the ring, or something that send() finds out."""
-        while self._end.live and not self._node.lib.sh_wait_space(self._conn.ep, 0):
-            await self._end.sleep(SENDER)
+        end, pump, lib = self._end, self._node.pump, self._node.lib
+        while end.live:
+            if not pump.scheduled:
+                pump.begin_turn()
+            if lib.sh_wait_space(self._conn.ep, pump.may_spin()):
+                if lib.sh_over(self._node.nd):
+                    await checkpoint()
+                return
+            await end.sleep(SENDER)
 
     async def send_eof(self) -> None:
         """Have the peer get EndOfStream behind what was sent; receiving goes on. Raises
