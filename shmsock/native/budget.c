@@ -1,4 +1,4 @@
-/* budget.c - turns of the loop: how long each may be held, and how those who read in it share that. */
+/* budget.c - turns of the loop: how long each may be held. How those who take something in it share that is in node.h. */
 #include "node.h"
 
 #include <poll.h>
@@ -35,22 +35,3 @@ int sh_asked(sh_node *nd, uint64_t now)
 int sh_over(sh_node *nd) { return sh_over_at(nd, sh_clock()); }
 
 void sh_loop(sh_node *nd, int fd) { nd->loop_fd = fd; }
-
-/* ---- shares of it ---- */
-
-/* Counts who takes something in this turn. 1: for the first time. */
-int sh_takes_part(sh_ep *ep)
-{
-    sh_node *nd = ep->nd;
-
-    if (nd->counted_ns != nd->turn_end_ns) {
-        nd->counted_ns = nd->turn_end_ns;
-        nd->sharers = nd->readers;
-        nd->readers = 0;
-    }
-    if (ep->turn_end_ns == nd->turn_end_ns)
-        return 0;
-    ep->turn_end_ns = nd->turn_end_ns;
-    nd->readers++;
-    return 1;
-}

@@ -8,20 +8,6 @@
 /* What does not fit is for a larger ring (sh_write says SH_GROW), or takes what room there is. */
 void sh_ep_may_grow(sh_ep *ep, int may) { ep->may_grow = may != 0; }
 
-/* Put all of n bytes into the ring; or none where they have no room and it may grow: SH_GROW; else as sh_write_some. */
-int64_t sh_write(sh_ep *ep, const void *data, uint64_t n)
-{
-    if (SH_UNLIKELY(ep->may_grow) && ep->tx_bytes - (ep->tail - ep->head_seen) < n) {
-        int r = sh_writable(ep);
-
-        if (r < 0 || (r = sh_see_head(ep)) < 0)
-            return r;
-        if (ep->tx_bytes - (ep->tail - ep->head_seen) < n)
-            return SH_GROW;
-    }
-    return sh_write_some(ep, data, n);
-}
-
 /* May the rings before this one be used for something else? */
 int sh_ep_outgrown(sh_ep *ep)
 {

@@ -164,7 +164,6 @@ void sh_rate_limit(sh_node *nd, struct sh_link *l);
 
 /* ---- budget.c ---- */
 int sh_asked(sh_node *nd, uint64_t now);
-int sh_takes_part(sh_ep *ep);
 
 /* ---- spin.c ---- */
 int sh_spin_on(sh_ep *ep, const uint64_t *word, uint64_t seen, uint64_t now);
@@ -267,12 +266,29 @@ static inline int sh_rate_limited(const struct sh_link *l) { return __atomic_loa
 /* Is it time to let the loop turn? */
 static inline int sh_over_at(sh_node *nd, uint64_t now) { return SH_UNLIKELY(now >= nd->ask_ns) && sh_asked(nd, now); }
 
+/* Counts who takes something in this turn. 1: for the first time. */
+static inline int sh_takes_part(sh_ep *ep)
+{
+    sh_node *nd = ep->nd;
+
+    if (nd->counted_ns != nd->turn_end_ns) {
+        nd->counted_ns = nd->turn_end_ns;
+        nd->sharers = nd->readers;
+        nd->readers = 0;
+    }
+    if (ep->turn_end_ns == nd->turn_end_ns)
+        return 0;
+    ep->turn_end_ns = nd->turn_end_ns;
+    nd->readers++;
+    return 1;
+}
+
 /* A turn's budget is shared by as many as took part in the last one: reads are so quick that the first would leave the others nothing. */
 static inline int sh_share_is_used(sh_ep *ep, uint64_t now)
 {
     sh_node *nd = ep->nd;
 
-    if (SH_UNLIKELY(ep->turn_end_ns != nd->turn_end_ns) && sh_takes_part(ep))
+    if (sh_takes_part(ep))
         ep->since_ns = now;
     return SH_UNLIKELY(nd->sharers > 1) && (now - ep->since_ns) * nd->sharers > nd->hold_ns;
 }

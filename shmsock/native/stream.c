@@ -123,15 +123,19 @@ int64_t sh_read_wait(sh_ep *ep, void *to, uint32_t want, uint32_t min, int how)
 
 /* ---- writing ---- */
 
-/* Put up to n bytes into the ring. Returns how many went in, fewer only when the ring is full (WANT is set then). */
-int64_t sh_write_some(sh_ep *ep, const void *data, uint64_t n)
+static inline int64_t write_out(sh_ep *ep, const uint8_t *from, uint64_t n, int may_grow)
 {
-    const uint8_t *from = data;
     uint64_t left = n;
     int r = sh_writable(ep);
 
     if (SH_UNLIKELY(r < 0))
         return r;
+    if (SH_UNLIKELY(may_grow) && sh_space_of(ep) < n) {
+        if ((r = sh_see_head(ep)) < 0)
+            return r;
+        if (sh_space_of(ep) < n)
+            return SH_GROW;
+    }
     while (left) {
         uint32_t m;
 
@@ -153,6 +157,13 @@ int64_t sh_write_some(sh_ep *ep, const void *data, uint64_t n)
     ep->nd->n[SH_N_BYTES_OUT] += n - left;
     return (int64_t)(n - left);
 }
+
+/* Put n bytes into the ring: how many went in, fewer only when it is full (WANT is set then). SH_GROW: none did, as they have no room, and a larger
+ * ring is to be tried first (sh_ep_grow). */
+int64_t sh_write(sh_ep *ep, const void *data, uint64_t n) { return write_out(ep, data, n, ep->may_grow); }
+
+/* The same, in the ring as it is. */
+int64_t sh_write_some(sh_ep *ep, const void *data, uint64_t n) { return write_out(ep, data, n, 0); }
 
 /* A drain that has nothing to wait for: 1 when it may return at once, 0 to let the loop turn. Reads look at the clock each time; of drains every
  * eighth is enough to keep a turn within its budget, and that one only when it is `quick`. */

@@ -1,4 +1,4 @@
-/* datagrams.c - the short cuts of datagrams: DatagramIn hands over what a link brings (the twin of Incoming.ready in shmsock/engine/datagram_links.py),
+/* datagrams.c - the short cuts of datagrams: DatagramIn hands over what a link brings (what it leaves, Incoming.ready in shmsock/engine/datagram_links.py does),
  * DatagramOut is ShmDatagramTransport.sendto for addresses that were used before. */
 #include "extension.h"
 
@@ -261,7 +261,7 @@ static PyMemberDef outbox_members[] = {
 };
 
 static PyType_Slot inbox_slots[] = {
-    {Py_tp_doc, "Takes datagrams from a link, for endpoints that take them sink."},
+    {Py_tp_doc, "Takes datagrams from a link, for endpoints whose protocols take them at once."},
     {Py_tp_new, inbox_new},
     {Py_tp_traverse, inbox_traverse},
     {Py_tp_clear, inbox_clear},

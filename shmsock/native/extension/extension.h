@@ -1,5 +1,5 @@
-/* extension.h - the hot half dozen calls as types of CPython, over the same core. Each does what its twin in Python does (shmsock/aio:
- * turn.py, streams.py, transport.py), and hands everything unusual back to Python. */
+/* extension.h - what runs at each message, as types of CPython over the core: they translate the core's few answers, and leave everything unusual
+ * to Python (shmsock/aio, shmsock/anyio). Each file uses those above it alone: turn, fast_path, then op and datagrams, then streams and pump. */
 #ifndef SHMSOCK_EXTENSION_H
 #define SHMSOCK_EXTENSION_H
 

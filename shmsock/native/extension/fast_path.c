@@ -1,4 +1,4 @@
-/* port.c - what the hot calls know of one connection: the twin of _Port in shmsock/aio/turn.py, and the short cut of ShmTransport.write. */
+/* fast_path.c - what the short cuts know of one connection; bytes out of its ring, and into it. */
 #include "extension.h"
 
 PyTypeObject *sh_fast_path_type;
@@ -91,7 +91,7 @@ int sh_tell_of(PyObject *whom, PyObject *method, PyObject *error, PyObject *abou
     return r ? 0 : -1;
 }
 
-/* The twin of ReadSide._deliver: what is there goes to data_received(), in the connection's context. 1: that was all. 0: the rest is
+/* What is there goes to data_received(), in the connection's context. 1: that was all. 0: the rest is
  * Python's, which finds out the same. (A protocol that paused, or is another now, has asked for what is left itself.) */
 int sh_fast_path_deliver(FastPath *p)
 {
@@ -368,7 +368,7 @@ static PyMethodDef methods[] = {
 };
 
 static PyMemberDef members[] = {
-    {"can_write", T_BOOL, offsetof(FastPath, can_write), 0, "writes go sink to the ring and drain() has nothing to wait for"},
+    {"can_write", T_BOOL, offsetof(FastPath, can_write), 0, "writes go straight to the ring, and drain() has nothing to wait for"},
     {"can_read", T_BOOL, offsetof(FastPath, can_read), 0, "a reader takes its bytes from the ring, no exception is set, and nobody waits in Python"},
     {"wake_pending", T_BOOL, offsetof(FastPath, wake_pending), 0, "the pump has wake_pending who waits"},
     {NULL, 0, 0, 0, NULL},

@@ -1,4 +1,4 @@
-/* module.c - the module of the accelerator, in the shared object of the core: both are the same code over the same nodes. */
+/* module.c - the extension's module, in the shared object of the core: both are the same code over the same nodes. */
 #include "extension.h"
 
 static struct PyModuleDef definition = {
@@ -12,7 +12,7 @@ PyMODINIT_FUNC PyInit__extension(void)
 
     /* Types and coroutine functions are one interpreter's. Another does the same in Python: what ended with it would be called here. */
     if (PyInterpreterState_Get() != PyInterpreterState_Main()) {
-        PyErr_SetString(PyExc_ImportError, "the accelerator serves the main interpreter alone");
+        PyErr_SetString(PyExc_ImportError, "the extension serves the main interpreter alone");
         return NULL;
     }
     if (made)
