@@ -1,5 +1,5 @@
-"""What wakes a sleeping loop: one eventfd, filled by the heartbeat thread when a bell moves, and when the
-engine's time has come. (Doorbells have an eventfd of their own, which the loop waits on as well.)
+"""What wakes a sleeping loop: one eventfd, filled by the heartbeat thread when a peer's notify_seq moves, and
+when the engine wants a pass. (Doorbells have an eventfd of their own, which the loop waits on as well.)
 
 The heartbeat is native, holds no GIL and takes no signals. It also beats (others see that this process lives)
 and watches the locks of peers under the same kernel.
@@ -31,7 +31,9 @@ class Heartbeat:
     """The heartbeat thread of one node. Owns the eventfd `fd`. After stop() calls do nothing."""
 
     def __init__(self, core: Core, nd: Any, *, lock_fd: int, look_cap_us: int, futex: bool = False) -> None:
-        """`futex`: rings can be waited for. `look_cap_us`: for who rings nothing."""
+        """Start the thread. `lock_fd`: the file whose locks are watched. `futex`: peers can wake this node by
+        a futex. `look_cap_us`: how far apart, in microseconds, the looks at peers that cannot are at most.
+        Raises OSError."""
         self._core, self._lib, self._nd = core, core.lib, nd  # the thread looks at `nd`
         self.fd = eventfd()
         #: What `native` points to; whoever keeps that keeps this.
@@ -45,8 +47,9 @@ class Heartbeat:
             raise OSError(errno.EAGAIN, f"cannot start the heartbeat thread: {os.strerror(errno.EAGAIN)}")
 
     def arm(self, hurry: bool) -> bool:
-        """Fall asleep: `fd` becomes readable once, when a bell moved, or at the first beat after the engine
-        wants a pass (`hurry`: at the next beat). False: a bell has moved, pump again."""
+        """Fall asleep: `fd` becomes readable once, when a notify_seq moved, or at the first beat after the
+        engine wants a pass (`hurry`: at the next beat). False: one has moved already, and a pass must
+        follow."""
         return bool(self._lib.sh_heartbeat_arm(self.native, hurry))
 
     def heard(self) -> int:
@@ -58,7 +61,7 @@ class Heartbeat:
 
     @property
     def address(self) -> int:
-        """Of `native`, what C calls sh_heartbeat."""
+        """The address of `native`, what C calls sh_heartbeat."""
         return int(self._core.ffi.cast("uintptr_t", self.native))
 
     def watch(self, section: int, locked: bool) -> None:
@@ -75,7 +78,7 @@ class Heartbeat:
         self._end(join=True)
 
     def forget(self) -> None:
-        """In a forked child there is no thread to join."""
+        """Do the same in a forked child, where there is no thread to join."""
         self._end(join=False)
 
     def _end(self, join: bool) -> None:

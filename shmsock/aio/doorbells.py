@@ -1,5 +1,5 @@
-"""Listening to a node's doorbell: counts what rings, follows the ivshmem server's news, and falls back to
-polling when doorbells do not arrive, arrive for nothing, or are gone for good."""
+"""Listening to a node's doorbell: counting its interrupts, following the ivshmem server's news, and falling
+back to polling when doorbells do not arrive, arrive for nothing, or are gone for good."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class DoorbellListener:
         self._woken()
 
     def hear(self) -> None:
-        """Count what rang; before the pump looks. Whatever it was for, a pump must follow: who rang for this
-        sleep does not ring again. A thousand doorbells in a second that are for nobody are not listened to
+        """Count the interrupts, before the pump polls. Whatever they were for, a pass must follow: a peer
+        kicks once for each sleep. A thousand doorbells in a second that are for nobody are not listened to
         for a while, longer each time."""
         engine, bell = self._engine, self.bell
         if bell is not None and not self._deaf_until:
@@ -66,7 +66,7 @@ class DoorbellListener:
             engine.wakes.restore(bell)
 
     def look(self) -> None:
-        """When the heartbeat has woken the loop: has a doorbell been lost?"""
+        """Find out, when the heartbeat has woken the loop, whether a doorbell has been lost."""
         self.hear()
         engine = self._engine
         if lost := engine.lib.sh_lost(engine.nd):
@@ -78,7 +78,7 @@ class DoorbellListener:
             )
 
     def _news(self) -> None:
-        """The ivshmem server says something, or nothing any more."""
+        """Take in what the ivshmem server says, or that it has gone."""
         engine, bell = self._engine, self.bell
         if bell is None:
             return
@@ -92,7 +92,7 @@ class DoorbellListener:
         self._woken()
 
     def close(self) -> None:
-        """Listen no more. The loop must be open."""
+        """Stop listening. The loop must be open."""
         bell, self.bell = self.bell, None
         if bell is not None:
             if not self._deaf_until:

@@ -123,7 +123,7 @@ class JointTransport(asyncio.DatagramTransport, asyncio.DatagramProtocol):
             self._guarded(self._protocol.error_received, error)
 
     def _made(self, making: asyncio.Task[None]) -> None:
-        """Or not: what still waits is dropped."""
+        """The other endpoint was made, or could not be: then what still waits is dropped."""
         self._making, self._waiting_bytes = None, 0
         self._waiting.clear()
         self._resume("waiting")

@@ -97,7 +97,7 @@ _of_loops: weakref.WeakKeyDictionary[Any, Names] = weakref.WeakKeyDictionary()
 
 
 def names_of(loop: Any) -> Names:
-    """Those of that loop."""
+    """The names of that loop."""
     found = _of_loops.get(loop)
     if found is None:
         found = _of_loops[loop] = Names()

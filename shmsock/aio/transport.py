@@ -242,6 +242,8 @@ class ShmTransport(FlowControl, asyncio.Transport):
     def feed(self, reader: Any) -> None:
         """Give the reader what is there, maybe after a spin, or have what comes delivered to it until direct
         mode is resumed: a coroutine of asyncio's is about to wait. An end is told at once."""
+        if self._lost:
+            return
         protocol: Any = self._protocol
         try:
             if self.direct.take(reader, protocol.data_received):
@@ -250,8 +252,6 @@ class ShmTransport(FlowControl, asyncio.Transport):
             self._raised(error, "data_received")
             raise
         self.direct.suspend()
-        if self._lost:
-            return
         status = self.conn.available()
         if status == EOF or self.conn.error is not None:
             self._delivered(status)

@@ -70,7 +70,7 @@ class End:
         node.transports.add(self)
 
     async def sleep(self, side: int) -> None:
-        """Until wake()."""
+        """Wait until wake() is called for that side."""
         waiter = self._waiters[side] = self.node.loop.create_future()
         try:
             if not self.closed:  # by a signal handler, just now: then nobody wakes us
