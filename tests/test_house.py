@@ -482,7 +482,7 @@ def test_c_files_that_call_each_other_are_found(package: Path, where: str) -> No
 # Words that others can change are loaded in foreign.h, and where what was loaded is checked at once. (Of the
 # cold paths' functions Python checks what they return.)
 C_LOADERS = {
-    "wake.c": {"call", "sh_any_notified"},
+    "wake.c": {"kick", "sh_any_notified"},
     "link.c": {"sh_node_new", "sh_node_claim", "sh_collect", "sh_restart", "sh_adopt"},
     "spin.c": {"has_to_wake", "sh_spin_on"},
     "ring.h": {"sh_writable", "sh_copy_ring"},
@@ -490,7 +490,7 @@ C_LOADERS = {
     "grow.c": {"sh_ep_grow"},
     "datagram.c": {"is_bound", "reads_on", "get"},
     "handshake.c": {"sh_message_recv", "sh_ep_open"},
-    "heartbeat.c": {"beat", "take_rings", "sh_heartbeat_start"},
+    "heartbeat.c": {"beat", "load_kicks", "sh_heartbeat_start"},
     "pump.c": {"sh_safety", "news"},
     "memory.c": {"sh_load64", "sh_read_bytes", "sh_listen_find", "sh_survey"},
     "node.h": {"sh_holds"},

@@ -60,7 +60,7 @@ enum sh_listen {
     SH_LISTEN_USED = 1, SH_LISTEN_REUSE = 2, SH_LISTEN_LOCAL = 4, SH_LISTEN_TENTATIVE = 8, SH_LISTEN_DATAGRAM = 16
 };
 enum sh_flag { SH_FLAG_LOCKED = 1, SH_FLAG_FUTEX = 2 };
-/* how a sleep_seq peer is woken */
+/* how a sleeping peer is woken */
 enum sh_wake_out { SH_WAKE_OUT_NONE, SH_WAKE_OUT_FUTEX, SH_WAKE_OUT_EVENTFD, SH_WAKE_OUT_REGISTER, SH_WAKE_OUT_LOST };
 /* and how it wakes us; both may be, as it changes over when it hears of our doorbell, or of its end */
 enum sh_heard { SH_HEARD_LOCK = 1, SH_HEARD_SUSPECTED_LOSS = 2 };
@@ -157,7 +157,7 @@ uint32_t sh_ep_alloc(sh_ep *ep, uint64_t ring_off, uint32_t ring_bytes, int acce
 int sh_ep_open(sh_ep *ep, uint32_t peer, uint32_t peer_slot, uint32_t peer_gen);
 void sh_ep_release(sh_ep *ep, int notify);
 void sh_ep_orphan(sh_ep *ep);
-int sh_ep_shut(sh_ep *ep, int fin, int rel, int rst);
+int sh_ep_shut(sh_ep *ep, int fin, int done, int rst);
 uint64_t sh_ep_unsent(sh_ep *ep);
 int64_t sh_write(sh_ep *ep, const void *data, uint64_t n);
 int64_t sh_write_some(sh_ep *ep, const void *data, uint64_t n);

@@ -35,7 +35,7 @@ static inline int sh_knows_us(const struct sh_link *l) { return SH_HIGH(sh_peek(
 /* Our slots that it has toggled, and that we have not acknowledged. */
 static inline uint64_t sh_toggled(const sh_node *nd, const struct sh_link *l, uint32_t w) { return sh_load(&l->t_in[w], nd->wc) ^ l->a[w]; }
 
-/* The sleep of ours that it rang for last: only compared. */
+/* The sleep of ours that it kicked for last: only compared. */
 static inline uint64_t sh_kicked_for(const sh_node *nd, const struct sh_link *l) { return sh_load(&l->in->kicked_for, nd->wc); }
 
 /* ---- of a slot ---- */

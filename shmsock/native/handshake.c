@@ -195,12 +195,12 @@ void sh_ep_release(sh_ep *ep, int notify)
     sh_store(&ep->mine->tx_word, (uint64_t)ep->gen << SH_GEN_SHIFT, nd->wc);
     sh_put(&ep->mine->link, 0);
     if (ep->theirs && (nd->touched[w] & ~keep))
-        sh_acknowledge(nd, ep); /* a spin may have taken the bell and left the toggle: the slot's next user would never be told */
+        sh_acknowledge(nd, ep); /* a spin may have seen notify_seq and left the toggle: the slot's next user would never be told */
     sh_fence(nd->wc);
     if (ep->theirs) {
         nd->links[ep->peer].open[w] &= keep;
         nd->links[ep->peer].moved += ep->moved;
-        /* Who was told REL waits for nothing more, and who has released needs no news: a bell for these would speak of nothing. */
+        /* A peer that was told DONE waits for nothing more, and one that has released needs no news: neither is notified. */
         if (notify && !ep->orphan && !(ep->flags & SH_DONE) && sh_same_life(ep))
             sh_notify_slot(nd, ep->peer, ep->peer_slot);
         users(nd, ep->peer, -1);

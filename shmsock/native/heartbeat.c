@@ -1,7 +1,7 @@
-/* heartbeat.c - one native thread per node, without the GIL and with all signals blocked. It beats ten times a second (five times, by two,
- * while all is silent) as long as the section is still ours, wakes the sleep_seq loop when a bell moved or its time has come, and tells of
- * peers under the same kernel whose lock fell. Peers under the same kernel wake it by a futex (kicked_for), those with doorbells wake the loop themselves; only for the others does
- * it look again and again. */
+/* heartbeat.c - one native thread per node, without the GIL and with all signals blocked. It beats ten times a second (five times,
+ * by two, while all is silent) as long as the section is still ours, wakes the sleeping loop when a notify_seq moved or the loop's
+ * time has come, and tells of peers under the same kernel whose lock fell. Peers under the same kernel wake it by a futex
+ * (kicked_for), those with doorbells wake the loop themselves; only the others are polled. */
 #include "foreign.h"
 
 #include <errno.h>
@@ -35,11 +35,11 @@ struct sh_heartbeat {
     uint64_t unlocked; /* of those: the lock is gone, hence the process */
     uint64_t beat, kicking;
     uint32_t beats, vain;
-    struct rings { /* of one peer, in this second */
+    struct kicks { /* of one peer, in this second */
         uint32_t kicked_for;    /* the word when it was last seen */
         uint32_t changes; /* of it: one for each of our sleeps, at most */
-        uint32_t nothing; /* rings for a sleep, and for nothing */
-    } rings[SH_MAX_PEERS];
+        uint32_t nothing; /* kicks for a sleep, and for nothing */
+    } kicks[SH_MAX_PEERS];
     uint64_t slept; /* our sleep_seq word when this second began */
 };
 
@@ -116,8 +116,8 @@ int sh_futex_works(void *base, uint64_t offset)
     return wait_for_any(&w, 1, sh_clock() + 1) == 0 || errno == EAGAIN || errno == ETIMEDOUT ? 0 : SH_NO_FUTEX;
 }
 
-/* What to wait for: the owner, the rings of others as they are now, and strangers, who wake whoever waits for the own sleep_seq word. */
-static uint32_t take_rings(sh_heartbeat *k, uint32_t seen, struct waiter *w)
+/* What to wait for: the owner, kicked_for of others as it is now, and strangers, which wake the own sleep_seq word. */
+static uint32_t load_kicks(sh_heartbeat *k, uint32_t seen, struct waiter *w)
 {
     uint32_t n = 2, sleeps = (uint32_t)(GET(k->nd->sleep) - k->slept) / 2;
 
@@ -125,7 +125,7 @@ static uint32_t take_rings(sh_heartbeat *k, uint32_t seen, struct waiter *w)
     w[1] = (struct waiter){.val = SH_LOW(sh_peek(k->nd->sleep_seq_at)), .uaddr = (uintptr_t)k->nd->sleep_seq_at, .flags = WAIT_32};
     for (uint64_t m = GET(k->nd->by_futex); k->futexes && m; m &= m - 1) {
         struct sh_link *l = &k->nd->links[__builtin_ctzll(m)];
-        struct rings *r = &k->rings[__builtin_ctzll(m)];
+        struct kicks *r = &k->kicks[__builtin_ctzll(m)];
         uint32_t kicked_for;
 
         if (sh_rate_limited(l))
@@ -140,10 +140,10 @@ static uint32_t take_rings(sh_heartbeat *k, uint32_t seen, struct waiter *w)
     return n;
 }
 
-/* Has anybody rung for this sleep, as w tells? `woke` is the word that woke us: who has a doorbell says in kicked_for that it kicked_for that, and only
- * if this was a futex all the same has it come through. Who rings for nothing a thousand times a second wakes nobody any more, until the next
- * safety look. */
-static int rung_for(sh_heartbeat *k, const struct waiter *w, uint32_t n, uint64_t woke)
+/* Has anybody kicked for this sleep, as w tells? `woke` is the word that woke us: a peer with a doorbell says in kicked_for which sleep it
+ * kicked for, and only if this was a futex all the same has it come through. A peer that kicks for nothing a thousand times a second wakes
+ * nobody any more, until the next safety poll. */
+static int kicked_for_this(sh_heartbeat *k, const struct waiter *w, uint32_t n, uint64_t woke)
 {
     uint32_t sleep = SH_LOW(GET(k->nd->sleep));
     int found = 0;
@@ -160,14 +160,14 @@ static int rung_for(sh_heartbeat *k, const struct waiter *w, uint32_t n, uint64_
             if (sh_any_notified(k->nd, 1ull << j))
                 continue;
             count(k, SH_N_SPURIOUS);
-            if (++k->rings[j].nothing >= FLOOD)
+            if (++k->kicks[j].nothing >= FLOOD)
                 sh_rate_limit(k->nd, l);
         }
     }
     return found;
 }
 
-/* Sleep until that time, until the owner wakes us, or until somebody rings who wakes us by a futex. Returns the word that did. */
+/* Sleep until that time, until the owner wakes us, or until a peer kicks us by a futex. Returns the word that did. */
 static uint64_t sleep_until(sh_heartbeat *k, const struct waiter *w, uint32_t n, uint64_t until)
 {
     struct timespec t = {.tv_sec = (time_t)(until / 1000000000u), .tv_nsec = (long)(until % 1000000000u)};
@@ -186,7 +186,7 @@ static void new_second(sh_heartbeat *k)
     k->vain = 0;
     k->slept = GET(k->nd->sleep);
     for (uint32_t j = 0; j < SH_MAX_PEERS; j++)
-        k->rings[j].changes = k->rings[j].nothing = 0;
+        k->kicks[j].changes = k->kicks[j].nothing = 0;
 }
 
 static void *run(void *arg)
@@ -208,13 +208,13 @@ static void *run(void *arg)
             /* Nobody has said anything for so long, and who would can ring: in an emulated guest each wake costs 0.04 % of a CPU. */
             tenths = GET(k->armed) && GET(k->deadline) > now + 2 * k->beat_ns && now - since > LONG_NS && !GET(k->nd->must_poll) ? 2 : 1;
             next_beat = now + tenths * k->beat_ns;
-            stranger = 1; /* who can ring nobody is found now */
+            stranger = 1; /* one that can kick nobody is found now */
             if (++k->beats % 10 == 0)
                 new_second(k);
         }
-        /* First what others kicked_for for, then whether and how the loop sleeps, as it does not wake us when it falls asleep: who rings for a
-         * sleep has seen it, so it is either seen here, or no longer as in w, and the kernel does not let us wait. */
-        n = take_rings(k, seen, w);
+        /* First what others kicked for, then whether and how the loop sleeps, as it does not wake us when it falls asleep: a peer that kicks
+         * for a sleep has seen it, so either it is seen here, or it is no longer as in w, and the kernel does not let us wait. */
+        n = load_kicks(k, seen, w);
         if (k->vain >= FLOOD) { /* somebody wakes us for nothing, madly: look, and let nobody wake us, for the rest of this second */
             n = 1;
             stranger = 1;
@@ -224,7 +224,7 @@ static void *run(void *arg)
             stranger |= woke == (uintptr_t)k->nd->sleep_seq_at;
             continue;
         }
-        found = rung_for(k, w, n, woke) | sh_any_notified(k->nd, GET(k->nd->known_peers)); /* level, not edge: what came before arming, too */
+        found = kicked_for_this(k, w, n, woke) | sh_any_notified(k->nd, GET(k->nd->known_peers)); /* level, not edge: what came before arming, too */
         if (!found && stranger && sh_any_notified(k->nd, SH_ALL)) {
             SET(k->nd->strangers, 1);
             found = 1;
@@ -286,9 +286,9 @@ static void wake(sh_heartbeat *k)
     syscall(SYS_futex, &k->wake, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
 }
 
-/* The loop is about to wait, and nothing is owed a pass. 1: wait; the eventfd is filled when the first bell differs, and at the first beat
- * behind what is due (`hurry`: at the next). 0: somebody was quicker, pump again. Armed first: the bells that R2 looks at are the heartbeat's
- * from here on. */
+/* The loop is about to wait, and nothing is owed a pass. 1: wait; the eventfd is filled when the first notify_seq differs, and at the
+ * first beat behind what is due (`hurry`: at the next). 0: somebody was quicker, pump again. Armed first: what R2 loads is the heartbeat's
+ * to watch from here on. */
 int sh_heartbeat_arm(sh_heartbeat *k, int hurry)
 {
     uint64_t moved = sh_moved(k->nd);

@@ -1,4 +1,4 @@
-/* link.c - a node, and its links to its peers: what their bells say, how much they may say, and their lives. */
+/* link.c - a node, and its links to its peers: what their notify_seq says, how much they may say, and their lives. */
 #include "foreign.h"
 
 /* ---- life of a node ---- */
@@ -61,7 +61,7 @@ void sh_node_claim(sh_node *nd, uint64_t claim)
         sh_put(&ep->mine->tx_word, (uint64_t)ep->gen << SH_GEN_SHIFT);
         sh_put(&ep->mine->rx_word, (uint64_t)ep->gen << SH_GEN_SHIFT);
     }
-    nd->sleep = (sh_peek(nd->sleep_seq_at) + 2) & ~1ull; /* awake, and no sleep that anybody kicked_for a former owner for */
+    nd->sleep = (sh_peek(nd->sleep_seq_at) + 2) & ~1ull; /* awake, and no sleep that anybody kicked a former owner for */
     sh_put(nd->sleep_seq_at, nd->sleep);
     sh_fence(nd->wc);
     __atomic_store_n(&nd->inert, 0, __ATOMIC_RELEASE);
@@ -83,17 +83,17 @@ uint64_t sh_node_counter(sh_node *nd, int which)
     return which >= 0 && which < SH_N_COUNTERS ? __atomic_load_n(&nd->n[which], __ATOMIC_RELAXED) : 0;
 }
 
-/* ---- what a peer's bell says ---- */
+/* ---- what a peer's notify_seq says ---- */
 
-/* Take in one peer's bell: acknowledge its toggles and keep what is open as ready. 1 when the pump has something to do. */
+/* Take over one peer's notify_seq: acknowledge its toggles and keep what is open as ready. 1 when the pump has something to do. */
 int sh_collect(sh_node *nd, struct sh_link *l)
 {
-    uint64_t bell = sh_load(&l->in->notify_seq, nd->wc), any = 0; /* SYNC NOTIFY: notify_seq before toggles; partner: sh_notify_slot */
+    uint64_t seq = sh_load(&l->in->notify_seq, nd->wc), any = 0; /* SYNC NOTIFY: notify_seq before toggles; partner: sh_notify_slot */
     uint32_t looks = 0;
     int acked = 0;
 
-    __atomic_store_n(&l->last, bell, __ATOMIC_RELAXED);
-    if (SH_HIGH(bell) != l->peer_inc) {
+    __atomic_store_n(&l->last, seq, __ATOMIC_RELAXED);
+    if (SH_HIGH(seq) != l->peer_inc) {
         l->news |= SH_NEWS_TAG;
         nd->attention = 1;
         sh_caused(nd, l, 1);
@@ -104,7 +104,7 @@ int sh_collect(sh_node *nd, struct sh_link *l)
 
         for (uint64_t m = diff & l->open[w]; m; m &= m - 1)
             looks++;
-        if (!(diff &= ~held)) /* those are looked at themselves, and this bell spoke of it */
+        if (!(diff &= ~held)) /* those are polled themselves, and this notification spoke of it */
             continue;
         l->a[w] ^= diff;
         sh_put(&l->a_out[w], l->a[w]);
@@ -113,7 +113,7 @@ int sh_collect(sh_node *nd, struct sh_link *l)
         acked = 1;
     }
     if (acked)
-        sh_fence(nd->wc); /* SYNC R1: A before the look at P; partner: F1 */
+        sh_fence(nd->wc); /* SYNC R1: A before the load of P; partner: F1 */
     if (sh_mail(nd, l)) {
         l->news |= SH_NEWS_MAIL;
         nd->attention = 1;
@@ -129,9 +129,9 @@ void sh_rate_limit(sh_node *nd, struct sh_link *l)
         __atomic_fetch_add(&nd->n[SH_N_RATE_LIMITED], 1, __ATOMIC_RELAXED);
 }
 
-/* A store costs a peer less than the look that it causes. So a thousand looks are weighed: did they take more than a second, or did something
- * move? Who rings for something has moved it, though it may be seen before its bell is, and some of it at once: of the looks at honest peers
- * every second one may be in vain. One in four that is not is enough. */
+/* A store costs a peer less than the poll that it causes. So a thousand polls are weighed: did they take more than a second, or did something
+ * move? A peer that notifies has moved something, though that may be seen before the notification is, and some of it at once: of the polls of
+ * honest peers every second one may be in vain. One in four that is not is enough. */
 void sh_weigh(sh_node *nd, struct sh_link *l)
 {
     uint64_t now = sh_clock();
@@ -153,7 +153,7 @@ void sh_weigh(sh_node *nd, struct sh_link *l)
     l->moved = 0;
 }
 
-/* May the caller read what that peer says of itself? It looked different. 0: later, the peer is muted. */
+/* May the caller read what that peer says of itself? It looked different. 0: later, the peer is rate-limited. */
 int sh_inspect(sh_node *nd, uint32_t peer)
 {
     struct sh_link *l = &nd->links[peer];
@@ -186,11 +186,11 @@ void sh_restart(sh_node *nd, uint32_t peer, uint32_t pair_inc)
     l->count = SH_LOW(sh_peek(&l->out->notify_seq)); /* goes on from there, so that no half of the word stays as it was */
     sh_notify_peer(nd, l); /* last: who sees the tag sees the cleared words */
     sh_fence(nd->wc);
-    /* no bell has the tag 0 and the count all ones: the next pump takes this for a change */
+    /* no notify_seq has the tag 0 and the count all ones: the next pump takes this for a change */
     __atomic_store_n(&l->last, 0xffffffffull, __ATOMIC_RELAXED);
 }
 
-/* Adopt the pair_inc that the peer's bell carries now. The caller has ended the pair's connections. Returns it; 0: no peer. */
+/* Adopt the pair_inc that the peer's notify_seq carries now. The caller has ended the pair's connections. Returns it; 0: no peer. */
 uint32_t sh_adopt(sh_node *nd, uint32_t peer)
 {
     struct sh_link *l = &nd->links[peer];
@@ -216,7 +216,7 @@ uint32_t sh_adopt(sh_node *nd, uint32_t peer)
     sh_store(&l->out->inbox, SH_PACK(l->peer_inc, 0), nd->wc);
     sh_fence(nd->wc);
     sh_notify_peer(nd, l);
-    /* look at everything, regardless of bits and bell */
+    /* poll everything, regardless of bits and notify_seq */
     if (sh_mail(nd, l)) {
         l->news |= SH_NEWS_MAIL;
         nd->attention = 1;
@@ -224,7 +224,7 @@ uint32_t sh_adopt(sh_node *nd, uint32_t peer)
     return l->peer_inc;
 }
 
-/* 1: the link is as it was adopted. 0: the bell carries another pair_inc, which tells a restart from a violation. SH_EMPTY: none was adopted. */
+/* 1: the link is as it was adopted. 0: notify_seq carries another pair_inc, which tells a restart from a violation. SH_EMPTY: none was adopted. */
 int sh_adopted(sh_node *nd, uint32_t peer)
 {
     const struct sh_link *l = &nd->links[peer];

@@ -19,32 +19,32 @@ struct sh_link { /* towards one peer */
     struct sh_message *m_out;
     const struct sh_message *m_in;
     uint32_t my_inc, peer_inc; /* peer_inc: adopted, 0 = none yet */
-    uint32_t count;            /* low half of my bell */
+    uint32_t count;            /* low half of my notify_seq */
     uint32_t msg_tail, msg_head;
     uint32_t asked;            /* CONNECTs that it has not answered: each gets exactly one answer */
     uint32_t msg_acked;        /* head as published: behind msg_head while what the last message asked for is being done */
     uint32_t users, users_tag; /* connections that may still read the peer's rings, and the tag under which they are published */
-    uint64_t last;             /* the peer's bell as the pump last saw it; the heartbeat reads it too, hence atomic */
+    uint64_t last;             /* the peer's notify_seq as the pump last saw it; the heartbeat reads it too, hence atomic */
     int news;                  /* SH_NEWS_*: what the pump has yet to report */
     int unread;                /* mail was reported, and the caller has not yet seen that there is no more */
-    uint64_t suspect;          /* bell at a safety look that found something; still the same at the next: healed */
+    uint64_t suspect;          /* notify_seq at a safety poll that found something; still the same at the next: healed */
     int suspected;
     uint64_t weighed_ns;       /* sh_weigh(): the last time, and since then: */
     uint32_t polls;            /* how often its words made us look at something, */
     uint32_t moved;            /* and what came of it: bytes, space, an end, a message, a life; without what its slots count (ep->moved) */
     int rate_limited;                 /* nothing came of a thousand looks within a second: until the next safety look; atomic */
     const uint64_t *sleep_seq;  /* the peer's word */
-    uint64_t kicked;             /* value of it that the peer was rung for */
+    uint64_t kicked;             /* value of it that the peer was kicked for */
     int wake_out, kick_fd;       /* SH_WAKE_OUT_*, and by what */
     uint64_t kick_at;
     uint32_t kick_value;
-    int stuck;                 /* a ring to it did not end by itself: it is not rung any more; atomic */
+    int stuck;                 /* a kick of it did not end by itself: it is not kicked any more; atomic */
     int wake_in;                 /* SH_WAKE_IN_*; atomic */
     int there;                 /* somebody who says so */
-    int missed;                /* but it did, and nothing came: its bell is polled until a doorbell of its comes through */
-    uint64_t loss_sleep;            /* our sleep in which its bell moved and nothing had rung; 0: none */
+    int missed;                /* but it did, and nothing came: it is polled until a doorbell of its comes through */
+    uint64_t loss_sleep;            /* our sleep in which its notify_seq moved and no kick came; 0: none */
     uint64_t loss_ns, loss_received;
-    int loss_kicked;            /* the peer did ring for that sleep */
+    int loss_kicked;            /* the peer did kick for that sleep */
     uint64_t t[SH_MAX_WORDS];    /* my toggles */
     uint64_t a[SH_MAX_WORDS];    /* my acknowledgements */
     uint64_t open[SH_MAX_WORDS]; /* my slots open with this peer */
@@ -61,7 +61,7 @@ struct sh_ep {
     uint32_t head, tail_seen;     /* consumer */
     uint32_t grown_at;            /* tail when the own ring grew last */
     uint32_t gen, peer_gen;
-    uint64_t flags;               /* epoch and FIN RST REL WANT as published in P */
+    uint64_t flags;               /* epoch and FIN RST DONE WANT as published in P */
     uint64_t tx_last;              /* the peer's P as last taken over */
     uint32_t moved;               /* how often that, or head_seen, moved, whoever took it over; until sh_weigh() adds it up */
     uint32_t peer, peer_slot, slot;
@@ -106,18 +106,18 @@ struct sh_node {
     uint64_t credit_ns, idle_turns;
     int one_cpu;
     int alone;                    /* nobody else wanted this CPU when a spin last offered it */
-    int attention;                /* a bell spoke of a message or a new life: the pump must run */
+    int attention;                /* a notification spoke of a message or a new life: the pump must run */
     uint32_t start;               /* peer the next pump begins with: nobody is always last */
     uint64_t *sleep_seq_at;
     uint64_t sleep;               /* the sleep_seq word as published; the heartbeat reads it too, hence atomic */
-    uint64_t known_peers;               /* peers whose bells are looked at each time; those of strangers now and then; written by the owner alone; atomic */
-    int strangers;                /* one of them has moved its bell, or may have: look at all; atomic */
-    int losses;                   /* links with a doubt */
+    uint64_t known_peers;               /* peers that are polled each time; strangers are now and then; written by the owner alone; atomic */
+    int strangers;                /* one of them has moved its notify_seq, or may have: poll all; atomic */
+    int losses;                   /* links with a suspected loss */
     uint64_t by_futex;            /* peers that wake us by a futex; atomic */
     int kick;                     /* the heartbeat is to watch somebody else than before */
     int woke;                     /* slept since the last pump */
     uint64_t slept_received;      /* n[SH_N_RECEIVED] when it fell asleep */
-    uint64_t must_poll;              /* peers that do not ring: the heartbeat looks at their bells; atomic */
+    uint64_t must_poll;              /* peers that do not kick: the heartbeat polls them; atomic */
     uint64_t kicking;             /* count << 8 | peer of the ring being written to an eventfd, 0: none; atomic */
     int unsticking;               /* the heartbeat is at the descriptor of that ring; atomic */
     uint64_t kick_count;
@@ -135,7 +135,7 @@ struct sh_node {
 #define SH_ONE_WAY 32 /* so many in a row: bytes flow one way */
 #define SH_POLLS 1000u /* so many at a peer are weighed against what moved */
 
-#define SH_NEWS_TAG 1  /* the bell carries another pair_inc than the adopted one */
+#define SH_NEWS_TAG 1  /* notify_seq carries another pair_inc than the adopted one */
 #define SH_NEWS_MAIL 2 /* messages wait */
 
 #define SH_BIT(slot) (1ull << ((slot) & 63))

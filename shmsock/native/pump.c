@@ -7,7 +7,7 @@
 
 /* ---- a pass ---- */
 
-/* What the bells of `look` and the ready slots have to say. Fills out[] with what a look at the slot found << 32 | kind << 24 | (slot or
+/* What the peers in `look` and the ready slots have to say. Fills out[] with what a poll of the slot found << 32 | kind << 24 | (slot or
  * peer), at most max of them; what does not fit is kept for the next pass. */
 static int pass(sh_node *nd, uint64_t *out, int max, uint64_t look, uint64_t now)
 {
@@ -72,7 +72,7 @@ int sh_pump(sh_node *nd, uint64_t *out, int max)
         return SH_STALE;
     now = sh_turn(nd);
     if (count_pump(nd) % 16 && !nd->attention && !__atomic_load_n(&nd->strangers, __ATOMIC_RELAXED))
-        look = nd->known_peers; /* each bell is on a page of its own, and cold ones cost more than all the rest */
+        look = nd->known_peers; /* each notify_seq is on a page of its own, and cold ones cost more than all the rest */
     else
         __atomic_store_n(&nd->strangers, 0, __ATOMIC_RELAXED);
     queue_later(nd);
@@ -80,7 +80,7 @@ int sh_pump(sh_node *nd, uint64_t *out, int max)
     return pass(nd, out, max, look, now);
 }
 
-/* Nothing is owed a pass: the loop may sleep, once the heartbeat (or a doorbell) watches the bells. */
+/* Nothing is owed a pass: the loop may sleep, once the heartbeat (or a doorbell) watches. */
 int sh_quiet(sh_node *nd)
 {
     uint64_t any = nd->attention;
@@ -90,8 +90,8 @@ int sh_quiet(sh_node *nd)
     return !any;
 }
 
-/* The slow look that needs no bell. What it finds is made ready; it counts as healed only if a whole period later still no bell
- * has spoken of it (else the bell was merely on its way). Returns how many links looked suspicious. */
+/* The safety poll, which needs no notification. What it finds is made ready; it counts as healed only if a whole period later still no
+ * notification has spoken of it (else that was merely on its way). Returns how many links looked suspicious. */
 int sh_safety(sh_node *nd)
 {
     int found = 0;
@@ -100,7 +100,7 @@ int sh_safety(sh_node *nd)
         return 0;
     for (uint32_t j = 0; j < nd->g.peers; j++) {
         struct sh_link *l = &nd->links[j];
-        uint64_t bell = sh_load(&l->in->notify_seq, nd->wc);
+        uint64_t seq = sh_load(&l->in->notify_seq, nd->wc);
         int suspect = 0;
 
         if (sh_rate_limited(l)) {
@@ -111,10 +111,10 @@ int sh_safety(sh_node *nd)
             sh_collect(nd, l);
             continue;
         }
-        if (l->suspected && l->suspect == bell)
+        if (l->suspected && l->suspect == seq)
             nd->n[SH_N_HEALED]++;
         l->suspected = 0;
-        if (!l->peer_inc || bell != l->last)
+        if (!l->peer_inc || seq != l->last)
             continue;
         for (uint32_t w = 0; w < nd->words; w++) {
             uint64_t due = nd->ready[w] | nd->later[w] | nd->touched[w];
@@ -123,7 +123,7 @@ int sh_safety(sh_node *nd)
                 suspect = 1;
             for (uint64_t m = l->open[w] & ~due; m; m &= m - 1) {
                 sh_ep *ep = &nd->eps[w * 64 + (uint32_t)__builtin_ctzll(m)];
-                /* WANT is published without a bell: it is seen when bytes are taken */
+                /* WANT is published without a notification: it is seen when bytes are read */
                 if (((sh_load(&ep->theirs->tx_word, nd->wc) ^ ep->tx_last) & ~SH_WANT)
                     || ((ep->flags & SH_WANT) && sh_head_moved(ep))) {
                     nd->ready[w] |= SH_BIT(ep->slot);
@@ -139,7 +139,7 @@ int sh_safety(sh_node *nd)
         if (suspect) {
             sh_collect(nd, l);
             l->suspected = 1;
-            l->suspect = bell;
+            l->suspect = seq;
             found++;
         }
     }
@@ -195,8 +195,8 @@ int sh_stay_hot(sh_node *nd, uint64_t now, int owed)
     return nd->idle_turns || nd->one_cpu ? 3 : 2;
 }
 
-/* Did a bell move, or one of the slots that were read since the last pump? The toggles of those are still unacknowledged, so that the peer
- * need not tell of more: they are looked at themselves. */
+/* Did a notify_seq move, or one of the slots that were read since the last pump? The toggles of those are still unacknowledged, so that
+ * the peer need not tell of more: they are polled themselves. */
 static int news(sh_node *nd)
 {
     int found = nd->attention;
@@ -236,7 +236,7 @@ int sh_pump_more(sh_node *nd, uint64_t *out, int max, uint64_t now, uint64_t ns)
         return SH_STALE;
     queue_later(nd); /* nobody is about to read them, else that would be run first */
     for (uint32_t k = 1; now < end && !sh_over_at(nd, now); k++) {
-        if (news(nd) && (n = pass(nd, out, max, nd->known_peers, now))) /* a bell of what was read already says nothing */
+        if (news(nd) && (n = pass(nd, out, max, nd->known_peers, now))) /* a notification of what was read already says nothing */
             return n;
         if ((nd->spin_yield_ns || nd->alone) && k % 8) {
             sh_pause();

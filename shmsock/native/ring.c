@@ -11,7 +11,7 @@ void sh_notify_slot(sh_node *nd, uint32_t peer, uint32_t slot)
     struct sh_link *l = &nd->links[peer];
     uint64_t *t = &l->t[SH_WORD(slot)];
 
-    sh_fence(nd->wc); /* SYNC F1: what was published, before the look at A; partner: R1, A before the look at P */
+    sh_fence(nd->wc); /* SYNC F1: what was published, before the load of A; partner: R1, A before the load of P */
     if ((sh_load(&l->a_in[SH_WORD(slot)], nd->wc) ^ *t) & SH_BIT(slot)) {
         nd->n[SH_N_NOTIFIES_PENDING]++; /* the peer was told and has not looked yet: it will see this too */
         return;
@@ -47,7 +47,7 @@ static int want_space(sh_ep *ep)
         ep->flags |= SH_WANT;
         sh_publish(ep);
     }
-    sh_fence(ep->nd->wc); /* SYNC W: WANT before the look at head; partner: sh_read_end, head before the look at WANT */
+    sh_fence(ep->nd->wc); /* SYNC W: WANT before the load of head; partner: sh_read_end, head before the load of WANT */
     r = sh_see_head(ep);
     return r < 0 ? r : (int)sh_space_of(ep);
 }
@@ -65,15 +65,15 @@ int sh_room(sh_ep *ep, uint32_t need, uint64_t wish)
     return r < 0 || (uint32_t)r >= need ? r : 0;
 }
 
-/* FIN, REL, RST. Who says REL looks once, at whether the peer has: returns what sh_poll() does, or 0. */
-int sh_ep_shut(sh_ep *ep, int fin, int rel, int rst)
+/* FIN, DONE, RST. Having said DONE, polls once whether the peer has: returns what sh_poll() does, or 0. */
+int sh_ep_shut(sh_ep *ep, int fin, int done, int rst)
 {
     if (!ep->theirs || !sh_may_write(ep->nd))
         return 0;
-    ep->flags = (ep->flags & ~SH_WANT) | (fin ? SH_FIN : 0) | (rel ? SH_DONE : 0) | (rst ? SH_RST : 0);
+    ep->flags = (ep->flags & ~SH_WANT) | (fin ? SH_FIN : 0) | (done ? SH_DONE : 0) | (rst ? SH_RST : 0);
     sh_publish(ep);
     sh_notify_slot(ep->nd, ep->peer, ep->peer_slot);
-    return rel ? sh_poll(ep) : 0;
+    return done ? sh_poll(ep) : 0;
 }
 
 /* Bytes published that the peer has not taken; 0 when nobody will ever take them. */
@@ -292,7 +292,7 @@ void sh_rearm_touched(sh_node *nd)
             sh_ep *ep = &nd->eps[w * 64 + (uint32_t)__builtin_ctzll(m)];
             uint64_t p = sh_load(&ep->theirs->tx_word, nd->wc);
 
-            /* FIN and REL that a read took over are news to whoever waits for the end, or to write */
+            /* FIN and DONE that a read took over are news to a reader that waits for the end, and to a writer */
             if (p != ep->tx_last || ep->tail_seen != ep->head || (p & (SH_FIN | SH_DONE)) || sh_space_came(ep))
                 nd->later[w] |= SH_BIT(ep->slot);
             if (!ep->orphan && SH_GEN(p) == ep->peer_gen && (p & SH_WANT))

@@ -44,7 +44,7 @@ static int nothing_ready(const sh_node *nd)
     return !any;
 }
 
-/* Bytes come seldom, and the peer was rung and has not woken yet. That takes longer than it costs to sleep meanwhile. */
+/* Bytes come seldom, and the peer was kicked and has not woken yet. That takes longer than it costs to sleep meanwhile. */
 static int has_to_wake(const sh_node *nd, const struct sh_link *l, uint64_t now)
 {
     return now - nd->hit_ns > nd->spin_max_ns && sh_peek(l->sleep_seq) == l->kicked;

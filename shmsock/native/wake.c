@@ -1,5 +1,5 @@
-/* wake.c - going to sleep, and waking those who sleep. A doorbell is a hint: what happened stands in memory, each pump looks at all
- * bells, and a doorbell that does not come costs time only. */
+/* wake.c - going to sleep, and kicking peers that sleep. A doorbell is a hint: what happened stands in memory, each pump polls every
+ * peer, and a doorbell that does not come costs time only. */
 #include "foreign.h"
 
 #include <errno.h>
@@ -37,8 +37,8 @@ static void kick_eventfd(sh_node *nd, struct sh_link *l)
     (void)done;
 }
 
-/* By the heartbeat, at each beat: has the loop been at the same ring since the last one? As long as it is, the descriptor is that of the ring: either
- * we see that the ring has ended, or it sees us here, and waits. */
+/* By the heartbeat, at each beat: has the loop been at the same kick since the last one? As long as it is, the descriptor is that of the kick: either
+ * we see that the kick has ended, or it sees us here, and waits. */
 void sh_unstick(sh_node *nd, uint64_t *seen)
 {
     uint64_t kicking = __atomic_load_n(&nd->kicking, __ATOMIC_ACQUIRE), taken;
@@ -61,7 +61,7 @@ void sh_unstick(sh_node *nd, uint64_t *seen)
     *seen = kicking;
 }
 
-static void ring(sh_node *nd, struct sh_link *l)
+static void send_kick(sh_node *nd, struct sh_link *l)
 {
     ssize_t done = 0;
 
@@ -71,14 +71,14 @@ static void ring(sh_node *nd, struct sh_link *l)
             done = syscall(SYS_futex, l->sleep_seq, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
     } else if (l->wake_out == SH_WAKE_OUT_EVENTFD)
         kick_eventfd(nd, l);
-    else if (l->wake_out == SH_WAKE_OUT_REGISTER) /* else LOST: it relies on a doorbell that we cannot ring, and kicked_for tells it so */
+    else if (l->wake_out == SH_WAKE_OUT_REGISTER) /* else LOST: it relies on a doorbell that we have no way to, and kicked_for tells it so */
         done = pwrite(l->kick_fd, &l->kick_value, sizeof l->kick_value, (off_t)l->kick_at);
     (void)done; /* full, gone, or not there any more: the peer looks by itself before long */
 }
 
-/* Ring that peer if it sleeps, once per sleep: whatever wakes it, it does not sleep on without having looked at all bells, and then it is
- * another sleep. The futex is kicked_for, never the bell: the bell may be seen, and the wake for it still be to come, and be lost. */
-static void call(sh_node *nd, struct sh_link *l)
+/* Kick that peer if it sleeps, once per sleep: whatever wakes it, it does not sleep on without having polled everybody, and then it is
+ * another sleep. The futex is kicked_for, never notify_seq: that may be seen, and the wake for it still be to come, and be lost. */
+static void kick(sh_node *nd, struct sh_link *l)
 {
     uint64_t sleep;
 
@@ -93,10 +93,10 @@ static void call(sh_node *nd, struct sh_link *l)
     l->kicked = sleep;
     sh_store(&l->out->kicked_for, sleep, nd->wc);
     nd->n[SH_N_KICKS]++;
-    ring(nd, l);
+    send_kick(nd, l);
 }
 
-/* From here on the peer is woken like this. Bells that moved while it was not known how are made good. */
+/* From here on the peer is kicked like this. What it was notified of while it was not known how is made good. */
 void sh_set_wake_out(sh_node *nd, uint32_t peer, int kind, int fd, uint64_t offset, uint32_t value)
 {
     struct sh_link *l = &nd->links[peer];
@@ -112,7 +112,7 @@ void sh_set_wake_out(sh_node *nd, uint32_t peer, int kind, int fd, uint64_t offs
         return;
     l->kicked = 0;
     if (sh_may_write(nd))
-        call(nd, l);
+        kick(nd, l);
 }
 
 void sh_notify_peer(sh_node *nd, struct sh_link *l)
@@ -120,7 +120,7 @@ void sh_notify_peer(sh_node *nd, struct sh_link *l)
     l->count++;
     nd->n[SH_N_NOTIFICATIONS]++;
     sh_store(&l->out->notify_seq, SH_PACK(l->my_inc, l->count), nd->wc);
-    call(nd, l);
+    kick(nd, l);
 }
 
 /* ---- being woken ---- */
@@ -155,7 +155,7 @@ void sh_set_wake_in(sh_node *nd, uint32_t peer, int wake_in, int there)
 
 int sh_must_poll(sh_node *nd, uint32_t peer) { return (__atomic_load_n(&nd->must_poll, __ATOMIC_RELAXED) >> peer) & 1; }
 
-/* Has one of those peers moved its bell since the pump last saw it? */
+/* Has one of those peers moved its notify_seq since the pump last saw it? */
 int sh_any_notified(const sh_node *nd, uint64_t of)
 {
     for (uint32_t j = 0; j < nd->g.peers && of >> j; j++)
@@ -169,11 +169,11 @@ static void change_sleep(sh_node *nd)
 {
     uint64_t next = nd->sleep + 1;
 
-    __atomic_store_n(&nd->sleep, next, __ATOMIC_RELEASE); /* before others can ring for it: the heartbeat compares */
+    __atomic_store_n(&nd->sleep, next, __ATOMIC_RELEASE); /* before others can kick for it: the heartbeat compares */
     sh_store(nd->sleep_seq_at, next, nd->wc);
 }
 
-/* The loop is about to wait, and nothing is owed a pass. 1: wait; who has news from here on rings. 0: somebody was quicker. */
+/* The loop is about to wait, and nothing is owed a pass. 1: wait; a peer with news kicks from here on. 0: somebody was quicker. */
 int sh_sleep(sh_node *nd)
 {
     if (!sh_may_write(nd))
@@ -189,7 +189,7 @@ int sh_sleep(sh_node *nd)
     return 0;
 }
 
-/* A pump follows, which looks at all bells: no need to ring. */
+/* A pump follows, which polls all peers: no need to kick. */
 void sh_wake_up(sh_node *nd)
 {
     if ((nd->sleep & 1) && sh_may_write(nd)) {
@@ -198,7 +198,7 @@ void sh_wake_up(sh_node *nd)
     }
 }
 
-/* Our doorbell kicked_for so often. 1: that was one too many of those that are for nobody, do not listen to it for a while. */
+/* Our doorbell came so often. 1: that was one too many of those that are for nobody, do not listen to it for a while. */
 int sh_received(sh_node *nd, uint64_t times)
 {
     uint64_t now;
@@ -206,7 +206,7 @@ int sh_received(sh_node *nd, uint64_t times)
     if (!sh_may_write(nd))
         return 0;
     __atomic_fetch_add(&nd->n[SH_N_RECEIVED], times, __ATOMIC_RELAXED);
-    for (uint32_t j = 0; j < nd->g.peers; j++) { /* whose doorbells did not come, and who says to have rung for this sleep: they come again */
+    for (uint32_t j = 0; j < nd->g.peers; j++) { /* a peer whose doorbells did not come, and that says to have kicked for this sleep: they come again */
         struct sh_link *l = &nd->links[j];
         if (l->missed && sh_kicked_for(nd, l) == nd->sleep) {
             l->missed = 0;
@@ -247,14 +247,14 @@ int sh_hear(sh_node *nd, int fd)
 
 /* ---- doorbells that do not come ---- */
 
-/* It rings for another sleep before long, so its word is looked at whenever we come by. */
-static void says_it_rang(const sh_node *nd, struct sh_link *l)
+/* It kicks for another sleep before long, so its word is loaded whenever we come by. */
+static void says_it_kicked(const sh_node *nd, struct sh_link *l)
 {
     l->loss_kicked |= sh_kicked_for(nd, l) == l->loss_sleep;
 }
 
-/* The pump found a bell that moved while we slept. If nothing has rung by now, something may have been lost: sh_lost() decides, later,
- * as the peer may be just about to ring, or have seen us awake. */
+/* The pump found a notify_seq that moved while we slept. If no kick has come by now, one may have been lost: sh_lost() decides, later,
+ * as the peer may be just about to kick, or have seen us awake. */
 void sh_suspect_loss(sh_node *nd, struct sh_link *l, uint64_t now)
 {
     if ((l->wake_in & SH_WAKE_IN_DOORBELL) && !l->loss_sleep && __atomic_load_n(&nd->n[SH_N_RECEIVED], __ATOMIC_RELAXED) == nd->slept_received) {
@@ -263,11 +263,11 @@ void sh_suspect_loss(sh_node *nd, struct sh_link *l, uint64_t now)
         l->loss_ns = now;
         l->loss_received = nd->slept_received;
         l->loss_kicked = 0;
-        says_it_rang(nd, l);
+        says_it_kicked(nd, l);
     }
 }
 
-/* Decide about losses that are old enough; the caller has drained all doorbells. The peer says for which sleep it kicked_for: if it was that one
+/* Decide about losses that are old enough; the caller has drained all doorbells. The peer says for which sleep it kicked: if it was that one
  * and nothing came, the doorbell is lost, and the peer is polled until one comes through. Returns a mask of those that began to miss. */
 uint64_t sh_lost(sh_node *nd)
 {
@@ -280,7 +280,7 @@ uint64_t sh_lost(sh_node *nd)
 
         if (!l->loss_sleep)
             continue;
-        says_it_rang(nd, l);
+        says_it_kicked(nd, l);
         if (now - l->loss_ns < DECIDE_NS)
             continue;
         if (l->loss_kicked) {

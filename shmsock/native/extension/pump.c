@@ -322,7 +322,7 @@ static PyMethodDef methods[] = {
     {"may_spin", METHOD(turn_may_spin, "Is nothing else to be run by this loop, as far as can be known?")},
     {"will_run", METHOD(turn_will_run, "Note that the pump woke a task.")},
     {"runs", METHOD(turn_runs, "Note that the task runs.")},
-    {"woken", METHOD(turn_woken, "Make a pass, as a doorbell rang.")},
+    {"woken", METHOD(turn_woken, "Make a pass, as a doorbell came.")},
     {"_wake", METHOD(turn_wake, "Make a pass, as the heartbeat asks for one.")},
     {"_pump", METHOD(turn_pump, "Make a pass, and more of them while there are news and nothing else is to be run.")},
     {NULL, NULL, 0, NULL},
