@@ -316,7 +316,7 @@ OLD_NAMES = """
     sh_look_again sh_mute sh_muted sh_p_word sh_polled sh_pump_on sh_reach sh_read_begin sh_read_now
     sh_ring_bell sh_rings sh_rung sh_take sh_take_later
 """
-#: Not in documents and models. (A variable may be called `bell`, as the object for a doorbell is.)
+#: Not in documents, models and the core. (In Python `bell` is a variable, the object for a doorbell.)
 OLD_WORDS = """
     accelerator accelerators bell bells calm fabric fruitless glance keeper knob knobs mute muted rang REL
     rung storm storms
@@ -339,8 +339,9 @@ def test_old_names_do_not_come_back() -> None:
     assert [hit for file in CODE if file != Path(__file__) for hit in given_up(OLD_NAMES, file)] == []
 
 
-def test_documents_and_models_use_the_words_of_the_glossary() -> None:
-    files = [*DOCUMENTS, *(ROOT / "tests" / "models").iterdir()]
+def test_documents_models_and_core_use_the_words_of_the_glossary() -> None:
+    core = (ROOT / "shmsock" / "native").rglob("*.[ch]")
+    files = [*DOCUMENTS, *(ROOT / "tests" / "models").iterdir(), *core]
     told = [file for file in files if file.is_file() and file.name != "CHANGELOG.md"]
     assert [hit for file in told for hit in given_up(OLD_WORDS, file, re.IGNORECASE)] == []
 
