@@ -23,7 +23,7 @@ class Arena:
         self.offset, self.size = offset, size // MIN_RING * MIN_RING
         self.free_bytes = self.size
         self._free: dict[int, set[int]] = {}
-        #: Blocks given back of late, by size: used again as they are, and merged when others are in need.
+        #: Blocks given back lately, by size: used again as they are, and merged when other sizes are needed.
         self._kept: dict[int, list[int]] = {}
         at = 0
         while at < self.size:  # the arena need not be a power of two: split it into aligned blocks
@@ -35,13 +35,14 @@ class Arena:
 
     @staticmethod
     def fit(largest: int, free_bytes: int, free_slots: int, parts: int = 8) -> int:
-        """The ring size to try first: an eighth of what is left beyond the reserve, at most `largest`."""
+        """Choose the ring size to try first: one of `parts` parts of what is left beyond the reserve, at most
+        `largest`."""
         spare = max(free_bytes - free_slots * MIN_RING, 0) // parts
         return max(MIN_RING, min(largest, 1 << max(spare.bit_length() - 1, 0)))
 
     def alloc(self, nbytes: int) -> tuple[int, int] | None:
-        """(offset, bytes) of a block of `nbytes`, or of the largest smaller one there is; None when all is
-        in use."""
+        """Take a block of `nbytes`, or the largest smaller one there is. Returns (offset, bytes); None when
+        all is in use."""
         kept = self._kept.get(nbytes)
         if kept:
             self.free_bytes -= nbytes
@@ -63,6 +64,7 @@ class Arena:
         return None
 
     def give(self, offset: int, nbytes: int) -> None:
+        """Take a block back."""
         self.free_bytes += nbytes
         kept = self._kept.setdefault(nbytes, [])
         if len(kept) < KEPT:
@@ -71,7 +73,7 @@ class Arena:
             self._merge(offset - self.offset, nbytes)
 
     def merge(self) -> None:
-        """All that is free, as large as it can be."""
+        """Merge all free blocks into blocks as large as can be."""
         for block, kept in self._kept.items():
             for at in kept:
                 self._merge(at, block)

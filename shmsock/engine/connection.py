@@ -6,12 +6,15 @@ again read your ring or write this connection") waits in CLOSING until the other
 store, generation + 1, after which slot and ring are free for reuse, and which the other side reads as DONE.
 
     event                    OPENING                  OPEN                                   CLOSING
-    ACCEPT, matches          -> OPEN, poll once       violation                              -
-    ACCEPT, stale            notify the slot it names (any state)
+    ACCEPT, matches          -> OPEN, poll once       as stale                               as stale
+    ACCEPT, stale            notify the slot that it names: its owner polls, and finds what became of this one
+    ACCEPT, its slot gone    release, fail            as stale                               as stale
+    ACCEPT, impossible slot  the same, and violation  as stale                               as stale
     REFUSE                   release, fail            ignore                                 ignore
     cancel, timeout          release at once          abort                                  -
     write_eof                -                        FIN                                    -
     close                    = cancel                 FIN+DONE -> CLOSING, poll once         -
+    cut                      = cancel                 DONE without FIN -> CLOSING, poll once -
     abort, violation         = cancel                 RST+DONE -> CLOSING, poll once         add RST
     peer FIN, all read       -                        EOF                                    -
     peer DONE                -                        writes fail; read to FIN, release      release
@@ -22,8 +25,9 @@ store, generation + 1, after which slot and ring are free for reuse, and which t
 (*) A changed generation is EOF to the accepting side while that has read nothing: the opener gave up before
 it saw the ACCEPT.
 
-A release leads to FREE. From OPEN it notifies the peer; in CLOSING that was told all it waits for. The credit
-of a cancelled CONNECT comes back with its answer.
+A release leads to FREE. From OPENING it tells nobody. From OPEN it notifies the peer, and from CLOSING too,
+though the peer already has our DONE. An orphan (its peer is gone) is released by close, cut and abort. The
+credit of a cancelled CONNECT comes back with its answer.
 """
 
 from __future__ import annotations
@@ -113,8 +117,8 @@ class Link:
         self.adoptions: deque[int] = deque(maxlen=ADOPTIONS_PER_S)  # when, by the pump's clock
 
     def offence(self) -> None:
-        """The peer broke a rule: after three its link is dropped, by the pump and not in the middle of what
-        found it."""
+        """Count a violation. After three the pump drops the link; not at once, as the caller is in the middle
+        of using it."""
         self.home.counts["violations"] += 1
         self.violations += 1
         if self.violations >= VIOLATIONS:
@@ -175,7 +179,7 @@ class Connection(Held):
     # -- events, to be emitted
 
     def ready(self, bits: int) -> None:
-        """Something moved: bits of a poll."""
+        """Tell the handler the bits of a poll: something moved."""
         if self.handler is not None:
             try:
                 self.handler.ready(bits)
@@ -185,24 +189,25 @@ class Connection(Held):
                 raise
 
     def connected(self, _: None = None) -> None:
-        """The peer has accepted."""
-        if self.handler is not None:  # None: whoever asked for it was cancelled
+        """Tell the handler that the peer has accepted."""
+        if self.handler is not None:  # None: the task that asked for it was cancelled
             self.handler.connected()
 
     def failed(self, error: OSError) -> None:
-        """The peer refused, or is gone."""
+        """Tell the handler that the peer refused, or is gone."""
         if self.handler is not None:
             self.handler.failed(error)
 
     def silent(self, _: None = None) -> None:
-        """The peer that is to answer does not beat, and another of its name does."""
+        """Tell the handler that the peer that is to answer does not beat, while another of its name does."""
         if self.handler is not None and self.state is OPENING:
             self.handler.silent(self)
 
     # -- moves of the peer
 
     def open(self, peer_slot: int, peer_gen: int) -> int:
-        """OPENING -> OPEN with that slot. Bits of a poll, RESET (that slot is gone) or VIOLATION."""
+        """Go from OPENING to OPEN, with that slot of the peer. Returns bits of a poll, RESET (that slot is
+        gone) or VIOLATION."""
         bits: int = self.home.lib.sh_ep_open(self.ep, self.peer, peer_slot, peer_gen)
         if bits >= 0:
             self.peer_slot, self.state = peer_slot, OPEN
@@ -215,12 +220,12 @@ class Connection(Held):
             self.inspect(self.home.lib.sh_poll(self.ep))
 
     def inspect(self, bits: int) -> None:
-        """The same, when the core has polled. May end the connection."""
+        """Act on the bits of a poll that the core has made, and tell the handler. May end the connection."""
         if bits := self.settle(bits):
             self.home.emit(self.ready, bits)
 
     def settle(self, bits: int) -> int:
-        """Do what follows from bits of a poll. Returns those that are to be told, 0 for none."""
+        """Change the state as the bits of a poll demand. Returns the bits to tell the handler, 0 for none."""
         if self.state is OPEN and not bits & (RESET_BIT | BAD | DONE):
             return bits
         if self.state is FREE:
@@ -238,7 +243,7 @@ class Connection(Held):
         return bits
 
     def gone(self, now_ns: int) -> None:
-        """The peer is dead, has left, or dropped the link."""
+        """Make an orphan of it, or release it: the peer is dead, has left, or dropped the link."""
         if self.state is not OPEN:
             self.release()
         elif not self.orphaned_ns:
@@ -247,38 +252,40 @@ class Connection(Held):
             self.home.lib.sh_ep_orphan(self.ep)
 
     def violated(self, seen: str) -> None:
-        """The peer wrote what no honest one writes: `seen` says what."""
+        """Abort, as the peer wrote what no honest one writes; `seen` says what."""
         self.error = violation(f"{self.remote[0]!r} (section {self.peer})", seen)
         self.abort()
         self.link.offence()
 
     def fail(self, error: OSError) -> None:
+        """Release it; calls that come later raise `error`."""
         self.error = error
         self.release()
 
     def broke(self, why: BaseException) -> None:
-        """Bytes left the ring, and could not be handed over: the peer gets a reset, the handler is told."""
+        """End it because bytes that had left the ring could not be handed over: the peer gets a reset, and
+        the handler is told."""
         self.fail(ConnectionAbortedError(errno.ECONNABORTED, f"bytes of {self.remote} were lost: {why!r}"))
         self.home.emit(self.ready, RESET_BIT)
 
     # -- moves of the user
 
     def finish(self) -> None:
-        """write_eof: FIN behind what was written."""
+        """Publish FIN behind what was written (write_eof)."""
         if self.state is OPEN:
             self.home.lib.sh_ep_shut(self.ep, 1, 0, 0)
             self.home.stir()
 
     def close(self) -> None:
-        """FIN and DONE: what was written arrives, nothing more is read."""
+        """Publish FIN and DONE: what was written arrives, nothing more is read."""
         self._shut(rst=0)
 
     def abort(self) -> None:
-        """RST and DONE: the peer gets a reset, now."""
+        """Publish RST and DONE: the peer gets a reset, now."""
         self._shut(rst=1)
 
     def cut(self) -> None:
-        """DONE without FIN: what was written arrives, then a reset, since it was not all."""
+        """Publish DONE without FIN: what was written arrives, then a reset, since it was not all."""
         self._shut(rst=0, fin=0)
 
     def _shut(self, rst: int, fin: int = 1) -> None:
@@ -291,7 +298,7 @@ class Connection(Held):
             self.settle(bits)
 
     def release(self) -> None:
-        """-> FREE. Slot and ring can be given to another."""
+        """Go to FREE: slot and ring can be given to another connection."""
         if self.state is FREE:
             return
         notify = self.state is not OPENING
@@ -311,8 +318,8 @@ class Connection(Held):
     # -- bytes
 
     def write(self, data: Any, size: int) -> int:
-        """Returns how many bytes were written, at most `size`; fewer when the ring is full (an event comes
-        when there is space); or a status."""
+        """Write up to `size` bytes of `data`, after growing the ring where that helps. Returns how many went
+        in, fewer when the ring is full (an event comes when there is space), or a status."""
         if self.state is not OPEN:
             return CLOSED
         taken: int = self.home.lib.sh_write(self.ep, data, size)
@@ -325,7 +332,7 @@ class Connection(Held):
         return taken
 
     def read(self, want: int) -> bytes | int:
-        """1 to `want` bytes that are there, or a status. Does not wait."""
+        """Take out 1 to `want` bytes that are there, or return a status. Does not wait."""
         if self.state is not OPEN:
             return self.ended()
         room, bytes_of = self.home.room
@@ -335,24 +342,24 @@ class Connection(Held):
         self.home.stir()
         try:
             data: bytes = bytes_of[:n]
-        except BaseException as error:  # the ring has them no more: what follows would follow a gap
+        except BaseException as error:  # they have left the ring: what is read next would follow a gap
             self.broke(error)
             raise
         return data
 
     def available(self) -> int:
-        """How many bytes are there, or a status. Takes nothing."""
+        """Count the bytes that are there, without taking any; or return a status."""
         if self.state is not OPEN:
             return self.ended()
         n: int = self.home.lib.sh_available(self.ep)
         return n if n > 0 else self.ended_by(n)
 
     def ended(self) -> int:
-        """What reading from a connection that is not open answers."""
+        """Return what a read answers when the connection is not open: EOF or RESET."""
         return EOF if self.error is None else RESET
 
     def ended_by(self, status: int) -> int:
-        """A status that a read gave: act on it, hand it on."""
+        """Act on the status that a read gave, and return the one to hand on."""
         if self.state is not OPEN:
             return self.ended()
         if status == VIOLATION:

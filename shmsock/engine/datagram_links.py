@@ -1,7 +1,7 @@
 """The links that carry datagrams from one peer to another.
 
-A link is an ordinary connection, opened by who sends, with CONNECT to port 0, at first use: one for each
-ordered pair of peers (the own section is one too). It carries records one way, from who opened it; the other
+A link is an ordinary connection that the sender opens at first use, with CONNECT to port 0: one for each
+ordered pair of peers (the own section is one too). It carries records one way, from its opener; the other
 side's ring is never used. So the order of what one peer sends to another is kept, whichever ports it is for.
 An idle link keeps its slot.
 """
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 HEADER: int = lib.SH_RECORD_HEADER
-OVERHEAD = 64  # what one that waits counts beside its bytes
+OVERHEAD = 64  # bytes that a waiting datagram counts beside its own
 RECORDS_PER_PASS, BYTES_PER_PASS = 64, 256 << 10
 SENT_PER_PASS = 256
 REMEMBERED = 1024  # addresses of one endpoint, and flows of one link
@@ -63,7 +63,7 @@ class Receiver(Protocol):
 
 
 class Gate:
-    """`can_write`: the link is open, and nothing waits: datagrams go straight to the ring."""
+    """Says whether datagrams go straight to the ring: `can_write`, the link is open and nothing waits."""
 
     __slots__ = ("can_write",)
 
@@ -82,7 +82,7 @@ class Route(NamedTuple):
 
 
 class Waiting(NamedTuple):
-    """One that could not go out yet. `to` None: it is not worth a second try (a broadcast)."""
+    """A datagram that could not go out yet. `to` None: it is not worth a second try (a broadcast)."""
 
     endpoint: Sender
     to: Any
@@ -91,7 +91,7 @@ class Waiting(NamedTuple):
 
 
 def remember(known: dict[Any, Any], key: Any, value: Any) -> None:
-    """Bounded: the oldest is forgotten."""
+    """Put an item into a dictionary of at most REMEMBERED; the oldest is forgotten."""
     if len(known) >= REMEMBERED and key not in known:
         del known[next(iter(known))]
     known[key] = value
@@ -108,15 +108,16 @@ class Outgoing:
         room: Callable[[int], str],
         forget: Callable[[Outgoing], Iterable[Sender]],
     ) -> None:
-        """`gate`: makes what lets datagrams through. `room`: the size of region in which a link has a ring of
-        so many bytes, for a message. `forget`: the link is over; returns who has sent through it."""
+        """Become the handler of `conn`. `gate`: makes what lets datagrams through. `room`: finds the size of
+        region in which a link has a ring of so many bytes, for a message. `forget`: called when the link is
+        over; returns the endpoints that have sent through it."""
         self.home, self.conn, self.ep = home, conn, conn.ep
         self._room, self._forget = room, forget
         self.gate = gate(conn, self)
         self.gate.can_write = False
         self.queue: deque[Waiting] = deque()
         self._over = False
-        self._unread = 0  # by the peer, when it was gone
+        self._unread = 0  # datagrams that the peer had not read when it was gone
         conn.handler = self
 
     @property
@@ -124,7 +125,7 @@ class Outgoing:
         return self.conn.state in (State.OPENING, State.OPEN) and not self.conn.orphaned_ns
 
     def send(self, item: Waiting) -> bool:
-        """Now, or when its turn comes; dropped if too much of its endpoint waits. False: not by this link or
+        """Send a datagram, or queue it; drop it if too much of its endpoint waits. False: not by this link or
         entry. Raises OSError (ENOBUFS) for one that this ring can never hold."""
         need, ring = HEADER + len(item.data), self.conn.ring[1]
         if need > ring:
@@ -144,7 +145,8 @@ class Outgoing:
         return True
 
     def _put(self, item: Waiting) -> int:
-        """1: it is in the ring. 0: no room, we shall be told. UNBOUND, or the link is lost and its status."""
+        """Put a datagram into the ring. Returns 1; or 0 when there is no room (an event comes when there is);
+        or UNBOUND; or, when the link is lost, its status."""
         (endpoint, _, (_, port, entry, _), data), conn = item, self.conn
         if conn.state is not State.OPEN:
             status = EOF
@@ -158,6 +160,7 @@ class Outgoing:
         return status
 
     def flush(self) -> None:
+        """Send what waits, as far as the ring has room, and tell the endpoints."""
         queue, told, stray = self.queue, set(), []
         for _ in range(SENT_PER_PASS):
             if not queue or not (status := self._put(queue[0])):
@@ -181,7 +184,8 @@ class Outgoing:
                 endpoint.handler.space()
 
     def lost(self, error: OSError | None = None) -> None:
-        """The peer is gone, or will read no more: so is what it has not read, and what waits."""
+        """End the link, as the peer is gone or reads no more: count what it had not read and what waits, and
+        tell the endpoints."""
         if self._over:
             return
         self._over, self.gate.can_write = True, False
@@ -222,7 +226,7 @@ class Outgoing:
             self.flush()
 
     def silent(self, conn: Connection) -> None:
-        """Waited for all the same: datagrams are for this very peer."""
+        """Ignore it: a link for datagrams is for this very peer, another of its name is no substitute."""
 
     def freed(self) -> None:
         self.gate.can_write = False
@@ -242,9 +246,9 @@ class Incoming:
         find: Callable[[Connection, int], tuple[Receiver, Address] | None],
         forget: Callable[[Incoming], object],
     ) -> None:
-        """`inbox`: a driver's own way to take datagrams out. `find`: gives the endpoint for what comes from
-        one port for another (source << 16 | destination), and how the source is shown to it. `forget`: the
-        link is over."""
+        """Become the handler of `conn`. `inbox`: makes a driver's own way to take datagrams out. `find`:
+        gives the endpoint for what comes from one port for another (source << 16 | destination), and the
+        source's address as shown to it. `forget`: called when the link is over."""
         self.home, self.conn, self.ep = home, conn, conn.ep
         self._find, self._forget = find, forget
         self._ports = home.ffi.new("uint32_t *")
@@ -286,7 +290,7 @@ class Incoming:
             self.conn.close()
 
     def _flow(self, ports: int) -> tuple[Receiver, Address] | None:
-        """Who gets it, as long as that endpoint lives."""
+        """Find the endpoint for a pair of ports, and remember it as long as it lives."""
         flow = self._find(self.conn, ports)
         if flow is not None:
             remember(self._flows, ports, flow)
@@ -298,6 +302,6 @@ class Incoming:
             self._inbox.close()
 
     def forget(self, endpoint: Receiver) -> None:
-        """That endpoint was closed."""
+        """Forget the flows of an endpoint that was closed."""
         for ports in [ports for ports, flow in self._flows.items() if flow[0] is endpoint]:
             del self._flows[ports]

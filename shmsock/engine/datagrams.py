@@ -1,6 +1,6 @@
-"""Datagrams: the endpoints of this node. What carries them: datagram_links.py.
+"""Datagrams: the endpoints of this node. The links that carry them are in datagram_links.py.
 
-A datagram is lost only if, and is counted where it happens as
+A datagram is lost in these cases only, and each is counted:
     datagrams_unreachable     nobody has the port, when it is sent or when it arrives
     datagrams_dropped_full    what a paused receiving endpoint keeps is at its bound already
     datagrams_dropped_unsent  what waits in the sending endpoint is at its bound already (it ignored
@@ -44,19 +44,19 @@ BROADCAST = "*"
 
 class Endpoint:
     """A port for datagrams. `handler` belongs to the driver, and is called from the pump only: datagram(data,
-    source); space(): `unsent` went down; refused(error): nobody received what a connected endpoint sent, or,
-    a NodeClosedError, this node is over."""
+    source); space() when `unsent` went down; refused(error) when nobody received what a connected endpoint
+    sent or, with a NodeClosedError, when this node is over."""
 
     def __init__(self, owner: Datagrams, listener: Listener, remote: Address | None, given: Any) -> None:
         self.owner, self.home, self.listener = owner, owner.home, listener
         self.local, self.remote = (owner.home.name, listener.port), remote
-        #: A driver's own way with addresses: shown(address, section) of a sender, host(host) of a
-        #: destination.
+        #: The driver may translate addresses: shown(address, section) those of senders, host(host) the host
+        #: of a destination.
         self.shown: Callable[[Address, int], Address] = lambda address, section: address
         self.host: Callable[[Any], Any] = lambda host: host
         self.aliases: list[Any] = [None, remote, given]  # what send() may be given when connected
         self.handler: Any = None
-        self.sink: Any = None  # (protocol, context): a driver may give datagrams to it, past `handler`
+        self.sink: Any = None  # (protocol, context): the driver's pump calls it instead of `handler`
         self.closed = False
         self.unsent = 0  # bytes that wait for room in a ring, and OVERHEAD for each datagram
         self.paused = False  # paused, or not yet through with what came meanwhile
@@ -75,7 +75,8 @@ class Endpoint:
     # -- sending
 
     def send(self, data: Any, to: Any = None) -> None:
-        """Never blocks. `to` is (host, port), ("*", port) for all that have the port, or None if connected.
+        """Send a datagram, or queue it; never blocks. `to`: (host, port), or ("*", port) for all that have
+        the port, or None if connected.
 
         Raises OSError: EMSGSIZE above 65507 bytes, socket.gaierror, ENOBUFS (no memory for a link, or so
         little that this one never fits), NodeClosedError; TypeError, ValueError."""
@@ -140,7 +141,7 @@ class Endpoint:
                     self.home.counts["datagrams_dropped_unsent"] += 1
 
     def retry(self, item: Waiting) -> None:
-        """It waited, and its port has changed hands."""
+        """Send a datagram again that waited while its port changed hands."""
         try:
             self.send_to(item.data, *item.to)
         except OSError as error:  # nobody has that name any more, or there is no room for a link
@@ -153,10 +154,11 @@ class Endpoint:
     # -- receiving
 
     def accepts(self, source: Address) -> bool:
-        """Not what comes from elsewhere than the port it is connected to."""
+        """Does it take datagrams from there? A connected endpoint takes its remote's only."""
         return self.remote is None or self.remote[0] == BROADCAST or self.remote == source
 
     def receive(self, data: bytes, source: Address) -> None:
+        """Hand a datagram to the handler, or keep it while paused; drop it when too much is kept."""
         if not self.paused:
             self.handler.datagram(data, source)
         elif self._kept_bytes + len(data) + OVERHEAD > self._bound:
@@ -170,7 +172,7 @@ class Endpoint:
         self._paused = self.paused = True
 
     def resume(self) -> None:
-        """What was kept comes from the pump."""
+        """Deliver again; the pump brings what was kept."""
         self._paused, self.paused = False, bool(self._kept)
         if self.paused:
             self.soon()
@@ -178,14 +180,15 @@ class Endpoint:
     # -- what the pump has to tell
 
     def soon(self, error: OSError | None = None) -> None:
+        """Have happened() called after this pass of the pump, with the first error that came meanwhile."""
         self._error = self._error or error
         if not (self._due or self.closed):
             self._due = True
             self.home.emit(self.happened)
 
     def happened(self, _: None = None) -> None:
-        """An event: tell of an error, of space, and of what was kept: one datagram at least, and those that a
-        turn has time for."""
+        """Tell the handler of an error, of space, and of what was kept: at least one datagram, and as many as
+        the turn has time for. (An event.)"""
         self._due = False
         error, self._error = self._error, None
         try:
@@ -211,7 +214,7 @@ class Endpoint:
         return self.handler is not None and not self.closed
 
     def close(self) -> None:
-        """Give the port back. What waits is dropped: wait until nothing is unsent if it shall go out."""
+        """Give the port back. What waits is dropped: close when nothing is `unsent` if it shall go out."""
         if self.closed:
             return
         self.closed = True
@@ -241,7 +244,7 @@ class Datagrams:
         self._endpoints: set[Endpoint] = set()
         self._links: dict[int, Outgoing] = {}
         self.incoming: set[Incoming] = set()
-        #: A driver's own: made for a link, it lets datagrams through; and what brings them from another.
+        #: The driver may set these: what makes the gate of a link, and the inbox of one that a peer opened.
         self.gate: Callable[[Connection, Outgoing], Any] = Gate
         self.inbox: Callable[[Connection, dict[int, Any]], Any] | None = None
 
@@ -256,9 +259,9 @@ class Datagrams:
         local_only: bool = False,
         remote: tuple[Any, int] | None = None,
     ) -> Endpoint:
-        """An endpoint at `port` (0: one is chosen), connected to `remote` if given: then it sends there, and
-        takes only what comes from there. Raises OSError (EADDRINUSE, ENOBUFS), socket.gaierror when nobody
-        has the remote name."""
+        """Open an endpoint at `port` (0: one is chosen), connected to `remote` if given: then it sends there,
+        and takes only what comes from there. Raises OSError (EADDRINUSE, ENOBUFS), socket.gaierror when
+        nobody has the remote name."""
         self.home.check()
         named = None if remote is None else (self.name_of(*remote), remote[1])
         listener = self.listeners.open(port, 1, reuse_port, local_only, datagram=True)
@@ -267,10 +270,12 @@ class Datagrams:
         return endpoint
 
     def name_of(self, host: Any, port: int) -> str:
-        """What the peer that is meant calls itself. Raises socket.gaierror when that is nobody."""
+        """Return the name of the peer at (host, port). Raises socket.gaierror when nobody is there."""
         return BROADCAST if host == BROADCAST else self.peer_of(host, port).name
 
     def peer_of(self, host: Any, port: int) -> Peer:
+        """Find the peer at (host, port); one without the port will do. Raises socket.gaierror, and
+        ConnectionRefusedError when the name is pinned to a section that has another owner."""
         listeners, peers = self.listeners, self.peers
         try:
             return listeners.find(host, port, datagram=True)
@@ -284,7 +289,7 @@ class Datagrams:
             return named[0]
 
     def link(self, peer: Peer) -> Outgoing:
-        """The one to that peer. Raises what Engine.connect() raises."""
+        """Return the link to that peer, opened if need be. Raises what Engine.connect() raises."""
         link = self._links.get(peer.section)
         if link is not None and not link.usable:
             link.lost()
@@ -301,14 +306,13 @@ class Datagrams:
         return [endpoint for endpoint in self if endpoint.uses(link)]
 
     def accept(self, conn: Connection) -> None:
-        """A peer opened a link."""
+        """Take over a connection that a peer opened as a link."""
         incoming = Incoming(self.home, conn, self.inbox, self._flow, self.incoming.discard)
         self.incoming.add(incoming)
 
     def _flow(self, conn: Connection, ports: int) -> tuple[Endpoint, Address] | None:
-        """The endpoint for what comes from port `ports` >> 16 to port `ports` & 0xFFFF, and how the source is
-        shown to it: one that is connected to the source first; a sender itself only when nobody shares its
-        port."""
+        """Find the endpoint for what comes from port `ports` >> 16 to port `ports` & 0xFFFF, and the source's
+        address as shown to it. One that is connected to the source comes first, the sender itself last."""
         source, peer = (conn.remote[0], ports >> 16), self.peers[conn.peer]
         serving = self.listeners.serving(ports & 0xFFFF, peer, datagram=True)
         group = [x for x in serving if x.handler.accepts(source)]
@@ -321,7 +325,7 @@ class Datagrams:
         return endpoint, endpoint.shown(source, peer.section)
 
     def closed(self, endpoint: Endpoint) -> None:
-        """Drop what of an endpoint's waits, and have no link remember it."""
+        """Drop the datagrams of an endpoint that wait, and have no link remember it."""
         self._endpoints.discard(endpoint)
         for incoming in self.incoming:
             incoming.forget(endpoint)
@@ -332,6 +336,6 @@ class Datagrams:
         endpoint.unsent = 0
 
     def down(self, why: OSError) -> None:
-        """The node is over: tell all endpoints."""
+        """Tell all endpoints that the node is over."""
         for endpoint in self:
             endpoint.soon(why)

@@ -48,7 +48,8 @@ EVENTS_PER_PASS = 64
 
 
 class Engine:
-    """Attached to one section. Raises what connect() and listen() name; all else comes as events.
+    """One process's side of a region, attached to one section. connect() and listen() raise what they
+    name; everything else that happens comes as events.
 
     `events` holds what is to be told, oldest first: each a call and its argument, to be made after the pass.
     """
@@ -68,7 +69,8 @@ class Engine:
         futex: bool = False,
         now_ns: int = 0,
     ) -> None:
-        """`ensure`: see Slots. `watch`: see Links. `futex`: words of this mapping can be waited for."""
+        """Attach to the section of `claim`. `ensure`: see Slots. `watch`: see Links. `futex`: words of this
+        mapping can be waited for."""
         us = settings or Settings()
         self.home = home = Home(layout, claim.section, identity.name, us, rng or random.SystemRandom())
         self.claim, self.section, self.name, self.settings = claim, home.section, home.name, us
@@ -80,7 +82,7 @@ class Engine:
             home.nd,
         )
         self.private, self.counts, self.events, self.owed = home.private, home.counts, home.events, home.owed
-        #: What is told of the node as a whole, and what else is done once a second: the driver's to set.
+        #: Set by the driver: called when the node is over, when it has been alone long, and once a second.
         self.on_down: Callable[[OSError], object] = lambda why: None
         self.on_alone: Callable[[], object] = lambda: None
         self.once_a_second: Callable[[], object] = lambda: None
@@ -102,7 +104,7 @@ class Engine:
         self._out = self.ffi.new("uint64_t[]", EVENTS_PER_PASS)
         self._sample_ns = int(min(max(us.dead_after_s / 3 * 1e9, SAMPLE_NS), SAFETY_NS))
         self._reap: dict[int, tuple[int, int, int]] = {}
-        self._alone_ns: int | None = None  # since when it listens for others, and nobody was there
+        self._alone_ns: int | None = None  # since when it has listened and nobody was there
         self._told_alone = False
         self._next_safety = now_ns + SAFETY_NS
         self._sample_at(now_ns)
@@ -128,7 +130,7 @@ class Engine:
         self.peers.refresh_all(now_ns)
 
     def left_server(self, ids: list[int], now_ns: int) -> None:
-        """The ivshmem server says that these peers of it are gone."""
+        """Take in that the ivshmem server says these peers of it are gone."""
         for peer in self.wakes.left(ids):
             self.peers.forsake(peer, now_ns)
             self._sample_at(now_ns)
@@ -158,18 +160,18 @@ class Engine:
             self.layout.swap_claim(self.section, self.claim.word, 0)
 
     def abandon(self, why: OSError) -> None:
-        """In a forked child, or when the section was lost: every call fails from now on, nothing is
-        stored."""
+        """Have every call fail from now on, and store nothing more: in a forked child, or when the section
+        was lost."""
         self.home.end(why)
         self.peers.locks = None  # they are the parent's, or another's
 
     def failure(self) -> OSError:
-        """Why this node may not touch the region any more."""
+        """Return the error that says why this node may not touch the region any more."""
         return self.home.failure()
 
     @property
     def address(self) -> int:
-        """Of what C calls sh_node."""
+        """The address of `nd`, what C calls sh_node."""
         return int(self.ffi.cast("uintptr_t", self.nd))
 
     @property
@@ -177,7 +179,7 @@ class Engine:
         return self.home.alive
 
     def check(self) -> None:
-        """Raises when this node is over."""
+        """Raise when this node is over: NodeClosedError, or what else ended it."""
         self.home.check()
 
     def _down(self, why: OSError) -> None:
@@ -196,23 +198,23 @@ class Engine:
     # -- events, to be emitted
 
     def down(self, why: OSError) -> None:
-        """This node is over."""
+        """Tell the driver that this node is over."""
         self.on_down(why)
 
     def alone(self, _: None = None) -> None:
-        """It listens for others, and saw nobody for half a minute: told once."""
+        """Tell the driver, once, that this node has listened for half a minute and saw nobody."""
         self.on_alone()
 
     # -- the pump
 
     def poll(self) -> list[int] | None:
-        """The core's part of a pass: what it found, for attend(). None: this node is over."""
+        """Make the core's part of a pass. Returns what it found, for attend(); None: this node is over."""
         n = self.lib.sh_pump(self.nd, self._out, EVENTS_PER_PASS) if self.home.alive else STALE
         return None if n == STALE else self._out[0:n]
 
     def attend(self, words: list[int] | None, now_ns: int, unlocked: int = 0) -> None:
-        """The engine's part of a pass: do what follows from the words that a poll found. `unlocked`: a mask
-        of sections whose lock fell (Heartbeat.unlocked)."""
+        """Make the engine's part of a pass: do what follows from the words that poll() returned. `unlocked`:
+        a mask of sections whose lock fell (Heartbeat.unlocked)."""
         if words is None:
             if self.home.alive:
                 self._down(self.failure())
@@ -240,7 +242,7 @@ class Engine:
 
     @property
     def quiet(self) -> bool:
-        """Nothing is owed a pass."""
+        """Whether nothing is owed a pass."""
         return not any(self.owed) and bool(self.lib.sh_quiet(self.nd))
 
     # -- what is done now and then, whatever was heard
@@ -267,8 +269,9 @@ class Engine:
                 self.home.mail.update(range(self.layout.peers))
 
     def _note_alone(self, now_ns: int) -> None:
-        """A node on other memory than its peers looks healthy, and is alone. One that listens for this
-        machine only, or is used by itself, is alone on purpose."""
+        """Notice, once, that this node listens and nobody comes: one on other memory than its peers looks
+        healthy, and is alone. One that listens for this machine only, or is used by itself, is alone on
+        purpose."""
         waits = any(not listener.flags & LOCAL for listener in self.listeners)
         if not waits or self.connections or self.counts["accepted"] or self.counts["connected"]:
             self._alone_ns = None
@@ -285,7 +288,7 @@ class Engine:
             self.links.unwatch_lock(peer)
             peers.refresh(peer, now_ns)
             if peers.locks is not None and not peers.killed(peer):
-                # that was the former owner; this one is alive, and watched from the next sample on
+                # the lock was a former owner's: this one is alive, and is watched from the next sample on
                 peer.watched = False
             elif peer.here:
                 peers.declare_dead(peer, now_ns)
@@ -311,13 +314,13 @@ class Engine:
             self._reap_silent(now_ns, int(self.settings.reap_after_s * 1e9))
         to_bury = self._bury(now_ns)
         self._find_others(now_ns)
-        # A loop that sleeps is woken for this: seldom, as long as all is well.
+        # Each sample wakes a loop that sleeps: often only while somebody is in doubt.
         watchful = orphans or self.links.late or self._strangers(now_ns) or self.peers.doubtful or to_bury
         self._sample_at(now_ns + (SAMPLE_NS if watchful else self._sample_ns))
 
     def _bury(self, now_ns: int) -> bool:
-        """Tell those under other kernels, who cannot see whose lock fell: else each of them has to wait until
-        it believes the beat. Is there somebody left to be buried?"""
+        """Set the claim of killed peers to 0, for nodes under other kernels: those cannot see whose lock
+        fell, and would have to wait until the beat tells. Returns whether there are more to bury."""
         dead, more = self.peers.to_bury(now_ns)
         for peer in dead:
             self.layout.swap_claim(peer.section, peer.claim, 0)
@@ -325,8 +328,8 @@ class Engine:
         return more
 
     def _find_others(self, now_ns: int) -> None:
-        """Connections that wait for the answer of a peer whose beat stands still are told so when another of
-        that name listens there whose beat moves: that one can be asked."""
+        """Tell connections that wait for the answer of a peer whose beat stands still, when another of that
+        name has the port and beats: that one can be asked."""
         for peer in self.peers.some:
             if not self.peers.stale(peer, now_ns):
                 continue
@@ -337,7 +340,7 @@ class Engine:
                         self.home.emit(conn.silent)
 
     def _strangers(self, now_ns: int) -> bool:
-        """Is somebody about to attach, who does not say yet that it is there? (Or was killed meanwhile.)"""
+        """Is somebody about to attach, and not there yet? (It may have been killed meanwhile.)"""
         return any(p.coming and now_ns - p.beat_ns < COMING_NS for p in self.peers.some)
 
     def _reap_silent(self, now_ns: int, after_ns: int) -> None:
@@ -353,7 +356,7 @@ class Engine:
             elif now_ns - seen[peer.section][2] >= after_ns:
                 self.layout.swap_claim(peer.section, peer.claim, 0)
 
-    # -- for who uses it
+    # -- for users of the engine
 
     def listen(
         self, port: int, *, backlog: int = 100, reuse_port: bool = False, local_only: bool = False
@@ -364,7 +367,7 @@ class Engine:
         return self.listeners.open(port, backlog, reuse_port, local_only)
 
     def statistics(self) -> dict[str, int]:
-        """Counters since attach, and what is held now."""
+        """Return the counters since attach, and what is held now, by name."""
         if isinstance(self.home.ended, NodeClosedError) and not self.connections:
             base = {}
         else:

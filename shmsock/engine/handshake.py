@@ -46,7 +46,8 @@ class Handshake:
         or failed.
 
         Raises OSError (ENOBUFS) when slots or arena are exhausted, OSError (ENOSPC) when the disk is full,
-        ConnectionRefusedError when nobody is there, ProtocolViolation while it is not listened to.
+        ConnectionRefusedError when nobody is there, ProtocolViolation while that peer is ignored for its
+        violations.
         """
         home, link = self.home, self.links[section]
         adopted = home.lib.sh_adopted(home.nd, section)
@@ -62,7 +63,7 @@ class Handshake:
         return conn
 
     def _link_up(self, link: Link, adopted: int, port: int, remote: str) -> None:
-        """Adopt the link to a peer that was not, or has started anew; or raise why not."""
+        """Adopt a peer that was not adopted yet, or has started anew. Raises the reason when it cannot be."""
         self.home.check()
         now_ns = self.home.now()
         self.peers.refresh_all(now_ns)
@@ -95,7 +96,7 @@ class Handshake:
         return status == 0
 
     def messages(self, section: int, now_ns: int) -> None:
-        """Read what one peer had to say, up to a bound; what is left stays in `home.mail`."""
+        """Act on a peer's messages, up to MESSAGES_PER_PASS; if more are there it stays in `home.mail`."""
         home, note = self.home, self._note
         link, peer = self.links[section], self.peers[section]
         for _ in range(MESSAGES_PER_PASS):
@@ -123,8 +124,8 @@ class Handshake:
         self._send_waiting(link)
 
     def last_messages(self, section: int, now_ns: int) -> None:
-        """Read what a peer that is gone had to say: one of the messages may be the answer to a connection
-        whose bytes are there already."""
+        """Act on all messages of a peer that is gone: one may be the answer to a connection whose bytes are
+        there already."""
         self.home.mail.add(section)
         for _ in range(MESSAGES // MESSAGES_PER_PASS):
             if section not in self.home.mail:
@@ -136,7 +137,7 @@ class Handshake:
     ) -> None:
         home = self.home
         if (old := link.connections.get(slot)) is not None:
-            old.poll()  # a released slot whose toggle was not polled yet
+            old.poll()  # the peer released that slot, and we have not polled it since
         listener = self.listeners.accepting(port, peer) if port else None
         reason, conn, bits = 0, None, 0
         if slot in link.connections:
@@ -179,7 +180,8 @@ class Handshake:
             conn.inspect(bits)
 
     def _answer(self, link: Link, *fields: int) -> None:
-        """`fields`: reason, slot, gen, dst_slot, dst_gen."""
+        """Send ACCEPT or REFUSE, or keep it until the message ring has room. `fields`: reason, slot, gen,
+        dst_slot, dst_gen."""
         lib, nd = self.home.lib, self.home.nd
         if link.answers or not self._sent(link, lib.sh_answer(nd, link.section, *fields)):
             if len(link.answers) < MESSAGES:  # an honest peer has at most 32 CONNECTs on the way
@@ -193,7 +195,7 @@ class Handshake:
         home, conn = self.home, self.slots.connections.get(dst_slot)
         if conn is None or conn.gen != dst_gen or conn.state is not OPENING or conn.link is not link:
             if kind == ACCEPT:
-                # it shall poll, and find our generation gone
+                # ours is released, or open already: have the peer poll its slot and see which
                 home.lib.sh_notify(home.nd, link.section, slot)
             return
         if kind == REFUSE:
@@ -207,7 +209,7 @@ class Handshake:
                 home.emit(conn.failed, self.listeners.refused(*conn.remote))
             return
         if (old := link.connections.get(slot)) is not None:
-            old.poll()  # released, accepted anew, and not polled since
+            old.poll()  # the peer released and reused that slot, and we have not polled it since
         bits = conn.open(slot, gen) if slot not in link.connections else VIOLATION
         if bits < 0:
             conn.release()

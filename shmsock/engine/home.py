@@ -42,7 +42,7 @@ class Home:
         #: What messages call the region, and what else they say of where it is.
         self.url = "the region"
         self.hint: Callable[[], str] = str
-        #: What is to be told, oldest first: each is called with its argument, after the pass and not in it.
+        #: Events, oldest first: a function and its argument, called after the pass and not in it.
         self.events: deque[tuple[Callable[[Any], object], Any]] = deque()
         self.mail: set[int] = set()  # peers whose messages are to be read
         self.condemned: set[int] = set()  # peers that broke the rules too often: the pump drops them
@@ -50,16 +50,16 @@ class Home:
         self.owed: tuple[Any, ...] = (self.events, self.mail, self.condemned)
         #: Ends all that there is; called once, when the section turns out to be lost.
         self.down: Callable[[OSError], object] = self.end
-        #: Why this node is over; None: it is not.
+        #: Why this node is over; None while it is not.
         self.ended: OSError | None = None
 
     def emit(self, call: Callable[[Any], object], arg: Any = None) -> None:
-        """Have `call(arg)` done after this pass, or after the next one."""
+        """Have `call(arg)` called after this pass, or after the next one."""
         self.events.append((call, arg))
         self.stir()
 
     def now(self) -> int:
-        """Monotonic nanoseconds by the core's clock, for calls that come from outside of a pass."""
+        """Return monotonic nanoseconds by the core's clock, for calls that come from outside of a pass."""
         return int(self.lib.sh_clock())
 
     # -- life
@@ -69,16 +69,16 @@ class Home:
         return self.ended is None
 
     def end(self, why: OSError) -> None:
-        """Nothing is stored from now on. The first reason stands."""
+        """End the node: nothing is stored from now on. Of several reasons the first stands."""
         self.ended = self.ended or why
         self.lib.sh_node_inert(self.nd)
 
     def is_inert(self) -> bool:
-        """May the section be another's by now?"""
+        """Has the core stopped storing, as the section may be another's by now?"""
         return bool(self.lib.sh_node_is_inert(self.nd))
 
     def failure(self) -> OSError:
-        """Why this node may not touch the region any more."""
+        """Return the error that says why this node may not touch the region any more."""
         return self.ended or node_closed(
             self.name,
             "its section was taken by another (this process or VM was stopped for too long), or the region "
@@ -86,8 +86,8 @@ class Home:
         )
 
     def check(self) -> None:
-        """Raises NodeClosedError (or what else ended it) when this node is over. One whose section was taken
-        finds it out here, at its next call, and not only in the pump."""
+        """Raise NodeClosedError (or what else ended it) when this node is over. A node whose section was
+        taken finds it out here, at its next call, and not only in the pump."""
         if self.ended is None and self.is_inert():
             self.down(self.failure())
         if self.ended is not None:

@@ -41,12 +41,12 @@ class Links:
         return self.all[section]
 
     def start(self) -> None:
-        """Towards everybody, with a tag that no former owner of this section had."""
+        """Begin a life of each link, under a tag that no former owner of this section had."""
         for link in self.all:
             self._restart(link)
 
     def _restart(self, link: Link) -> None:
-        """Random, not 0, and not what the word holds now."""
+        """Begin a new life of the link, under a random pair_inc that is neither 0 nor the present one."""
         home = self.home
         old = home.layout.tag(home.section, link.section)
         while (fresh := home.rng.getrandbits(32)) in (0, old):
@@ -54,8 +54,8 @@ class Links:
         home.lib.sh_restart(home.nd, link.section, fresh)
 
     def tag_changed(self, section: int, now_ns: int) -> None:
-        """The peer's notify_seq carries a pair_inc that is not adopted: it restarted, or dropped us, or is
-        new. Adopted are ten in a second."""
+        """Adopt the peer's new pair_inc, ten times a second at most: it restarted, or dropped us, or is new.
+        Else leave it for adopt_late()."""
         link = self.all[section]
         if now_ns >= link.ignore_until_ns:
             if len(link.adoptions) < ADOPTIONS_PER_S or now_ns - link.adoptions[0] >= SECOND_NS:
@@ -66,13 +66,13 @@ class Links:
         self.late.add(section)
 
     def adopt_late(self, now_ns: int) -> None:
-        """Adopt the tags that changed while they were ignored, of whom is not ignored any more."""
+        """Adopt the tags that changed while their peers were ignored, of those that are not any more."""
         for section in list(self.late):
             if now_ns >= self.all[section].ignore_until_ns:
                 self.tag_changed(section, now_ns)
 
     def adopt(self, section: int, now_ns: int) -> None:
-        """End what was, and listen to the peer's present life."""
+        """End what belonged to the peer's former life, and listen to its present one."""
         home, peer = self.home, self.peers[section]
         self.late.discard(section)
         self._end(section, now_ns)
@@ -81,17 +81,17 @@ class Links:
         home.mail.add(section)
         self.peers.refresh(peer, now_ns)
         self.watch_lock(peer)
-        if not peer.live:  # it is heard before it says that it is there
+        if not peer.live:  # its tag may come before its state says that it is there
             self._sample_soon(now_ns)
 
     def watch_lock(self, peer: Peer) -> None:
-        """Once per life."""
+        """Have the lock of a live peer's section watched, once in each life of it."""
         if peer.live and not peer.watched:
             peer.watched = True
             self._watch(peer, True)
 
     def unwatch_lock(self, peer: Peer) -> None:
-        """Until its section's next life."""
+        """Have the lock of the peer's section watched no more, until the section's next life."""
         self._watch(peer, False)
 
     def drop(self, section: int, now_ns: int) -> None:
@@ -102,8 +102,8 @@ class Links:
         self.home.lib.sh_adopt(self.home.nd, section)
 
     def punish(self, section: int, now_ns: int) -> None:
-        """Drop the link, and do not adopt the peer, that is not listen to it, for a while: longer each
-        time."""
+        """Drop the link, and do not adopt the peer for a while (nothing it says is heard): 1 s, and twice as
+        long each time, up to 60."""
         link = self.all[section]
         self._end(section, now_ns)
         self._restart(link)
@@ -114,8 +114,8 @@ class Links:
         link.backoff_s = min(link.backoff_s * 2, 60)
 
     def _end(self, section: int, now_ns: int) -> None:
-        """Of all connections with the peer: those that wait for an answer fail, of the open ones is left what
-        can be read."""
+        """End all connections with the peer: those that wait for an answer fail, open ones become orphans, of
+        which what is there can still be read."""
         home, link, peer = self.home, self.all[section], self.peers[section]
         for conn in [c for c in self.slots.connections.values() if c.peer == section]:
             opening = conn.state is OPENING

@@ -45,7 +45,7 @@ class Memory:
         self.core.lib.sh_store64(self._base, offset, value, self.wc)
 
     def cas(self, offset: int, old: int, new: int) -> bool:
-        """Compare and swap; True: it was `old`, and is `new`."""
+        """Compare and swap a word. Returns True if it was `old`, and is `new` now."""
         return bool(self.core.lib.sh_cas64(self._base, offset, old, new))
 
     def fence(self) -> None:
@@ -64,29 +64,30 @@ class Memory:
     # -- what the core does with the mapping
 
     def node(self, private: Any, geometry: Any, section: int) -> Any:
-        """A node in `private` (sh_node_bytes() bytes) that owns that section. Once the mapping is released it
-        must be inert: C looks at that, and not here."""
+        """Make a node in `private` (sh_node_bytes() bytes) that owns that section. It must be inert before
+        the mapping is released: C checks that it is, and not whether the mapping is there."""
         return self.core.lib.sh_node_new(private, self._base, geometry, section, self.wc)
 
     def survey(self, geometry: Any, words: Any) -> int:
-        """Update `words` (SH_SURVEY of each section). Returns a mask of the sections in which who is there,
-        or in what state, has changed."""
+        """Update `words` (SH_SURVEY of each section). Returns a mask of the sections whose owner, or its
+        state, has changed."""
         changed: int = self.core.lib.sh_survey(self._base, geometry, words, self.wc)
         return changed
 
     def find_listener(self, geometry: Any, section: int, port: int, datagram: bool) -> int:
-        """The entry of a port in a section's table, index << 8 | flags; 0: there is none."""
+        """Find the entry of a port in a section's table: index << 8 | flags; 0 when there is none."""
         entry: int = self.core.lib.sh_listen_find(self._base, geometry, section, port, datagram, self.wc)
         return entry
 
     def has_futex(self, offset: int) -> bool:
-        """Can this process wait for a change of that word?"""
+        """Can this process wait for a change of that word by a futex?"""
         return bool(self.core.lib.sh_futex_works(self._base, offset) == 0)
 
     # -- the end
 
     def release(self, why: OSError | None = None) -> None:
-        """Let go of the mapping, so that it can be closed. `why`: what is raised from here on."""
+        """Let go of the mapping, so that it can be closed. `why`: the error that every method raises from
+        here on."""
         self._ended = why or node_closed("?", "its region was closed")
         self.__dict__.pop("_base", None)
         self.core.ffi.release(self._buffer)

@@ -1,4 +1,5 @@
-"""Who is there: one Peer per section, sampled ten times a second, on the caller's clock."""
+"""Who is there: one Peer per section. Beats are sampled once a second (more often where `dead_after_s` is
+below 3), and at each beat while somebody is in doubt; the clock is the caller's."""
 
 from __future__ import annotations
 
@@ -13,9 +14,9 @@ __all__ = ["Peer", "Peers"]
 
 SAMPLES = 10
 BEAT_NS = 100_000_000
-FORSAKEN_SAMPLES, FORSAKEN_NS = 3, 425_000_000  # more than two beats of a silent one
-STALE_NS = 250_000_000  # more than one
-UNSEEN_NS = 1_000_000_000  # who was never seen to beat is not waited for as long as who was
+FORSAKEN_SAMPLES, FORSAKEN_NS = 3, 425_000_000  # 3 samples, and more than two beats of 0.2 s
+STALE_NS = 250_000_000  # more than one such beat
+UNSEEN_NS = 1_000_000_000  # a peer that was never seen to beat is waited for less long
 
 
 class Peer:
@@ -29,23 +30,22 @@ class Peer:
         self.name = f"section-{section}"
         self.locked = False  # this process would see it if the lock of its section fell
         self.live = False
-        self.coming = False  # about to say that it is there: its bells are heard before
-        self.here = False  # was live, and sample() has not told yet that it is gone
-        self.watched = False  # its lock: somebody was asked to
+        self.coming = False  # about to say that it is there: it may kick before that
+        self.here = False  # was live, and sample() has not returned it as gone yet
+        self.watched = False  # the heartbeat was asked to watch its lock
         self.doorbell: tuple[int, int] | None = None  # id and vectors, as it says
         #: life, live or coming, and its doorbell, as `changed` was last told of
         self.told: tuple[object, ...] = (0, False, None)
         self.forsaken = False  # the server says that its id is gone: dead, if its beat is still as well
         self.beat = -1
         self.beat_ns = 0
-        self.seen = False  # in this life: it has beaten, or said something
+        self.seen = False  # it has beaten, or sent something, in this life
         self.samples = 0
         self.lagging = False
 
 
 class Peers:
-    """All sections but the own one are strangers; the own one is a peer too (a node may connect to
-    itself)."""
+    """The owners of all sections. The own one is a peer too, as a node may connect to itself."""
 
     def __init__(self, home: Home, identity: Identity, locks: Locks | None = None) -> None:
         """`identity`: the own one. `locks`: of the region's file, None where there are none."""
@@ -65,7 +65,7 @@ class Peers:
         return self.all[section]
 
     def refresh(self, peer: Peer, now_ns: int) -> None:
-        """Is there somebody, and who? Reads two words unless a new life began."""
+        """Look whether the section has an owner, and who. Reads few words unless a new life began."""
         layout, section = self.layout, peer.section
         claim = layout.claim(section)
         if not claim and not peer.claim:
@@ -96,13 +96,13 @@ class Peers:
         self._tell(peer)
 
     def note(self, peer: Peer) -> None:
-        """There is something to be told about that one, from now on."""
+        """Have sample() look at that peer from now on."""
         if peer not in self.some:
             self.some.append(peer)
 
     def met(self, peer: Peer) -> None:
-        """A connection to it is open. Even if its identity makes no sense, there is something to end when it
-        falls silent."""
+        """Note that a connection to the peer is open. Even if its identity makes no sense, there is something
+        to end when it falls silent."""
         if not peer.here:
             peer.here = True
             self.note(peer)
@@ -146,7 +146,7 @@ class Peers:
                         self._tell(peer)
             elif self._thought_dead(peer) and beat != peer.beat:
                 self._came_back(peer, beat, now_ns)
-            if peer.here and not peer.live:  # whoever noticed first
+            if peer.here and not peer.live:  # noticed here, or by somebody else before
                 peer.here = False
                 gone.append(peer)
         return gone
@@ -155,12 +155,13 @@ class Peers:
         return not peer.live and peer.who is not None and bool(peer.claim) and peer.section != self.own
 
     def _came_back(self, peer: Peer, beat: int, now_ns: int) -> None:
-        """It beats again: a stopped process or VM was continued."""
+        """Take a peer for live again: it beats, as a stopped process or VM was continued."""
         peer.beat, peer.beat_ns, peer.samples, peer.seen = beat, now_ns, 0, True
         self.refresh(peer, now_ns)
 
     def came_back(self, now_ns: int) -> bool:
-        """Before somebody is refused: does one beat again that was thought dead at the last sample?"""
+        """Look whether a peer beats again that was thought dead at the last sample; asked before a look-up
+        fails."""
         found = False
         for peer in filter(self._thought_dead, self.some):
             beat = self.layout.beat(peer.section)
@@ -170,13 +171,13 @@ class Peers:
         return found
 
     def stale(self, peer: Peer, now_ns: int) -> bool:
-        """Live, as far as is known, and its beat stands still for longer than it should."""
+        """Is it live, as far as is known, though its beat stands still for longer than it should?"""
         return peer.live and peer.samples >= FORSAKEN_SAMPLES and now_ns - peer.beat_ns >= STALE_NS
 
     def to_bury(self, now_ns: int) -> tuple[list[Peer], bool]:
-        """Those whose lock fell and whose beat stands still besides: dead, for every observer. And is there
-        one of which that is to be seen yet? (A lock that falls proves nothing where two VMs share a boot
-        id.)"""
+        """Find the peers whose lock fell and whose beat stands still besides: dead, for every observer.
+        Returns them, and whether there are others whose beat has to be watched longer. (A fallen lock alone
+        proves nothing where two VMs share a boot id.)"""
         fallen = [
             p
             for p in filter(self._thought_dead, self.some)
@@ -186,23 +187,24 @@ class Peers:
         return dead, len(dead) < len(fallen)
 
     def _moved(self, peer: Peer, beat: int, now_ns: int) -> None:
-        """Samples may be further apart than beats. If there were fewer beats than there was time for, it fell
-        silent between two samples: counted from when it did, and sampled more often."""
+        """Note that the beat moved. Samples may be further apart than beats: if it made fewer than there was
+        time for, the peer fell silent between two samples. Then its silence counts from that moment, and it
+        is sampled more often."""
         beats, time = (beat - peer.beat) & 0xFFFFFFFFFFFFFFFF, now_ns - peer.beat_ns
         peer.lagging = peer.beat >= 0 and not peer.lagging and (beats + 3) * BEAT_NS < time
         peer.beat_ns = peer.beat_ns + beats * BEAT_NS if peer.lagging else now_ns
         peer.beat, peer.samples, peer.forsaken, peer.seen = beat, 0, False, True
 
     def heard(self, peer: Peer, now_ns: int) -> None:
-        """It has sent something, though it is not known to be there: it was thought dead, as it was stopped,
-        and continued, and its loop was quicker than its beat. Not if its lock tells that it was killed."""
+        """Take a peer for live that has sent something: it was stopped and thought dead, and after it was
+        continued its loop was quicker than its beat. Not if its lock tells that it was killed."""
         if peer.samples and not self.killed(peer):
             peer.samples, peer.beat_ns = 0, now_ns
             self.refresh(peer, now_ns)
         self.refresh_all(now_ns)
 
     def declare_dead(self, peer: Peer, now_ns: int) -> None:
-        """The kernel said so: its lock fell."""
+        """Take the peer for dead at once, as its lock fell."""
         beat = self.layout.beat(peer.section)
         peer.seen |= beat != peer.beat
         peer.beat, peer.beat_ns = beat, now_ns
@@ -210,7 +212,8 @@ class Peers:
         self._tell(peer)
 
     def forsake(self, peer: Peer, now_ns: int) -> None:
-        """The server says that the peer's id is gone. One whose beat goes on was merely dropped by it."""
+        """Note that the ivshmem server says the peer's id is gone. A peer whose beat goes on was merely
+        dropped by the server."""
         peer.forsaken, peer.samples, peer.beat_ns = True, 0, now_ns
         peer.beat = self.layout.beat(peer.section)
 
@@ -220,8 +223,8 @@ class Peers:
         return any(p.live and (p.samples or p.lagging or p.forsaken) for p in self.some)
 
     def same_kernel(self, peer: Peer) -> bool:
-        """Proven, by the lock of its section that somebody holds: a boot id can be copied by who has read
-        it. Where the file knows no locks that is nobody but the own node."""
+        """Is it proven to run under this kernel, by the lock of its section that somebody holds? (Its boot id
+        can be copied by anybody who has read it.) Where the file knows no locks, only for the own node."""
         return self._may_be_here(peer) and not self.killed(peer)
 
     def _may_be_here(self, peer: Peer) -> bool:
@@ -230,8 +233,8 @@ class Peers:
         )
 
     def named(self, name: str | None, *, local: bool = False) -> list[Peer]:
-        """Live peers by name (None: any of the own machine), own section included. Here a killed one is found
-        out at once: a program that is restarted after a crash shall not meet its own ghost."""
+        """List the live peers of that name (None: any of the own machine), own section included. Killed ones
+        are found out here at once: a program that is restarted after a crash shall not meet its own ghost."""
         here = name is None or local
         return [
             p
@@ -243,13 +246,13 @@ class Peers:
         ]
 
     def killed(self, peer: Peer) -> bool:
-        """Proven dead by its lock, whatever its beat says."""
+        """Is it proven dead by its lock, whatever its beat says?"""
         return peer.locked and self.locks is not None and not self.locks.section_locked(peer.section)
 
     def there(self) -> list[Peer]:
-        """Live peers, own section included. Here too, a killed one is found out at once."""
+        """List the live peers, own section included; killed ones are found out at once."""
         return [p for p in self.some if p.live and not self.killed(p)]
 
     def names(self) -> Iterable[str]:
-        """Of all that can be talked to."""
+        """List the names of all live peers."""
         return {p.name for p in self.there()}

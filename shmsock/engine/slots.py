@@ -46,7 +46,8 @@ class Share:
 
 
 class Slots(Generic[H]):
-    """The books are private. A peer that connects gets at most half of either.
+    """Which slots and which ring memory of this section are in use, noted in private memory. What one other
+    peer opens holds at most half of the slots and half of the arena.
 
     `ensure`: puts storage behind so many bytes at an offset of the region, or raises OSError.
     """
@@ -68,9 +69,9 @@ class Slots(Generic[H]):
     def alloc(
         self, peer: int, *, accepted: bool, datagrams: bool = False
     ) -> tuple[int, tuple[int, int], bool, bool] | int:
-        """(slot, ring, accepted, may grow) for a connection with the peer of that section, or the reason why
-        not. One for datagrams carries them from its opener: the ring of the other side is of no use, so it is
-        the smallest."""
+        """Take a slot and a ring for a connection with the peer of that section. Returns (slot, ring,
+        accepted, may grow), or NO_SLOT or NO_MEMORY. Raises OSError (ENOSPC). One for datagrams carries them
+        from its opener: the ring of the other side is of no use, so it is the smallest."""
         if not self.free:
             return NO_SLOT
         settings, share = self.home.settings, self.shares[peer]
@@ -88,8 +89,8 @@ class Slots(Generic[H]):
         return self.free.pop(), ring, accepted, not datagrams and ring[1] < settings.ring_bytes
 
     def _fit(self, most: int, peer: int, accepted: bool, slots: int) -> int:
-        """What a connection that needs so many slots gets of ring memory, at most; 0: nothing is left for
-        that peer."""
+        """Choose a ring size, at most `most`, for a connection that takes `slots` more slots; 0: nothing is
+        left for that peer."""
         layout, share, left = self.home.layout, self.shares[peer], 0
         foreign = accepted and peer != self.home.section
         if foreign and (left := layout.arena_bytes // 2 - share.ring_bytes) < MIN_RING:
@@ -102,7 +103,7 @@ class Slots(Generic[H]):
         return Arena.fit(size, left, layout.slots // 2 - share.slots - slots, parts=4) if foreign else size
 
     def _ring(self, size: int) -> tuple[int, int] | None:
-        """With storage behind it."""
+        """Take a ring of up to `size` bytes, with storage behind it; None when there is no memory."""
         ring = self.arena.alloc(size)
         if ring is not None:
             try:
@@ -115,8 +116,8 @@ class Slots(Generic[H]):
         return ring
 
     def grow(self, conn: H, need: int) -> None:
-        """Before a write of so many bytes, for which the ring has no room: one of sixteen times the size, or
-        of what they take, if ring_bytes and the memory that is left allow it."""
+        """Give the connection a larger ring, before a write of `need` bytes that the present one has no room
+        for: sixteen times the size, or as much as they take, if ring_bytes and the free memory allow it."""
         lib, held = self.home.lib, conn.ring[1]
         self._collect(conn)
         most = self.home.settings.ring_bytes
@@ -129,7 +130,7 @@ class Slots(Generic[H]):
         if ring is None or lib.sh_ep_grow(conn.ep, *ring) <= 0:
             if ring is not None:
                 self.arena.give(*ring)
-            lib.sh_ep_may_grow(conn.ep, 0)  # not at each write
+            lib.sh_ep_may_grow(conn.ep, 0)  # else each write would ask again
             self._short[conn] = self.arena.free_bytes
             return
         conn.outgrown, conn.ring = (*conn.outgrown, conn.ring), ring
@@ -151,8 +152,8 @@ class Slots(Generic[H]):
         conn.outgrown = ()
 
     def sweep(self) -> None:
-        """Once a second: collect former rings that no peer reads any more, and let connections that found no
-        larger ring try again, when there is more memory than then."""
+        """Collect former rings that no peer reads any more, and let connections that found no larger ring try
+        again when there is more memory than then. Called once a second."""
         for conn in list(self._outgrown):
             self._collect(conn)
         for conn, free in list(self._short.items()):
@@ -161,7 +162,7 @@ class Slots(Generic[H]):
                 self.home.lib.sh_ep_may_grow(conn.ep, 1)
 
     def give_back(self, conn: H) -> None:
-        """It is released. Called once for each."""
+        """Take back slot and rings of a connection that was released; called once for each."""
         self.connections.pop(conn.slot, None)
         self.orphans.discard(conn)
         self._short.pop(conn, None)
@@ -183,12 +184,13 @@ class Slots(Generic[H]):
             self._backed.update(pages)
 
     def no_room(self, reason: int) -> OSError:
-        """The error for a reason that alloc() gave."""
+        """Build the error for a reason that alloc() gave."""
         what = "connection slots" if reason == NO_SLOT else "ring memory"
         return no_buffers(what, region_for(self.home.layout))
 
     def region_for_link(self, need: int) -> str:
-        """A size of region in which a link gets a ring of `need` bytes, with as much in use as here."""
+        """Find a size of region in which a link would get a ring of `need` bytes with as much in use as here;
+        "" when there is none."""
         layout, used = self.home.layout, self.arena.size - self.arena.free_bytes
         for factor in (1 << k for k in range(1, 20)):
             size = layout.region_bytes * factor

@@ -1,10 +1,10 @@
-"""Who wakes whom, pair by pair: by a doorbell where both have one, by a futex where both run under one
-kernel, else by nobody, and the heartbeat polls.
+"""How peers wake each other, pair by pair: by a doorbell where both have one, by a futex where both run under
+one kernel, else by nobody, and the heartbeat polls.
 
 A futex wakes the heartbeat, which wakes the loop.
 
-A doorbell that was rung and never came is found out by the core (wake.c, sh_lost): such a peer is polled
-as one that cannot ring, until a doorbell of its comes through.
+A kick by doorbell that never arrived is found out by the core (wake.c, sh_lost): such a peer is polled like
+one that cannot kick, until a doorbell of its comes through.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ BY_DOORBELL: int = lib.SH_WAKE_IN_DOORBELL
 
 
 class Wakes:
-    """The ways in and out of one node. `doorbell`: ours, if any; `futex`: words of this mapping can be waited
-    for."""
+    """How one node is woken and wakes others. `doorbell`: ours, if any; `futex`: words of this mapping can be
+    waited for."""
 
     def __init__(self, home: Home, peers: Peers, doorbell: Doorbell | None, futex: bool) -> None:
         self.home, self.peers, self.doorbell, self.futex = home, peers, doorbell, futex
 
     def announce(self) -> None:
-        """Say in our section how we are rung."""
+        """Publish in our section how we can be kicked."""
         bell, home = self.doorbell, self.home
         at = home.layout.section(home.section) + lay.DOORBELL
         home.memory.store(at, bell.id << 32 | bell.vectors if bell else 0)
 
     def _id(self, peer: Peer) -> int | None:
-        """What the peer says that its doorbell is. Our own id is another server's peer, from before a
-        restart."""
+        """Return the id of the peer's doorbell; None when it has none that we can reach. A peer with our own
+        id is on another server, from before a restart."""
         if self.doorbell is None or peer.doorbell is None or peer.doorbell[0] == self.doorbell.id:
             return None
         return peer.doorbell[0]
@@ -59,26 +59,26 @@ class Wakes:
         )
 
     def way(self, peer: Peer) -> str:
-        """How the peer wakes us: "doorbell", "futex" or "polling"."""
+        """Tell how the peer wakes us: "doorbell", "futex" or "polling"."""
         if self.home.lib.sh_must_poll(self.home.nd, peer.section):
             return "polling"
         return "doorbell" if self._id(peer) is not None else "futex"
 
     def way_out(self, peer: Peer) -> str:
-        """How we wake the peer: "doorbell", "futex" or "nothing"."""
+        """Tell how we wake the peer: "doorbell", "futex" or "nothing"."""
         if self._id(peer) is not None:
             return "doorbell"
         return "futex" if self._by_futex(peer) else "nothing"
 
     def of_all(self, way: Callable[[Peer], str]) -> dict[str, str]:
-        """way() or way_out() of all others that are there, by name."""
+        """Ask way() or way_out() of all other live peers. Returns the answers by name."""
         if not self.home.alive:
             return {}
         return {p.name: way(p) for p in self.peers.all if p.live and p.section != self.peers.own}
 
     def update(self, peer: Peer) -> None:
-        """Something that it depends on has changed: a life of the peer, its doorbell, ours, or the server's
-        news."""
+        """Settle anew how the peer and this node wake each other. Called when what it depends on has changed:
+        a life of the peer, its doorbell, ours, or what the server said."""
         lib, nd, number = self.home.lib, self.home.nd, self._id(peer)
         if peer.section == self.peers.own:
             return  # this node is awake when it would kick itself
@@ -93,28 +93,28 @@ class Wakes:
             lib.sh_set_wake_out(nd, peer.section, LOST, -1, 0, 0)
         else:
             lib.sh_set_wake_out(nd, peer.section, FUTEX if self._by_futex(peer) else NONE, -1, 0, 0)
-        rings = (BY_DOORBELL if number is not None else 0) | (BY_FUTEX if self._by_futex(peer) else 0)
-        lib.sh_set_wake_in(nd, peer.section, rings, int(there))
+        wake_in = (BY_DOORBELL if number is not None else 0) | (BY_FUTEX if self._by_futex(peer) else 0)
+        lib.sh_set_wake_in(nd, peer.section, wake_in, int(there))
 
     def update_all(self) -> None:
         for peer in self.peers.all:
             self.update(peer)
 
     def withdraw(self) -> None:
-        """Our doorbell is gone, or is not listened to for now: tell the others, which are polled from now
-        on. Some go on ringing for a moment: nothing hears it."""
+        """Tell the others that our doorbell is gone, or is not listened to for now; they are polled from now
+        on. Some go on kicking by it for a moment: nothing hears that."""
         self.doorbell = None
         self.announce()
         self.update_all()
 
     def restore(self, doorbell: Doorbell) -> None:
-        """It is listened to again."""
+        """Tell the others that our doorbell is listened to again."""
         self.doorbell = doorbell
         self.announce()
         self.update_all()
 
     def left(self, ids: list[int]) -> list[Peer]:
-        """The server says that these ids are gone. Returns whose they were."""
+        """Take in that the server says these ids are gone. Returns the peers whose they were."""
         gone = [p for p in self.peers.all if p.live and self._id(p) in ids]
         self.update_all()
         return gone
