@@ -20,7 +20,8 @@ IDLE_MAX = 4096  # bytes in the buffer of a reader that nobody waits for
 
 
 class DirectMode:
-    """Of one connection, whose calls in C ask `fast_path`. `used`: its reader has, or had, direct mode."""
+    """The direct mode of one connection, on whose `fast_path` it sets can_read. `used`: its reader has, or
+    had, direct mode."""
 
     def __init__(self, fast_path: Any) -> None:
         self._fast_path = fast_path
@@ -64,7 +65,7 @@ class DirectMode:
         return self.reader
 
     def forget(self) -> None:
-        """The protocol is another now."""
+        """Forget the reader: the connection has another protocol now."""
         self._reader = None
 
     @property
@@ -73,17 +74,17 @@ class DirectMode:
 
     @property
     def reader(self) -> Any:
-        """None when there was none, or its owner has dropped it."""
+        """The reader; None when there was none, or its owner has dropped it."""
         return None if self._reader is None else self._reader()
 
     @staticmethod
     def room(reader: Any) -> int:
-        """How many bytes asyncio's reader would take before it pauses, or a little more."""
+        """Return how many bytes asyncio's reader would take before it pauses, or a little more."""
         return max(2 * int(reader._limit), 1 << 16)
 
     def wanted(self) -> int:
-        """How many bytes may be delivered in one pass. A reader that nobody waits for is given a few, so that
-        at_eof() and who looks into the buffer (connection pools do) are told the truth."""
+        """Return how many bytes may be delivered in one pass. A reader that nobody waits for is given a few,
+        so that at_eof() and the buffer, into which connection pools look, tell the truth."""
         reader = self.reader
         if reader is None:
             return DELIVER_MAX

@@ -1,5 +1,5 @@
-"""What runs an engine on an event loop: a pump, the heartbeat and doorbells that wake it, and the handing out
-of what the engine has to tell."""
+"""The driver: runs an engine on an event loop. It owns the pump, has the heartbeat and doorbells wake it, and
+makes the calls that the engine leaves as events."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ log = logging.getLogger("shmsock")
 
 
 class Loop(Protocol):
-    """All that a node asks of its loop: asyncio's and uvloop's have it, and TrioLoop. No timers: each beat
-    wakes the loop."""
+    """All that a node asks of its loop: asyncio's and uvloop's have it, and TrioLoop. It needs no timers: the
+    heartbeat wakes the loop at the first beat after the engine's time has come (sh_due)."""
 
     def call_soon(
         self, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
@@ -44,7 +44,7 @@ class Loop(Protocol):
 
 
 class Handler(Protocol):
-    """What an engine's connection belongs to."""
+    """The handler of an engine's connection: transports, streams, and connections that wait to be opened."""
 
     def ready(self, bits: int) -> None: ...
     def failed(self, error: OSError) -> None: ...
@@ -52,9 +52,9 @@ class Handler(Protocol):
 
 
 def slowness(call: Callable[[], int]) -> int:
-    """How many times slower than usual this machine runs such code as ours, 1 to 10: the windows of an
-    emulated guest must be longer, or no answer ever comes within them. Measured by calls that take about 0.1
-    us elsewhere, the best of several tries."""
+    """Measure how many times slower than usual this machine runs code like ours, 1 to 10: an emulated guest
+    needs longer windows, or no answer ever comes within them. It times calls that take about 0.1 us
+    elsewhere, and takes the best of several tries."""
     best = 1 << 62
     for _ in range(5):
         begin = time.perf_counter_ns()
@@ -72,11 +72,11 @@ class Opening:
         self.early = False
 
     def ready(self, bits: int) -> None:
-        """Bytes came with the answer: they are looked at when the waiter has made a transport of it."""
+        """Note that bytes came with the answer: they are read once the waiter has made a transport."""
         self.early = True
 
     def freed(self) -> None:
-        """Nothing is to be done: nobody was given the connection yet."""
+        """Do nothing: no transport has the connection yet."""
 
     def connected(self) -> None:
         if not self.waiter.done():
@@ -87,7 +87,7 @@ class Opening:
             self.waiter.set_exception(error)
 
     def silent(self, conn: Connection) -> None:
-        """Another of that name may answer."""
+        """Fail if it was asked for by name: another of that name may answer."""
         if self.by_name:
             self.failed(
                 ConnectionResetError(
@@ -110,8 +110,8 @@ class Driver:
         node: object,
         beat: Callable[[], object],
     ) -> None:
-        """`slow`: see slowness(). Messages name `node`; `beat` is called whenever the
-        heartbeat wakes the loop for more than that a peer said something."""
+        """`slow`: see slowness(). `node`: named in messages. `beat`: called when the heartbeat wakes the loop
+        for another reason than a peer's news."""
         self._engine, self._heartbeat, self._loop = engine, heartbeat, loop
         self._node, self._beat = node, beat
         self._ident, self._pid = threading.get_ident(), os.getpid()
@@ -140,7 +140,8 @@ class Driver:
         lib.sh_loop(nd, selector(self._loop))
 
     def check(self) -> None:
-        """Raises ForkedError, WrongThreadError or NodeClosedError, before anything in C is touched."""
+        """Raise ForkedError, WrongThreadError or NodeClosedError if the node may not be used here; asked
+        before anything in C is touched."""
         if threading.get_ident() != self._ident:
             raise wrong_thread(repr(self._node))
         if os.getpid() != self._pid:
@@ -148,13 +149,14 @@ class Driver:
         self._engine.check()
 
     def pump_follows(self) -> None:
-        """Schedule a pass: what the engine has just done may be for this very node, which sleeps, and nobody
-        kicks it for that."""
+        """Schedule a pass for the loop's next turn. What the engine has just done may be for this very node,
+        and no node kicks itself."""
         if not self._loop.is_closed():
             self.pump.begin_turn()
 
     def heard(self, news: int) -> None:
-        """Look into what woke the loop, beside peers that said something."""
+        """Find out why the heartbeat woke the loop, if not for a peer's news: a lock that fell, doorbells
+        that may be lost, a beat that was asked for."""
         if news & LOCK:
             self.pump.unlocked = self._heartbeat.unlocked()
         self.pump.listens = self.doorbells.bell is not None
@@ -163,7 +165,8 @@ class Driver:
         self._beat()
 
     def attend(self, words: list[int] | None, now: int) -> bool:
-        """Have the engine take in what the core found in a pass, and hand out its events. Were there any?"""
+        """Have the engine take in what the core found in a pass, and make the calls that it left as events.
+        Returns whether there were any."""
         events, pump = self._engine.events, self.pump
         unlocked, pump.unlocked = pump.unlocked, 0
         self._engine.attend(words, now, unlocked)
@@ -194,6 +197,6 @@ class Driver:
         log.warning("%r has listened for half a minute, and saw nobody else: %s", self._node, other_memory())
 
     def stop(self) -> None:
-        """Wait for nothing any more. The loop must be open."""
+        """Have the loop wait for neither heartbeat nor doorbells any more. The loop must be open."""
         self.doorbells.close()
         self._loop.remove_reader(self._heartbeat.fd)

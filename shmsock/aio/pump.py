@@ -26,7 +26,7 @@ __all__ = ["DatagramOut", "FastPath", "Pump", "extension", "ready_queue", "selec
 
 
 def _load() -> Any:
-    """The extension's module, which is in the same shared object as the core; None where it is refused."""
+    """Load the extension, which is in the same shared object as the core; None where it is refused."""
     from shmsock.native import _core
 
     name = "shmsock.native._extension"
@@ -43,9 +43,9 @@ extension = _load()
 
 
 def ready_queue(loop: Any) -> Any:
-    """What the loop runs next, as a container that can be asked for its length; None where it is not to be
-    had. asyncio's loops have it as _ready; uvloop keeps it to itself, but it is the one deque that has just
-    grown by a handle."""
+    """Find the loop's queue of ready callbacks, so that its length can be asked for; None where it cannot be
+    found. asyncio's loops have it as _ready; uvloop hides it, but it is the one deque that has just grown by
+    a handle."""
     if hasattr(loop, "_ready") or not isinstance(loop, asyncio.AbstractEventLoop):
         return getattr(loop, "_ready", None)
     handle = loop.call_soon(int)
@@ -55,8 +55,8 @@ def ready_queue(loop: Any) -> Any:
 
 
 def selector(loop: Any) -> int:
-    """The descriptor by which the loop waits for all others: readable when one of them is ready. -1 where it
-    is not to be had."""
+    """Find the descriptor by which the loop waits for all others: readable when one of them is ready. -1
+    where it cannot be found."""
     if hasattr(loop, "_get_backend_id"):  # uvloop
         return int(loop._get_backend_id())
     fileno = getattr(getattr(loop, "_selector", None), "fileno", None)
@@ -64,9 +64,9 @@ def selector(loop: Any) -> int:
 
 
 class PlainPump:
-    """Stands in for the extension's Pump, without its short cuts: one pass in a turn of the loop."""
+    """Stands in for the extension's Pump, without its short cuts: one pass in each turn of the loop."""
 
-    polled = 0  # passes that may be left out: this one leaves out none
+    polled = 0  # passes that may be left out soon after the last: none here
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class PlainPump:
         self.unlocked = 0
 
     def begin_turn(self) -> None:
-        """Give this turn of the loop a budget of its own, and have a pass follow it."""
+        """Give this turn of the loop a budget of its own, and schedule a pass for the next one."""
         if threading.get_ident() != self.ident:
             self._owner.check()  # raises
         self._engine.lib.sh_turn(self._engine.nd)
@@ -92,12 +92,12 @@ class PlainPump:
         self.scheduled = True
 
     def stir(self) -> None:
-        """Have a pass follow what the engine has done."""
+        """Have a pass scheduled, after what the engine has done, unless one is."""
         if not (self.scheduled or self.closed):
             self._owner.pump_follows()
 
     def may_spin(self) -> bool:
-        """No: nobody knows what else is to be run."""
+        """Say no: it is not known what else is to be run."""
         return False
 
     def will_run(self) -> None:
@@ -107,7 +107,7 @@ class PlainPump:
         """Note that the task runs."""
 
     def woken(self) -> None:
-        """Make a pass, as a doorbell rang."""
+        """Make a pass, as the loop was kicked."""
         if not self.scheduled:
             self._pump()
 
@@ -119,7 +119,7 @@ class PlainPump:
             self.woken()
 
     def _pump(self) -> None:
-        self.scheduled = not self.closed  # for all that is called from here a pass follows
+        self.scheduled = not self.closed  # calls made from here need not schedule another pass
         if self.closed:
             return
         again = True
@@ -135,7 +135,8 @@ class PlainPump:
                 self.begin_turn()
 
     def _fall_asleep(self) -> bool:
-        """False: somebody was quicker. A node that is over sleeps for good."""
+        """Arm the heartbeat. Returns False if a peer had news first. (A node that is over sleeps for
+        good.)"""
         return not self._engine.alive or self._heartbeat.arm(self.hurry)
 
 
@@ -149,25 +150,25 @@ class NoFastPath:
         self._transport = weakref.ref(transport)
 
     def write(self, data: Any) -> None:
-        """ShmTransport.write()."""
+        """Write as ShmTransport.write() does."""
         if (transport := self._transport()) is not None:
             transport._write_rest(data, 0)
 
     def take(self, most: int) -> None:
-        """Nothing, for a receive()."""
+        """Take nothing."""
 
     def put(self, data: Any) -> int:
-        """Nothing, of a send()."""
+        """Put nothing into the ring."""
         return 0
 
     def attach(self, reader: Any) -> None:
-        """Nothing: that reader is fed."""
+        """Do nothing: the transport feeds that reader."""
 
     def receive(self, protocol: Any, context: contextvars.Context) -> None:
-        """Nothing: the transport delivers."""
+        """Do nothing: the transport delivers."""
 
     def detach(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class NoDatagramOut:
@@ -178,7 +179,7 @@ class NoDatagramOut:
         self._transport = weakref.ref(transport)
 
     def sendto(self, data: Any, addr: Any = None) -> None:
-        """ShmDatagramTransport.sendto()."""
+        """Send as ShmDatagramTransport.sendto() does."""
         if (transport := self._transport()) is not None:
             transport._send_slowly(data, addr)
 

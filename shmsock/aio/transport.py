@@ -118,8 +118,8 @@ class ShmTransport(FlowControl, asyncio.Transport):
         return f"<ShmTransport {state} {self.conn.local} - {self.conn.remote}>"
 
     def start(self, waiter: asyncio.Future[None] | None = None) -> None:
-        """connection_made(), then `waiter` is told, then reading begins: each by call_soon. As with asyncio's
-        own, who waits runs before the first bytes are delivered."""
+        """Call connection_made(), then tell `waiter`, then begin to read: each by call_soon. As with
+        asyncio's own, the task that waits runs before the first bytes are delivered."""
         self._begin()
         call_soon, context = self._loop.call_soon, self.node.context
         call_soon(self._connection_made, context=self.context)
@@ -130,9 +130,9 @@ class ShmTransport(FlowControl, asyncio.Transport):
             call_soon(partial(call_soon, self._begin_reading, context=context), context=context)
 
     def start_streams(self, early: bool = False) -> None:
-        """The same at once, for a protocol of streams, whose connection_made() makes a task at most, with a
-        turn of its own; the caller calls it. `early`: the engine has told somebody else of this connection;
-        else there is nothing to look for yet."""
+        """Start at once, for a protocol of streams: the caller calls its connection_made(), which makes a
+        task at most, with a turn of its own. `early`: the engine has told somebody else of this connection;
+        else nothing can be there yet."""
         self._begin()
         if self.conn.state is State.FREE:
             self.freed()
@@ -174,7 +174,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
     # -- events of the engine
 
     def ready(self, bits: int) -> None:
-        """The engine saw something: bytes, space, FIN, DONE or an error of the connection."""
+        """Act on what the engine saw: bytes, space, FIN, DONE or an error of the connection."""
         if self._lost or not self._reading:
             return
         try:
@@ -203,12 +203,12 @@ class ShmTransport(FlowControl, asyncio.Transport):
             self._read_in_vain()
 
     def freed(self) -> None:
-        """Slot and ring are the engine's again, and soon another connection's: hands off."""
+        """Let go of slot and ring: they are the engine's again, and soon another connection's."""
         self.fast_path.can_write = False
         self.direct.end()
 
     def _ended(self) -> None:
-        """The engine released the connection: a reset, or the peer closed it and all of it was read."""
+        """End, as the engine released the connection: a reset, or the peer closed and all of it was read."""
         if self._unread and self._receiving():
             self._deliver()  # and finds the end behind it
             return
@@ -223,7 +223,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
     # -- reading
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
-        """Ends direct mode for good: bytes that the reader took already stay in its buffer, the rest goes to
+        """End direct mode for good: bytes that the reader took already stay in its buffer, the rest goes to
         `protocol`."""
         before: Any = self._protocol
         if getattr(before, "_fast_path", None) is self.fast_path:
@@ -265,8 +265,8 @@ class ShmTransport(FlowControl, asyncio.Transport):
         return not self._reading_paused and not self._closing
 
     def fileno(self) -> int:
-        """A descriptor that is readable while there is something to read, or the end; -1 after the end.
-        Raises WrongThreadError."""
+        """Return a descriptor that is readable while there is something to read, or the end; -1 after the
+        end. Raises WrongThreadError."""
         if self._lost or self.node.closed:
             return -1
         self._check_thread()
@@ -325,20 +325,20 @@ class ShmTransport(FlowControl, asyncio.Transport):
             self._loop.call_soon(self._resumed, context=self.node.context)
 
     def _delivered(self, status: int) -> None:
-        """There was nothing to deliver: is that the end?"""
+        """Act on a status that says there was nothing to deliver: is that the end?"""
         if status == EOF:
             self.got_eof()
         elif status not in (0, EMPTY, YIELD) and self.conn.error is not None:
             self._read_in_vain()
 
     def _let_through(self) -> None:
-        """From now on the pump may give bytes to the protocol itself, until any of this changes."""
+        """Let the pump give bytes to the protocol itself, as long as nothing unusual is asked for."""
         usual = self._poll is None and not self._unread and not self.direct.used and self._receiving()
         if usual and not isinstance(self._protocol, asyncio.BufferedProtocol):
             self.fast_path.receive(self._protocol, self.context)
 
     def _deliver_bytes(self, protocol: Any, most: int) -> int:
-        """How many bytes were given to data_received(), or a status."""
+        """Give bytes to data_received(). Returns how many, or a status."""
         data = self._take(most)
         if isinstance(data, int):
             return data
@@ -346,7 +346,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
         return len(data)
 
     def _deliver_buffered(self, protocol: Any) -> int:
-        """How many bytes were put into the protocol's own buffer, or a status."""
+        """Put bytes into the protocol's own buffer. Returns how many, or a status."""
         there = len(self._unread) or self.conn.available()
         if there <= 0:
             return there
@@ -390,16 +390,16 @@ class ShmTransport(FlowControl, asyncio.Transport):
         self._fatal_error(error, f"Fatal error: protocol.{what}() call failed.")
 
     def _read_in_vain(self) -> None:
-        """The connection broke, and all that had come was read. Of a peer that died that is the end, as when
-        the kernel of a killed process closes its sockets: at an error, TLS and stock readers would forget
-        what they still hold."""
+        """End, as the connection broke and all that had come was read. A peer that died counts as EOF, as
+        when the kernel of a killed process closes its sockets: at an error, TLS and stock readers would
+        forget what they still hold."""
         if self.conn.orphaned_ns and not self.direct.used:
             self.got_eof()
         else:
             self.force_close(self.conn.error)
 
     def got_eof(self) -> None:
-        """FIN was read. The protocol says whether the write side stays open."""
+        """Tell the protocol that FIN was read; it says whether the write side stays open."""
         protocol: Any = self._protocol
         if self._read_eof or protocol is None:
             return
@@ -426,7 +426,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
             raise forked(repr(self))
 
     def write(self, data: Any) -> None:
-        """Never blocks. What the ring has no room for is kept; get_write_buffer_size() says how much that is.
+        """Write, and never block. What the ring has no room for is kept: see get_write_buffer_size().
 
         Raises TypeError, RuntimeError after write_eof() or from another thread.
         """
@@ -472,8 +472,8 @@ class ShmTransport(FlowControl, asyncio.Transport):
             logger.warning("shmsock: write() to a lost connection: %r", self)
 
     def _write_failed(self, status: int = CLOSED, *, fresh: bool = False) -> None:
-        """The peer reads no more. What it wrote before is still worth reading: the connection ends with
-        that."""
+        """Drop what waits to be written, as the peer reads no more. What it wrote before can still be read:
+        the connection ends after that."""
         error = self.conn.error
         self._pending.clear()
         if status == STALE:
@@ -527,7 +527,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
         )
 
     def write_eof(self) -> None:
-        """FIN behind what was written; reading goes on."""
+        """Put FIN behind what was written; reading goes on."""
         self._check_thread()
         if self._closing or self._eof_wanted:
             return
@@ -543,7 +543,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
 
     @property
     def flushing(self) -> bool:
-        """Closed, and not yet rid of what was written."""
+        """Whether it is closed, and not yet rid of what was written."""
         return bool(self._pending) and (self._closing or self._eof_wanted or flushes(self._protocol))
 
     # -- the end
@@ -649,7 +649,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
     # -- duplicates of its pseudo-socket
 
     def duplicate(self) -> Duplicate:
-        """What dup() gives. Raises OSError (EBADF) after the end."""
+        """Make what dup() returns. Raises OSError (EBADF) after the end."""
         self._check_thread()
         if (self._lost and not self._duplicates) or self.superseded:
             raise OSError(errno.EBADF, f"{self!r} has ended: there is nothing to duplicate")
@@ -657,7 +657,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
         return Duplicate(self, partial(_fileno_of, weakref.ref(self)))
 
     def let_go(self) -> None:
-        """A duplicate was closed: what this transport left open ends with the last of them."""
+        """Note that a duplicate was closed: what this transport left open ends with the last of them."""
         if self.superseded or self.node.closed:
             return
         self._check_thread()

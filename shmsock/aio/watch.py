@@ -28,7 +28,7 @@ log = logging.getLogger("shmsock")
 
 
 class Watched(Protocol):
-    """What is asked of a node."""
+    """What a Watch asks of its node."""
 
     region: Region
     engine: Engine
@@ -49,8 +49,8 @@ async def _end(guard: Any) -> None:
 
 
 class Watch:
-    """Looks once a second, with the safety look of the engine, and when something fails. Tells once, in the
-    log of "shmsock", and once more when something listens that newcomers will not reach.
+    """Looks once a second, after the engine's safety poll, and when something fails. Warns once, in the log
+    of "shmsock", and once more when something listens that newcomers will not reach.
 
     An implicit node is superseded by one on the file that took the place of its own, and ends (`retired`)
     when nothing of it is in use any more.
@@ -69,22 +69,22 @@ class Watch:
         engine.home.hint, engine.once_a_second = self.hint, self._second
 
     def look(self) -> str:
-        """What became of the region: see Region.displaced()."""
+        """Look at the region again, and say what became of it: see Region.displaced()."""
         if not self.node.closed:
             self.lost = self.node.region.displaced()
             self._told = self._told if self.lost else None
         return self.lost
 
     def is_over(self, listening: bool = False) -> bool:
-        """Is there something else to attach to? For who is going to listen a default region can be made anew:
-        in the old one nobody new would come."""
+        """Is there another region to attach to? To listen, a default region that was removed can be made
+        anew: nobody new comes to the old one."""
         if listening:
             self.look()
         own = listening and self.node.region.path == default_region()
         return self.lost == "replaced" or (own and bool(self.lost))
 
     def before(self) -> Any:
-        """Whose place this node has taken, as long as that is in use."""
+        """Return the node whose place this one has taken, as long as that is in use; else None."""
         node = None if self.former is None else self.former()
         return None if node is None or node.closed or not node.watch.in_use() else node
 
@@ -97,7 +97,8 @@ class Watch:
     # -- once a second
 
     def _second(self) -> None:
-        """From the middle of a pass of the pump: what is to be done waits for its end."""
+        """Look, once a second. Called in the middle of a pass of the pump, so what has to be done is left to
+        the loop."""
         if (self.look() and self._untold()) or self.retired:
             self.node.loop.call_soon(self._act, context=self.node.context)
 
@@ -111,7 +112,8 @@ class Watch:
             self._ending = self.node.loop.create_task(_end(self.node.guard))
 
     def _ports(self) -> frozenset[int]:
-        """Where connections are waited for. (Ports for datagrams come and go with those who only send.)"""
+        """Return the ports of streams that are listened on. (Ports of datagrams come and go with programs
+        that only send.)"""
         return frozenset(x.port for x in self.node.engine.listeners if not x.flags & DATAGRAM)
 
     def _untold(self) -> bool:
@@ -120,7 +122,7 @@ class Watch:
     # -- in words
 
     def __str__(self) -> str:
-        """ "" or "the file /dev/shm/x was replaced by another one"."""
+        """Say what happened to the region: "the file /dev/shm/x was replaced by another one", or ""."""
         region = self.node.region
         device = region.kind in ("pci", "vfio")
         lost = "removed" if device and self.lost == "moved" else self.lost
@@ -128,7 +130,7 @@ class Watch:
         return f"the {f'device {region.url}' if device else f'file {region.path}'} was {how}" if lost else ""
 
     def _do(self) -> str:
-        """What is to be done about it."""
+        """Say what to do about it."""
         node = self.node
         made = self.lost == "replaced" or node.region.path == default_region()
         how = command("create", node.region.path, "--size 64M")
@@ -139,7 +141,7 @@ class Watch:
         )
 
     def _warning(self) -> str:
-        """What happened, who is affected, what to do."""
+        """Say what happened, who is affected, and what to do."""
         node = self.node
         texts = [
             f"{node!r}: {self} while in use. Who was attached goes on with the old one; who comes later "
@@ -163,7 +165,7 @@ class Watch:
         return " ".join(texts)
 
     def hint(self) -> str:
-        """For the message that somebody is not found: the reason may be that others are on another region."""
+        """Add to the message that somebody is not found: maybe the others are on another region."""
         if self.look():
             return f"{self} while this node uses the old one: {self._do()}"
         now = time.monotonic_ns()
@@ -182,7 +184,7 @@ class Watch:
 
 
 def _of_other_users(own: str) -> list[str]:
-    """Default regions, and whose they are."""
+    """List the default regions of other users, and whose they are."""
     directory, name = os.path.split(own)
     try:
         found = re.findall(r"^shmsock-(\d+)$", "\n".join(os.listdir(directory)), re.MULTILINE)

@@ -56,7 +56,7 @@ class Seen:
     state: int
     used: bool
     life: int
-    """Incarnation of who owns it, or owned it last."""
+    """The incarnation of its owner, or of the last one."""
     who: Identity | None
     dead: bool
     """Proven: its lock is under this kernel and nobody holds it."""
@@ -88,7 +88,7 @@ def survey(layout: Layout, locks: Locks, boot_id: bytes) -> list[Seen]:
 
 
 def _alive(layout: Layout, before: list[Seen]) -> set[int]:
-    """Sections whose beat moved since `before` was taken."""
+    """Return the sections whose beat moved since `before` was taken."""
     return {s.section for s in before if s.claim and layout.beat(s.section) != s.beat}
 
 
@@ -101,19 +101,19 @@ def _is_read(layout: Layout, section: int, readers: set[int]) -> bool:
 
 
 def _readers(now: list[Seen], alive: set[int]) -> set[int]:
-    """Who may read: all but the proven dead. One whose beat is still may be a stopped process or VM, which
-    reads on when it is continued."""
+    """Return the sections whose owners may read: all but the proven dead. One whose beat is still may be a
+    stopped process or VM, which reads on when it is continued."""
     return {s.section for s in now if s.claim and not s.dead} | alive
 
 
 def _free(now: list[Seen]) -> list[Seen]:
-    """Never used ones, then those left cleanly, the oldest first."""
+    """List the free sections: never used ones, then those left cleanly, the oldest first."""
     return sorted((s for s in now if not s.claim), key=lambda s: (s.used, s.left if s.used else 0))
 
 
 class _Patience:
-    """How long each section has been as it is, left by its owner, while somebody says that it reads there.
-    What a peer says delays others, and does not stop them for good."""
+    """Notes how long each section has been as it is, left by its owner, while somebody says that it reads
+    there. What a peer says delays others, and does not stop them for good."""
 
     def __init__(self) -> None:
         self._since: dict[int, tuple[tuple[int, int, int], float]] = {}
@@ -227,7 +227,7 @@ def name_taken(
 
 
 def release_claim(layout: Layout, locks: Locks, claim: Claim) -> None:
-    """Undo a claim that no engine was made of."""
+    """Undo a claim that no engine was made for."""
     layout.swap_claim(claim.section, claim.word, 0)
     locks.unlock_section(claim.section)
 
@@ -252,7 +252,7 @@ def _take(
     rng: random.Random,
     alive: set[int] | None,
 ) -> Generator[float, None, Claim | None]:
-    """Claim it, unless somebody was quicker, or it is read; None for `alive`: read or not."""
+    """Claim that section, unless somebody was quicker or it is still read (not asked if `alive` is None)."""
     if not locks.lock_section(seen.section):
         return None
     word = rng.getrandbits(64) | 1
@@ -261,11 +261,11 @@ def _take(
         if layout.swap_claim(seen.section, seen.claim, word):
             yield SETTLE_S  # on some mappings a compare-and-swap is not one: see that ours stands
             taken = layout.claim(seen.section) == word
-            if taken and alive is not None:  # only from here on can no other owner have been there
+            if taken and alive is not None:  # from here on no other owner can come, so the answer stays true
                 readers = _readers(survey(layout, locks, boot_id), alive)
                 taken = not _is_read(layout, seen.section, readers)
     finally:
-        if not taken:  # also when whoever drives this generator gave up
+        if not taken:  # also when the caller gave up, and closed this generator
             layout.swap_claim(seen.section, word, seen.claim)
             locks.unlock_section(seen.section)
     return Claim(seen.section, word) if taken else None

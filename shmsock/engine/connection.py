@@ -25,9 +25,9 @@ store, generation + 1, after which slot and ring are free for reuse, and which t
 (*) A changed generation is EOF to the accepting side while that has read nothing: the opener gave up before
 it saw the ACCEPT.
 
-A release leads to FREE. From OPENING it tells nobody. From OPEN it notifies the peer, and from CLOSING too,
-though the peer already has our DONE. An orphan (its peer is gone) is released by close, cut and abort. The
-credit of a cancelled CONNECT comes back with its answer.
+A release leads to FREE. From OPEN it notifies the peer; from CLOSING it does not, as the peer already has our
+DONE. An orphan (its peer is gone) is released by close, cut and abort. The credit of a cancelled CONNECT
+comes back with its answer.
 """
 
 from __future__ import annotations

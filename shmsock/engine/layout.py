@@ -132,15 +132,16 @@ class Layout:
         return state if state in (0, LIVE, LEAVING) else GONE
 
     def beat(self, index: int) -> int:
-        """Compared for equality only."""
+        """Return the owner's beat, to be compared for equality only."""
         return self.memory.load(self.section(index) + BEAT)
 
     def departure(self, index: int) -> int:
-        """The smaller, the longer ago the section was left."""
+        """Return when the section was left: the smaller, the longer ago."""
         return self.memory.load(self.section(index) + LEFT)
 
     def doorbell(self, index: int) -> tuple[int, int] | None:
-        """Id on the region's ivshmem server, and vectors; None when the owner has no doorbell."""
+        """Return the owner's id on the region's ivshmem server, and its vectors; None when it has no
+        doorbell."""
         word = self.memory.load(self.section(index) + DOORBELL)
         number, vectors = word >> 32, word & 0xFFFFFFFF
         return (number, vectors) if number <= MAX_ID and 0 < vectors <= MAX_VECTORS else None
@@ -172,7 +173,7 @@ class Layout:
         return bool(users & 0xFFFFFFFF) and users >> 32 == tag
 
     def swap_claim(self, index: int, old: int, new: int) -> bool:
-        """Compare and swap; 0 for nobody's."""
+        """Compare and swap a section's claim word (0: nobody's). Returns whether it was `old`."""
         return self.memory.cas(self.section(index) + CLAIM, old, new)
 
     def tag(self, of: int, towards: int) -> int:
@@ -180,17 +181,17 @@ class Layout:
         return self.memory.load(self.pair(of, towards) + NOTIFY_SEQ) >> 32
 
     def survey(self) -> tuple[Callable[[], int], Callable[[int], int]]:
-        """Two functions. One surveys all sections, as cheaply as can be: it returns a mask of those where who
-        is there, and in what state, is not as at the survey before. The other tells a section's beat at the
-        last survey."""
+        """Return two functions. The first surveys all sections as cheaply as can be, and returns a mask of
+        those whose owner, or its state, has changed since the survey before. The second tells a section's
+        beat at the last survey."""
         ffi, lib = self.memory.core
         step, beat = int(lib.SH_SURVEY), int(lib.SH_SURVEY_BEAT)
         words = ffi.new("uint64_t[]", self.peers * step)
         return partial(self.memory.survey, self.geometry, words), lambda section: words[section * step + beat]
 
     def identity(self, index: int) -> Identity | None:
-        """Who owns the section; None when nobody does, or when what it says is no identity (half written,
-        hostile)."""
+        """Return who owns the section; None when nobody does, or when what it says is no identity (half
+        written, hostile)."""
         memory, at = self.memory, self.section(index)
         life = memory.load(at + INCARNATION)
         raw = memory.read(at + NAME, 64)
@@ -247,7 +248,7 @@ def default_slots(memory: Memory, size: int, peers: int) -> int:
 
 
 def too_small(memory: Memory, peers: int = 1) -> str:
-    """Why there cannot be a region of so many peers in so few bytes; empty: there can."""
+    """Say why a region of so many peers does not fit into so few bytes; "" when it does."""
     if memory.size >= HEADER and default_slots(memory, memory.size, peers):
         return ""
     need = next(s for s in (1 << k for k in range(12, 40)) if default_slots(memory, s, peers))
@@ -287,17 +288,17 @@ def format_region(memory: Memory, *, peers: int = 16, rng: random.Random | None 
     memory.store(H_BYTES, memory.size)
     memory.store(H_VERSION, VERSION)
     memory.fence()
-    memory.store(H_MAGIC, MAGIC)  # last: who sees it sees the rest
+    memory.store(H_MAGIC, MAGIC)  # last: whoever sees the magic sees the rest
     return layout
 
 
 def has_magic(memory: Memory) -> bool:
-    """Was it formatted, in whatever version?"""
+    """Was the region formatted, in whatever version?"""
     return memory.size >= HEADER and memory.load(H_MAGIC) == MAGIC
 
 
 def version_and_size(memory: Memory) -> tuple[int, int]:
-    """What the header says of itself: to be shown."""
+    """Return the version and the size that the header states, to be shown."""
     return memory.load(H_VERSION), memory.load(H_BYTES)
 
 
@@ -336,7 +337,7 @@ def read_layout(memory: Memory) -> Layout:
 
 
 def region_for(layout: Layout, factor: int = 2) -> str:
-    """A size of region that would have `factor` times the room, for messages."""
+    """Name a size of region that would have `factor` times the room, for messages."""
     from shmsock.region.sizes import format_size
 
     return format_size(layout.region_bytes * factor)

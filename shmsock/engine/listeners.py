@@ -1,5 +1,5 @@
-"""Ports: what this node listens on, and who listens on what elsewhere. Those of datagrams and those of
-streams share the table and the rules, and nothing else."""
+"""Ports: those that this node listens on, and look-ups of those that others do. Ports of datagrams and ports
+of streams share the table and the rules, and nothing else."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Listener:
     def __init__(self, owner: Listeners, index: int, port: int, backlog: int, flags: int) -> None:
         self.owner, self.index, self.port, self.flags = owner, index, port, flags
         self.backlog = max(backlog, 1)
-        self.pending = 0  # accepted, and the handler was not told yet
+        self.pending = 0  # connections that were accepted, and the handler was not told of yet
         self.handler: Any = None
         self.closed = False
         self.serving = True  # False: the port is occupied, and a CONNECT is refused
@@ -57,7 +57,7 @@ class Listener:
         return self.pending >= self.backlog
 
     def accepted(self, conn: Any) -> None:
-        """To be emitted: hand a connection over."""
+        """Hand a connection to the handler. (An event.)"""
         self.pending -= 1
         if self.handler is None or self.closed:
             conn.abort()
@@ -79,7 +79,7 @@ class Listeners:
     """
 
     def __init__(self, home: Home, peers: Peers, used: Callable[[], set[int]]) -> None:
-        """`used`: own ports of connections."""
+        """`used`: returns the own ports of connections."""
         self.home, self.peers, self._used = home, peers, used
         self.mine: dict[int, list[Listener]] = {}  # by port, those of datagrams under _key(port, True)
         self._free = list(range(lay.LISTENERS - 1, -1, -1))
@@ -105,8 +105,8 @@ class Listeners:
         return port
 
     def _unused(self) -> Iterator[int]:
-        """Round and round; what connections use is found out once in a round, in which no port comes
-        twice. While they use all, that is each time."""
+        """Yield ports, round and round. Those of connections are looked up once in each round, in which no
+        port comes twice; while connections use all ports, at each step."""
         while True:
             used = self._used()
             unused = [port for port in self._slice if port not in used]
@@ -148,7 +148,7 @@ class Listeners:
         raise ports_exhausted(self.home.name, self._slice[0], self._slice[-1])
 
     def _taken(self, datagram: bool) -> set[int]:
-        """Ports that others of the own name have, or are about to have."""
+        """Return the ports that others of the own name have, or are about to have."""
         return {
             port
             for peer in self._namesakes()
@@ -181,11 +181,11 @@ class Listeners:
         return [p for p in self.peers.named(self.home.name, local=True) if p.section != self.home.section]
 
     def entry(self, peer: Peer, port: int, datagram: bool = False) -> int:
-        """What a peer's table says of a port: index << 8 | flags; 0: it does not listen there."""
+        """Look a port up in a peer's table: index << 8 | flags; 0 when it does not listen there."""
         return self.home.memory.find_listener(self.home.layout.geometry, peer.section, port, datagram)
 
     def reachable(self, peer: Peer, port: int, datagram: bool = False) -> int:
-        """The entry, if this node may use it."""
+        """Return the entry of a peer's port if this node may use it, else 0."""
         entry = self.entry(peer, port, datagram)
         closed = entry & TENTATIVE or (entry & LOCAL and not self.peers.same_kernel(peer))
         return 0 if closed else entry
@@ -208,7 +208,7 @@ class Listeners:
             memory.store(at + lay.N_LISTENERS, self._count)
 
     def serving(self, port: int, peer: Peer, datagram: bool = False) -> list[Listener]:
-        """Who of this node is there for that peer."""
+        """List the listeners of this node on `port` that serve that peer."""
         return [
             x
             for x in self.mine.get(_key(port, datagram), ())
@@ -216,7 +216,8 @@ class Listeners:
         ]
 
     def accepting(self, port: int, peer: Peer) -> Listener | None:
-        """Who of this node answers a CONNECT to `port` from that peer; several (reuse_port) take turns."""
+        """Choose the listener that answers a CONNECT to `port` from that peer; several (reuse_port) take
+        turns."""
         group = self.serving(port, peer)
         return group[0] if len(group) == 1 else self.in_turn(group) if group else None
 
@@ -227,8 +228,8 @@ class Listeners:
     def elsewhere(
         self, name: str | None, port: int, *, exclude: tuple[int, ...] = (), datagram: bool = False
     ) -> tuple[list[Peer], bool]:
-        """Peers of that name (None: of this machine) that listen on `port`; and whether anybody has the name
-        at all."""
+        """List the peers of that name (None: of this machine) that listen on `port`; tell also whether
+        anybody has the name at all."""
         peers, now_ns = self.peers, self.home.now()
         peers.refresh_all(now_ns)
         while True:
@@ -282,7 +283,7 @@ class Listeners:
         return self.refused(host, port)
 
     def not_pinned(self, name: str | None) -> ConnectionRefusedError | None:
-        """What there is to be said of a pinned name that nobody has who may."""
+        """Explain that a name is pinned to a section whose owner does not have it."""
         peers = self.peers
         section = None if name is None else peers.pin.get(name)
         if name is None or section is None:
@@ -291,8 +292,8 @@ class Listeners:
         return pinned(name, section, there.name if there and there.live else None)
 
     def _still(self, key: Any) -> Peer | None:
-        """Who was found before, if it has the port as it did, and lives: while its beat stands, a namesake
-        may have taken its place, and all are to be compared."""
+        """Return the peer that was found before, if it still has the port and beats. While its beat stands, a
+        namesake may have taken its place, and all have to be compared."""
         peer, life, entry = self._found[key]
         peers = self.peers
         peers.refresh_all(self.home.now())
@@ -307,13 +308,13 @@ class Listeners:
         return host is None or host == "" or is_local(host)
 
     def peer_name(self, host: str) -> str:
-        """The one spelling of a peer's name. Raises socket.gaierror for what is none."""
+        """Return the canonical spelling of a peer's name. Raises socket.gaierror for what is no name."""
         try:
             return normalize_name(host)
         except ValueError as error:
             raise name_malformed(error) from None
 
-    # -- what is to be said when nobody is found
+    # -- errors of look-ups
 
     def _others(self) -> list[Peer]:
         peers = self.peers
@@ -321,11 +322,11 @@ class Listeners:
         return [p for p in peers.there() if p.section != peers.own]
 
     def unknown(self, host: Any) -> OSError:
-        """Nobody has the name, or that section."""
+        """Build the error for a host that is nobody's name or section."""
         number = isinstance(host, int)
         known = {str(p.section) if number else p.name for p in self._others()}
         return name_unknown(host, sorted(known), self.home.url, self.home.hint())
 
     def refused(self, host: Any, port: int) -> ConnectionRefusedError:
-        """Somebody has the name, and nobody the port."""
+        """Build the error for a port that nobody of that name listens on."""
         return port_refused(host, port, self.home.url, alone=not self._others(), hint=self.home.hint())

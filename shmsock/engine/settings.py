@@ -1,4 +1,4 @@
-"""Settings of a node, with their units in their names. The defaults are right for most."""
+"""Settings of a node. The defaults are right for most programs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ __all__ = ["Settings"]
 
 @dataclass(frozen=True)
 class Settings:
-    """Frozen; all have defaults. (docs/tuning.md shows this text: `make docs` writes it there.)
+    """What attach(settings=) takes: immutable, and each field has a default. Units are in the names: us for
+    microseconds, s for seconds, bytes. Making one raises ValueError for a value out of bounds, and TypeError
+    for a section in `pin` that is no integer. (docs/tuning.md shows the text below: `make docs` writes it
+    there.)
 
     `busy_poll_us`: Longest busy-poll of a read or a drain that finds nothing. Windows adapt below it; 0:
     never spin. On a machine that runs code slowly (an emulated guest) up to ten times as long, as
