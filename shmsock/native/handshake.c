@@ -136,7 +136,7 @@ uint32_t sh_ep_alloc(sh_ep *ep, uint64_t ring_off, uint32_t ring_bytes, int acce
 }
 
 /* Publish how many connections may still read this peer's rings: its section is not reused while this is not 0. */
-static void users(sh_node *nd, uint32_t peer, int more)
+static void count_users(sh_node *nd, uint32_t peer, int more)
 {
     struct sh_link *l = &nd->links[peer];
 
@@ -171,7 +171,7 @@ int sh_ep_open(sh_ep *ep, uint32_t peer, uint32_t peer_slot, uint32_t peer_gen)
     ep->theirs = theirs;
     nd->links[peer].open[SH_WORD(ep->slot)] |= SH_BIT(ep->slot);
     sh_put(&ep->mine->link, (uint64_t)ep->gen << SH_GEN_SHIFT | (uint64_t)peer << 32 | (uint64_t)peer_slot << 16 | 1u << 8);
-    users(nd, peer, 1);
+    count_users(nd, peer, 1);
     return sh_poll(ep);
 }
 
@@ -203,7 +203,7 @@ void sh_ep_release(sh_ep *ep, int notify)
         /* A peer that was told DONE waits for nothing more, and one that has released needs no news: neither is notified. */
         if (notify && !ep->orphan && !(ep->flags & SH_DONE) && sh_same_life(ep))
             sh_notify_slot(nd, ep->peer, ep->peer_slot);
-        users(nd, ep->peer, -1);
+        count_users(nd, ep->peer, -1);
     }
     nd->ready[w] &= keep;
     nd->later[w] &= keep;

@@ -46,7 +46,7 @@ struct sh_heartbeat {
 #define GET(x) __atomic_load_n(&(x), __ATOMIC_ACQUIRE)
 #define SET(x, v) __atomic_store_n(&(x), v, __ATOMIC_RELEASE)
 
-static void ring_owner(sh_heartbeat *k)
+static void wake_owner(sh_heartbeat *k)
 {
     uint64_t one = 1;
 
@@ -77,14 +77,14 @@ static void beat(sh_heartbeat *k, uint64_t now, uint64_t tenths)
 
     if (sh_load(&((struct sh_header *)nd->base)->region_id, nd->wc) != nd->region_id || sh_load(&mine->claim, nd->wc) != nd->claim) {
         if (!__atomic_exchange_n(&nd->inert, 1, __ATOMIC_ACQ_REL))
-            ring_owner(k); /* somebody took our section, or zeroed the region: store nothing more, fail the node */
+            wake_owner(k); /* somebody took our section, or zeroed the region: store nothing more, fail the node */
         return;
     }
     sh_unstick(nd, &k->kicking);
     sh_put(&mine->pumps, __atomic_load_n(&nd->n[SH_N_PUMPS], __ATOMIC_RELAXED));
     sh_store(&mine->beat, k->beat += tenths, nd->wc);
     if (look_at_locks(k) || !GET(k->armed) || now >= GET(k->deadline))
-        ring_owner(k); /* the loop's only clock: its pump samples peers, and counts, so that others see a loop that stands still */
+        wake_owner(k); /* the loop's only clock: its pump samples peers, and counts, so that others see a loop that stands still */
 }
 
 /* ---- sleep_seq ---- */
@@ -234,7 +234,7 @@ static void *run(void *arg)
             since = now;
             k->vain = 0;
             SET(k->armed, 0);
-            ring_owner(k);
+            wake_owner(k);
             sched_yield(); /* on one CPU the loop comes first: whoever kicked_for waits for it, and not for us */
             continue;
         }

@@ -123,7 +123,7 @@ int64_t sh_read_wait(sh_ep *ep, void *to, uint32_t want, uint32_t min, int how)
 
 /* ---- writing ---- */
 
-static inline int64_t write_out(sh_ep *ep, const uint8_t *from, uint64_t n, int may_grow)
+static inline int64_t put_bytes(sh_ep *ep, const uint8_t *from, uint64_t n, int may_grow)
 {
     uint64_t left = n;
     int r = sh_writable(ep);
@@ -160,10 +160,10 @@ static inline int64_t write_out(sh_ep *ep, const uint8_t *from, uint64_t n, int 
 
 /* Put n bytes into the ring: how many went in, fewer only when it is full (WANT is set then). SH_GROW: none did, as they have no room, and a larger
  * ring is to be tried first (sh_ep_grow). */
-int64_t sh_write(sh_ep *ep, const void *data, uint64_t n) { return write_out(ep, data, n, ep->may_grow); }
+int64_t sh_write(sh_ep *ep, const void *data, uint64_t n) { return put_bytes(ep, data, n, ep->may_grow); }
 
 /* The same, in the ring as it is. */
-int64_t sh_write_some(sh_ep *ep, const void *data, uint64_t n) { return write_out(ep, data, n, 0); }
+int64_t sh_write_some(sh_ep *ep, const void *data, uint64_t n) { return put_bytes(ep, data, n, 0); }
 
 /* A drain that has nothing to wait for: 1 when it may return at once, 0 to let the loop turn. Reads look at the clock each time; of drains every
  * eighth is enough to keep a turn within its budget, and that one only when it is `quick`. */

@@ -13,7 +13,7 @@ static PyObject *s_paused, *s_sink, *s_datagram_received, *s_raised, *s_send_slo
 /* One datagram, and where it goes. */
 typedef struct {
     Taken taken;
-    DatagramIn *box;
+    DatagramIn *in;
     PyObject *sink, *endpoint, *source; /* (protocol, context) */
     uint32_t ports;
 } Arrival;
@@ -21,7 +21,7 @@ typedef struct {
 /* Who gets what comes from and for these ports. 0: Python knows, or finds out. */
 static int find_sink(Arrival *a)
 {
-    PyObject *key = PyLong_FromUnsignedLong(a->ports), *flow = key ? PyDict_GetItemWithError(a->box->one_way, key) : NULL, *paused;
+    PyObject *key = PyLong_FromUnsignedLong(a->ports), *flow = key ? PyDict_GetItemWithError(a->in->flows, key) : NULL, *paused;
 
     Py_XDECREF(key);
     if (!flow || !PyTuple_Check(flow) || PyTuple_GET_SIZE(flow) != 2)
@@ -43,10 +43,10 @@ static int take_arrival(sh_taker *to, const sh_ep *ep, uint32_t at, uint32_t n)
 }
 
 /* 1: given to its endpoint. 0: there was none, and *status says why. -1: an exception. */
-static int pass_on(DatagramIn *box, int64_t *status)
+static int pass_on(DatagramIn *in, int64_t *status)
 {
-    Arrival a = {.taken.taker.take = take_arrival, .box = box};
-    PyObject *data = sh_taken(&a.taken, *status = sh_recv_step(box->ep, &a.taken.taker, &a.ports)), *error;
+    Arrival a = {.taken.taker.take = take_arrival, .in = in};
+    PyObject *data = sh_taken(&a.taken, *status = sh_recv_step(in->ep, &a.taken.taker, &a.ports)), *error;
     int r = PyErr_Occurred() ? -1 : 0;
 
     if (data) {
@@ -64,78 +64,78 @@ static int pass_on(DatagramIn *box, int64_t *status)
 }
 
 /* 1: that was all. 0: the rest is Python's. -1: an exception. */
-int sh_datagram_in_drain(DatagramIn *box)
+int sh_datagram_in_drain(DatagramIn *in)
 {
     int64_t given = 0, n;
 
-    sh_takes_part(box->ep);
-    for (int records = 0; records < RECORDS_PER_PASS && given < BYTES_PER_PASS && box->open; records++) {
-        int r = pass_on(box, &n);
+    sh_takes_part(in->ep);
+    for (int records = 0; records < RECORDS_PER_PASS && given < BYTES_PER_PASS && in->open; records++) {
+        int r = pass_on(in, &n);
 
         if (r <= 0)
             return r < 0 ? r : n == SH_EMPTY;
         given += n;
-        if (box->ep->tail_seen == box->ep->head)
+        if (in->ep->tail_seen == in->ep->head)
             return 1; /* that was all: what came meanwhile is news of its own */
-        if (sh_over(box->turn->nd))
+        if (sh_over(in->pump->nd))
             break;
     }
-    if (box->open)
-        sh_poll_again(box->turn, box->slot);
+    if (in->open)
+        sh_poll_again(in->pump, in->slot);
     return 1;
 }
 
-static PyObject *inbox_close(DatagramIn *box, PyObject *unused)
+static PyObject *datagram_in_close(DatagramIn *in, PyObject *unused)
 {
     (void)unused;
-    box->open = 0;
-    if (box->turn && box->turn->inboxes && box->turn->inboxes[box->slot] == box)
-        box->turn->inboxes[box->slot] = NULL;
+    in->open = 0;
+    if (in->pump && in->pump->datagram_ins && in->pump->datagram_ins[in->slot] == in)
+        in->pump->datagram_ins[in->slot] = NULL;
     Py_RETURN_NONE;
 }
 
-static PyObject *inbox_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+static PyObject *datagram_in_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"turn", "conn", "one_way", NULL};
-    PyObject *turn, *conn, *one_way;
-    DatagramIn *box;
+    static char *names[] = {"pump", "conn", "flows", NULL};
+    PyObject *pump, *conn, *flows;
+    DatagramIn *in;
     long slot;
 
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!OO!", names, sh_pump_type, &turn, &conn, &PyDict_Type, &one_way)
-        || (slot = sh_slot_of(conn, (Pump *)turn)) < 0 || !(box = (DatagramIn *)type->tp_alloc(type, 0)))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!OO!", names, sh_pump_type, &pump, &conn, &PyDict_Type, &flows)
+        || (slot = sh_slot_of(conn, (Pump *)pump)) < 0 || !(in = (DatagramIn *)type->tp_alloc(type, 0)))
         return NULL;
-    box->turn = (Pump *)Py_NewRef(turn);
-    box->one_way = Py_NewRef(one_way);
-    box->slot = (uint32_t)slot;
-    box->ep = &box->turn->nd->eps[slot];
-    box->open = 1;
-    box->turn->inboxes[slot] = box;
-    return (PyObject *)box;
+    in->pump = (Pump *)Py_NewRef(pump);
+    in->flows = Py_NewRef(flows);
+    in->slot = (uint32_t)slot;
+    in->ep = &in->pump->nd->eps[slot];
+    in->open = 1;
+    in->pump->datagram_ins[slot] = in;
+    return (PyObject *)in;
 }
 
-static int inbox_traverse(DatagramIn *box, visitproc visit, void *arg)
+static int datagram_in_traverse(DatagramIn *in, visitproc visit, void *arg)
 {
-    Py_VISIT(Py_TYPE(box));
-    Py_VISIT(box->turn);
-    Py_VISIT(box->one_way);
+    Py_VISIT(Py_TYPE(in));
+    Py_VISIT(in->pump);
+    Py_VISIT(in->flows);
     return 0;
 }
 
-static int inbox_clear(DatagramIn *box)
+static int datagram_in_clear(DatagramIn *in)
 {
-    Py_DECREF(inbox_close(box, NULL));
-    return 0; /* turn and one_way stay: they end their cycles themselves */
+    Py_DECREF(datagram_in_close(in, NULL));
+    return 0; /* pump and flows stay: they end their cycles themselves */
 }
 
-static void inbox_dealloc(DatagramIn *box)
+static void datagram_in_dealloc(DatagramIn *in)
 {
-    PyTypeObject *type = Py_TYPE(box);
+    PyTypeObject *type = Py_TYPE(in);
 
-    PyObject_GC_UnTrack(box);
-    inbox_clear(box);
-    Py_CLEAR(box->turn);
-    Py_CLEAR(box->one_way);
-    type->tp_free(box);
+    PyObject_GC_UnTrack(in);
+    datagram_in_clear(in);
+    Py_CLEAR(in->pump);
+    Py_CLEAR(in->flows);
+    type->tp_free(in);
     Py_DECREF(type);
 }
 
@@ -143,7 +143,7 @@ static void inbox_dealloc(DatagramIn *box)
 
 typedef struct {
     PyObject_HEAD
-    Pump *turn;
+    Pump *pump;
     PyObject *routes;    /* address -> (gate, port, entry, ...) */
     PyObject *transport; /* weakly */
     uint32_t port;
@@ -151,7 +151,7 @@ typedef struct {
 } DatagramOut;
 
 /* 1: sent. 0: not by this way. */
-static int send_now(DatagramOut *box, PyObject *data, PyObject *address)
+static int send_now(DatagramOut *out, PyObject *data, PyObject *address)
 {
     PyObject *route;
     FastPath *gate;
@@ -159,9 +159,9 @@ static int send_now(DatagramOut *box, PyObject *data, PyObject *address)
     Py_ssize_t n;
     int sent;
 
-    if (!box->can_write || !PyBytes_CheckExact(data) || !(PyTuple_CheckExact(address) || address == Py_None))
+    if (!out->can_write || !PyBytes_CheckExact(data) || !(PyTuple_CheckExact(address) || address == Py_None))
         return 0;
-    route = PyDict_GetItemWithError(box->routes, address);
+    route = PyDict_GetItemWithError(out->routes, address);
     if (!route || !PyTuple_Check(route) || PyTuple_GET_SIZE(route) != 4 || !Py_IS_TYPE(PyTuple_GET_ITEM(route, 3), sh_fast_path_type)) {
         PyErr_Clear(); /* an address that cannot be looked up: the slow way says so */
         return 0;
@@ -170,13 +170,13 @@ static int send_now(DatagramOut *box, PyObject *data, PyObject *address)
     port = (uint32_t)PyLong_AsUnsignedLong(PyTuple_GET_ITEM(route, 1));
     entry = (uint32_t)PyLong_AsUnsignedLong(PyTuple_GET_ITEM(route, 2));
     n = PyBytes_GET_SIZE(data);
-    if (!gate->can_write || gate->turn != box->turn || PyErr_Occurred() || n > (Py_ssize_t)SH_DATAGRAM_MAX)
+    if (!gate->can_write || gate->pump != out->pump || PyErr_Occurred() || n > (Py_ssize_t)SH_DATAGRAM_MAX)
         return PyErr_Occurred() ? -1 : 0;
-    sent = sh_send(gate->ep, box->port, port, entry, PyBytes_AS_STRING(data), (uint32_t)n); /* may let others run, at the end */
+    sent = sh_send(gate->ep, out->port, port, entry, PyBytes_AS_STRING(data), (uint32_t)n); /* may let others run, at the end */
     return sent == 1;
 }
 
-static PyObject *outbox_sendto(DatagramOut *box, PyObject *const *args, Py_ssize_t n, PyObject *keywords)
+static PyObject *datagram_out_sendto(DatagramOut *out, PyObject *const *args, Py_ssize_t n, PyObject *keywords)
 {
     PyObject *data = n > 0 ? args[0] : NULL, *address = n > 1 ? args[1] : Py_None, *transport, *r;
     Py_ssize_t named = keywords ? PyTuple_GET_SIZE(keywords) : 0;
@@ -192,96 +192,96 @@ static PyObject *outbox_sendto(DatagramOut *box, PyObject *const *args, Py_ssize
     }
     if (!data || n > 2 || n + named > 2)
         return PyErr_Format(PyExc_TypeError, "sendto() takes data and, unless connected, addr");
-    if ((sent = send_now(box, data, address)) < 0)
+    if ((sent = send_now(out, data, address)) < 0)
         return NULL;
     if (sent)
-        return sh_pump_follows(box->turn) < 0 ? NULL : Py_NewRef(Py_None);
-    if (!(transport = PyObject_CallNoArgs(box->transport)))
+        return sh_schedule_pump(out->pump) < 0 ? NULL : Py_NewRef(Py_None);
+    if (!(transport = PyObject_CallNoArgs(out->transport)))
         return NULL;
     r = transport == Py_None ? Py_NewRef(Py_None) : PyObject_CallMethodObjArgs(transport, s_send_slowly, data, address, NULL);
     Py_DECREF(transport);
     return r;
 }
 
-static PyObject *outbox_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+static PyObject *datagram_out_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"turn", "port", "routes", "transport", NULL};
-    PyObject *turn, *routes, *transport;
+    static char *names[] = {"pump", "port", "routes", "transport", NULL};
+    PyObject *pump, *routes, *transport;
     unsigned int port;
-    DatagramOut *box;
+    DatagramOut *out;
 
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!IO!O", names, sh_pump_type, &turn, &port, &PyDict_Type, &routes, &transport)
-        || !(box = (DatagramOut *)type->tp_alloc(type, 0)))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!IO!O", names, sh_pump_type, &pump, &port, &PyDict_Type, &routes, &transport)
+        || !(out = (DatagramOut *)type->tp_alloc(type, 0)))
         return NULL;
-    box->turn = (Pump *)Py_NewRef(turn);
-    box->routes = Py_NewRef(routes);
-    box->port = port;
-    box->can_write = 1;
-    if (!(box->transport = PyWeakref_NewRef(transport, NULL)))
-        Py_CLEAR(box);
-    return (PyObject *)box;
+    out->pump = (Pump *)Py_NewRef(pump);
+    out->routes = Py_NewRef(routes);
+    out->port = port;
+    out->can_write = 1;
+    if (!(out->transport = PyWeakref_NewRef(transport, NULL)))
+        Py_CLEAR(out);
+    return (PyObject *)out;
 }
 
-static int outbox_traverse(DatagramOut *box, visitproc visit, void *arg)
+static int datagram_out_traverse(DatagramOut *out, visitproc visit, void *arg)
 {
-    Py_VISIT(Py_TYPE(box));
-    Py_VISIT(box->turn);
-    Py_VISIT(box->routes);
-    Py_VISIT(box->transport);
+    Py_VISIT(Py_TYPE(out));
+    Py_VISIT(out->pump);
+    Py_VISIT(out->routes);
+    Py_VISIT(out->transport);
     return 0;
 }
 
-static void outbox_dealloc(DatagramOut *box)
+static void datagram_out_dealloc(DatagramOut *out)
 {
-    PyTypeObject *type = Py_TYPE(box);
+    PyTypeObject *type = Py_TYPE(out);
 
-    PyObject_GC_UnTrack(box);
-    Py_CLEAR(box->turn);
-    Py_CLEAR(box->routes);
-    Py_CLEAR(box->transport);
-    type->tp_free(box);
+    PyObject_GC_UnTrack(out);
+    Py_CLEAR(out->pump);
+    Py_CLEAR(out->routes);
+    Py_CLEAR(out->transport);
+    type->tp_free(out);
     Py_DECREF(type);
 }
 
 /* ---- the types ---- */
 
-static PyMethodDef inbox_methods[] = {
-    {"close", (PyCFunction)(void (*)(void))inbox_close, METH_NOARGS, "No more from this link."},
+static PyMethodDef datagram_in_methods[] = {
+    {"close", (PyCFunction)(void (*)(void))datagram_in_close, METH_NOARGS, "No more from this link."},
     {NULL, NULL, 0, NULL},
 };
 
-static PyMethodDef outbox_methods[] = {
-    {"sendto", (PyCFunction)(void (*)(void))outbox_sendto, METH_FASTCALL | METH_KEYWORDS, "sendto($self, data, addr=None)\n--\n\nAs ShmDatagramTransport.sendto."},
+static PyMethodDef datagram_out_methods[] = {
+    {"sendto", (PyCFunction)(void (*)(void))datagram_out_sendto, METH_FASTCALL | METH_KEYWORDS, "sendto($self, data, addr=None)\n--\n\nAs ShmDatagramTransport.sendto."},
     {NULL, NULL, 0, NULL},
 };
 
-static PyMemberDef outbox_members[] = {
+static PyMemberDef datagram_out_members[] = {
     {"can_write", T_BOOL, offsetof(DatagramOut, can_write), 0, "the transport is not being closed"},
     {NULL, 0, 0, 0, NULL},
 };
 
-static PyType_Slot inbox_slots[] = {
+static PyType_Slot datagram_in_slots[] = {
     {Py_tp_doc, "Takes datagrams from a link, for endpoints whose protocols take them at once."},
-    {Py_tp_new, inbox_new},
-    {Py_tp_traverse, inbox_traverse},
-    {Py_tp_clear, inbox_clear},
-    {Py_tp_dealloc, inbox_dealloc},
-    {Py_tp_methods, inbox_methods},
+    {Py_tp_new, datagram_in_new},
+    {Py_tp_traverse, datagram_in_traverse},
+    {Py_tp_clear, datagram_in_clear},
+    {Py_tp_dealloc, datagram_in_dealloc},
+    {Py_tp_methods, datagram_in_methods},
     {0, NULL},
 };
 
-static PyType_Slot outbox_slots[] = {
+static PyType_Slot datagram_out_slots[] = {
     {Py_tp_doc, "Sends datagrams to addresses that were used before."},
-    {Py_tp_new, outbox_new},
-    {Py_tp_traverse, outbox_traverse},
-    {Py_tp_dealloc, outbox_dealloc},
-    {Py_tp_methods, outbox_methods},
-    {Py_tp_members, outbox_members},
+    {Py_tp_new, datagram_out_new},
+    {Py_tp_traverse, datagram_out_traverse},
+    {Py_tp_dealloc, datagram_out_dealloc},
+    {Py_tp_methods, datagram_out_methods},
+    {Py_tp_members, datagram_out_members},
     {0, NULL},
 };
 
 #define SPEC(type, its_slots) {.name = "shmsock.native._extension." #type, .basicsize = sizeof(type), .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, .slots = its_slots}
-static PyType_Spec inbox_spec = SPEC(DatagramIn, inbox_slots), outbox_spec = SPEC(DatagramOut, outbox_slots);
+static PyType_Spec datagram_in_spec = SPEC(DatagramIn, datagram_in_slots), datagram_out_spec = SPEC(DatagramOut, datagram_out_slots);
 
 int sh_datagrams_ready(PyObject *module)
 {
@@ -295,8 +295,8 @@ int sh_datagrams_ready(PyObject *module)
     s_addr = PyUnicode_InternFromString("addr");
     if (!s_paused || !s_sink || !s_datagram_received || !s_raised || !s_send_slowly || !s_handler || !s_data || !s_addr)
         return -1;
-    sh_datagram_in_type = (PyTypeObject *)PyType_FromSpec(&inbox_spec);
-    sh_datagram_out_type = (PyTypeObject *)PyType_FromSpec(&outbox_spec);
+    sh_datagram_in_type = (PyTypeObject *)PyType_FromSpec(&datagram_in_spec);
+    sh_datagram_out_type = (PyTypeObject *)PyType_FromSpec(&datagram_out_spec);
     return !sh_datagram_in_type || !sh_datagram_out_type || PyModule_AddObjectRef(module, "DatagramIn", (PyObject *)sh_datagram_in_type) < 0
         ? -1 : PyModule_AddObjectRef(module, "DatagramOut", (PyObject *)sh_datagram_out_type);
 }

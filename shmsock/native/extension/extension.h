@@ -22,9 +22,9 @@ typedef struct {
     PyObject *owed;   /* tuple of containers: while one of them is not empty, the engine is owed a pass */
     PyObject *owner;  /* is asked to check() whether the node may be used, and told what was heard, to attend() to events, that a pass must follow */
     PyObject *queue;  /* what the loop runs next, or a list that stands for it */
-    PyObject *call_soon, *create_future, *context, *pump;
-    FastPath **ports;     /* by slot: connections with a reader in direct mode, or with a protocol that takes bytes; borrowed */
-    DatagramIn **inboxes;  /* and links that bring datagrams */
+    PyObject *call_soon, *create_future, *context, *pass;
+    FastPath **fast_paths;    /* by slot: connections with a reader in direct mode, or with a protocol that takes bytes; borrowed */
+    DatagramIn **datagram_ins;  /* and links that bring datagrams */
     uint32_t slots;
     unsigned long ident;
     unsigned long long unlocked;
@@ -34,7 +34,7 @@ typedef struct {
 
 struct fast_path {
     PyObject_HEAD
-    Pump *turn;
+    Pump *pump;
     PyObject *transport; /* weakly: who has only the port has nothing to say any more */
     PyObject *buffer, *waiter;
     PyObject *protocol, *context; /* while bytes go sink to its data_received() */
@@ -46,8 +46,8 @@ struct fast_path {
 
 struct datagram_in {
     PyObject_HEAD
-    Pump *turn;
-    PyObject *one_way; /* source << 16 | destination port -> (endpoint, address of the source) */
+    Pump *pump;
+    PyObject *flows; /* source << 16 | destination port -> (endpoint, address of the source) */
     sh_ep *ep;
     uint32_t slot;
     char open;
@@ -80,21 +80,21 @@ int sh_datagrams_ready(PyObject *module);
 
 PyObject *sh_op_new(PyObject *stream, enum sh_op_kind kind, Py_ssize_t n, PyObject *arg);
 
-int sh_call_soon(Pump *t, PyObject *callback);
-int sh_begin_turn(Pump *t);
-int sh_may_spin(Pump *t);
-int sh_will_run(Pump *t);
-int sh_runs(Pump *t);
-void sh_poll_again(Pump *t, uint32_t slot);
-long sh_slot_of(PyObject *conn, Pump *turn);
+int sh_call_soon(Pump *pump, PyObject *callback);
+int sh_begin_turn(Pump *pump);
+int sh_may_spin(Pump *pump);
+int sh_will_run(Pump *pump);
+int sh_runs(Pump *pump);
+void sh_poll_again(Pump *pump, uint32_t slot);
+long sh_slot_of(PyObject *conn, Pump *pump);
 int sh_hand_over(PyObject *context, PyObject *protocol, PyObject *method, PyObject *data, PyObject *source, PyObject **error);
 int sh_tell_of(PyObject *whom, PyObject *method, PyObject *error, PyObject *about);
 int sh_fast_path_wake(FastPath *p);
 int sh_fast_path_deliver(FastPath *p);
-int sh_datagram_in_drain(DatagramIn *box);
+int sh_datagram_in_drain(DatagramIn *in);
 int sh_drained(FastPath *p);
 
 /* To be called at the start of everything that uses the core. */
-static inline int sh_pump_follows(Pump *t) { return t->scheduled ? 0 : sh_begin_turn(t); }
+static inline int sh_schedule_pump(Pump *pump) { return pump->scheduled ? 0 : sh_begin_turn(pump); }
 
 #endif

@@ -12,7 +12,7 @@ static PyObject *s_done, *s_set_result, *s_write_rest, *s_slot, *s_limit, *s_buf
 #define LINE 256u /* bytes of a ring in which a line is looked for first */
 
 /* The next pass is owed a look at this slot. */
-void sh_poll_again(Pump *t, uint32_t slot) { t->nd->ready[SH_WORD(slot)] |= SH_BIT(slot); }
+void sh_poll_again(Pump *pump, uint32_t slot) { pump->nd->ready[SH_WORD(slot)] |= SH_BIT(slot); }
 
 /* The one who waits may go on. */
 int sh_fast_path_wake(FastPath *p)
@@ -24,7 +24,7 @@ int sh_fast_path_wake(FastPath *p)
         r = PyObject_CallMethodOneArg(waiter, s_set_result, Py_None);
         if (r && !p->wake_pending) {
             p->wake_pending = 1;
-            is_done = sh_will_run(p->turn);
+            is_done = sh_will_run(p->pump);
         }
     }
     Py_DECREF(waiter);
@@ -113,11 +113,11 @@ int sh_fast_path_deliver(FastPath *p)
             return -1;
         if ((uint32_t)n < PIECE)
             return 1; /* that was all: what came meanwhile is news of its own */
-        if (sh_over(p->turn->nd))
+        if (sh_over(p->pump->nd))
             break;
     }
     if (n > 0 && p->protocol)
-        sh_poll_again(p->turn, p->slot);
+        sh_poll_again(p->pump, p->slot);
     return n > 0;
 }
 
@@ -161,7 +161,7 @@ int sh_take_line(sh_taker *to, const sh_ep *ep, uint32_t at, uint32_t n)
 /* Has a drain nothing to wait for? Its coroutine looks at the reader's exception as well, and lets the loop turn. */
 int sh_drained(FastPath *p)
 {
-    return p && p->can_write && sh_drain_step(p->ep, p->can_read && p->turn->scheduled);
+    return p && p->can_write && sh_drain_step(p->ep, p->can_read && p->pump->scheduled);
 }
 
 /* The slow way. A transport that is no more is one whose connection is lost: it would at most warn. */
@@ -178,7 +178,7 @@ static PyObject *write_rest(FastPath *p, PyObject *data, int64_t taken)
 }
 
 /* What sh_write() says. */
-static int64_t write_out(FastPath *p, PyObject *data)
+static int64_t write_now(FastPath *p, PyObject *data)
 {
     Py_ssize_t n = PyBytes_GET_SIZE(data);
     int64_t taken;
@@ -192,20 +192,20 @@ static int64_t write_out(FastPath *p, PyObject *data)
     return taken;
 }
 
-static PyObject *port_write(FastPath *p, PyObject *data)
+static PyObject *fast_path_write(FastPath *p, PyObject *data)
 {
     int64_t taken = 0;
 
     if (p->can_write && PyBytes_CheckExact(data)) {
-        taken = write_out(p, data);
+        taken = write_now(p, data);
         if (SH_LIKELY(taken == PyBytes_GET_SIZE(data)))
-            return sh_pump_follows(p->turn) < 0 ? NULL : Py_NewRef(Py_None);
+            return sh_schedule_pump(p->pump) < 0 ? NULL : Py_NewRef(Py_None);
     }
     return write_rest(p, data, taken);
 }
 
 /* For a receive() that has let the loop turn: 1 to `most` bytes; None: the slow way. */
-static PyObject *port_take(FastPath *p, PyObject *most)
+static PyObject *fast_path_take(FastPath *p, PyObject *most)
 {
     Py_ssize_t n = p->can_read ? PyLong_AsSsize_t(most) : 0;
     Taken taken = SH_TAKEN;
@@ -215,36 +215,36 @@ static PyObject *port_take(FastPath *p, PyObject *most)
         PyErr_Clear();
         Py_RETURN_NONE;
     }
-    if (sh_pump_follows(p->turn) < 0)
+    if (sh_schedule_pump(p->pump) < 0)
         return NULL;
-    data = sh_taken(&taken, sh_read_step(p->ep, &taken.taker, n > SH_COPY_MAX ? SH_COPY_MAX : (uint32_t)n, 1, sh_may_spin(p->turn) ? SH_MAY_SPIN : 0));
+    data = sh_taken(&taken, sh_read_step(p->ep, &taken.taker, n > SH_COPY_MAX ? SH_COPY_MAX : (uint32_t)n, 1, sh_may_spin(p->pump) ? SH_MAY_SPIN : 0));
     return data || PyErr_Occurred() ? data : Py_NewRef(Py_None);
 }
 
 /* For a send(): how many bytes went into the ring; None: all of them, and others need not run yet. */
-static PyObject *port_put(FastPath *p, PyObject *data)
+static PyObject *fast_path_put(FastPath *p, PyObject *data)
 {
     int64_t taken = 0;
 
     if (p->can_write && PyBytes_CheckExact(data) && PyBytes_GET_SIZE(data)) {
-        taken = write_out(p, data);
-        if (sh_pump_follows(p->turn) < 0)
+        taken = write_now(p, data);
+        if (sh_schedule_pump(p->pump) < 0)
             return NULL;
-        if (SH_LIKELY(taken == PyBytes_GET_SIZE(data)) && !sh_over(p->turn->nd))
+        if (SH_LIKELY(taken == PyBytes_GET_SIZE(data)) && !sh_over(p->pump->nd))
             Py_RETURN_NONE;
     }
     return PyLong_FromLongLong(taken < 0 ? 0 : taken);
 }
 
 /* A reader in direct mode: from now on the pump may wake it from C. */
-static PyObject *port_attach(FastPath *p, PyObject *reader)
+static PyObject *fast_path_attach(FastPath *p, PyObject *reader)
 {
     PyObject *limit = PyObject_GetAttr(reader, s_limit), *buffer = PyObject_GetAttr(reader, s_buffer);
 
     if (limit && buffer && PyByteArray_CheckExact(buffer)) {
         p->limit = PyLong_AsSsize_t(limit);
         Py_XSETREF(p->buffer, Py_NewRef(buffer));
-        p->turn->ports[p->slot] = p;
+        p->pump->fast_paths[p->slot] = p;
     }
     Py_XDECREF(limit);
     Py_XDECREF(buffer);
@@ -252,7 +252,7 @@ static PyObject *port_attach(FastPath *p, PyObject *reader)
 }
 
 /* receive(protocol, context): from now on the pump gives bytes to it; None: it is Python's. */
-static PyObject *port_receive(FastPath *p, PyObject *args)
+static PyObject *fast_path_receive(FastPath *p, PyObject *args)
 {
     PyObject *protocol, *context;
 
@@ -261,7 +261,7 @@ static PyObject *port_receive(FastPath *p, PyObject *args)
     Py_XSETREF(p->context, Py_NewRef(context));
     Py_XSETREF(p->protocol, protocol == Py_None ? NULL : Py_NewRef(protocol));
     if (p->protocol)
-        p->turn->ports[p->slot] = p;
+        p->pump->fast_paths[p->slot] = p;
     Py_RETURN_NONE;
 }
 
@@ -269,12 +269,12 @@ static PyObject *port_receive(FastPath *p, PyObject *args)
 static void let_go(FastPath *p)
 {
     p->can_read = 0;
-    if (p->turn && p->turn->ports && p->turn->ports[p->slot] == p)
-        p->turn->ports[p->slot] = NULL;
+    if (p->pump && p->pump->fast_paths && p->pump->fast_paths[p->slot] == p)
+        p->pump->fast_paths[p->slot] = NULL;
 }
 
 /* No reader takes bytes any more. */
-static PyObject *port_detach(FastPath *p, PyObject *unused)
+static PyObject *fast_path_detach(FastPath *p, PyObject *unused)
 {
     (void)unused;
     let_go(p);
@@ -283,37 +283,37 @@ static PyObject *port_detach(FastPath *p, PyObject *unused)
 }
 
 /* Of a connection of that node; -1: an exception. */
-long sh_slot_of(PyObject *conn, Pump *turn)
+long sh_slot_of(PyObject *conn, Pump *pump)
 {
     PyObject *number = PyObject_GetAttr(conn, s_slot);
     long slot = number ? PyLong_AsLong(number) : -1;
 
     Py_XDECREF(number);
-    if (!PyErr_Occurred() && (slot < 0 || slot >= (long)turn->slots))
-        PyErr_Format(PyExc_ValueError, "slot %ld: this node has %u", slot, (unsigned)turn->slots);
+    if (!PyErr_Occurred() && (slot < 0 || slot >= (long)pump->slots))
+        PyErr_Format(PyExc_ValueError, "slot %ld: this node has %u", slot, (unsigned)pump->slots);
     return PyErr_Occurred() ? -1 : slot;
 }
 
 static int fill(FastPath *p, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"turn", "conn", "transport", NULL};
-    PyObject *turn, *conn, *transport;
+    static char *names[] = {"pump", "conn", "transport", NULL};
+    PyObject *pump, *conn, *transport;
     long slot;
 
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!OO", names, sh_pump_type, &turn, &conn, &transport)
-        || (slot = sh_slot_of(conn, (Pump *)turn)) < 0)
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!OO", names, sh_pump_type, &pump, &conn, &transport)
+        || (slot = sh_slot_of(conn, (Pump *)pump)) < 0)
         return -1;
-    p->turn = (Pump *)Py_NewRef(turn);
+    p->pump = (Pump *)Py_NewRef(pump);
     if (!(p->transport = PyWeakref_NewRef(transport, NULL)))
         return -1;
     p->slot = (uint32_t)slot;
-    p->ep = &p->turn->nd->eps[slot];
+    p->ep = &p->pump->nd->eps[slot];
     p->can_write = 1;
     return 0;
 }
 
 /* There is none without its node: nothing below asks. */
-static PyObject *port_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+static PyObject *fast_path_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     FastPath *p = (FastPath *)type->tp_alloc(type, 0);
 
@@ -322,10 +322,10 @@ static PyObject *port_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     return (PyObject *)p;
 }
 
-static int port_traverse(FastPath *p, visitproc visit, void *arg)
+static int fast_path_traverse(FastPath *p, visitproc visit, void *arg)
 {
     Py_VISIT(Py_TYPE(p));
-    Py_VISIT(p->turn);
+    Py_VISIT(p->pump);
     Py_VISIT(p->transport);
     Py_VISIT(p->buffer);
     Py_VISIT(p->waiter);
@@ -334,7 +334,7 @@ static int port_traverse(FastPath *p, visitproc visit, void *arg)
     return 0;
 }
 
-static int port_clear(FastPath *p)
+static int fast_path_clear(FastPath *p)
 {
     let_go(p);
     p->can_write = 0;
@@ -343,27 +343,27 @@ static int port_clear(FastPath *p)
     Py_CLEAR(p->waiter);
     Py_CLEAR(p->protocol);
     Py_CLEAR(p->context);
-    return 0; /* the turn stays: what is called all the same finds its node */
+    return 0; /* the pump stays: what is called all the same finds its node */
 }
 
-static void port_dealloc(FastPath *p)
+static void fast_path_dealloc(FastPath *p)
 {
     PyTypeObject *type = Py_TYPE(p);
 
     PyObject_GC_UnTrack(p);
-    port_clear(p);
-    Py_CLEAR(p->turn);
+    fast_path_clear(p);
+    Py_CLEAR(p->pump);
     type->tp_free(p);
     Py_DECREF(type);
 }
 
 static PyMethodDef methods[] = {
-    {"write", (PyCFunction)(void (*)(void))port_write, METH_O, "write($self, data, /)\n--\n\nAs ShmTransport.write."},
-    {"take", (PyCFunction)(void (*)(void))port_take, METH_O, "1 to so many bytes for a receive() that has let the loop turn. None: the slow way."},
-    {"put", (PyCFunction)(void (*)(void))port_put, METH_O, "How many bytes of a send() went into the ring. None: all, and others need not run yet."},
-    {"attach", (PyCFunction)(void (*)(void))port_attach, METH_O, "A reader in direct mode."},
-    {"receive", (PyCFunction)(void (*)(void))port_receive, METH_VARARGS, "The protocol that bytes are given to, and in which context."},
-    {"detach", (PyCFunction)(void (*)(void))port_detach, METH_NOARGS, "No reader takes bytes any more."},
+    {"write", (PyCFunction)(void (*)(void))fast_path_write, METH_O, "write($self, data, /)\n--\n\nAs ShmTransport.write."},
+    {"take", (PyCFunction)(void (*)(void))fast_path_take, METH_O, "1 to so many bytes for a receive() that has let the loop turn. None: the slow way."},
+    {"put", (PyCFunction)(void (*)(void))fast_path_put, METH_O, "How many bytes of a send() went into the ring. None: all, and others need not run yet."},
+    {"attach", (PyCFunction)(void (*)(void))fast_path_attach, METH_O, "A reader in direct mode."},
+    {"receive", (PyCFunction)(void (*)(void))fast_path_receive, METH_VARARGS, "The protocol that bytes are given to, and in which context."},
+    {"detach", (PyCFunction)(void (*)(void))fast_path_detach, METH_NOARGS, "No reader takes bytes any more."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -376,10 +376,10 @@ static PyMemberDef members[] = {
 
 static PyType_Slot slots[] = {
     {Py_tp_doc, "What the short cuts of one connection ask."},
-    {Py_tp_new, port_new},
-    {Py_tp_traverse, port_traverse},
-    {Py_tp_clear, port_clear},
-    {Py_tp_dealloc, port_dealloc},
+    {Py_tp_new, fast_path_new},
+    {Py_tp_traverse, fast_path_traverse},
+    {Py_tp_clear, fast_path_clear},
+    {Py_tp_dealloc, fast_path_dealloc},
     {Py_tp_methods, methods},
     {Py_tp_members, members},
     {0, NULL},

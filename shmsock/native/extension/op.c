@@ -10,7 +10,7 @@ enum state { START, YIELDED, WAITING, DELEGATED, DONE };
 typedef struct {
     PyObject_HEAD
     PyObject *stream, *arg; /* the StreamReader, StreamWriter or its protocol, and what it was called with */
-    FastPath *port;
+    FastPath *fast_path;
     PyObject *inner;        /* what is waited for, or the coroutine that does it */
     Py_ssize_t n;
     enum sh_op_kind kind;
@@ -19,7 +19,7 @@ typedef struct {
 } Op;
 
 PyTypeObject *sh_op_type;
-static PyObject *s_port, *s_waiter, *s_eof, *s_on_ready, *s_throw, *s_close, *s_check;
+static PyObject *s_fast_path, *s_waiter, *s_eof, *s_on_ready, *s_throw, *s_close, *s_check;
 static Op *spare[SPARE];
 static int spares;
 
@@ -28,16 +28,16 @@ static int spares;
 /* What is to be read; NULL without an exception: *status says why. */
 static PyObject *take(Op *op, int64_t *status)
 {
-    FastPath *p = op->port;
+    FastPath *p = op->fast_path;
     uint32_t most = op->kind == SH_OP_LINE || op->n > (Py_ssize_t)SH_COPY_MAX ? SH_COPY_MAX : (uint32_t)op->n;
     Taken taken = SH_TAKEN;
     int how = op->state == YIELDED ? SH_YIELDED : 0;
 
     if (op->kind == SH_OP_LINE)
         taken = (Taken){{sh_take_line}, NULL, p->limit};
-    if (sh_pump_follows(p->turn) < 0)
+    if (sh_schedule_pump(p->pump) < 0)
         return NULL;
-    if (sh_may_spin(p->turn))
+    if (sh_may_spin(p->pump))
         how |= SH_MAY_SPIN;
     *status = sh_read_step(p->ep, &taken.taker, most, op->kind == SH_OP_EXACTLY ? most : 1, how);
     return sh_taken(&taken, *status);
@@ -47,13 +47,13 @@ static PyObject *take(Op *op, int64_t *status)
 
 static void stop_waiting(Op *op)
 {
-    FastPath *p = op->port;
+    FastPath *p = op->fast_path;
     PyObject *type, *value, *trace;
 
     PyErr_Fetch(&type, &value, &trace);
     if (type && p->wake_pending) { /* cancelled, most likely: what it was wake_pending for is to be told to those who look at the buffer */
         PyObject *tell = PyObject_GetAttr(op->stream, s_on_ready);
-        if (!tell || sh_call_soon(p->turn, tell) < 0)
+        if (!tell || sh_call_soon(p->pump, tell) < 0)
             PyErr_Clear();
         Py_XDECREF(tell);
     }
@@ -63,7 +63,7 @@ static void stop_waiting(Op *op)
         PyErr_Clear();
     if (p->wake_pending) {
         p->wake_pending = 0;
-        if (p->turn->queue && sh_runs(p->turn) < 0)
+        if (p->pump->queue && sh_runs(p->pump) < 0)
             PyErr_Clear();
     }
     PyErr_Restore(type, value, trace);
@@ -71,8 +71,8 @@ static void stop_waiting(Op *op)
 
 static int start_waiting(Op *op)
 {
-    FastPath *p = op->port;
-    PyObject *waiter = PyObject_CallNoArgs(p->turn->create_future);
+    FastPath *p = op->fast_path;
+    PyObject *waiter = PyObject_CallNoArgs(p->pump->create_future);
     unaryfunc await_ = waiter && Py_TYPE(waiter)->tp_as_async ? Py_TYPE(waiter)->tp_as_async->am_await : NULL;
 
     if (!waiter)
@@ -146,7 +146,7 @@ static int is_eof(Op *op)
 /* Take, wait, or leave it to the coroutine. */
 static PySendResult go_on(Op *op, PyObject **out)
 {
-    FastPath *p = op->port;
+    FastPath *p = op->fast_path;
 
     while (p->can_read && p->buffer && !p->waiter && !PyByteArray_GET_SIZE(p->buffer)) {
         int64_t status = 0;
@@ -163,7 +163,7 @@ static PySendResult go_on(Op *op, PyObject **out)
             return PYGEN_NEXT;
         }
         if (status == SH_STALE) {
-            PyObject *r = PyObject_CallMethodNoArgs((PyObject *)p->turn, s_check);
+            PyObject *r = PyObject_CallMethodNoArgs((PyObject *)p->pump, s_check);
             if (!r)
                 return finish(op, NULL, out);
             Py_DECREF(r);
@@ -201,13 +201,13 @@ static PySendResult op_send(Op *op, PyObject *value, PyObject **out)
             PyErr_Format(PyExc_TypeError, "can't send non-None value to a just-started %s()", sh_op_names[op->kind]);
             return PYGEN_ERROR;
         }
-        if (op->kind >= SH_OP_DRAIN && sh_drained(op->port))
+        if (op->kind >= SH_OP_DRAIN && sh_drained(op->fast_path))
             return finish(op, Py_NewRef(Py_None), out);
-        if (op->kind == SH_OP_DRAIN && op->port && op->port->can_write)
-            op->port->ep->drains--; /* its helper, which is asked next, counts it */
+        if (op->kind == SH_OP_DRAIN && op->fast_path && op->fast_path->can_write)
+            op->fast_path->ep->drains--; /* its helper, which is asked next, counts it */
         if (op->kind >= SH_OP_DRAIN)
             return delegate(op, out);
-        return op->port && op->n > 0 ? go_on(op, out) : delegate(op, out);
+        return op->fast_path && op->n > 0 ? go_on(op, out) : delegate(op, out);
     case YIELDED:
         return go_on(op, out);
     case WAITING:
@@ -330,7 +330,7 @@ static int op_traverse(Op *op, visitproc visit, void *arg)
     Py_VISIT(Py_TYPE(op));
     Py_VISIT(op->stream);
     Py_VISIT(op->arg);
-    Py_VISIT(op->port);
+    Py_VISIT(op->fast_path);
     Py_VISIT(op->inner);
     return 0;
 }
@@ -339,7 +339,7 @@ static int op_clear(Op *op)
 {
     Py_CLEAR(op->stream);
     Py_CLEAR(op->arg);
-    Py_CLEAR(op->port);
+    Py_CLEAR(op->fast_path);
     Py_CLEAR(op->inner);
     return 0;
 }
@@ -418,24 +418,24 @@ static PyType_Spec spec = {
 /* A new one. n: of bytes, negative: not for us. */
 PyObject *sh_op_new(PyObject *stream, enum sh_op_kind kind, Py_ssize_t n, PyObject *arg)
 {
-    PyObject *port = PyObject_GetAttr(stream, s_port);
+    PyObject *fast_path = PyObject_GetAttr(stream, s_fast_path);
     Op *op;
 
-    if (!port)
+    if (!fast_path)
         return NULL;
     if (spares) {
         op = spare[--spares];
         (void)PyObject_INIT((PyObject *)op, sh_op_type);
         Py_DECREF(sh_op_type); /* it had one */
     } else if (!(op = PyObject_GC_New(Op, sh_op_type))) {
-        Py_DECREF(port);
+        Py_DECREF(fast_path);
         return NULL;
     }
     op->stream = Py_NewRef(stream);
     op->arg = Py_XNewRef(arg);
-    op->port = Py_IS_TYPE(port, sh_fast_path_type) ? (FastPath *)port : NULL;
-    if (!op->port)
-        Py_DECREF(port);
+    op->fast_path = Py_IS_TYPE(fast_path, sh_fast_path_type) ? (FastPath *)fast_path : NULL;
+    if (!op->fast_path)
+        Py_DECREF(fast_path);
     op->inner = NULL;
     op->n = n;
     op->kind = kind;
@@ -447,7 +447,7 @@ PyObject *sh_op_new(PyObject *stream, enum sh_op_kind kind, Py_ssize_t n, PyObje
 
 int sh_op_ready(PyObject *module)
 {
-    s_port = PyUnicode_InternFromString("_fast_path");
+    s_fast_path = PyUnicode_InternFromString("_fast_path");
     s_waiter = PyUnicode_InternFromString("_waiter");
     s_eof = PyUnicode_InternFromString("_eof");
     s_on_ready = PyUnicode_InternFromString("_on_ready");
@@ -455,7 +455,7 @@ int sh_op_ready(PyObject *module)
     s_close = PyUnicode_InternFromString("close");
     s_check = PyUnicode_InternFromString("check");
     sh_op_type = (PyTypeObject *)PyType_FromSpec(&spec);
-    if (!s_port || !s_waiter || !s_eof || !s_on_ready || !s_throw || !s_close || !s_check || !sh_op_type)
+    if (!s_fast_path || !s_waiter || !s_eof || !s_on_ready || !s_throw || !s_close || !s_check || !sh_op_type)
         return -1;
     return PyModule_AddObjectRef(module, "Op", (PyObject *)sh_op_type);
 }

@@ -13,25 +13,25 @@ PyTypeObject *sh_pump_type;
 static PyObject *s_check, *s_heard, *s_attend, *s_pump_follows;
 
 /* owner.method([first[, second]]): what is seldom done. */
-static PyObject *ask_owner(Pump *t, PyObject *method, PyObject *first, PyObject *second)
+static PyObject *ask_owner(Pump *pump, PyObject *method, PyObject *first, PyObject *second)
 {
-    if (!t->owner) {
+    if (!pump->owner) {
         PyErr_SetString(PyExc_RuntimeError, "this node was never attached, or has been collected");
         return NULL;
     }
-    return PyObject_CallMethodObjArgs(t->owner, method, first, second, NULL);
+    return PyObject_CallMethodObjArgs(pump->owner, method, first, second, NULL);
 }
 
-static int owed(Pump *t)
+static int owed(Pump *pump)
 {
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(t->owed); i++)
-        if (PyObject_Size(PyTuple_GET_ITEM(t->owed, i)))
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(pump->owed); i++)
+        if (PyObject_Size(PyTuple_GET_ITEM(pump->owed, i)))
             return 1;
     return 0;
 }
 
 /* Python's part of a pass. n < 0: this node is over. 1: somebody was told of something. */
-static int attend(Pump *t, const uint64_t *words, int n, uint64_t now)
+static int attend(Pump *pump, const uint64_t *words, int n, uint64_t now)
 {
     PyObject *list = n < 0 ? Py_NewRef(Py_None) : PyList_New(n), *clock = list ? PyLong_FromUnsignedLongLong(now) : NULL, *r = NULL;
     int told = -1;
@@ -43,7 +43,7 @@ static int attend(Pump *t, const uint64_t *words, int n, uint64_t now)
         PyList_SET_ITEM(list, i, word);
     }
     if (clock)
-        r = ask_owner(t, s_attend, list, clock);
+        r = ask_owner(pump, s_attend, list, clock);
     if (r)
         told = PyObject_IsTrue(r);
 out:
@@ -53,29 +53,29 @@ out:
     return told;
 }
 
-static int fall_asleep(Pump *t)
+static int fall_asleep(Pump *pump)
 {
-    return __atomic_load_n(&t->nd->inert, __ATOMIC_ACQUIRE) || sh_heartbeat_arm(t->heartbeat, t->hurry);
+    return __atomic_load_n(&pump->nd->inert, __ATOMIC_ACQUIRE) || sh_heartbeat_arm(pump->heartbeat, pump->hurry);
 }
 
 /* Readers that wait for bytes, and protocols that take them or datagrams, which is what happens most, get theirs from here; Python attends to the rest.
  * 1: somebody was told of something. */
-static int tell(Pump *t, uint64_t *words, int n, uint64_t now)
+static int tell(Pump *pump, uint64_t *words, int n, uint64_t now)
 {
     PyObject *type = NULL, *value = NULL, *trace = NULL;
     int left = 0, told = 0;
 
     for (int i = 0; i < n; i++) {
         uint32_t kind = words[i] >> 24 & 0xff, slot = words[i] & 0xffffff, bits = (uint32_t)(words[i] >> 32);
-        FastPath *p = kind == SH_EV_SLOT && slot < t->slots ? t->ports[slot] : NULL;
-        DatagramIn *box = kind == SH_EV_SLOT && slot < t->slots ? t->inboxes[slot] : NULL;
-        PyObject *whose = box ? (PyObject *)box : (PyObject *)p;
+        FastPath *p = kind == SH_EV_SLOT && slot < pump->slots ? pump->fast_paths[slot] : NULL;
+        DatagramIn *in = kind == SH_EV_SLOT && slot < pump->slots ? pump->datagram_ins[slot] : NULL;
+        PyObject *whose = in ? (PyObject *)in : (PyObject *)p;
         int r = 0;
 
-        if (whose && bits && !(bits & UNUSUAL) && (box || p->can_write)) {
+        if (whose && bits && !(bits & UNUSUAL) && (in || p->can_write)) {
             Py_INCREF(whose);
-            if (box)
-                r = sh_datagram_in_drain(box);
+            if (in)
+                r = sh_datagram_in_drain(in);
             else if (p->protocol)
                 r = sh_fast_path_deliver(p);
             else if (p->waiter && p->can_read)
@@ -91,8 +91,8 @@ static int tell(Pump *t, uint64_t *words, int n, uint64_t now)
         }
         words[left++] = words[i];
     }
-    if (!t->closed && (n < 0 || left || t->unlocked || now >= t->nd->due_ns || owed(t))) {
-        int r = attend(t, words, n < 0 ? n : left, now);
+    if (!pump->closed && (n < 0 || left || pump->unlocked || now >= pump->nd->due_ns || owed(pump))) {
+        int r = attend(pump, words, n < 0 ? n : left, now);
         if (r < 0 && type) {
             Py_DECREF(type);
             Py_XDECREF(value);
@@ -108,29 +108,29 @@ static int tell(Pump *t, uint64_t *words, int n, uint64_t now)
 }
 
 /* May this turn of the loop go on with the pump? Nothing else is to be run. */
-static int is_alone(Pump *t, int owes) { return !owes && t->queue_visible && PyObject_Size(t->queue) == 0; }
+static int is_alone(Pump *pump, int owes) { return !owes && pump->queue_visible && PyObject_Size(pump->queue) == 0; }
 
 /* The next pass: 1, and what it found; or 0, and whether the loop is to come again (or may sleep). */
-static int next_pass(Pump *t, uint64_t *words, int *n, uint64_t now, int told, int *again)
+static int next_pass(Pump *pump, uint64_t *words, int *n, uint64_t now, int told, int *again)
 {
-    int owes = owed(t), alone = is_alone(t, owes), hot;
+    int owes = owed(pump), alone = is_alone(pump, owes), hot;
 
     *again = 1;
     *n = 0;
     if (told && !alone) /* who was told of something runs first: going to sleep can wait */
         return 0;
-    hot = sh_stay_hot(t->nd, now, owes);
+    hot = sh_stay_hot(pump->nd, now, owes);
     if (!hot)
-        *again = told || !fall_asleep(t);
+        *again = told || !fall_asleep(pump);
     if (hot < 2 || (!alone && hot == 2))
         return 0;
-    if (alone && (*n = sh_pump_more(t->nd, words, EVENTS, now, t->nd->spin_max_ns / 64 > GLANCE_NS ? t->nd->spin_max_ns / 64 : GLANCE_NS)))
+    if (alone && (*n = sh_pump_more(pump->nd, words, EVENTS, now, pump->nd->spin_max_ns / 64 > GLANCE_NS ? pump->nd->spin_max_ns / 64 : GLANCE_NS)))
         return 1;
     if (told) /* what it did may be for others, and the loop's to pass on: uvloop holds writes to sockets back until the turn ends */
         return 0;
     Py_BEGIN_ALLOW_THREADS
     if (alone)
-        *n = sh_pump_more(t->nd, words, EVENTS, now, SPIN_NS);
+        *n = sh_pump_more(pump->nd, words, EVENTS, now, SPIN_NS);
     else
         sched_yield();
     Py_END_ALLOW_THREADS
@@ -138,71 +138,71 @@ static int next_pass(Pump *t, uint64_t *words, int *n, uint64_t now, int told, i
 }
 
 /* One turn of the loop: a pass, and more of them as long as there are news and nobody else has anything to do. */
-static int pump(Pump *t)
+static int run(Pump *pump)
 {
     uint64_t words[EVENTS], now;
     int n, told, again;
 
-    t->scheduled = 0;
-    if (t->closed)
+    pump->scheduled = 0;
+    if (pump->closed)
         return 0;
     now = sh_clock();
-    if (t->polled) {
-        t->polled--;
-        if (sh_pumped_just_now(t->nd, now))
-            return sh_begin_turn(t);
+    if (pump->polled) {
+        pump->polled--;
+        if (sh_pumped_just_now(pump->nd, now))
+            return sh_begin_turn(pump);
     }
-    t->scheduled = t->pumping = 1; /* for all that is called from here a pump follows: this one */
-    n = sh_pump(t->nd, words, EVENTS);
+    pump->scheduled = pump->pumping = 1; /* for all that is called from here a pump follows: this one */
+    n = sh_pump(pump->nd, words, EVENTS);
     for (;;) {
-        told = tell(t, words, n, now);
+        told = tell(pump, words, n, now);
         now = sh_clock();
-        if (told < 0 || t->closed || !next_pass(t, words, &n, now, told, &again))
+        if (told < 0 || pump->closed || !next_pass(pump, words, &n, now, told, &again))
             break;
     }
-    t->scheduled = t->pumping = 0;
-    if (told < 0 && !t->closed) {
+    pump->scheduled = pump->pumping = 0;
+    if (told < 0 && !pump->closed) {
         PyObject *type, *value, *trace;
 
         PyErr_Fetch(&type, &value, &trace);
-        if (sh_begin_turn(t) < 0)
+        if (sh_begin_turn(pump) < 0)
             PyErr_Clear();
         PyErr_Restore(type, value, trace);
     }
-    if (told < 0 || t->closed)
+    if (told < 0 || pump->closed)
         return told < 0 ? -1 : 0;
-    return again ? sh_begin_turn(t) : 0;
+    return again ? sh_begin_turn(pump) : 0;
 }
 
 /* ---- the type ---- */
 
 static PyObject *none_unless(int failed) { return failed < 0 ? NULL : Py_NewRef(Py_None); }
 
-static PyObject *turn_begin(Pump *t, PyObject *unused) { (void)unused; return none_unless(sh_begin_turn(t)); }
-static PyObject *turn_check(Pump *t, PyObject *unused) { (void)unused; return ask_owner(t, s_check, NULL, NULL); }
-static PyObject *turn_stir(Pump *t, PyObject *unused) { (void)unused; return t->scheduled || t->closed ? Py_NewRef(Py_None) : ask_owner(t, s_pump_follows, NULL, NULL); }
-static PyObject *turn_may_spin(Pump *t, PyObject *unused) { (void)unused; return PyBool_FromLong(sh_may_spin(t)); }
-static PyObject *turn_will_run(Pump *t, PyObject *unused) { (void)unused; return none_unless(sh_will_run(t)); }
-static PyObject *turn_runs(Pump *t, PyObject *unused) { (void)unused; return none_unless(sh_runs(t)); }
-static PyObject *turn_pump(Pump *t, PyObject *unused) { (void)unused; return none_unless(pump(t)); }
-static PyObject *turn_woken(Pump *t, PyObject *unused) { (void)unused; return none_unless(t->scheduled ? 0 : pump(t)); }
+static PyObject *pump_begin_turn(Pump *pump, PyObject *unused) { (void)unused; return none_unless(sh_begin_turn(pump)); }
+static PyObject *pump_check(Pump *pump, PyObject *unused) { (void)unused; return ask_owner(pump, s_check, NULL, NULL); }
+static PyObject *pump_stir(Pump *pump, PyObject *unused) { (void)unused; return pump->scheduled || pump->closed ? Py_NewRef(Py_None) : ask_owner(pump, s_pump_follows, NULL, NULL); }
+static PyObject *pump_may_spin(Pump *pump, PyObject *unused) { (void)unused; return PyBool_FromLong(sh_may_spin(pump)); }
+static PyObject *pump_will_run(Pump *pump, PyObject *unused) { (void)unused; return none_unless(sh_will_run(pump)); }
+static PyObject *pump_runs(Pump *pump, PyObject *unused) { (void)unused; return none_unless(sh_runs(pump)); }
+static PyObject *pump_run(Pump *pump, PyObject *unused) { (void)unused; return none_unless(run(pump)); }
+static PyObject *pump_woken(Pump *pump, PyObject *unused) { (void)unused; return none_unless(pump->scheduled ? 0 : run(pump)); }
 
-static PyObject *turn_wake(Pump *t, PyObject *unused)
+static PyObject *pump_wake(Pump *pump, PyObject *unused)
 {
     int news;
 
     (void)unused;
-    if (t->closed)
+    if (pump->closed)
         Py_RETURN_NONE;
-    news = sh_heartbeat_heard(t->heartbeat);
-    if (news || t->listens || t->hurry) {
-        PyObject *number = PyLong_FromLong(news), *r = number ? ask_owner(t, s_heard, number, NULL) : NULL;
+    news = sh_heartbeat_heard(pump->heartbeat);
+    if (news || pump->listens || pump->hurry) {
+        PyObject *number = PyLong_FromLong(news), *r = number ? ask_owner(pump, s_heard, number, NULL) : NULL;
         Py_XDECREF(number);
         if (!r)
             return NULL;
         Py_DECREF(r);
     }
-    return none_unless(t->scheduled ? 0 : pump(t));
+    return none_unless(pump->scheduled ? 0 : run(pump));
 }
 
 /* What it has in C, and into memory[] what that lies in. */
@@ -219,15 +219,15 @@ static int borrow(PyObject *owner, void *to, PyObject *memory, Py_ssize_t i)
 }
 
 /* Detached until it is attached. */
-static PyObject *turn_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+static PyObject *pump_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    Pump *t = (Pump *)type->tp_alloc(type, 0);
+    Pump *pump = (Pump *)type->tp_alloc(type, 0);
 
     (void)args;
     (void)kwargs;
-    if (t)
-        t->closed = 1;
-    return (PyObject *)t;
+    if (pump)
+        pump->closed = 1;
+    return (PyObject *)pump;
 }
 
 /* Whoever shares an eventfd with us can make writing to it wait. The GIL is held by what is called here, and not by what cffi calls. */
@@ -240,91 +240,91 @@ static void *let_others_run(void)
 
 static void go_on(void *mine) { PyEval_RestoreThread(mine); }
 
-static int turn_init(Pump *t, PyObject *args, PyObject *kwargs)
+static int pump_init(Pump *pump, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"owner", "engine", "heartbeat", "loop", "context", "ident", "queue", NULL};
     PyObject *owner, *engine, *heartbeat, *loop, *context, *queue;
 
-    if (t->memory) {
+    if (pump->memory) {
         PyErr_SetString(PyExc_RuntimeError, "a node is made once");
         return -1;
     }
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOOkO", names, &owner, &engine, &heartbeat, &loop, &context, &t->ident, &queue)
-        || !(t->memory = PyTuple_New(2)) || borrow(heartbeat, &t->heartbeat, t->memory, 0) < 0 || !(t->owed = PyObject_GetAttrString(engine, "owed"))
-        || !(t->call_soon = PyObject_GetAttrString(loop, "call_soon"))
-        || !(t->create_future = PyObject_GetAttrString(loop, "create_future"))
-        || !(t->pump = PyObject_GetAttrString((PyObject *)t, "_pump"))
-        || borrow(engine, &t->nd, t->memory, 1) < 0)
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OOOOOkO", names, &owner, &engine, &heartbeat, &loop, &context, &pump->ident, &queue)
+        || !(pump->memory = PyTuple_New(2)) || borrow(heartbeat, &pump->heartbeat, pump->memory, 0) < 0 || !(pump->owed = PyObject_GetAttrString(engine, "owed"))
+        || !(pump->call_soon = PyObject_GetAttrString(loop, "call_soon"))
+        || !(pump->create_future = PyObject_GetAttrString(loop, "create_future"))
+        || !(pump->pass = PyObject_GetAttrString((PyObject *)pump, "_pump"))
+        || borrow(engine, &pump->nd, pump->memory, 1) < 0)
         return -1;
-    t->owner = Py_NewRef(owner);
-    t->context = Py_NewRef(context);
-    t->queue_visible = queue != Py_None;
-    t->queue = t->queue_visible ? Py_NewRef(queue) : Py_BuildValue("[O]", Py_None);
-    t->slots = t->nd->g.slots;
-    t->ports = PyMem_Calloc(t->slots, sizeof *t->ports);
-    t->inboxes = PyMem_Calloc(t->slots, sizeof *t->inboxes);
-    if (!t->queue || !t->ports || !t->inboxes || !PyTuple_Check(t->owed)) {
+    pump->owner = Py_NewRef(owner);
+    pump->context = Py_NewRef(context);
+    pump->queue_visible = queue != Py_None;
+    pump->queue = pump->queue_visible ? Py_NewRef(queue) : Py_BuildValue("[O]", Py_None);
+    pump->slots = pump->nd->g.slots;
+    pump->fast_paths = PyMem_Calloc(pump->slots, sizeof *pump->fast_paths);
+    pump->datagram_ins = PyMem_Calloc(pump->slots, sizeof *pump->datagram_ins);
+    if (!pump->queue || !pump->fast_paths || !pump->datagram_ins || !PyTuple_Check(pump->owed)) {
         PyErr_NoMemory();
         return -1;
     }
-    t->nd->let_go = let_others_run;
-    t->nd->take_back = go_on;
-    t->closed = 0;
+    pump->nd->let_go = let_others_run;
+    pump->nd->take_back = go_on;
+    pump->closed = 0;
     return 0;
 }
 
-static int turn_traverse(Pump *t, visitproc visit, void *arg)
+static int pump_traverse(Pump *pump, visitproc visit, void *arg)
 {
-    Py_VISIT(Py_TYPE(t));
-    Py_VISIT(t->memory);
-    Py_VISIT(t->owner);
-    Py_VISIT(t->owed);
-    Py_VISIT(t->queue);
-    Py_VISIT(t->call_soon);
-    Py_VISIT(t->create_future);
-    Py_VISIT(t->context);
-    Py_VISIT(t->pump);
+    Py_VISIT(Py_TYPE(pump));
+    Py_VISIT(pump->memory);
+    Py_VISIT(pump->owner);
+    Py_VISIT(pump->owed);
+    Py_VISIT(pump->queue);
+    Py_VISIT(pump->call_soon);
+    Py_VISIT(pump->create_future);
+    Py_VISIT(pump->context);
+    Py_VISIT(pump->pass);
     return 0;
 }
 
-static int turn_clear(Pump *t)
+static int pump_clear(Pump *pump)
 {
-    t->closed = 1; /* what is called from here on finds nothing to work with */
-    Py_CLEAR(t->owner);
-    Py_CLEAR(t->owed);
-    Py_CLEAR(t->queue);
-    Py_CLEAR(t->call_soon);
-    Py_CLEAR(t->create_future);
-    Py_CLEAR(t->context);
-    Py_CLEAR(t->pump);
+    pump->closed = 1; /* what is called from here on finds nothing to work with */
+    Py_CLEAR(pump->owner);
+    Py_CLEAR(pump->owed);
+    Py_CLEAR(pump->queue);
+    Py_CLEAR(pump->call_soon);
+    Py_CLEAR(pump->create_future);
+    Py_CLEAR(pump->context);
+    Py_CLEAR(pump->pass);
     return 0;
 }
 
-static void turn_dealloc(Pump *t)
+static void pump_dealloc(Pump *pump)
 {
-    PyTypeObject *type = Py_TYPE(t);
+    PyTypeObject *type = Py_TYPE(pump);
 
-    PyObject_GC_UnTrack(t);
-    turn_clear(t);
-    Py_CLEAR(t->memory); /* not before: ports, inboxes and awaitables that end with us, or later, still look at it */
-    PyMem_Free(t->ports);
-    PyMem_Free(t->inboxes);
-    type->tp_free(t);
+    PyObject_GC_UnTrack(pump);
+    pump_clear(pump);
+    Py_CLEAR(pump->memory); /* not before: fast paths, DatagramIns and awaitables that end with us, or later, still use it */
+    PyMem_Free(pump->fast_paths);
+    PyMem_Free(pump->datagram_ins);
+    type->tp_free(pump);
     Py_DECREF(type);
 }
 
 #define METHOD(function, text) (PyCFunction)(void (*)(void))(function), METH_NOARGS, text
 
 static PyMethodDef methods[] = {
-    {"check", METHOD(turn_check, "Raises when the node may not be used here (any more).")},
-    {"begin_turn", METHOD(turn_begin, "Give this turn of the loop a budget of its own, and have a pass follow it.")},
-    {"stir", METHOD(turn_stir, "Have a pass follow what the engine has done.")},
-    {"may_spin", METHOD(turn_may_spin, "Is nothing else to be run by this loop, as far as can be known?")},
-    {"will_run", METHOD(turn_will_run, "Note that the pump woke a task.")},
-    {"runs", METHOD(turn_runs, "Note that the task runs.")},
-    {"woken", METHOD(turn_woken, "Make a pass, as a doorbell came.")},
-    {"_wake", METHOD(turn_wake, "Make a pass, as the heartbeat asks for one.")},
-    {"_pump", METHOD(turn_pump, "Make a pass, and more of them while there are news and nothing else is to be run.")},
+    {"check", METHOD(pump_check, "Raises when the node may not be used here (any more).")},
+    {"begin_turn", METHOD(pump_begin_turn, "Give this turn of the loop a budget of its own, and have a pass follow it.")},
+    {"stir", METHOD(pump_stir, "Have a pass follow what the engine has done.")},
+    {"may_spin", METHOD(pump_may_spin, "Is nothing else to be run by this loop, as far as can be known?")},
+    {"will_run", METHOD(pump_will_run, "Note that the pump woke a task.")},
+    {"runs", METHOD(pump_runs, "Note that the task runs.")},
+    {"woken", METHOD(pump_woken, "Make a pass, as a doorbell came.")},
+    {"_wake", METHOD(pump_wake, "Make a pass, as the heartbeat asks for one.")},
+    {"_pump", METHOD(pump_run, "Make a pass, and more of them while there are news and nothing else is to be run.")},
     {NULL, NULL, 0, NULL},
 };
 
@@ -343,11 +343,11 @@ static PyMemberDef members[] = {
 
 static PyType_Slot slots[] = {
     {Py_tp_doc, "Passes over what peers said, as callbacks of a loop. Pump(owner, engine, heartbeat, loop, context, ident, queue)."},
-    {Py_tp_new, turn_new},
-    {Py_tp_init, turn_init},
-    {Py_tp_traverse, turn_traverse},
-    {Py_tp_clear, turn_clear},
-    {Py_tp_dealloc, turn_dealloc},
+    {Py_tp_new, pump_new},
+    {Py_tp_init, pump_init},
+    {Py_tp_traverse, pump_traverse},
+    {Py_tp_clear, pump_clear},
+    {Py_tp_dealloc, pump_dealloc},
     {Py_tp_methods, methods},
     {Py_tp_members, members},
     {0, NULL},
