@@ -14,7 +14,7 @@
 #include <stdint.h>
 #include <string.h>
 
-/* sh_prefetch, sh_prefetch_write: prefetched to be read, and to be written. Compilers drop calls of what does nothing but __builtin_prefetch. */
+/* sh_prefetch is for reading, sh_prefetch_write for writing. In assembly, as compilers drop calls of functions that do nothing but __builtin_prefetch. */
 #if defined(__x86_64__)
 static inline void sh_pause(void) { __builtin_ia32_pause(); }
 static inline void sh_prefetch(const void *p) { __asm__ __volatile__("prefetcht0 %0" : : "m"(*(const char *)p)); }
@@ -63,13 +63,13 @@ static inline uint64_t sh_load(const uint64_t *p, int wc)
     return v;
 }
 
-/* Load without ordering: for words that are only compared, and looked at again under sh_load when they differ. */
+/* Load without ordering: for words that are only compared, and loaded again by sh_load when they differ. */
 static inline uint64_t sh_peek(const uint64_t *p)
 {
     return atomic_load_explicit((const _Atomic uint64_t *)p, memory_order_relaxed);
 }
 
-/* Store with release: everything before it is visible to whoever sees it. Pairs with sh_load. */
+/* Store with release: whoever sees it sees everything before it. Pairs with sh_load. */
 static inline void sh_store(uint64_t *p, uint64_t v, int wc)
 {
     if (__builtin_expect(wc, 0))

@@ -1,9 +1,9 @@
-/* budget.c - turns of the loop: how long each may be held. How those who take something in it share that is in node.h. */
+/* budget.c - turns of the loop: how long each may be held. How readers share that time: sh_share_is_used(), in node.h. */
 #include "node.h"
 
 #include <poll.h>
 
-#define ASK_NS 50000u /* a question is a system call */
+#define ASK_NS 50000u /* how often to poll loop_fd, which is a system call */
 
 static void ask_later(sh_node *nd, uint64_t now)
 {
@@ -17,11 +17,11 @@ uint64_t sh_turn(sh_node *nd)
 
     nd->turn_end_ns = now + nd->hold_ns;
     ask_later(nd, now);
-    sh_wake_up(nd); /* a pump follows in this turn: nobody need ring */
+    sh_wake_up(nd); /* a pass is scheduled: peers need not kick */
     return now;
 }
 
-/* Is its budget used up, or is one of the loop's other descriptors ready? Those it sees only between its turns. */
+/* Is the turn's budget used up, or is another of the loop's descriptors ready? The loop sees those only between its turns. */
 int sh_asked(sh_node *nd, uint64_t now)
 {
     if (!nd->ask_ns || now >= nd->turn_end_ns)

@@ -23,7 +23,7 @@ enum sh_limit {
     SH_MAX_RING = 1 << 30,
     SH_RECORD_HEADER = 8,
     SH_DATAGRAM_MAX = 65507, /* as UDP over IPv4 */
-    SH_COPY_MAX = 1 << 20 /* bytes copied in one piece: a look at whether the section is still ours is never further away */
+    SH_COPY_MAX = 1 << 20 /* bytes copied in one piece: between two, the core checks that the section is still this node's */
 };
 enum sh_header_at { SH_HEADER_MAGIC = 0, SH_HEADER_VERSION = 8, SH_HEADER_REGION_ID = 16, SH_HEADER_REGION_BYTES = 24, SH_HEADER_SIZE = 4096 };
 enum sh_section_at {
@@ -60,23 +60,24 @@ enum sh_listen {
     SH_LISTEN_USED = 1, SH_LISTEN_REUSE = 2, SH_LISTEN_LOCAL = 4, SH_LISTEN_TENTATIVE = 8, SH_LISTEN_DATAGRAM = 16
 };
 enum sh_flag { SH_FLAG_LOCKED = 1, SH_FLAG_FUTEX = 2 };
-/* how a sleeping peer is woken */
+/* how we wake a peer that sleeps */
 enum sh_wake_out { SH_WAKE_OUT_NONE, SH_WAKE_OUT_FUTEX, SH_WAKE_OUT_EVENTFD, SH_WAKE_OUT_REGISTER, SH_WAKE_OUT_LOST };
-/* and how it wakes us; both may be, as it changes over when it hears of our doorbell, or of its end */
+/* what a wakeup by the heartbeat calls for besides a pass: bits of sh_heartbeat_heard() */
 enum sh_heard { SH_HEARD_LOCK = 1, SH_HEARD_SUSPECTED_LOSS = 2 };
+/* how a peer wakes us: bits; both are set while it changes over, as it hears of our doorbell, or of the doorbell's end */
 enum sh_wake_in { SH_WAKE_IN_NOT, SH_WAKE_IN_FUTEX, SH_WAKE_IN_DOORBELL };
-/* what read, look and spin answer when it is no count */
+/* what reads, writes, polls and spins return when it is no count */
 enum sh_status {
-    SH_EMPTY = -1,     /* nothing there: arm and suspend */
+    SH_EMPTY = -1,     /* nothing is there: arm and suspend */
     SH_EOF = -2,       /* FIN, and all was read */
     SH_RESET = -3,     /* RST, generation gone, or peer gone: no more bytes */
     SH_YIELD = -4,     /* the loop turn's budget is used up: let the loop turn once */
     SH_VIOLATION = -5, /* the peer wrote nonsense */
-    SH_STALE = -6,     /* not this node's to touch (any more): closed, forked, another thread, or its section was taken */
+    SH_STALE = -6,     /* nothing may be touched (any more): closed, forked, another thread, or the section is another's */
     SH_CLOSED = -7,    /* this side's writing has ended, or the peer will never read */
     SH_UNBOUND = -8,   /* the listener entry that a datagram is for has changed: resolve the address anew */
-    SH_GROW = -9,      /* the ring is to grow first, then again */
-    SH_SLOW = -10,     /* not by this way: fewer bytes than asked for, or whoever asked wants none of them; they stay */
+    SH_GROW = -9,      /* let the ring grow, then write again */
+    SH_SLOW = -10,     /* nothing was read: fewer bytes are there than asked for, or the taker wants none of them */
     SH_FULL = -11,     /* the ring of messages has no room */
     SH_UNADOPTED = -12, /* no life of that peer is known */
     SH_NO_REGION = -13, /* an id that is none, or a region that is too small for it */
@@ -88,9 +89,9 @@ enum sh_bits {
     SH_POLL_DATA = 1, SH_POLL_FIN = 2, SH_POLL_DONE = 4, SH_POLL_RESET = 8, SH_POLL_BAD = 16, SH_POLL_SPACE = 32, SH_POLL_MOVED = 64
 };
 enum sh_event { SH_EV_SLOT = 0, SH_EV_ADOPT = 1, SH_EV_MESSAGE = 2 };
-enum sh_how { SH_MAY_SPIN = 1, SH_YIELDED = 2 }; /* of a read: nothing else is to be run; it has just let the loop turn */
+enum sh_how { SH_MAY_SPIN = 1, SH_YIELDED = 2 }; /* a read: nothing else is to be run, so it may spin; its caller has just let the loop turn */
 enum sh_survey { SH_SURVEY_CLAIM, SH_SURVEY_INCARNATION, SH_SURVEY_STATE, SH_SURVEY_DOORBELL, SH_SURVEY_BEAT, SH_SURVEY }; /* words per section */
-enum sh_counter { /* by these names, in lower case, statistics() tells of them */
+enum sh_counter { /* statistics() has them by these names, in lower case */
     SH_N_PUMPS, SH_N_READS, SH_N_WRITES, SH_N_BYTES_IN, SH_N_BYTES_OUT, SH_N_NOTIFIES, SH_N_NOTIFIES_PENDING, SH_N_SPIN_HITS, SH_N_SPIN_MISSES,
     SH_N_WAKEUPS, SH_N_HEALED, SH_N_NOTIFICATIONS, SH_N_DATAGRAMS_IN, SH_N_DATAGRAMS_OUT, SH_N_KICKS, SH_N_SUPPRESSED,
     SH_N_RECEIVED, SH_N_SPURIOUS, SH_N_RATE_LIMITED, SH_N_COUNTERS

@@ -1,5 +1,5 @@
-/* datagram.c - records in a ring: a header, and the bytes. Published whole or not at all, so every tail is the end of one; all
- * else is the ring's way (ring.c). */
+/* datagram.c - datagrams are records in a ring: a header, then the bytes. A record is published whole or not at all, so every tail is the end of
+ * one; all else is as with streams (ring.c). */
 #include "ring.h"
 
 static int is_bound(const sh_ep *ep, uint32_t index, uint32_t entry)
@@ -10,7 +10,7 @@ static int is_bound(const sh_ep *ep, uint32_t index, uint32_t entry)
     return index < SH_LISTENERS && sh_load(&to->listener[index], nd->wc) == entry;
 }
 
-/* One datagram, whole or not at all, for the listener entry index << 8 | flags of the peer. 1: sent; 0: no room (WANT is set);
+/* Send one datagram, whole or not at all, to the peer's listener entry index << 8 | flags. 1: sent; 0: no room (WANT is set);
  * or a status. */
 int sh_send(sh_ep *ep, uint32_t src_port, uint32_t dst_port, uint32_t entry, const void *data, uint32_t n)
 {
@@ -33,7 +33,7 @@ int sh_send(sh_ep *ep, uint32_t src_port, uint32_t dst_port, uint32_t entry, con
     return 1;
 }
 
-/* n bytes of the own ring from a position on. */
+/* Copy n bytes out of the own ring, from a position on. */
 static void get(const sh_ep *ep, uint32_t position, void *to, uint32_t n)
 {
     uint32_t at = position & (ep->tx_bytes - 1), first = ep->tx_bytes - at < n ? ep->tx_bytes - at : n;
@@ -43,8 +43,8 @@ static void get(const sh_ep *ep, uint32_t position, void *to, uint32_t n)
         sh_copy_in((uint8_t *)to + first, ep->tx, n - first);
 }
 
-/* The next datagram: its ports, source << 16 | destination, are there when `to` takes its bytes. How many these were (none is a datagram too), or
- * a status. The header is copied once and checked. */
+/* Receive the next datagram. *ports (source << 16 | destination) is set before `to` takes its bytes. Returns how many these were (a datagram may have
+ * none), or a status. The header is copied once and checked. */
 int64_t sh_recv_step(sh_ep *ep, sh_taker *to, uint32_t *ports)
 {
     int64_t found = sh_available(ep);
@@ -74,10 +74,10 @@ int64_t sh_recv(sh_ep *ep, void *to, uint32_t *ports)
     return sh_recv_step(ep, &plain.taker, ports);
 }
 
-/* (A slot that is another life's does not tell how far its reader came.) */
+/* Is the peer's slot of the same life? Another life does not tell how far its reader came. */
 static int reads_on(const sh_ep *ep) { return SH_GEN(sh_load(&ep->theirs->rx_word, ep->nd->wc)) == ep->peer_gen; }
 
-/* Datagrams that the peer has not taken, for the books when it is gone. Others can write this ring too: it is not trusted. */
+/* How many datagrams the peer has not received: they are counted as dropped when it is gone. Others can write this ring, too, so it is checked. */
 uint32_t sh_unread(sh_ep *ep)
 {
     uint32_t count = 0, left;

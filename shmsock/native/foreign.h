@@ -1,5 +1,5 @@
-/* foreign.h - the words of others, and own ones that others may have written over: each is loaded once, and given on as what it means. Raw loads
- * are here, and in a few functions that check what they loaded (tests/test_house.py lists them). */
+/* foreign.h - reads the words of others, and own words that others may have overwritten: each is loaded once, and returned as what it means.
+ * Raw loads are here, and in a few functions that check what they loaded (tests/test_house.py lists them). */
 #ifndef SHMSOCK_FOREIGN_H
 #define SHMSOCK_FOREIGN_H
 
@@ -7,13 +7,13 @@
 
 /* ---- of a link ---- */
 
-/* Has that peer said anything that was not taken in? One that is rate limited never has. For the owner; the heartbeat asks sh_any_notified(). */
+/* Has that peer's notify_seq moved since it was collected? Never, while the peer is rate-limited. For the owner; the heartbeat asks sh_any_notified(). */
 static inline int sh_has_news(const struct sh_link *l) { return SH_UNLIKELY(sh_peek(&l->in->notify_seq) != l->last) && !sh_rate_limited(l); }
 
-/* Which life of its link does it speak of? */
+/* The pair_inc that its notify_seq carries: which life of the link the peer speaks of. */
 static inline uint32_t sh_inc_now(const sh_node *nd, const struct sh_link *l) { return SH_HIGH(sh_load(&l->in->notify_seq, nd->wc)); }
 
-/* Messages of it that we have not taken; more than SH_MESSAGES: nonsense. What carries another life's tag is not for us. */
+/* Messages of the peer that we have not received; more than SH_MESSAGES: a violation. What carries another life's tag is not for us. */
 static inline uint32_t sh_mail(const sh_node *nd, const struct sh_link *l)
 {
     uint64_t box = sh_load(&l->in->outbox, nd->wc);
@@ -21,7 +21,7 @@ static inline uint32_t sh_mail(const sh_node *nd, const struct sh_link *l)
     return SH_HIGH(box) == l->my_inc ? SH_LOW(box) - l->msg_head : 0;
 }
 
-/* Messages of ours that it has not taken; likewise. */
+/* Messages of ours that the peer has not received; more than SH_MESSAGES: a violation. */
 static inline uint32_t sh_mail_out(const sh_node *nd, const struct sh_link *l)
 {
     uint64_t box = sh_load(&l->in->inbox, nd->wc);
@@ -29,13 +29,13 @@ static inline uint32_t sh_mail_out(const sh_node *nd, const struct sh_link *l)
     return l->msg_tail - (SH_HIGH(box) == l->my_inc ? SH_LOW(box) : 0);
 }
 
-/* Has it adopted us? */
+/* Has the peer adopted this life of ours? */
 static inline int sh_knows_us(const struct sh_link *l) { return SH_HIGH(sh_peek(&l->in->outbox)) == l->my_inc; }
 
-/* Our slots that it has toggled, and that we have not acknowledged. */
+/* Our slots whose toggle the peer has flipped, and that we have not acknowledged. */
 static inline uint64_t sh_toggled(const sh_node *nd, const struct sh_link *l, uint32_t w) { return sh_load(&l->t_in[w], nd->wc) ^ l->a[w]; }
 
-/* The sleep of ours that it kicked for last: only compared. */
+/* The sleep of ours that the peer last kicked for; only compared. */
 static inline uint64_t sh_kicked_for(const sh_node *nd, const struct sh_link *l) { return sh_load(&l->in->kicked_for, nd->wc); }
 
 /* ---- of a slot ---- */
@@ -43,7 +43,7 @@ static inline uint64_t sh_kicked_for(const sh_node *nd, const struct sh_link *l)
 /* Is it still the life of the slot that we are connected to? */
 static inline int sh_same_life(const sh_ep *ep) { return SH_GEN(sh_load(&ep->theirs->tx_word, ep->nd->wc)) == ep->peer_gen; }
 
-/* Does its writer, of that life, wait for space? */
+/* Is it that life, and does its writer wait for space? */
 static inline int sh_wants_space(const sh_ep *ep)
 {
     uint64_t p = sh_load(&ep->theirs->tx_word, ep->nd->wc);
@@ -51,7 +51,7 @@ static inline int sh_wants_space(const sh_ep *ep)
     return SH_GEN(p) == ep->peer_gen && (p & SH_WANT);
 }
 
-/* Is its reader not where we last saw it? */
+/* Has its reader's head moved since we last saw it? */
 static inline int sh_head_moved(const sh_ep *ep) { return SH_LOW(sh_load(&ep->theirs->rx_word, ep->nd->wc)) != ep->head_seen; }
 
 #endif

@@ -5,7 +5,7 @@
  * matter if the peer finds a later descriptor in the slot than P speaks of. */
 #include "ring.h"
 
-/* What does not fit is for a larger ring (sh_write says SH_GROW), or takes what room there is. */
+/* May a write that does not fit ask for a larger ring (SH_GROW)? Else it fills the room there is. */
 void sh_ep_may_grow(sh_ep *ep, int may) { ep->may_grow = may != 0; }
 
 /* May the rings before this one be used for something else? */
@@ -17,7 +17,7 @@ int sh_ep_outgrown(sh_ep *ep)
     return 1;
 }
 
-/* Go on in a larger ring, at that offset of the own section; P tells of it with the next bytes. 1; 0: no; or a status. */
+/* Go on in a larger ring, at that offset of the own section; P tells of it with the next bytes. 1: done; 0: not now; or a status. */
 int sh_ep_grow(sh_ep *ep, uint64_t ring_off, uint32_t ring_bytes)
 {
     sh_node *nd = ep->nd;

@@ -1,10 +1,11 @@
-/* handshake.c - how connections come to be and end: CONNECT and its answers, slots taken, opened and released. */
+/* handshake.c - how connections begin and end: CONNECT and its answers; slots allocated, opened and released. */
 #include "foreign.h"
 
 /* ---- messages ---- */
 
-/* What was taken has been done: the sender may use its cells again. Not before: until users says that a slot is read, the message about it
- * keeps its owner's section from being reused (SYNC U: users before inbox; partner: engine/attach.py, inbox before users). */
+/* The received messages were acted on: publish our head, so that the sender may reuse their cells. Not before: until `users` says that a slot is
+ * read, the message about it keeps its owner's section from being reused (SYNC U: users before inbox; partner: Layout.is_read_by in
+ * engine/layout.py, inbox before users). */
 static void acknowledge(sh_node *nd, struct sh_link *l)
 {
     if (l->msg_acked == l->msg_head)
@@ -13,7 +14,7 @@ static void acknowledge(sh_node *nd, struct sh_link *l)
     sh_store(&l->out->inbox, SH_PACK(l->peer_inc, l->msg_head), nd->wc);
 }
 
-/* 0; SH_FULL; SH_UNADOPTED; SH_VIOLATION when the peer's head is impossible. */
+/* Send a message. 0; SH_FULL; SH_UNADOPTED; SH_VIOLATION when the peer's head is impossible. */
 static int post(sh_node *nd, uint32_t peer, struct sh_message m)
 {
     struct sh_link *l = &nd->links[peer];
@@ -23,7 +24,7 @@ static int post(sh_node *nd, uint32_t peer, struct sh_message m)
         return SH_STALE;
     if (!l->peer_inc)
         return SH_UNADOPTED;
-    acknowledge(nd, l); /* honest rings cannot overflow, as nobody is answered whose CONNECT is still in the way */
+    acknowledge(nd, l); /* free the CONNECT's cell before answering it: so honest rings cannot overflow */
     if ((waiting = sh_mail_out(nd, l)) >= SH_MESSAGES)
         return waiting > SH_MESSAGES ? SH_VIOLATION : SH_FULL;
     m.src_inc = l->my_inc;
@@ -36,7 +37,7 @@ static int post(sh_node *nd, uint32_t peer, struct sh_message m)
     return 0;
 }
 
-/* CONNECT, for a slot that was taken. */
+/* Send CONNECT, for a slot that was allocated. */
 int sh_connect(sh_ep *ep, uint32_t peer, uint32_t port, uint32_t src_port)
 {
     int status = post(ep->nd, peer, (struct sh_message){.kind = SH_CONNECT, .slot = (uint16_t)ep->slot, .gen = ep->gen,
@@ -47,16 +48,16 @@ int sh_connect(sh_ep *ep, uint32_t peer, uint32_t port, uint32_t src_port)
     return status;
 }
 
-/* REFUSE, for that reason; 0: ACCEPT. */
+/* Send REFUSE, for that reason; reason 0: ACCEPT. */
 int sh_answer(sh_node *nd, uint32_t peer, int reason, uint32_t slot, uint32_t gen, uint32_t dst_slot, uint32_t dst_gen)
 {
     return post(nd, peer, (struct sh_message){.kind = reason ? SH_REFUSE : SH_ACCEPT, .reason = (uint8_t)reason, .slot = (uint16_t)slot,
                                               .gen = gen, .dst_slot = (uint16_t)dst_slot, .dst_gen = dst_gen});
 }
 
-/* 1 and its fields in note[]: kind, reason, slot, gen, dst_slot, dst_gen, port, src_port. 2: likewise, and more are there. 0: none.
- * SH_VIOLATION for what cannot be (the caller looks at the tag again: a restart explains it). When the caller has done what the message
- * asks for it posts its answer, takes the next message, or says sh_message_done(). */
+/* Receive a message. 1: its fields are in note[]: kind, reason, slot, gen, dst_slot, dst_gen, port, src_port. 2: the same, and more messages are
+ * there. 0: there is none. SH_VIOLATION: nonsense, unless a restart explains it (the caller loads the tag again). When the caller has acted on
+ * the message it posts its answer, receives the next message, or calls sh_message_done(). */
 int sh_message_recv(sh_node *nd, uint32_t peer, uint32_t *note)
 {
     struct sh_link *l = &nd->links[peer];
@@ -82,7 +83,7 @@ int sh_message_recv(sh_node *nd, uint32_t peer, uint32_t *note)
     l->unread = waiting > 1;
     if (in.kind == SH_CONNECT)
         l->moved++;
-    else if (l->asked) { /* also when whoever asked has given up since: that is no fault of who answers */
+    else if (l->asked) { /* even if our side has given up since: that is not the answerer's fault */
         l->asked--;
         l->moved++;
     }
@@ -96,7 +97,7 @@ void sh_message_done(sh_node *nd, uint32_t peer)
         acknowledge(nd, &nd->links[peer]);
 }
 
-/* Have that peer look at its slot. */
+/* Have that peer poll its slot. */
 void sh_notify(sh_node *nd, uint32_t peer, uint32_t slot)
 {
     if (sh_may_write(nd))
@@ -107,7 +108,7 @@ void sh_notify(sh_node *nd, uint32_t peer, uint32_t slot)
 
 sh_ep *sh_ep_at(sh_node *nd, uint32_t slot) { return slot < nd->g.slots ? &nd->eps[slot] : NULL; }
 
-/* FREE -> taken: publish the ring (offset in the section, bytes: a power of two) under the current generation, which is returned. */
+/* FREE -> allocated: publish the ring (offset in the section, bytes: a power of two) under the current generation, which is returned. */
 uint32_t sh_ep_alloc(sh_ep *ep, uint64_t ring_off, uint32_t ring_bytes, int accepted, int may_grow)
 {
     sh_node *nd = ep->nd;
@@ -144,9 +145,9 @@ static void count_users(sh_node *nd, uint32_t peer, int more)
     sh_store(&l->out->users, SH_PACK(l->users_tag, l->users), nd->wc);
 }
 
-/* taken -> OPEN with that slot of that peer. Its descriptor is read once and checked; who accepted may have grown its ring already.
- * What a first look at the slot finds (SH_POLL_*), SH_RESET when the slot is not of that generation (any more), SH_VIOLATION when the descriptor is
- * impossible, SH_STALE. */
+/* allocated -> OPEN with that slot of that peer. Its descriptor is read once and checked; a peer that accepted may have grown its ring already.
+ * Returns what the first poll of the slot finds (SH_POLL_*); SH_RESET: the slot is not of that generation (any more); SH_VIOLATION: the
+ * descriptor is impossible; or SH_STALE. */
 int sh_ep_open(sh_ep *ep, uint32_t peer, uint32_t peer_slot, uint32_t peer_gen)
 {
     sh_node *nd = ep->nd;
@@ -175,7 +176,7 @@ int sh_ep_open(sh_ep *ep, uint32_t peer, uint32_t peer_slot, uint32_t peer_gen)
     return sh_poll(ep);
 }
 
-/* The peer is gone, or this link was restarted: no toggles, no writes; what was published may be read. */
+/* The peer is gone, or this link was restarted: from here on only what was published can be read. */
 void sh_ep_orphan(sh_ep *ep)
 {
     ep->orphan = 1;
@@ -195,7 +196,7 @@ void sh_ep_release(sh_ep *ep, int notify)
     sh_store(&ep->mine->tx_word, (uint64_t)ep->gen << SH_GEN_SHIFT, nd->wc);
     sh_put(&ep->mine->link, 0);
     if (ep->theirs && (nd->touched[w] & ~keep))
-        sh_acknowledge(nd, ep); /* a spin may have seen notify_seq and left the toggle: the slot's next user would never be told */
+        sh_acknowledge(nd, ep); /* a spin may have collected notify_seq and left the toggle: then the slot's next user would never be notified */
     sh_fence(nd->wc);
     if (ep->theirs) {
         nd->links[ep->peer].open[w] &= keep;

@@ -15,9 +15,9 @@
 #include <time.h>
 #include <unistd.h>
 
-#define LOOK_MIN_NS 20000u
-#define LONG_NS 1000000000u
-#define FLOOD 1000
+#define LOOK_MIN_NS 20000u  /* the shortest pause between two polls */
+#define LONG_NS 1000000000u /* silence after which it beats and polls less often */
+#define FLOOD 1000          /* kicks for nothing, within a second, that are too many */
 
 struct sh_heartbeat {
     sh_node *nd;
@@ -25,20 +25,20 @@ struct sh_heartbeat {
     int event_fd, lock_fd;
     uint64_t beat_ns, cap_ns;
     int futexes;       /* peers may wake us by futexes */
-    uint32_t wake;     /* futex: bumped by the owner to end a sleep */
+    uint32_t wake;     /* futex: the owner adds 1 to it to wake this thread */
     int armed, stop;   /* atomic */
-    int ended;         /* joined, or (in a forked child) never there */
-    uint64_t deadline; /* atomic: when the loop wants to be woken at the latest, be it by a beat */
+    int ended;         /* the thread was joined, or (in a forked child) never existed */
+    uint64_t deadline; /* atomic: the first beat after this wakes the loop */
     uint64_t moved;    /* sh_moved() when the loop last fell asleep */
-    int fresh;         /* atomic: something has moved since: look often at first */
+    int fresh;         /* atomic: something has moved since: poll often at first */
     uint64_t watched;  /* peers whose section lock lives under this kernel */
     uint64_t unlocked; /* of those: the lock is gone, hence the process */
     uint64_t beat, kicking;
     uint32_t beats, vain;
-    struct kicks { /* of one peer, in this second */
-        uint32_t kicked_for;    /* the word when it was last seen */
-        uint32_t changes; /* of it: one for each of our sleeps, at most */
-        uint32_t nothing; /* kicks for a sleep, and for nothing */
+    struct kicks { /* by one peer, in this second */
+        uint32_t kicked_for; /* the word as last seen */
+        uint32_t changes;    /* of the word: an honest peer changes it once for each of our sleeps at most */
+        uint32_t nothing;    /* kicks that ended a sleep while no notify_seq had moved */
     } kicks[SH_MAX_PEERS];
     uint64_t slept; /* our sleep_seq word when this second began */
 };
@@ -56,7 +56,7 @@ static void wake_owner(sh_heartbeat *k)
 
 /* Locks are bytes of the region file, one per section, taken by its owner on its own open file description: the kernel drops
  * them when the process dies, however it dies. Returns whether one fell. */
-static int look_at_locks(sh_heartbeat *k)
+static int poll_locks(sh_heartbeat *k)
 {
     uint64_t gone = 0;
 
@@ -69,7 +69,7 @@ static int look_at_locks(sh_heartbeat *k)
     return gone != 0;
 }
 
-/* `tenths`: of a second since the last. */
+/* `tenths` of a second have passed since the last beat. */
 static void beat(sh_heartbeat *k, uint64_t now, uint64_t tenths)
 {
     sh_node *nd = k->nd;
@@ -83,11 +83,11 @@ static void beat(sh_heartbeat *k, uint64_t now, uint64_t tenths)
     sh_unstick(nd, &k->kicking);
     sh_put(&mine->pumps, __atomic_load_n(&nd->n[SH_N_PUMPS], __ATOMIC_RELAXED));
     sh_store(&mine->beat, k->beat += tenths, nd->wc);
-    if (look_at_locks(k) || !GET(k->armed) || now >= GET(k->deadline))
-        wake_owner(k); /* the loop's only clock: its pump samples peers, and counts, so that others see a loop that stands still */
+    if (poll_locks(k) || !GET(k->armed) || now >= GET(k->deadline))
+        wake_owner(k); /* the loop's only clock: by it the pump samples peers, and is counted, so that others see a loop that stands still */
 }
 
-/* ---- sleep_seq ---- */
+/* ---- kicks by futex ---- */
 
 /* As in linux/futex.h since 5.16, which may be newer than the headers here. */
 struct waiter {
@@ -107,7 +107,7 @@ static long wait_for_any(const struct waiter *w, uint32_t n, uint64_t until)
     return syscall(SYS_FUTEX_WAITV, w, n, 0, &t, CLOCK_MONOTONIC);
 }
 
-/* Can words of the region be waited for? 0, or SH_NO_FUTEX: before Linux 5.16, in a container that forbids it, where memory is a device's. */
+/* Can words of the region be waited for? 0; or SH_NO_FUTEX: before Linux 5.16, in a container that forbids it, or in memory of a device. */
 int sh_futex_works(void *base, uint64_t offset)
 {
     uint64_t word = (uint64_t)(uintptr_t)base + offset;
@@ -116,7 +116,7 @@ int sh_futex_works(void *base, uint64_t offset)
     return wait_for_any(&w, 1, sh_clock() + 1) == 0 || errno == EAGAIN || errno == ETIMEDOUT ? 0 : SH_NO_FUTEX;
 }
 
-/* What to wait for: the owner, kicked_for of others as it is now, and strangers, which wake the own sleep_seq word. */
+/* Fill in what to wait for: the owner's wake, the own sleep_seq word, by which strangers wake us, and the kicked_for of others as it is now. */
 static uint32_t load_kicks(sh_heartbeat *k, uint32_t seen, struct waiter *w)
 {
     uint32_t n = 2, sleeps = (uint32_t)(GET(k->nd->sleep) - k->slept) / 2;
@@ -133,16 +133,16 @@ static uint32_t load_kicks(sh_heartbeat *k, uint32_t seen, struct waiter *w)
         kicked_for = SH_LOW(sh_kicked_for(k->nd, l));
         r->changes += kicked_for != r->kicked_for;
         r->kicked_for = kicked_for;
-        if (r->changes > sleeps + FLOOD / 2) /* before the others have to be looked for because of it */
+        if (r->changes > sleeps + FLOOD / 2) /* before it makes vain reach FLOOD, after which nobody could wake us */
             sh_rate_limit(k->nd, l);
         w[n++] = (struct waiter){.val = kicked_for, .uaddr = (uintptr_t)&l->in->kicked_for, .flags = WAIT_32};
     }
     return n;
 }
 
-/* Has anybody kicked for this sleep, as w tells? `woke` is the word that woke us: a peer with a doorbell says in kicked_for which sleep it
- * kicked for, and only if this was a futex all the same has it come through. A peer that kicks for nothing a thousand times a second wakes
- * nobody any more, until the next safety poll. */
+/* Has anybody kicked for this sleep, by the values in w? Each such kick is counted as received; that of a peer with a doorbell only if its
+ * kicked_for is the word that woke us (`woke`), as it may have stored that and then written the doorbell. A peer that kicks for nothing a
+ * thousand times a second is rate-limited until the next safety poll. */
 static int kicked_for_this(sh_heartbeat *k, const struct waiter *w, uint32_t n, uint64_t woke)
 {
     uint32_t sleep = SH_LOW(GET(k->nd->sleep));
@@ -174,7 +174,7 @@ static uint64_t sleep_until(sh_heartbeat *k, const struct waiter *w, uint32_t n,
 
     if (k->futexes) {
         long woken = wait_for_any(w, n, until);
-        k->vain += woken != 0 && (woken > 0 || errno != ETIMEDOUT); /* not by the owner: it may be for nothing, until something is found */
+        k->vain += woken != 0 && (woken > 0 || errno != ETIMEDOUT); /* a peer woke us: in vain, unless something is found */
         return woken > 0 ? w[woken].uaddr : 0;
     }
     syscall(SYS_futex, &k->wake, FUTEX_WAIT_BITSET_PRIVATE, w[0].val, &t, NULL, FUTEX_BITSET_MATCH_ANY); /* its clock is absolute */
@@ -205,17 +205,18 @@ static void *run(void *arg)
             break;
         if (now >= next_beat) {
             beat(k, now, tenths);
-            /* Nobody has said anything for so long, and who would can ring: in an emulated guest each wake costs 0.04 % of a CPU. */
+            /* Silent for a second, and all who could speak can kick us: beat half as often. In an emulated guest each wake costs 0.04 % of a CPU. */
             tenths = GET(k->armed) && GET(k->deadline) > now + 2 * k->beat_ns && now - since > LONG_NS && !GET(k->nd->must_poll) ? 2 : 1;
             next_beat = now + tenths * k->beat_ns;
-            stranger = 1; /* one that can kick nobody is found now */
+            stranger = 1; /* poll strangers with each beat, as one that cannot kick yet is found by nothing else */
             if (++k->beats % 10 == 0)
                 new_second(k);
         }
-        /* First what others kicked for, then whether and how the loop sleeps, as it does not wake us when it falls asleep: a peer that kicks
-         * for a sleep has seen it, so either it is seen here, or it is no longer as in w, and the kernel does not let us wait. */
+        /* SYNC KICK: kicked_for of others before armed and sleep; partner: send_kick, kicked_for before the futex. The loop does not wake us when it
+         * falls asleep. But a peer that kicks for a sleep has seen that sleep: so either we see it here, too, or kicked_for is no longer as in w,
+         * and the kernel does not let us wait. */
         n = load_kicks(k, seen, w);
-        if (k->vain >= FLOOD) { /* somebody wakes us for nothing, madly: look, and let nobody wake us, for the rest of this second */
+        if (k->vain >= FLOOD) { /* woken in vain too often: for the rest of this second only the owner wakes us, and we poll */
             n = 1;
             stranger = 1;
         }
@@ -224,7 +225,7 @@ static void *run(void *arg)
             stranger |= woke == (uintptr_t)k->nd->sleep_seq_at;
             continue;
         }
-        found = kicked_for_this(k, w, n, woke) | sh_any_notified(k->nd, GET(k->nd->known_peers)); /* level, not edge: what came before arming, too */
+        found = kicked_for_this(k, w, n, woke) | sh_any_notified(k->nd, GET(k->nd->known_peers)); /* a level, not an edge: this finds what came before arming, too */
         if (!found && stranger && sh_any_notified(k->nd, SH_ALL)) {
             SET(k->nd->strangers, 1);
             found = 1;
@@ -235,7 +236,7 @@ static void *run(void *arg)
             k->vain = 0;
             SET(k->armed, 0);
             wake_owner(k);
-            sched_yield(); /* on one CPU the loop comes first: whoever kicked_for waits for it, and not for us */
+            sched_yield(); /* on one CPU: whoever kicked us waits for the loop, not for this thread */
             continue;
         }
         until = n == 1 && now + k->cap_ns < next_beat ? now + k->cap_ns : next_beat;
@@ -244,7 +245,7 @@ static void *run(void *arg)
                 pause_ns = LOOK_MIN_NS;
             until = now + pause_ns < until ? now + pause_ns : until;
             pause_ns += pause_ns / 4;
-            cap = now - since > LONG_NS ? 4 * k->cap_ns : k->cap_ns; /* whoever said nothing for so long can wait a bit */
+            cap = now - since > LONG_NS ? 4 * k->cap_ns : k->cap_ns; /* after a second of silence a peer's first word may wait a bit longer */
             if (pause_ns > cap)
                 pause_ns = cap;
         }
@@ -254,10 +255,10 @@ static void *run(void *arg)
     return NULL;
 }
 
-/* How much memory one takes: the caller's, all zeros, as that of a node. */
+/* How much memory a heartbeat takes. The caller provides it, all zeros, as for a node. */
 uint64_t sh_heartbeat_bytes(void) { return sizeof(sh_heartbeat); }
 
-/* 0 or SH_NO_THREAD. */
+/* Start the thread. 0, or SH_NO_THREAD. */
 int sh_heartbeat_start(sh_heartbeat *k, sh_node *nd, int event_fd, int lock_fd, uint64_t beat_ns, uint64_t cap_ns, int futexes)
 {
     sigset_t all, old;
@@ -286,9 +287,9 @@ static void wake(sh_heartbeat *k)
     syscall(SYS_futex, &k->wake, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
 }
 
-/* The loop is about to wait, and nothing is owed a pass. 1: wait; the eventfd is filled when the first notify_seq differs, and at the
- * first beat behind what is due (`hurry`: at the next). 0: somebody was quicker, pump again. Armed first: what R2 loads is the heartbeat's
- * to watch from here on. */
+/* The loop is about to wait, and nothing is owed a pass. 1: wait; the eventfd is filled when a notify_seq differs, and by the first
+ * beat at or after due_ns (`hurry`: by the next). 0: somebody was quicker, pump again. It arms before R2 loads, as the heartbeat must watch all that
+ * changes after these loads. */
 int sh_heartbeat_arm(sh_heartbeat *k, int hurry)
 {
     uint64_t moved = sh_moved(k->nd);
@@ -304,12 +305,12 @@ int sh_heartbeat_arm(sh_heartbeat *k, int hurry)
         return 0;
     }
     if (GET(k->nd->must_poll) || k->nd->kick)
-        wake(k); /* it sleeps until the next beat, and is to look more often, or at somebody else */
+        wake(k); /* it sleeps until the next beat, but is to poll more often, or to watch others */
     k->nd->kick = 0;
     return 1;
 }
 
-/* Empty the eventfd; before the pump looks, never after: what comes in between must fill it again. Returns SH_HEARD_*: what else is due. */
+/* Empty the eventfd, before the pass and never after it: what comes in between must fill it again. Returns SH_HEARD_*: what else is due. */
 int sh_heartbeat_heard(sh_heartbeat *k)
 {
     if (!k->ended)
@@ -330,7 +331,7 @@ void sh_heartbeat_watch(sh_heartbeat *k, uint32_t peer, int locked)
 
 uint64_t sh_heartbeat_unlocked(sh_heartbeat *k) { return GET(k->unlocked) & GET(k->watched); }
 
-/* The thread ends; `join` is 0 in a forked child, which has none. The eventfd is the caller's again. What is called from here on does nothing. */
+/* End the thread; `join` is 0 in a forked child, which has none. The eventfd is the caller's again, and later calls do nothing. */
 void sh_heartbeat_stop(sh_heartbeat *k, int join)
 {
     if (k->ended)

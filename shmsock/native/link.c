@@ -3,8 +3,8 @@
 
 /* ---- life of a node ---- */
 
-/* How much memory one takes: the caller's, all zeros. (No destructor comes with it: the collector would call that before those of who still
- * uses the node.) */
+/* How much memory a node takes. The caller provides it, all zeros, and frees it. (A destructor of its own would be called by the collector
+ * before those of objects that still use the node.) */
 uint64_t sh_node_bytes(const sh_geometry *g)
 {
     return sizeof(sh_node) + g->peers * sizeof(struct sh_link) + g->slots * sizeof(sh_ep);
@@ -48,7 +48,7 @@ sh_node *sh_node_new(void *memory, void *base, const sh_geometry *g, uint32_t se
     return nd;
 }
 
-/* The section is ours: step every generation past what a former owner left, so that who still holds its slots sees them gone. */
+/* The section is ours: step every generation past what a former owner left, so that a peer that still holds its slots sees them gone. */
 void sh_node_claim(sh_node *nd, uint64_t claim)
 {
     nd->claim = claim;
@@ -61,7 +61,7 @@ void sh_node_claim(sh_node *nd, uint64_t claim)
         sh_put(&ep->mine->tx_word, (uint64_t)ep->gen << SH_GEN_SHIFT);
         sh_put(&ep->mine->rx_word, (uint64_t)ep->gen << SH_GEN_SHIFT);
     }
-    nd->sleep = (sh_peek(nd->sleep_seq_at) + 2) & ~1ull; /* awake, and no sleep that anybody kicked a former owner for */
+    nd->sleep = (sh_peek(nd->sleep_seq_at) + 2) & ~1ull; /* awake; and larger than any sleep for which a former owner was kicked */
     sh_put(nd->sleep_seq_at, nd->sleep);
     sh_fence(nd->wc);
     __atomic_store_n(&nd->inert, 0, __ATOMIC_RELEASE);
@@ -85,11 +85,11 @@ uint64_t sh_node_counter(sh_node *nd, int which)
 
 /* ---- what a peer's notify_seq says ---- */
 
-/* Take over one peer's notify_seq: acknowledge its toggles and keep what is open as ready. 1 when the pump has something to do. */
+/* Take over one peer's notify_seq: acknowledge its toggles, and make their open slots ready. 1: the pump has something to do. */
 int sh_collect(sh_node *nd, struct sh_link *l)
 {
     uint64_t seq = sh_load(&l->in->notify_seq, nd->wc), any = 0; /* SYNC NOTIFY: notify_seq before toggles; partner: sh_notify_slot */
-    uint32_t looks = 0;
+    uint32_t polls = 0;
     int acked = 0;
 
     __atomic_store_n(&l->last, seq, __ATOMIC_RELAXED);
@@ -103,12 +103,12 @@ int sh_collect(sh_node *nd, struct sh_link *l)
         uint64_t diff = sh_toggled(nd, l, w), held = diff & nd->touched[w] & l->open[w];
 
         for (uint64_t m = diff & l->open[w]; m; m &= m - 1)
-            looks++;
-        if (!(diff &= ~held)) /* those are polled themselves, and this notification spoke of it */
+            polls++;
+        if (!(diff &= ~held)) /* touched slots are polled themselves: their toggles stay unacknowledged */
             continue;
         l->a[w] ^= diff;
         sh_put(&l->a_out[w], l->a[w]);
-        nd->ready[w] |= diff & l->open[w]; /* toggles of slots that are not open with this peer end here */
+        nd->ready[w] |= diff & l->open[w]; /* toggles of slots that are not open with this peer are acknowledged, and that is all */
         any |= diff & l->open[w];
         acked = 1;
     }
@@ -118,11 +118,11 @@ int sh_collect(sh_node *nd, struct sh_link *l)
         l->news |= SH_NEWS_MAIL;
         nd->attention = 1;
     }
-    sh_caused(nd, l, looks ? looks : 1);
+    sh_caused(nd, l, polls ? polls : 1);
     return any || l->news;
 }
 
-/* From here on until the next safety look, no word of this peer makes us do anything. */
+/* Ignore this peer's words until the next safety poll. */
 void sh_rate_limit(sh_node *nd, struct sh_link *l)
 {
     if (!__atomic_exchange_n(&l->rate_limited, 1, __ATOMIC_ACQ_REL))
@@ -130,12 +130,12 @@ void sh_rate_limit(sh_node *nd, struct sh_link *l)
 }
 
 /* A store costs a peer less than the poll that it causes. So a thousand polls are weighed: did they take more than a second, or did something
- * move? A peer that notifies has moved something, though that may be seen before the notification is, and some of it at once: of the polls of
- * honest peers every second one may be in vain. One in four that is not is enough. */
+ * move? An honest peer moves something before it notifies, but we may see that before the notification, and several moves at once: up to every
+ * second poll of such a peer may be in vain. So it is enough if one poll in four is not. */
 void sh_weigh(sh_node *nd, struct sh_link *l)
 {
     uint64_t now = sh_clock();
-    uint32_t due = 0; /* looks that are still to come: a pass reports only so many */
+    uint32_t due = 0; /* polls that are counted but were not made yet: a pass reports only so many */
 
     for (uint32_t w = 0; w < nd->words; w++)
         for (uint64_t m = l->open[w]; m; m &= m - 1) {
@@ -153,7 +153,7 @@ void sh_weigh(sh_node *nd, struct sh_link *l)
     l->moved = 0;
 }
 
-/* May the caller read what that peer says of itself? It looked different. 0: later, the peer is rate-limited. */
+/* That peer's identity has changed: may the caller read it? 0: later, as the peer is rate-limited. */
 int sh_inspect(sh_node *nd, uint32_t peer)
 {
     struct sh_link *l = &nd->links[peer];
@@ -178,13 +178,13 @@ void sh_restart(sh_node *nd, uint32_t peer, uint32_t pair_inc)
     }
     sh_put(&l->out->outbox, 0);
     sh_put(&l->out->inbox, 0);
-    if (!l->users) /* else it stands, tag and all: what the peer left is read as before */
+    if (!l->users) /* else count and tag stay: what the peer left is still being read */
         sh_put(&l->out->users, 0);
     l->my_inc = pair_inc;
     l->peer_inc = l->msg_tail = l->msg_head = l->msg_acked = l->asked = 0;
     l->news = l->suspected = l->unread = 0;
-    l->count = SH_LOW(sh_peek(&l->out->notify_seq)); /* goes on from there, so that no half of the word stays as it was */
-    sh_notify_peer(nd, l); /* last: who sees the tag sees the cleared words */
+    l->count = SH_LOW(sh_peek(&l->out->notify_seq)); /* continue the count, so that both halves of the word change */
+    sh_notify_peer(nd, l); /* last: whoever sees the tag sees the cleared words */
     sh_fence(nd->wc);
     /* no notify_seq has the tag 0 and the count all ones: the next pump takes this for a change */
     __atomic_store_n(&l->last, 0xffffffffull, __ATOMIC_RELAXED);

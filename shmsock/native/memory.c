@@ -80,8 +80,8 @@ int sh_listen_find(const void *base, const sh_geometry *g, uint32_t section, uin
     return 0;
 }
 
-/* One look at all sections, for who wants to know whether anything is new: SH_SURVEY words of each into words[]: claim, incarnation, state,
- * doorbell, beat. Returns a mask of the sections where another of them than the beat is not as it was in words[] before. */
+/* Survey all sections: load SH_SURVEY words of each into words[]: claim, incarnation, state, doorbell, beat. Returns a mask of the sections where a
+ * word other than the beat differs from what words[] held before. */
 uint64_t sh_survey(const void *base, const sh_geometry *g, uint64_t *words, int wc)
 {
     uint64_t changed = 0;

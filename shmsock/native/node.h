@@ -21,28 +21,28 @@ struct sh_link { /* towards one peer */
     uint32_t my_inc, peer_inc; /* peer_inc: adopted, 0 = none yet */
     uint32_t count;            /* low half of my notify_seq */
     uint32_t msg_tail, msg_head;
-    uint32_t asked;            /* CONNECTs that it has not answered: each gets exactly one answer */
+    uint32_t asked;            /* CONNECTs that the peer has not answered: each gets exactly one answer */
     uint32_t msg_acked;        /* head as published: behind msg_head while what the last message asked for is being done */
     uint32_t users, users_tag; /* connections that may still read the peer's rings, and the tag under which they are published */
     uint64_t last;             /* the peer's notify_seq as the pump last saw it; the heartbeat reads it too, hence atomic */
     int news;                  /* SH_NEWS_*: what the pump has yet to report */
-    int unread;                /* mail was reported, and the caller has not yet seen that there is no more */
+    int unread;                /* mail was reported, and the caller has not read all of it yet */
     uint64_t suspect;          /* notify_seq at a safety poll that found something; still the same at the next: healed */
     int suspected;
-    uint64_t weighed_ns;       /* sh_weigh(): the last time, and since then: */
-    uint32_t polls;            /* how often its words made us look at something, */
-    uint32_t moved;            /* and what came of it: bytes, space, an end, a message, a life; without what its slots count (ep->moved) */
-    int rate_limited;                 /* nothing came of a thousand looks within a second: until the next safety look; atomic */
-    const uint64_t *sleep_seq;  /* the peer's word */
-    uint64_t kicked;             /* value of it that the peer was kicked for */
-    int wake_out, kick_fd;       /* SH_WAKE_OUT_*, and by what */
+    uint64_t weighed_ns;       /* when sh_weigh() weighed last; since then: */
+    uint32_t polls;            /* how often the peer's words made us poll something, */
+    uint32_t moved;            /* and how often that had moved: bytes, space, an end, a message, a life; slots count theirs (ep->moved) */
+    int rate_limited;          /* a thousand polls within a second found too little: ignored until the next safety poll; atomic */
+    const uint64_t *sleep_seq; /* the peer's word */
+    uint64_t kicked;           /* the value of it that the peer was kicked for */
+    int wake_out, kick_fd;     /* SH_WAKE_OUT_*, and the descriptor that a kick is written to */
     uint64_t kick_at;
     uint32_t kick_value;
-    int stuck;                 /* a kick of it did not end by itself: it is not kicked any more; atomic */
-    int wake_in;                 /* SH_WAKE_IN_*; atomic */
-    int there;                 /* somebody who says so */
-    int missed;                /* but it did, and nothing came: it is polled until a doorbell of its comes through */
-    uint64_t loss_sleep;            /* our sleep in which its notify_seq moved and no kick came; 0: none */
+    int stuck;                 /* a kick of this peer blocked: it is not kicked any more; atomic */
+    int wake_in;               /* SH_WAKE_IN_*; atomic */
+    int there;                 /* a live or attaching peer has that section */
+    int missed;                /* it kicked by doorbell and none arrived: it is polled until one does */
+    uint64_t loss_sleep;       /* our sleep in which its notify_seq moved and no kick came; 0: none */
     uint64_t loss_ns, loss_received;
     int loss_kicked;            /* the peer did kick for that sleep */
     uint64_t t[SH_MAX_WORDS];    /* my toggles */
@@ -62,25 +62,25 @@ struct sh_ep {
     uint32_t grown_at;            /* tail when the own ring grew last */
     uint32_t gen, peer_gen;
     uint64_t flags;               /* epoch and FIN RST DONE WANT as published in P */
-    uint64_t tx_last;              /* the peer's P as last taken over */
-    uint32_t moved;               /* how often that, or head_seen, moved, whoever took it over; until sh_weigh() adds it up */
+    uint64_t tx_last;             /* the peer's P as sh_refresh() last took it over */
+    uint32_t moved;               /* how often tx_last or head_seen moved; sh_weigh() adds it to the link's and begins anew */
     uint32_t peer, peer_slot, slot;
     uint8_t orphan;               /* the peer is gone: what it published may still be read */
     uint8_t accepted;             /* the peer opened the connection */
-    uint8_t may_grow;             /* what does not fit into the ring is for a larger one, which Python allocates */
+    uint8_t may_grow;             /* a write that does not fit returns SH_GROW: Python allocates a larger ring */
     uint8_t outgrown;             /* rings before this one, from which the peer may still read */
-    uint8_t rx_epoch, rx_grown;   /* of the peer's ring; it has grown since the connection was opened */
+    uint8_t rx_epoch, rx_grown;   /* epoch of the peer's ring; whether that has grown since the connection was opened */
     uint8_t waiting;              /* somebody is suspended on this slot since wait_since */
     uint64_t wait_since;
     uint64_t window_ns;           /* learnt busy-poll window */
-    uint64_t spun_ns;             /* of it, in turns of the loop that ended before it did */
+    uint64_t spun_ns;             /* how much of the window was used in former turns of the loop, which ended before it did */
     uint32_t misses;              /* spins that found nothing */
-    uint32_t patience;            /* how much rarer the long ones among them have become */
-    int32_t one_way;                 /* small reads in a row, with no write in between; negative: writes with no read; up to SH_ONE_WAY */
-    uint64_t polled_ns;           /* when the last read looked at P */
-    uint64_t turn_end_ns;         /* of the turn in which something was taken last, */
-    uint64_t since_ns;            /* and when that began */
-    uint32_t drains;              /* that had nothing to wait for */
+    uint32_t patience;            /* a long spin is tried again after 16 << patience of these */
+    int32_t one_way;              /* small reads in a row, with no write in between; negative: writes with no read; up to SH_ONE_WAY */
+    uint64_t polled_ns;           /* when a read last polled P */
+    uint64_t turn_end_ns;         /* turn in which something was last taken out of the ring, named by its end, */
+    uint64_t since_ns;            /* and when the first of it was */
+    uint32_t drains;              /* calls of drain() that had nothing to wait for */
 };
 
 struct sh_node {
@@ -93,47 +93,47 @@ struct sh_node {
     const uint64_t *claim_at;
     uint64_t claim, region_id;
     uint64_t turn_end_ns, hold_ns, spin_max_ns, spin_yield_ns;
-    uint64_t ask_ns;              /* when to ask the loop again whether others want this turn to end; 0: they do */
-    int loop_fd;                  /* readable when they do; negative: not known */
-    uint64_t counted_ns;          /* end of the turn that is counted: how many took something in it, and in the one before */
-    uint32_t readers, sharers;
+    uint64_t ask_ns;              /* when to poll loop_fd next; 0: it was readable, and the turn is to end */
+    int loop_fd;                  /* the loop's selector: readable when another of its descriptors is ready; negative: not known */
+    uint64_t counted_ns;          /* the turn in which readers are counted, named by its end */
+    uint32_t readers, sharers;    /* how many took something in it; and in the one before, by whom the budget is shared */
     uint64_t n[SH_N_COUNTERS];
     uint64_t moved_messages, moved_space; /* writes that went on where there had been no space */
     uint64_t due_ns;              /* when the engine wants a pass at the latest */
-    uint64_t hot_ns, hot_turns;   /* pump.c: how long the pump stays hot, in time and in turns */
-    uint64_t pumped_ns, hit_ns;   /* the last pass, and the last that found that something had moved: */
-    uint64_t hit_moved, gap_ns;   /* so much, so long after the one before */
-    uint64_t credit_ns, idle_turns;
+    uint64_t hot_ns, hot_turns;   /* how long the pump stays hot after something moved: time, and passes in vain */
+    uint64_t pumped_ns, hit_ns;   /* when the last pass was; and the last hit: a pass that found that something had moved */
+    uint64_t hit_moved, gap_ns;   /* sh_moved() at hit_ns; time between the last two hits */
+    uint64_t credit_ns, idle_turns; /* how long passes may still be in vain; how many were, since the last hit */
     int one_cpu;
     int alone;                    /* nobody else wanted this CPU when a spin last offered it */
     int attention;                /* a notification spoke of a message or a new life: the pump must run */
-    uint32_t start;               /* peer the next pump begins with: nobody is always last */
+    uint32_t start;               /* the peer that the next pass begins with, so that nobody is always last */
     uint64_t *sleep_seq_at;
     uint64_t sleep;               /* the sleep_seq word as published; the heartbeat reads it too, hence atomic */
-    uint64_t known_peers;               /* peers that are polled each time; strangers are now and then; written by the owner alone; atomic */
-    int strangers;                /* one of them has moved its notify_seq, or may have: poll all; atomic */
+    uint64_t known_peers;         /* peers that each pass polls; the others, strangers, every 16th one does; written by the owner alone; atomic */
+    int strangers;                /* a stranger has moved its notify_seq, or may have: the next pass polls all; atomic */
     int losses;                   /* links with a suspected loss */
     uint64_t by_futex;            /* peers that wake us by a futex; atomic */
-    int kick;                     /* the heartbeat is to watch somebody else than before */
+    int kick;                     /* wake the heartbeat before the loop sleeps: whom it watches has changed */
     int woke;                     /* slept since the last pump */
     uint64_t slept_received;      /* n[SH_N_RECEIVED] when it fell asleep */
-    uint64_t must_poll;              /* peers that do not kick: the heartbeat polls them; atomic */
-    uint64_t kicking;             /* count << 8 | peer of the ring being written to an eventfd, 0: none; atomic */
-    int unsticking;               /* the heartbeat is at the descriptor of that ring; atomic */
+    uint64_t must_poll;           /* peers that do not kick: the heartbeat polls them; atomic */
+    uint64_t kicking;             /* count << 8 | peer whose eventfd is being written, 0: none; atomic */
+    int unsticking;               /* the heartbeat is using that eventfd; atomic */
     uint64_t kick_count;
-    void *(*let_go)(void);        /* before such a write, which may wait: whoever runs Python lets other threads run; NULL: none does */
+    void *(*let_go)(void);        /* releases the GIL if this thread holds it, and returns what take_back() needs; NULL: there is no Python */
     void (*take_back)(void *);
-    uint64_t flood_ns;            /* when counting of spurious doorbells began */
+    uint64_t flood_ns;            /* when this second of counting spurious doorbells began */
     uint32_t flood;
-    uint64_t ready[SH_MAX_WORDS];   /* slots the pump owes a look */
+    uint64_t ready[SH_MAX_WORDS];   /* slots that the next pass polls */
     uint64_t touched[SH_MAX_WORDS]; /* read since the last pump: their toggles are left unacknowledged until then */
-    uint64_t later[SH_MAX_WORDS];   /* were touched: looked at next time, if they are not touched again */
+    uint64_t later[SH_MAX_WORDS];   /* were touched: the next pass polls them, unless they were read again */
     struct sh_link *links;
     struct sh_ep *eps;
 };
 
 #define SH_ONE_WAY 32 /* so many in a row: bytes flow one way */
-#define SH_POLLS 1000u /* so many at a peer are weighed against what moved */
+#define SH_POLLS 1000u /* so many polls of a peer are weighed against what moved */
 
 #define SH_NEWS_TAG 1  /* notify_seq carries another pair_inc than the adopted one */
 #define SH_NEWS_MAIL 2 /* messages wait */
@@ -141,7 +141,7 @@ struct sh_node {
 #define SH_BIT(slot) (1ull << ((slot) & 63))
 #define SH_WORD(slot) ((slot) >> 6)
 
-/* What the files offer each other; each uses those above it alone (tests/test_house.py). What Python calls besides is in core.h. */
+/* What the files offer each other; each uses only those above it (tests/test_house.py). What Python calls is in core.h. */
 
 /* ---- memory.c ---- */
 uint8_t *sh_section_at(const void *base, const sh_geometry *g, uint32_t section);
@@ -175,12 +175,12 @@ uint64_t sh_yield_at(const sh_node *nd, uint64_t now);
 void sh_notify_slot(sh_node *nd, uint32_t peer, uint32_t slot);
 int sh_refresh(sh_ep *ep);
 int sh_ring_of(sh_ep *ep, uint64_t ring, uint32_t least);
-/* Who takes bytes out of a ring: copies what it wants of n bytes from that position on (sh_copy_ring), and says how many these are; negative:
- * none, they stay. */
+/* Takes bytes out of a ring: copies what it wants of the n bytes from position `at` on (sh_copy_ring), and returns how many these are; negative:
+ * none, and they stay in the ring. */
 typedef struct sh_taker {
     int (*take)(struct sh_taker *to, const sh_ep *ep, uint32_t at, uint32_t n);
 } sh_taker;
-struct sh_plain { sh_taker taker; void *to; }; /* into plain memory, all of them */
+struct sh_plain { sh_taker taker; void *to; }; /* copies all of them into plain memory */
 int sh_take_plain(sh_taker *to, const sh_ep *ep, uint32_t at, uint32_t n);
 int sh_empty(const sh_ep *ep);
 int sh_see_head(sh_ep *ep);
@@ -200,7 +200,7 @@ int64_t sh_recv_step(sh_ep *ep, sh_taker *to, uint32_t *ports);
 
 /* ---- what is inline ---- */
 
-/* Around what may take long: whoever runs Python lets other threads run. */
+/* Bracket a call that may block: sh_let_go() releases the GIL if this thread holds it, sh_take_back() takes it again. */
 static inline void *sh_let_go(const sh_node *nd) { return nd->let_go ? nd->let_go() : NULL; }
 static inline void sh_take_back(const sh_node *nd, void *held)
 {
@@ -213,24 +213,24 @@ static inline uint64_t sh_tx_word(const sh_ep *ep)
     return (uint64_t)ep->gen << SH_GEN_SHIFT | ep->flags | ep->tail;
 }
 
-/* Of the ring as it is, at that offset of the own section. */
+/* The descriptor of the own ring, which lies at that offset of the own section. */
 static inline uint64_t sh_ring_word(const sh_ep *ep, uint64_t ring_off)
 {
     return (uint64_t)ep->gen << SH_GEN_SHIFT | (ep->flags & SH_EPOCHS) | (uint64_t)__builtin_ctz(ep->tx_bytes) << 30 | ring_off / SH_MIN_RING;
 }
 
-/* Bits of P that never change without others, unless to keep its reader busy. */
+/* Changes of these alone are no news: spins ignore them, so that no peer can end a spin with them. */
 #define SH_IDLE_BITS (SH_WANT | SH_EPOCHS)
 
-/* The peer makes us look so often. What came of the looks before is counted by now. */
-static inline void sh_caused(sh_node *nd, struct sh_link *l, uint32_t looks)
+/* Count polls that this peer's words cause. What moved because of the former ones has been counted by now. */
+static inline void sh_caused(sh_node *nd, struct sh_link *l, uint32_t polls)
 {
     if (SH_UNLIKELY(l->polls >= SH_POLLS))
         sh_weigh(nd, l);
-    l->polls += looks;
+    l->polls += polls;
 }
 
-/* The lines of the next bytes come with the word that tells of them, not after it. */
+/* Prefetch the next bytes while polling P, so that they arrive with the word that tells of them, and not after it. */
 static inline void sh_prefetch_bytes(const sh_ep *ep)
 {
     sh_prefetch(ep->rx + (ep->head & (ep->rx_bytes - 1)));
@@ -248,25 +248,25 @@ static inline uintptr_t sh_thread(void)
     return (uintptr_t)pthread_self();
 }
 
-/* Is the section still this node's? A zombie (stopped for long, its section taken by another) is found out here. */
+/* Is the section still this node's? A zombie (stopped for long, its section claimed by another) is found out here. */
 static inline int sh_holds(const sh_node *nd)
 {
     return SH_LIKELY(!__atomic_load_n(&nd->inert, __ATOMIC_RELAXED)) && SH_LIKELY(sh_peek(nd->claim_at) == nd->claim);
 }
 
-/* Bytes come one way, in small pieces, and are still to be looked for. */
+/* Do bytes come one way, in small pieces, and are too few of them known to be there? */
 static inline int sh_one_way(const sh_ep *ep, uint32_t least)
 {
     return ep->one_way == SH_ONE_WAY && ep->tail_seen - ep->head < least && ep->nd->spin_max_ns;
 }
 
-/* The heartbeat mutes, too. */
+/* Atomic, as the heartbeat may rate-limit a peer as well. */
 static inline int sh_rate_limited(const struct sh_link *l) { return __atomic_load_n(&l->rate_limited, __ATOMIC_ACQUIRE); }
 
 /* Is it time to let the loop turn? */
 static inline int sh_over_at(sh_node *nd, uint64_t now) { return SH_UNLIKELY(now >= nd->ask_ns) && sh_asked(nd, now); }
 
-/* Counts who takes something in this turn. 1: for the first time. */
+/* Count this slot among those that took something in this turn. 1: it is the first time. */
 static inline int sh_takes_part(sh_ep *ep)
 {
     sh_node *nd = ep->nd;
@@ -283,7 +283,8 @@ static inline int sh_takes_part(sh_ep *ep)
     return 1;
 }
 
-/* A turn's budget is shared by as many as took part in the last one: reads are so quick that the first would leave the others nothing. */
+/* Has this slot used its share of the turn's budget? As many share it as took part in the last turn: reads are so quick that the first
+ * reader would leave the others nothing. */
 static inline int sh_share_is_used(sh_ep *ep, uint64_t now)
 {
     sh_node *nd = ep->nd;
@@ -293,8 +294,8 @@ static inline int sh_share_is_used(sh_ep *ep, uint64_t now)
     return SH_UNLIKELY(nd->sharers > 1) && (now - ep->since_ns) * nd->sharers > nd->hold_ns;
 }
 
-/* May this call write the section? Not from another thread: it ends here, before anything is touched. And may it read the region? When the node
- * was closed that is not mapped any more: whatever Python may call asks this first. */
+/* May this call write the section, and read the region? Another thread may not; and when the node was closed the region is not mapped any more.
+ * So all that Python may call asks this before it touches anything. */
 static inline int sh_may_write(const sh_node *nd)
 {
     return SH_LIKELY(sh_thread() == nd->owner) && sh_holds(nd);

@@ -1,14 +1,14 @@
-/* pump.c - the pass over what peers said: O(peers) words when idle, O(active slots) under load. And when the next one is due: at once, or
+/* pump.c - the pass over what peers said: O(peers) words when idle, O(active slots) under load. And when the next pass is due: at once, or
  * when the heartbeat or a doorbell wakes the loop. */
 #include "foreign.h"
 
-#define CREDIT_CAP_NS 5000000u
-#define SKIP_NS 50000u
+#define CREDIT_CAP_NS 5000000u /* how long passes may be in vain at a stretch */
+#define SKIP_NS 50000u         /* a pass so soon after the last may be left out */
 
 /* ---- a pass ---- */
 
-/* What the peers in `look` and the ready slots have to say. Fills out[] with what a poll of the slot found << 32 | kind << 24 | (slot or
- * peer), at most max of them; what does not fit is kept for the next pass. */
+/* Collect from the peers in the mask `look`, and poll the ready slots. Fills out[] with what a poll of the slot found << 32 | kind << 24 |
+ * (slot or peer), at most max of them; what does not fit is kept for the next pass. Returns how many. */
 static int pass(sh_node *nd, uint64_t *out, int max, uint64_t look, uint64_t now)
 {
     int n = 0;
@@ -32,7 +32,7 @@ static int pass(sh_node *nd, uint64_t *out, int max, uint64_t look, uint64_t now
         }
         out[n++] = (uint64_t)(l->news & SH_NEWS_TAG ? SH_EV_ADOPT : SH_EV_MESSAGE) << 24 | j;
         l->unread = !(l->news & SH_NEWS_TAG);
-        l->news = 0; /* what is left unread of the mail is found again by sh_message_recv's caller */
+        l->news = 0; /* sh_message_recv's caller reads until there is no more mail */
     }
     nd->woke = 0;
     nd->start = nd->start + 1 < nd->g.peers ? nd->start + 1 : 0;
@@ -45,7 +45,7 @@ static int pass(sh_node *nd, uint64_t *out, int max, uint64_t look, uint64_t now
     return n;
 }
 
-/* Slots that nobody came back to: the next pass looks at them. */
+/* Touched slots that nobody has read since: the pass that follows polls them. */
 static void queue_later(sh_node *nd)
 {
     for (uint32_t w = 0; w < nd->words; w++) {
@@ -54,7 +54,7 @@ static void queue_later(sh_node *nd)
     }
 }
 
-/* The heartbeat tells of it beside the beat. */
+/* Atomic, as the heartbeat publishes it with the beat. */
 static uint64_t count_pump(sh_node *nd)
 {
     uint64_t pumps = nd->n[SH_N_PUMPS] + 1;
@@ -63,7 +63,7 @@ static uint64_t count_pump(sh_node *nd)
     return pumps;
 }
 
-/* One pass, which begins a turn. Returns what pass() does, or SH_STALE. */
+/* Make a pass that begins a turn. Returns what pass() does, or SH_STALE. */
 int sh_pump(sh_node *nd, uint64_t *out, int max)
 {
     uint64_t now, look = SH_ALL;
@@ -72,7 +72,7 @@ int sh_pump(sh_node *nd, uint64_t *out, int max)
         return SH_STALE;
     now = sh_turn(nd);
     if (count_pump(nd) % 16 && !nd->attention && !__atomic_load_n(&nd->strangers, __ATOMIC_RELAXED))
-        look = nd->known_peers; /* each notify_seq is on a page of its own, and cold ones cost more than all the rest */
+        look = nd->known_peers; /* each notify_seq is on a page of its own, and loading cold ones would cost more than all the rest */
     else
         __atomic_store_n(&nd->strangers, 0, __ATOMIC_RELAXED);
     queue_later(nd);
@@ -80,7 +80,7 @@ int sh_pump(sh_node *nd, uint64_t *out, int max)
     return pass(nd, out, max, look, now);
 }
 
-/* Nothing is owed a pass: the loop may sleep, once the heartbeat (or a doorbell) watches. */
+/* Is nothing owed a pass? Then the loop may sleep, once the heartbeat is armed. */
 int sh_quiet(sh_node *nd)
 {
     uint64_t any = nd->attention;
@@ -148,10 +148,10 @@ int sh_safety(sh_node *nd)
 
 /* ---- when the next one comes ---- */
 
-/* When the engine wants a pass at the latest, whatever happens or not. */
+/* The engine wants a pass at that time, even if nothing happens until then. */
 void sh_due(sh_node *nd, uint64_t at_ns) { nd->due_ns = at_ns; }
 
-/* The pump runs hot for hot_ns behind what moved, at most hot_turns turns in vain. */
+/* The pump stays hot for hot_ns after something moved, and for hot_turns passes in vain at most. */
 void sh_hot(sh_node *nd, uint64_t hot_ns, uint64_t hot_turns, int one_cpu)
 {
     nd->hot_ns = hot_ns;
@@ -162,16 +162,17 @@ void sh_hot(sh_node *nd, uint64_t hot_ns, uint64_t hot_turns, int one_cpu)
     nd->credit_ns = CREDIT_CAP_NS;
 }
 
-/* What peers moved so far: bytes, messages, and space where it was waited for. Hotness is earned by it. Own writes earn none: the question
- * and its answer are no two things in a row. */
+/* How much peers moved so far: bytes, messages, and space where it was waited for. That keeps the pump hot. Own writes do not count: one request
+ * and its reply shall not make the pump hot. */
 uint64_t sh_moved(sh_node *nd) { return nd->n[SH_N_READS] + nd->moved_messages + nd->moved_space; }
 
-/* A pass so soon after the last may be left out by who looks at its ring itself: what it acknowledged, the peer would have to tell anew. */
+/* Was the last pass less than 50 us ago? A caller that polls its own ring may leave one out: a pass would acknowledge its toggle, and the peer
+ * would have to notify again. */
 int sh_pumped_just_now(sh_node *nd, uint64_t now) { return now - nd->pumped_ns < SKIP_NS; }
 
-/* After a pass: come again at once? 1: something is owed, here or (`owed`) by the caller. 2: yes, as bytes moved, they moved shortly before
- * as well, and looking in vain has not used more than a quarter of the time. 3: the same, but give this CPU away first, as whoever is to
- * answer may need it. */
+/* After a pass: is another to follow at once? 0: no. 1: something is owed a pass, here or (`owed`) by the caller. 2: the pump is hot: something moved
+ * lately, and shortly before that as well, and passes in vain have used no more than a quarter of the time. 3: it is hot, but yield this CPU first:
+ * the peer that is to answer may need it. */
 int sh_stay_hot(sh_node *nd, uint64_t now, int owed)
 {
     uint64_t moved = sh_moved(nd), since = now - nd->pumped_ns, credit = nd->credit_ns;
@@ -195,8 +196,8 @@ int sh_stay_hot(sh_node *nd, uint64_t now, int owed)
     return nd->idle_turns || nd->one_cpu ? 3 : 2;
 }
 
-/* Did a notify_seq move, or one of the slots that were read since the last pump? The toggles of those are still unacknowledged, so that
- * the peer need not tell of more: they are polled themselves. */
+/* Did a notify_seq move, or one of the slots that were read since the last pass? The toggles of those are still unacknowledged, so their peer
+ * need not notify of more, and they are polled themselves. */
 static int news(sh_node *nd)
 {
     int found = nd->attention;
@@ -213,7 +214,7 @@ static int news(sh_node *nd)
             sh_prefetch_bytes(ep);
             if (p == ep->tx_last && !sh_space_came(ep))
                 continue;
-            if (p & SH_WANT) { /* it waits for what was taken: it has to be told of that as well */
+            if (p & SH_WANT) { /* the peer waits for the space of what was read, and must be told of that as well */
                 sh_rearm_touched(nd);
                 queue_later(nd);
                 return 1;
@@ -225,7 +226,7 @@ static int news(sh_node *nd)
     return found;
 }
 
-/* Another pass in the same turn, when there is nothing else to be run: busy-polls for up to ns, from `now` on. Returns what sh_pump() does;
+/* Make another pass in the same turn, when nothing else is to be run: busy-poll for up to ns, from `now` on. Returns what sh_pump() does;
  * 0: nothing came, or the budget of the turn is used up. */
 int sh_pump_more(sh_node *nd, uint64_t *out, int max, uint64_t now, uint64_t ns)
 {
@@ -234,9 +235,9 @@ int sh_pump_more(sh_node *nd, uint64_t *out, int max, uint64_t now, uint64_t ns)
 
     if (!sh_may_write(nd))
         return SH_STALE;
-    queue_later(nd); /* nobody is about to read them, else that would be run first */
+    queue_later(nd); /* no task is about to read them, or it would run first */
     for (uint32_t k = 1; now < end && !sh_over_at(nd, now); k++) {
-        if (news(nd) && (n = pass(nd, out, max, nd->known_peers, now))) /* a notification of what was read already says nothing */
+        if (news(nd) && (n = pass(nd, out, max, nd->known_peers, now))) /* 0: the notification spoke of what was read already */
             return n;
         if ((nd->spin_yield_ns || nd->alone) && k % 8) {
             sh_pause();

@@ -1,4 +1,4 @@
-/* ring.c - the way of a byte: write -> ring -> P -> toggle, and look -> ring -> C. One producer, one consumer, two sections.
+/* ring.c - the way of a byte: write -> ring -> P -> toggle, and poll -> ring -> C. One producer, one consumer, two sections.
  *
  * The rules' names (F1, R1, W) are those of LAYOUT.md, "Ordering". Each comment "SYNC X" has its partner of the same name. */
 #include "ring.h"
@@ -13,7 +13,7 @@ void sh_notify_slot(sh_node *nd, uint32_t peer, uint32_t slot)
 
     sh_fence(nd->wc); /* SYNC F1: what was published, before the load of A; partner: R1, A before the load of P */
     if ((sh_load(&l->a_in[SH_WORD(slot)], nd->wc) ^ *t) & SH_BIT(slot)) {
-        nd->n[SH_N_NOTIFIES_PENDING]++; /* the peer was told and has not looked yet: it will see this too */
+        nd->n[SH_N_NOTIFIES_PENDING]++; /* the peer was notified and has not polled yet: it will see this, too */
         return;
     }
     *t ^= SH_BIT(slot);
@@ -30,7 +30,7 @@ int sh_see_head(sh_ep *ep)
     uint64_t c = sh_load(&ep->theirs->rx_word, ep->nd->wc);
 
     if (SH_GEN(c) != ep->peer_gen)
-        return 0; /* its P says what happened */
+        return 0; /* another life of the slot: its P says what happened */
     if (SH_LOW(c) - ep->head_seen > ep->tail - ep->head_seen)
         return SH_VIOLATION;
     ep->moved += ep->head_seen != SH_LOW(c);
@@ -38,7 +38,7 @@ int sh_see_head(sh_ep *ep)
     return 0;
 }
 
-/* Ask to be told of space, or of more. Returns the space found after asking. */
+/* Ask to be told of space. Returns the space that is found after asking. */
 static int want_space(sh_ep *ep)
 {
     int r;
@@ -52,7 +52,7 @@ static int want_space(sh_ep *ep)
     return r < 0 ? r : (int)sh_space_of(ep);
 }
 
-/* Room for `need` bytes, at best for `wish`: the space there is, 0 when it is less than need (WANT is set then), or a status. */
+/* Find room for `need` bytes, at best for `wish`. Returns the space there is; 0: less than need (then WANT is set); or a status. */
 int sh_room(sh_ep *ep, uint32_t need, uint64_t wish)
 {
     int r;
@@ -65,7 +65,7 @@ int sh_room(sh_ep *ep, uint32_t need, uint64_t wish)
     return r < 0 || (uint32_t)r >= need ? r : 0;
 }
 
-/* FIN, DONE, RST. Having said DONE, polls once whether the peer has: returns what sh_poll() does, or 0. */
+/* Publish FIN, DONE or RST. After DONE, poll once whether the peer has said it, too: returns what sh_poll() does, else 0. */
 int sh_ep_shut(sh_ep *ep, int fin, int done, int rst)
 {
     if (!ep->theirs || !sh_may_write(ep->nd))
@@ -76,7 +76,7 @@ int sh_ep_shut(sh_ep *ep, int fin, int done, int rst)
     return done ? sh_poll(ep) : 0;
 }
 
-/* Bytes published that the peer has not taken; 0 when nobody will ever take them. */
+/* Published bytes that the peer has not read; 0 when nobody will ever read them. */
 uint64_t sh_ep_unsent(sh_ep *ep)
 {
     if (!sh_may_write(ep->nd) || !ep->theirs || sh_refresh(ep) < 0 || (ep->tx_last & (SH_DONE | SH_RST)) || sh_see_head(ep) < 0)
@@ -84,7 +84,7 @@ uint64_t sh_ep_unsent(sh_ep *ep)
     return ep->tail - ep->head_seen;
 }
 
-/* Space for a writer that waits: > 0 bytes free, 0 none (WANT is set and armed: suspend), or a status. */
+/* Find space for a writer that waits. Returns how many bytes are free; 0: none (WANT is set: suspend); or a status. */
 int sh_wait_space(sh_ep *ep, int spin)
 {
     int r = sh_writable(ep);
@@ -110,7 +110,7 @@ int sh_wait_space(sh_ep *ep, int spin)
 
 /* ---- consumer ---- */
 
-/* A descriptor of the peer: read from the ring there, of at least so many bytes. 0 or SH_VIOLATION. */
+/* Read from the ring that this descriptor of the peer names; it must have at least so many bytes. 0, or SH_VIOLATION. */
 int sh_ring_of(sh_ep *ep, uint64_t ring, uint32_t least)
 {
     const sh_geometry *g = &ep->nd->g;
@@ -133,7 +133,7 @@ static int follow(sh_ep *ep, uint64_t p)
     uint64_t ring;
 
     if (now <= ((ep->rx_epoch - was) & 15))
-        return 0; /* we were quicker */
+        return 0; /* the ring in use is of that epoch, or of a later one */
     ring = sh_load(&ep->theirs->ring, ep->nd->wc); /* SYNC G */
     if (SH_GEN(ring) != ep->peer_gen && !sh_same_life(ep))
         return SH_RESET;
@@ -144,8 +144,8 @@ static int follow(sh_ep *ep, uint64_t p)
     return 0;
 }
 
-/* Its slot is another life's: was that an opener that gave up before it had seen our ACCEPT? It wrote nothing, and that is an end like
- * any other, unless the link itself has ended. */
+/* The peer's slot has another life: was it an opener that gave up before it had seen our ACCEPT? Such a peer wrote nothing, so this is a normal
+ * end, unless the link itself has ended. */
 static int gave_up(const sh_ep *ep)
 {
     const struct sh_link *l = &ep->nd->links[ep->peer];
@@ -195,7 +195,7 @@ int sh_take_plain(sh_taker *to, const sh_ep *ep, uint32_t at, uint32_t n)
     return (int)n;
 }
 
-/* What is the matter with this slot? Bits SH_POLL_*; MOVED says that bytes came since the last look, or space that is waited for. */
+/* Poll this slot. Returns SH_POLL_* bits; MOVED: since the last poll bytes came, or space that is waited for. */
 int sh_poll_at(sh_ep *ep, uint64_t now)
 {
     uint32_t tail = ep->tail_seen, head = ep->head_seen;
@@ -206,7 +206,7 @@ int sh_poll_at(sh_ep *ep, uint64_t now)
     r = sh_refresh(ep);
     if (r < 0)
         return r == SH_RESET ? SH_POLL_RESET : SH_POLL_BAD;
-    if ((ep->flags & SH_WANT) && sh_see_head(ep) < 0) /* else nobody asks, and the line stays with the peer */
+    if ((ep->flags & SH_WANT) && sh_see_head(ep) < 0) /* else space matters to nobody, and the line of C stays with the peer */
         return SH_POLL_BAD;
     if (ep->tail_seen != ep->head)
         bits |= SH_POLL_DATA;
@@ -218,7 +218,7 @@ int sh_poll_at(sh_ep *ep, uint64_t now)
         bits |= SH_POLL_SPACE;
     if (tail != ep->tail_seen || head != ep->head_seen) {
         bits |= SH_POLL_MOVED;
-        if (ep->waiting) { /* a spin would have paid: let the window grow again */
+        if (ep->waiting) { /* a longer spin would have caught this: let the window grow */
             uint64_t gap = now - ep->wait_since;
             if (gap < ep->nd->spin_max_ns && 2 * gap > ep->window_ns)
                 ep->window_ns = 2 * gap;
@@ -230,7 +230,7 @@ int sh_poll_at(sh_ep *ep, uint64_t now)
 
 int sh_poll(sh_ep *ep) { return sh_poll_at(ep, sh_clock()); }
 
-/* Acknowledge this slot's toggle without looking: the caller fences and looks. */
+/* Acknowledge this slot's toggle without polling: the caller fences, and polls then. 1: there was one. */
 int sh_acknowledge(sh_node *nd, sh_ep *ep)
 {
     struct sh_link *l = &nd->links[ep->peer];
@@ -243,14 +243,14 @@ int sh_acknowledge(sh_node *nd, sh_ep *ep)
     return 1;
 }
 
-/* Has a writer that waits for space been given some? Whoever acknowledges a toggle owes this look as much as the one at P.
- * Space that is known already counts: somebody may have taken the head over and told nobody. */
+/* Has a writer that waits for space been given some? Whoever acknowledges a toggle must check for space as well as for bytes. Space that is
+ * known already counts: sh_see_head() may have been called by somebody who did not wake the writer. */
 int sh_space_came(const sh_ep *ep)
 {
     return (ep->flags & SH_WANT) && (sh_space_of(ep) || sh_head_moved(ep));
 }
 
-/* Before suspending: from here on the peer must tell. 1: something is there after all, look again. 0: suspend. */
+/* Acknowledge the slot's toggle before suspending: from here on the peer notifies. 1: something is there after all, read again. 0: suspend. */
 int sh_arm(sh_ep *ep)
 {
     sh_node *nd = ep->nd;
@@ -262,7 +262,7 @@ int sh_arm(sh_ep *ep)
     sh_acknowledge(nd, ep);
     sh_fence(nd->wc); /* SYNC R1, SYNC W */
     if (sh_space_came(ep))
-        nd->ready[SH_WORD(ep->slot)] |= SH_BIT(ep->slot); /* not the reader's business, but the toggle spoke of it */
+        nd->ready[SH_WORD(ep->slot)] |= SH_BIT(ep->slot); /* that is for the writer, not for this reader: the next pass tells it */
     r = sh_refresh(ep);
     if (r < 0 || ep->tail_seen != ep->head || (ep->tx_last & SH_FIN) || ep->orphan)
         return 1;
@@ -273,8 +273,8 @@ int sh_arm(sh_ep *ep)
     return 0;
 }
 
-/* At every pump: what was read since the last one is armed again. Slots with news are looked at by the pump after this one, so
- * that a reader that is just between two reads is not disturbed. */
+/* At each pass: arm what was read since the last one. Slots with news are polled by the pass after this one, so that a reader that is
+ * between two reads is not disturbed. */
 void sh_rearm_touched(sh_node *nd)
 {
     uint64_t found = 0;

@@ -1,10 +1,10 @@
-/* ring.h - the parts of ring.c that each read and write goes through. */
+/* ring.h - the inline part of ring.c: what each read and write goes through. */
 #ifndef SHMSOCK_RING_H
 #define SHMSOCK_RING_H
 
 #include "foreign.h"
 
-#define SH_FLOW_BYTES 4096u /* smaller pieces than these may gather */
+#define SH_FLOW_BYTES 4096u /* reads of fewer bytes count as small pieces, which may gather (sh_gather) */
 
 static inline void sh_publish(sh_ep *ep)
 {
@@ -21,14 +21,14 @@ static inline int sh_writable(sh_ep *ep)
         return SH_STALE;
     if (SH_UNLIKELY(!ep->theirs || ep->orphan || (ep->flags & (SH_FIN | SH_RST | SH_DONE))))
         return SH_CLOSED;
-    /* Its last word, and not what a pass has seen of it: the next pass may be many writes away. */
+    /* The peer's P as it is now, and not as the last pass saw it: the next pass may be many writes away. */
     p = sh_peek(&ep->theirs->tx_word) ^ (uint64_t)ep->peer_gen << SH_GEN_SHIFT;
     if (SH_UNLIKELY(p & ((uint64_t)SH_GEN_MASK << SH_GEN_SHIFT | SH_DONE | SH_RST)))
         return SH_CLOSED;
     return 0;
 }
 
-/* n bytes into the ring, `ahead` of the tail. */
+/* Copy n bytes into the ring, `ahead` bytes behind the tail: nobody sees them yet. */
 static inline void sh_stage(sh_ep *ep, uint32_t ahead, const void *data, uint32_t n)
 {
     uint32_t at = (ep->tail + ahead) & (ep->tx_bytes - 1), first = ep->tx_bytes - at < n ? ep->tx_bytes - at : n;
@@ -38,7 +38,7 @@ static inline void sh_stage(sh_ep *ep, uint32_t ahead, const void *data, uint32_
         sh_copy_out(ep->tx, (const uint8_t *)data + first, n - first);
 }
 
-/* The peer may have the n bytes that were put behind the tail. */
+/* Publish the n bytes that were staged behind the tail, and tell the peer. */
 static inline void sh_commit(sh_ep *ep, uint32_t n)
 {
     ep->nd->moved_space += (ep->flags & SH_WANT) != 0;
@@ -51,7 +51,7 @@ static inline void sh_commit(sh_ep *ep, uint32_t n)
         sh_prefetch_write(ep->tx + ((ep->tail + SH_LINE - 1) & (ep->tx_bytes - 1)));
 }
 
-/* Copy n bytes from there in the ring. What they are is decided by the copy alone. */
+/* Copy n bytes out of the peer's ring, from position `at` on. The peer may change them meanwhile: decide on the copy alone. */
 static inline void sh_copy_ring(const sh_ep *ep, void *to, uint32_t at, uint32_t n)
 {
     uint32_t first;
@@ -63,7 +63,7 @@ static inline void sh_copy_ring(const sh_ep *ep, void *to, uint32_t at, uint32_t
         sh_copy_in((uint8_t *)to + first, ep->rx, n - first);
 }
 
-/* n bytes were copied out: their space is the peer's again. SH_RESET: the slot changed hands meanwhile, the copy is worthless. */
+/* n bytes were copied out: give their space back to the peer. SH_RESET: the slot changed hands meanwhile, and the copy is worthless. */
 static inline int sh_read_end(sh_ep *ep, uint32_t n)
 {
     sh_node *nd = ep->nd;
@@ -82,15 +82,15 @@ static inline int sh_read_end(sh_ep *ep, uint32_t n)
     nd->n[SH_N_READS]++;
     nd->n[SH_N_BYTES_IN] += n;
     if (SH_UNLIKELY((old ^ ep->head) & -quarter)) {
-        sh_fence(nd->wc); /* SYNC W; a crossing that is not reached is made good by sh_arm and sh_rearm_touched */
+        sh_fence(nd->wc); /* SYNC W: head before the load of WANT; sh_arm and sh_rearm_touched do it where no quarter was crossed */
         if (!ep->orphan && sh_wants_space(ep))
             sh_notify_slot(nd, ep->peer, ep->peer_slot);
     }
     return 0;
 }
 
-/* `to` takes what it wants of n bytes behind a header, and their space is the peer's again, as is the header's. How many these were; SH_SLOW: none, and
- * all is as before; or sh_read_end()'s status, and what was copied is worthless. */
+/* `to` takes what it wants of the n bytes behind a header; their space and the header's goes back to the peer. Returns how many it took; SH_SLOW: none,
+ * and all is as before; or sh_read_end()'s status, and what was copied is worthless. */
 static inline int64_t sh_take_out(sh_ep *ep, sh_taker *to, uint32_t header, uint32_t n)
 {
     int taken = to->take(to, ep, ep->head + header, n), r = taken < 0 ? SH_SLOW : sh_read_end(ep, header + (uint32_t)taken);

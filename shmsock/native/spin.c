@@ -1,13 +1,13 @@
-/* spin.c - waiting in C, GIL released: busy-polling a word of the peer, for a window that is learnt. */
+/* spin.c - waits in C, with the GIL released: busy-polls a word of the peer, for a window that is learnt. */
 #include "foreign.h"
 
 #include <sched.h>
 
 #define GATHER_NS 2000u
-#define YIELD_NS 1000u /* of spinning between two offers of this CPU to others, when nobody took it the last time */
+#define YIELD_NS 1000u /* how long to spin between two calls of sched_yield(), when nobody else ran in the last one */
 
-/* The clock; and from *yield_at on this CPU is offered to others before, as on one core the peer cannot run otherwise: at each call, or now
- * and then, when nobody takes it. */
+/* Returns the clock; from *yield_at on, yields this CPU before, as on one core the peer could not run otherwise. At each call; or once in
+ * YIELD_NS, while nobody else wants the CPU. */
 uint64_t sh_clock_and_yield(sh_node *nd, uint64_t *yield_at)
 {
     uint64_t now = sh_clock(), then;
@@ -21,10 +21,10 @@ uint64_t sh_clock_and_yield(sh_node *nd, uint64_t *yield_at)
     return then;
 }
 
-/* When to yield first, in a spin that begins now. */
+/* When a spin that begins now yields first. */
 uint64_t sh_yield_at(const sh_node *nd, uint64_t now) { return now + (nd->alone ? YIELD_NS : nd->spin_yield_ns); }
 
-/* One step of a spin: others' news end it. Returns the clock, 0 when they have some. */
+/* Make one step of a spin. Returns the clock; 0: other slots or messages have news, which ends the spin. */
 static uint64_t spin_step(sh_ep *ep, uint64_t *yield_at)
 {
     for (uint64_t m = ep->nd->known_peers; m; m &= m - 1) {
@@ -44,19 +44,19 @@ static int nothing_ready(const sh_node *nd)
     return !any;
 }
 
-/* Bytes come seldom, and the peer was kicked and has not woken yet. That takes longer than it costs to sleep meanwhile. */
+/* Do bytes come seldom, and is the peer, which was kicked, still waking? That takes longer than our own sleep and wakeup. */
 static int has_to_wake(const sh_node *nd, const struct sh_link *l, uint64_t now)
 {
     return now - nd->hit_ns > nd->spin_max_ns && sh_peek(l->sleep_seq) == l->kicked;
 }
 
-/* A spin was in vain. Now and then the next is a long one again: where waking is slow, no wait without a spin looks short enough to
- * learn from. */
+/* A spin was in vain: the next is half as long. But now and then one is of full length again: where waking is slow, no wait without a spin is
+ * short enough for sh_poll_at() to learn from. */
 static void missed(sh_ep *ep, uint64_t window)
 {
     ep->spun_ns = 0;
     ep->nd->n[SH_N_SPIN_MISSES]++;
-    if (++ep->misses >= 16u << ep->patience) { /* less and less often: at a steady pace it would only cost */
+    if (++ep->misses >= 16u << ep->patience) { /* ever less often, as a full spin costs most */
         ep->misses = 0;
         ep->patience += ep->patience < 6;
         ep->window_ns = ep->nd->spin_max_ns;
@@ -64,8 +64,8 @@ static void missed(sh_ep *ep, uint64_t window)
         ep->window_ns = window / 2 > 2000 ? window / 2 : 2000;
 }
 
-/* Busy-poll one word of the peer (its P or C) until it is no longer `seen`. 1: it is not. 0: stop waiting here. SH_YIELD: the turn's
- * budget ended the spin, not its window, of which the rest is left: let the loop turn and come again. */
+/* Busy-poll one word of the peer (its P or C) until it is no longer `seen`. 1: it is not. 0: suspend. SH_YIELD: the turn's
+ * budget ended the spin before its window did: let the loop turn, and use the rest of the window then. */
 int sh_spin_on(sh_ep *ep, const uint64_t *word, uint64_t seen, uint64_t now)
 {
     sh_node *nd = ep->nd;
@@ -109,8 +109,8 @@ int sh_spin_on(sh_ep *ep, const uint64_t *word, uint64_t seen, uint64_t now)
     return 1;
 }
 
-/* Bytes flow one way, in small pieces: who looks for each of them takes the line of P away from its writer each time, and both are slower
- * for it than the bytes are. Let some gather. */
+/* Bytes flow one way, in small pieces: polling P for each of them takes its line away from the writer each time, which slows down both sides.
+ * So wait until some have gathered. Returns the clock. */
 uint64_t sh_gather(sh_ep *ep, uint64_t now)
 {
     uint64_t until = ep->polled_ns + GATHER_NS;

@@ -1,10 +1,10 @@
-/* stream.c - what streams ask at each message. A question has one answer: how many bytes, or a status that says what to do now. The policy is
- * here alone: whether a read spins, and when it has to let the loop turn. */
+/* stream.c - what streams ask at each message. Each question has one answer: how many bytes, or a status that says what to do now. Here it is decided
+ * whether a read spins, arms or lets the loop turn; how long it spins is decided in spin.c. */
 #include "ring.h"
 
 /* ---- reading ---- */
 
-/* Bytes that are there: maybe fewer than min; or SH_RESET, SH_VIOLATION. */
+/* How many bytes are there, maybe fewer than min; or SH_RESET, SH_VIOLATION. Polls P only if fewer are known. */
 static int64_t look(sh_ep *ep, uint32_t min)
 {
     int r;
@@ -16,7 +16,7 @@ static int64_t look(sh_ep *ep, uint32_t min)
 
 static uint32_t at_most(int64_t n, uint32_t want) { return n < want ? (uint32_t)n : want; }
 
-/* What is there, whatever the turn's budget says; 1 to `want` bytes, or a status. SH_EMPTY: nothing is armed. */
+/* Read what is there, whatever the turn's budget says: 1 to `want` bytes, or a status. SH_EMPTY does not arm. */
 int64_t sh_read_some(sh_ep *ep, sh_taker *to, uint32_t want)
 {
     int64_t found = sh_available(ep);
@@ -24,7 +24,7 @@ int64_t sh_read_some(sh_ep *ep, sh_taker *to, uint32_t want)
     return found > 0 ? sh_take_out(ep, to, 0, at_most(found, want)) : found;
 }
 
-/* How much that would be. */
+/* How many bytes could be read now, or a status. */
 int64_t sh_available(sh_ep *ep)
 {
     int64_t found;
@@ -37,7 +37,7 @@ int64_t sh_available(sh_ep *ep)
     return found ? found : sh_empty(ep);
 }
 
-/* Busy-polls for at least `min` bytes. As look(), or SH_YIELD. */
+/* Busy-poll for at least `min` bytes. Returns what look() does, or SH_YIELD. */
 static int64_t spin_for(sh_ep *ep, uint32_t min, uint64_t now)
 {
     int64_t found;
@@ -53,12 +53,12 @@ static int64_t spin_for(sh_ep *ep, uint32_t min, uint64_t now)
             return r;
         if (!r)
             return ep->tail_seen - ep->head;
-        now = 0; /* read again when there is something to wait for */
+        now = 0; /* the clock is read again if there is still something to wait for */
     } while ((found = look(ep, min)) >= 0 && found < min);
     return found;
 }
 
-/* Only `found` bytes are there, fewer than min: spins for more, or arms. As sh_read_step(), but what is there now is not taken. */
+/* Only `found` bytes are there, fewer than min: spin for more, or arm. Returns how many bytes are there now, at least min, or sh_read_step()'s status. */
 static __attribute__((noinline)) int64_t wait_for(sh_ep *ep, int64_t found, uint32_t min, uint64_t now, int spins)
 {
     if (spins) {
@@ -74,14 +74,14 @@ static __attribute__((noinline)) int64_t wait_for(sh_ep *ep, int64_t found, uint
         if ((found = sh_empty(ep)) != SH_EMPTY || !sh_arm(ep))
             return found;
         if ((found = sh_available(ep)) == SH_EMPTY)
-            return SH_STALE; /* that is why it is not armed */
+            return SH_STALE; /* sh_arm() refused: nothing may be touched any more */
     }
     return found >= 0 && found < min ? SH_SLOW : found;
 }
 
-/* At least `min` and at most `want` bytes. SH_EMPTY: there are none, and the peer tells of the next: wait. SH_YIELD: others are to run first. SH_SLOW:
- * fewer than min are there, or `to` wants none of them. `how` says SH_MAY_SPIN where nothing else is to be run, and SH_YIELDED from whoever has just
- * let the loop turn: others may use up every turn, and one without bytes was enough. */
+/* Read at least `min` and at most `want` bytes. SH_EMPTY: there are none, and the slot is armed: suspend. SH_YIELD: let the loop turn first. SH_SLOW:
+ * fewer than min are there, or `to` wants none of them. `how`: SH_MAY_SPIN where nothing else is to be run; SH_YIELDED after SH_YIELD: then bytes that
+ * are there are read even if others have used up this turn, too. */
 int64_t sh_read_step(sh_ep *ep, sh_taker *to, uint32_t want, uint32_t min, int how)
 {
     sh_node *nd = ep->nd;
@@ -106,7 +106,7 @@ int64_t sh_read_step(sh_ep *ep, sh_taker *to, uint32_t want, uint32_t min, int h
     return sh_take_out(ep, to, 0, at_most(found, want));
 }
 
-/* For whoever is not in the extension: into plain memory. */
+/* The same two for callers outside of the extension: into plain memory. */
 int64_t sh_read(sh_ep *ep, void *to, uint32_t want)
 {
     struct sh_plain plain = {{sh_take_plain}, to};
@@ -158,15 +158,15 @@ static inline int64_t put_bytes(sh_ep *ep, const uint8_t *from, uint64_t n, int 
     return (int64_t)(n - left);
 }
 
-/* Put n bytes into the ring: how many went in, fewer only when it is full (WANT is set then). SH_GROW: none did, as they have no room, and a larger
- * ring is to be tried first (sh_ep_grow). */
+/* Put n bytes into the ring. Returns how many went in, fewer only when it is full (then WANT is set). SH_GROW: none did, as not all have room: try a
+ * larger ring first (sh_ep_grow). */
 int64_t sh_write(sh_ep *ep, const void *data, uint64_t n) { return put_bytes(ep, data, n, ep->may_grow); }
 
-/* The same, in the ring as it is. */
+/* The same, but never SH_GROW. */
 int64_t sh_write_some(sh_ep *ep, const void *data, uint64_t n) { return put_bytes(ep, data, n, 0); }
 
-/* A drain that has nothing to wait for: 1 when it may return at once, 0 to let the loop turn. Reads look at the clock each time; of drains every
- * eighth is enough to keep a turn within its budget, and that one only when it is `quick`. */
+/* A drain has nothing to wait for. 1: it may return at once. 0: it lets the loop turn. Seven of eight drains return at once, which keeps a turn near
+ * enough to its budget; the eighth only if it is `quick` and budget is left. */
 int sh_drain_step(sh_ep *ep, int quick)
 {
     return ++ep->drains & 7 || (quick && !sh_over(ep->nd));

@@ -1,5 +1,5 @@
-/* wake.c - going to sleep, and kicking peers that sleep. A doorbell is a hint: what happened stands in memory, each pump polls every
- * peer, and a doorbell that does not come costs time only. */
+/* wake.c - going to sleep, and kicking peers that sleep. A doorbell is a hint: what happened stands in memory, where each pass polls the known
+ * peers and each sleep begins by polling all of them. A doorbell that does not come costs time only. */
 #include "foreign.h"
 
 #include <errno.h>
@@ -11,13 +11,13 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-#define FLOOD 1000           /* doorbells within a second that spoke of nothing */
+#define FLOOD 1000           /* times within a second that the doorbell was heard and nothing had moved */
 #define DECIDE_NS 100000000u /* a doorbell that did not come within this is lost */
 
 /* ---- waking others ---- */
 
-/* All who share an eventfd share its flags: one of them may have made it blocking and filled it, and then this waits. The heartbeat sees that
- * with its next beats, and makes room (sh_unstick). Looking first keeps honest accidents from getting there. */
+/* All who share an eventfd share its flags: one of them may have made it blocking and filled it, and then the write blocks. The heartbeat sees that
+ * with its next beats, and makes room (sh_unstick). The poll() before it suffices where nobody means harm. */
 static void kick_eventfd(sh_node *nd, struct sh_link *l)
 {
     uint64_t one = 1;
@@ -31,14 +31,14 @@ static void kick_eventfd(sh_node *nd, struct sh_link *l)
     if (poll(&(struct pollfd){.fd = l->kick_fd, .events = POLLOUT}, 1, 0) == 1)
         done = write(l->kick_fd, &one, sizeof one);
     __atomic_store_n(&nd->kicking, 0, __ATOMIC_SEQ_CST);
-    while (__atomic_load_n(&nd->unsticking, __ATOMIC_SEQ_CST)) /* it does not wait; and the descriptor may be closed, and be another's, once we return */
+    while (__atomic_load_n(&nd->unsticking, __ATOMIC_SEQ_CST)) /* briefly, as the heartbeat does not block there; once we return the descriptor may be closed, and its number be another's */
         sched_yield();
     sh_take_back(nd, held);
     (void)done;
 }
 
-/* By the heartbeat, at each beat: has the loop been at the same kick since the last one? As long as it is, the descriptor is that of the kick: either
- * we see that the kick has ended, or it sees us here, and waits. */
+/* Called by the heartbeat at each beat. If the same kick lasts since the last beat, its eventfd is full and blocking: empty it. `kicking` and
+ * `unsticking` keep the descriptor from being closed meanwhile: either we see that the kick has ended, or kick_eventfd() sees us, and waits. */
 void sh_unstick(sh_node *nd, uint64_t *seen)
 {
     uint64_t kicking = __atomic_load_n(&nd->kicking, __ATOMIC_ACQUIRE), taken;
@@ -67,17 +67,17 @@ static void send_kick(sh_node *nd, struct sh_link *l)
 
     if (l->wake_out == SH_WAKE_OUT_FUTEX) { /* the low half, as we are little-endian */
         done = syscall(SYS_futex, &l->out->kicked_for, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
-        if (!sh_knows_us(l)) /* it does not know us yet, and does not wait for that */
+        if (!sh_knows_us(l)) /* the peer does not know us yet, so it does not wait for our kicked_for */
             done = syscall(SYS_futex, l->sleep_seq, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
     } else if (l->wake_out == SH_WAKE_OUT_EVENTFD)
         kick_eventfd(nd, l);
-    else if (l->wake_out == SH_WAKE_OUT_REGISTER) /* else LOST: it relies on a doorbell that we have no way to, and kicked_for tells it so */
+    else if (l->wake_out == SH_WAKE_OUT_REGISTER) /* else LOST: we have no way to the doorbell that it relies on; kicked_for tells it that we tried */
         done = pwrite(l->kick_fd, &l->kick_value, sizeof l->kick_value, (off_t)l->kick_at);
-    (void)done; /* full, gone, or not there any more: the peer looks by itself before long */
+    (void)done; /* full, or gone: the peer polls before long */
 }
 
-/* Kick that peer if it sleeps, once per sleep: whatever wakes it, it does not sleep on without having polled everybody, and then it is
- * another sleep. The futex is kicked_for, never notify_seq: that may be seen, and the wake for it still be to come, and be lost. */
+/* Kick that peer if it sleeps. One kick per sleep is enough: before it sleeps again it polls everybody, under a new sleep_seq. The futex is
+ * kicked_for and not notify_seq: a pass may see notify_seq before the FUTEX_WAKE for it comes, which would then be lost. */
 static void kick(sh_node *nd, struct sh_link *l)
 {
     uint64_t sleep;
@@ -90,13 +90,13 @@ static void kick(sh_node *nd, struct sh_link *l)
         nd->n[SH_N_SUPPRESSED]++;
         return;
     }
-    l->kicked = sleep;
-    sh_store(&l->out->kicked_for, sleep, nd->wc);
+    l->kicked = sleep; /* SYNC WAKE: no other kick for this sleep; partner: sh_wake_up, which ends it */
+    sh_store(&l->out->kicked_for, sleep, nd->wc); /* SYNC KICK: kicked_for before the futex; partner: heartbeat.c, run */
     nd->n[SH_N_KICKS]++;
     send_kick(nd, l);
 }
 
-/* From here on the peer is kicked like this. What it was notified of while it was not known how is made good. */
+/* From here on the peer is kicked in this way; at once, if it was notified while there was none. */
 void sh_set_wake_out(sh_node *nd, uint32_t peer, int kind, int fd, uint64_t offset, uint32_t value)
 {
     struct sh_link *l = &nd->links[peer];
@@ -135,13 +135,13 @@ static void set_bit(uint64_t *mask, uint32_t peer, int on)
 
 void sh_know_peer(sh_node *nd, uint32_t peer, int known) { set_bit(&nd->known_peers, peer, known); }
 
-/* Is anybody there, and how does it wake us? */
+/* Note whether anybody is there, and how that peer wakes us. */
 void sh_set_wake_in(sh_node *nd, uint32_t peer, int wake_in, int there)
 {
     struct sh_link *l = &nd->links[peer];
 
     if (l->wake_in == wake_in && l->there == there)
-        return; /* what was found out about its doorbells holds */
+        return; /* keep what was found out about its doorbells */
     l->there = there;
     __atomic_store_n(&l->wake_in, wake_in, __ATOMIC_RELAXED);
     l->missed = 0;
@@ -169,7 +169,7 @@ static void change_sleep(sh_node *nd)
 {
     uint64_t next = nd->sleep + 1;
 
-    __atomic_store_n(&nd->sleep, next, __ATOMIC_RELEASE); /* before others can kick for it: the heartbeat compares */
+    __atomic_store_n(&nd->sleep, next, __ATOMIC_RELEASE); /* before others can kick for it, as the heartbeat compares their kicked_for with it */
     sh_store(nd->sleep_seq_at, next, nd->wc);
 }
 
@@ -177,7 +177,7 @@ static void change_sleep(sh_node *nd)
 int sh_sleep(sh_node *nd)
 {
     if (!sh_may_write(nd))
-        return 1; /* the pump has told of it */
+        return 1; /* the pump reports it (SH_STALE) */
     if (!(nd->sleep & 1)) {
         nd->slept_received = __atomic_load_n(&nd->n[SH_N_RECEIVED], __ATOMIC_RELAXED);
         change_sleep(nd);
@@ -189,7 +189,8 @@ int sh_sleep(sh_node *nd)
     return 0;
 }
 
-/* A pump follows, which polls all peers: no need to kick. */
+/* The loop is awake, and a pass follows: peers need not kick. SYNC WAKE: sleep_seq (even), then, before the next sleep, a load of every
+ * notify_seq (sh_sleep); partner: kick, once per sleep. */
 void sh_wake_up(sh_node *nd)
 {
     if ((nd->sleep & 1) && sh_may_write(nd)) {
@@ -198,7 +199,7 @@ void sh_wake_up(sh_node *nd)
     }
 }
 
-/* Our doorbell came so often. 1: that was one too many of those that are for nobody, do not listen to it for a while. */
+/* Our doorbell was written `times` times since it was last heard. 1: too often nothing had moved when it was heard: do not listen to it for a while. */
 int sh_received(sh_node *nd, uint64_t times)
 {
     uint64_t now;
@@ -206,14 +207,14 @@ int sh_received(sh_node *nd, uint64_t times)
     if (!sh_may_write(nd))
         return 0;
     __atomic_fetch_add(&nd->n[SH_N_RECEIVED], times, __ATOMIC_RELAXED);
-    for (uint32_t j = 0; j < nd->g.peers; j++) { /* a peer whose doorbells did not come, and that says to have kicked for this sleep: they come again */
+    for (uint32_t j = 0; j < nd->g.peers; j++) { /* a peer whose doorbells were lost, and whose kicked_for names this sleep: they arrive again */
         struct sh_link *l = &nd->links[j];
         if (l->missed && sh_kicked_for(nd, l) == nd->sleep) {
             l->missed = 0;
             set_bit(&nd->must_poll, j, 0);
         }
     }
-    __atomic_store_n(&nd->strangers, 1, __ATOMIC_RELAXED); /* it does not say who it was */
+    __atomic_store_n(&nd->strangers, 1, __ATOMIC_RELAXED); /* a doorbell does not say whose it was */
     if (sh_any_notified(nd, SH_ALL))
         return 0;
     __atomic_fetch_add(&nd->n[SH_N_SPURIOUS], times, __ATOMIC_RELAXED);
@@ -237,7 +238,7 @@ uint64_t sh_drain(int fd)
     return got == (ssize_t)sizeof times ? times : 0;
 }
 
-/* Our doorbell's eventfd: as sh_received(). */
+/* Empty our doorbell's eventfd. Returns what sh_received() does. */
 int sh_hear(sh_node *nd, int fd)
 {
     uint64_t times = sh_drain(fd);
@@ -247,14 +248,14 @@ int sh_hear(sh_node *nd, int fd)
 
 /* ---- doorbells that do not come ---- */
 
-/* It kicks for another sleep before long, so its word is loaded whenever we come by. */
+/* Does the peer's kicked_for name that sleep? It names another before long, so it is loaded at each occasion. */
 static void says_it_kicked(const sh_node *nd, struct sh_link *l)
 {
     l->loss_kicked |= sh_kicked_for(nd, l) == l->loss_sleep;
 }
 
-/* The pump found a notify_seq that moved while we slept. If no kick has come by now, one may have been lost: sh_lost() decides, later,
- * as the peer may be just about to kick, or have seen us awake. */
+/* A pass found a notify_seq that moved while we slept. If no kick has come by now, one may have been lost. sh_lost() decides that later, as the
+ * peer may be about to kick, or may have seen us awake. */
 void sh_suspect_loss(sh_node *nd, struct sh_link *l, uint64_t now)
 {
     if ((l->wake_in & SH_WAKE_IN_DOORBELL) && !l->loss_sleep && __atomic_load_n(&nd->n[SH_N_RECEIVED], __ATOMIC_RELAXED) == nd->slept_received) {
@@ -267,8 +268,8 @@ void sh_suspect_loss(sh_node *nd, struct sh_link *l, uint64_t now)
     }
 }
 
-/* Decide about losses that are old enough; the caller has drained all doorbells. The peer says for which sleep it kicked: if it was that one
- * and nothing came, the doorbell is lost, and the peer is polled until one comes through. Returns a mask of those that began to miss. */
+/* Decide about losses that are old enough; the caller has drained all doorbells. If the peer's kicked_for named that sleep and nothing came, the
+ * doorbell is lost, and the peer is polled until one arrives. Returns a mask of the peers whose doorbells are newly found to be lost. */
 uint64_t sh_lost(sh_node *nd)
 {
     uint64_t now = sh_clock(), lost = 0;

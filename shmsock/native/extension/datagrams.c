@@ -1,4 +1,4 @@
-/* datagrams.c - the short cuts of datagrams: DatagramIn hands over what a link brings (what it leaves, Incoming.ready in shmsock/engine/datagram_links.py does),
+/* datagrams.c - datagrams that need no Python: DatagramIn hands over what a link brings (the rest is for Incoming.ready in engine/datagram_links.py),
  * DatagramOut is ShmDatagramTransport.sendto for addresses that were used before. */
 #include "extension.h"
 
@@ -10,15 +10,15 @@ static PyObject *s_paused, *s_sink, *s_datagram_received, *s_raised, *s_send_slo
 
 /* ---- receiving ---- */
 
-/* One datagram, and where it goes. */
+/* One datagram, and where it goes: sink is (protocol, context). */
 typedef struct {
     Taken taken;
     DatagramIn *in;
-    PyObject *sink, *endpoint, *source; /* (protocol, context) */
+    PyObject *sink, *endpoint, *source;
     uint32_t ports;
 } Arrival;
 
-/* Who gets what comes from and for these ports. 0: Python knows, or finds out. */
+/* Find out who gets a datagram with these ports. 0: leave that to Python. */
 static int find_sink(Arrival *a)
 {
     PyObject *key = PyLong_FromUnsignedLong(a->ports), *flow = key ? PyDict_GetItemWithError(a->in->flows, key) : NULL, *paused;
@@ -37,12 +37,12 @@ static int find_sink(Arrival *a)
 static int take_arrival(sh_taker *to, const sh_ep *ep, uint32_t at, uint32_t n)
 {
     uint32_t gen = ep->gen, head = ep->head;
-    int found = find_sink((Arrival *)to) && ep->theirs && ep->gen == gen && ep->head == head; /* Python may have run in there */
+    int found = find_sink((Arrival *)to) && ep->theirs && ep->gen == gen && ep->head == head; /* Python may have run meanwhile */
 
     return found ? sh_take_bytes(to, ep, at, n) : -1;
 }
 
-/* 1: given to its endpoint. 0: there was none, and *status says why. -1: an exception. */
+/* Give one datagram to its endpoint. 1: done. 0: none was given, and *status says why. -1: an exception. */
 static int pass_on(DatagramIn *in, int64_t *status)
 {
     Arrival a = {.taken.taker.take = take_arrival, .in = in};
@@ -63,7 +63,7 @@ static int pass_on(DatagramIn *in, int64_t *status)
     return r;
 }
 
-/* 1: that was all. 0: the rest is Python's. -1: an exception. */
+/* Give what the link brings to its endpoints. 1: done. 0: the rest is Python's. -1: an exception. */
 int sh_datagram_in_drain(DatagramIn *in)
 {
     int64_t given = 0, n;
@@ -124,7 +124,7 @@ static int datagram_in_traverse(DatagramIn *in, visitproc visit, void *arg)
 static int datagram_in_clear(DatagramIn *in)
 {
     Py_DECREF(datagram_in_close(in, NULL));
-    return 0; /* pump and flows stay: they end their cycles themselves */
+    return 0; /* pump and flows stay: they clear themselves, which ends the cycles they are in */
 }
 
 static void datagram_in_dealloc(DatagramIn *in)
@@ -144,13 +144,13 @@ static void datagram_in_dealloc(DatagramIn *in)
 typedef struct {
     PyObject_HEAD
     Pump *pump;
-    PyObject *routes;    /* address -> (gate, port, entry, ...) */
-    PyObject *transport; /* weakly */
+    PyObject *routes;    /* address -> Route (engine/datagram_links.py): (link, port, entry, gate); the gate is the link's FastPath */
+    PyObject *transport; /* weak */
     uint32_t port;
     char can_write;
 } DatagramOut;
 
-/* 1: sent. 0: not by this way. */
+/* Send without Python. 1: sent. 0: the slow way. -1: an exception. */
 static int send_now(DatagramOut *out, PyObject *data, PyObject *address)
 {
     PyObject *route;
@@ -172,7 +172,7 @@ static int send_now(DatagramOut *out, PyObject *data, PyObject *address)
     n = PyBytes_GET_SIZE(data);
     if (!gate->can_write || gate->pump != out->pump || PyErr_Occurred() || n > (Py_ssize_t)SH_DATAGRAM_MAX)
         return PyErr_Occurred() ? -1 : 0;
-    sent = sh_send(gate->ep, out->port, port, entry, PyBytes_AS_STRING(data), (uint32_t)n); /* may let others run, at the end */
+    sent = sh_send(gate->ep, out->port, port, entry, PyBytes_AS_STRING(data), (uint32_t)n); /* its kick may release the GIL */
     return sent == 1;
 }
 
@@ -246,7 +246,7 @@ static void datagram_out_dealloc(DatagramOut *out)
 /* ---- the types ---- */
 
 static PyMethodDef datagram_in_methods[] = {
-    {"close", (PyCFunction)(void (*)(void))datagram_in_close, METH_NOARGS, "No more from this link."},
+    {"close", (PyCFunction)(void (*)(void))datagram_in_close, METH_NOARGS, "Take nothing from this link any more."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -1,5 +1,5 @@
 /* extension.h - what runs at each message, as types of CPython over the core: they translate the core's few answers, and leave everything unusual
- * to Python (shmsock/aio, shmsock/anyio). Each file uses those above it alone: turn, fast_path, then op and datagrams, then streams and pump. */
+ * to Python (shmsock/aio, shmsock/anyio). Each file uses only those before it: turn, fast_path, then op and datagrams, then streams and pump. */
 #ifndef SHMSOCK_EXTENSION_H
 #define SHMSOCK_EXTENSION_H
 
@@ -18,13 +18,13 @@ typedef struct {
     PyObject_HEAD
     sh_node *nd;
     sh_heartbeat *heartbeat;
-    PyObject *memory; /* tuple of what these two belong to: it is held as long as there is anybody to ask them */
+    PyObject *memory; /* tuple of the objects in which these two lie: held as long as this one may use them */
     PyObject *owed;   /* tuple of containers: while one of them is not empty, the engine is owed a pass */
-    PyObject *owner;  /* is asked to check() whether the node may be used, and told what was heard, to attend() to events, that a pass must follow */
-    PyObject *queue;  /* what the loop runs next, or a list that stands for it */
+    PyObject *owner;  /* the driver, whose check(), heard(), attend() and pump_follows() are called */
+    PyObject *queue;  /* what the loop runs next; or a list with an item for each task that the pump woke */
     PyObject *call_soon, *create_future, *context, *pass;
-    FastPath **fast_paths;    /* by slot: connections with a reader in direct mode, or with a protocol that takes bytes; borrowed */
-    DatagramIn **datagram_ins;  /* and links that bring datagrams */
+    FastPath **fast_paths;    /* by slot: connections with a reader in direct mode, or with a protocol that is given bytes; borrowed */
+    DatagramIn **datagram_ins;  /* by slot: links that bring datagrams; borrowed */
     uint32_t slots;
     unsigned long ident;
     unsigned long long unlocked;
@@ -35,9 +35,9 @@ typedef struct {
 struct fast_path {
     PyObject_HEAD
     Pump *pump;
-    PyObject *transport; /* weakly: who has only the port has nothing to say any more */
+    PyObject *transport; /* weak: once the transport is gone, writes are dropped */
     PyObject *buffer, *waiter;
-    PyObject *protocol, *context; /* while bytes go sink to its data_received() */
+    PyObject *protocol, *context; /* set while the pump hands bytes straight to protocol.data_received() */
     sh_ep *ep;
     uint32_t slot;
     Py_ssize_t limit; /* of a line */
@@ -94,7 +94,7 @@ int sh_fast_path_deliver(FastPath *p);
 int sh_datagram_in_drain(DatagramIn *in);
 int sh_drained(FastPath *p);
 
-/* To be called at the start of everything that uses the core. */
+/* Have a pass follow, unless one is scheduled; called by all that uses the core. */
 static inline int sh_schedule_pump(Pump *pump) { return pump->scheduled ? 0 : sh_begin_turn(pump); }
 
 #endif

@@ -1,20 +1,20 @@
-/* fast_path.c - what the short cuts know of one connection; bytes out of its ring, and into it. */
+/* fast_path.c - reads and writes of one connection that need no Python. */
 #include "extension.h"
 
 PyTypeObject *sh_fast_path_type;
 /* Interned: CPython's cache of lookups goes by the address of a name, and keeps each name that it was asked for. */
 static PyObject *s_done, *s_set_result, *s_write_rest, *s_slot, *s_limit, *s_buffer, *s_raised, *s_data_received;
 
-/* Bytes given to a protocol at once. Many, as freeing them teaches malloc to keep memory: pieces of 64 KiB are given back to the kernel each
- * time, and take page faults when they come again (measured: a third of the throughput). */
+/* Bytes that are given to a protocol at once. So many because freeing such a piece teaches malloc to keep memory: pieces of 64 KiB are given back to
+ * the kernel each time, and the next take page faults (measured: a third of the throughput). */
 #define PIECE (1u << 18)
-#define DELIVER_MAX (1u << 18) /* and in one pass */
-#define LINE 256u /* bytes of a ring in which a line is looked for first */
+#define DELIVER_MAX (1u << 18) /* bytes that are given to a protocol in one pass */
+#define LINE 256u /* bytes in which a line is first searched for */
 
-/* The next pass is owed a look at this slot. */
+/* Have the next pass poll this slot. */
 void sh_poll_again(Pump *pump, uint32_t slot) { pump->nd->ready[SH_WORD(slot)] |= SH_BIT(slot); }
 
-/* The one who waits may go on. */
+/* Wake the reader that waits. */
 int sh_fast_path_wake(FastPath *p)
 {
     PyObject *waiter = Py_NewRef(p->waiter), *done = PyObject_CallMethodNoArgs(waiter, s_done), *r = NULL;
@@ -44,7 +44,7 @@ int sh_take_bytes(sh_taker *to, const sh_ep *ep, uint32_t at, uint32_t n)
     return (int)n;
 }
 
-/* What was taken, if the read says so. NULL: status tells why, or an exception does. */
+/* What the read took. NULL: the status says why not, or an exception does. */
 PyObject *sh_taken(Taken *taken, int64_t status)
 {
     if (SH_UNLIKELY(status < 0))
@@ -57,7 +57,7 @@ int sh_hand_over(PyObject *context, PyObject *protocol, PyObject *method, PyObje
 {
     PyObject *args[] = {protocol, data, source}, *type, *trace, *r = NULL;
 
-    Py_INCREF(context); /* it may pause, close, or be replaced by another */
+    Py_INCREF(context); /* it may be replaced by another meanwhile */
     Py_INCREF(protocol);
     if (PyContext_Enter(context) == 0) {
         r = PyObject_VectorcallMethod(method, args, source ? 3 : 2, NULL);
@@ -80,7 +80,7 @@ int sh_hand_over(PyObject *context, PyObject *protocol, PyObject *method, PyObje
     return 0;
 }
 
-/* whom.method(error, about): what a protocol raised ends its connection. Takes whom (None: nobody is left) and error. 0, or -1. */
+/* whom.method(error, about): what a protocol raised ends its connection. Steals `whom` (None: it is gone) and `error`. 0, or -1. */
 int sh_tell_of(PyObject *whom, PyObject *method, PyObject *error, PyObject *about)
 {
     PyObject *r = whom == Py_None ? Py_NewRef(whom) : whom ? PyObject_CallMethodObjArgs(whom, method, error, about, NULL) : NULL;
@@ -91,8 +91,8 @@ int sh_tell_of(PyObject *whom, PyObject *method, PyObject *error, PyObject *abou
     return r ? 0 : -1;
 }
 
-/* What is there goes to data_received(), in the connection's context. 1: that was all. 0: the rest is
- * Python's, which finds out the same. (A protocol that paused, or is another now, has asked for what is left itself.) */
+/* Give what is in the ring to data_received(), in the connection's context. 1: that is done. 0: Python does it, and finds out why. (A protocol that
+ * paused, or was replaced, asks for what is left itself.) */
 int sh_fast_path_deliver(FastPath *p)
 {
     uint32_t given = 0;
@@ -121,8 +121,8 @@ int sh_fast_path_deliver(FastPath *p)
     return n > 0;
 }
 
-/* Takes the line out that begins there. It is looked for in a copy: whatever its writer does meanwhile, it has one end. The copies are small
- * at first, since many lines may be there, and larger for long ones. None when no whole one is there, or it is longer than allowed. */
+/* Take out the line that begins there. Its end is searched for in a copy, so it has one end, whatever its writer does meanwhile. The copies are small
+ * at first, since many lines may be there, and grow for long lines. -1: no whole line is there, or it is longer than allowed. */
 int sh_take_line(sh_taker *to, const sh_ep *ep, uint32_t at, uint32_t n)
 {
     Taken *t = (Taken *)to;
@@ -158,13 +158,13 @@ int sh_take_line(sh_taker *to, const sh_ep *ep, uint32_t at, uint32_t n)
     return line ? (int)size : -1;
 }
 
-/* Has a drain nothing to wait for? Its coroutine looks at the reader's exception as well, and lets the loop turn. */
+/* May drain() return at once? If not, its coroutine checks for the reader's exception as well, and lets the loop turn. */
 int sh_drained(FastPath *p)
 {
     return p && p->can_write && sh_drain_step(p->ep, p->can_read && p->pump->scheduled);
 }
 
-/* The slow way. A transport that is no more is one whose connection is lost: it would at most warn. */
+/* Leave the rest to Python, of which `taken` bytes were written. Without a transport the connection is lost, and a write would at most warn. */
 static PyObject *write_rest(FastPath *p, PyObject *data, int64_t taken)
 {
     PyObject *transport = p->transport ? PyObject_CallNoArgs(p->transport) : Py_NewRef(Py_None);
@@ -177,7 +177,7 @@ static PyObject *write_rest(FastPath *p, PyObject *data, int64_t taken)
     return r;
 }
 
-/* What sh_write() says. */
+/* Returns what sh_write() does. */
 static int64_t write_now(FastPath *p, PyObject *data)
 {
     Py_ssize_t n = PyBytes_GET_SIZE(data);
@@ -204,7 +204,7 @@ static PyObject *fast_path_write(FastPath *p, PyObject *data)
     return write_rest(p, data, taken);
 }
 
-/* For a receive() that has let the loop turn: 1 to `most` bytes; None: the slow way. */
+/* Read 1 to `most` bytes, for a receive() that has let the loop turn. None: the slow way. */
 static PyObject *fast_path_take(FastPath *p, PyObject *most)
 {
     Py_ssize_t n = p->can_read ? PyLong_AsSsize_t(most) : 0;
@@ -221,7 +221,7 @@ static PyObject *fast_path_take(FastPath *p, PyObject *most)
     return data || PyErr_Occurred() ? data : Py_NewRef(Py_None);
 }
 
-/* For a send(): how many bytes went into the ring; None: all of them, and others need not run yet. */
+/* Write, for a send(). How many bytes went into the ring; None: all of them, and the loop need not turn yet. */
 static PyObject *fast_path_put(FastPath *p, PyObject *data)
 {
     int64_t taken = 0;
@@ -236,7 +236,7 @@ static PyObject *fast_path_put(FastPath *p, PyObject *data)
     return PyLong_FromLongLong(taken < 0 ? 0 : taken);
 }
 
-/* A reader in direct mode: from now on the pump may wake it from C. */
+/* attach(reader): it reads in direct mode, and the pump may wake it from C. */
 static PyObject *fast_path_attach(FastPath *p, PyObject *reader)
 {
     PyObject *limit = PyObject_GetAttr(reader, s_limit), *buffer = PyObject_GetAttr(reader, s_buffer);
@@ -251,7 +251,7 @@ static PyObject *fast_path_attach(FastPath *p, PyObject *reader)
     return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
 }
 
-/* receive(protocol, context): from now on the pump gives bytes to it; None: it is Python's. */
+/* receive(protocol, context): from now on the pump gives bytes to the protocol; None: Python does. */
 static PyObject *fast_path_receive(FastPath *p, PyObject *args)
 {
     PyObject *protocol, *context;
@@ -265,7 +265,7 @@ static PyObject *fast_path_receive(FastPath *p, PyObject *args)
     Py_RETURN_NONE;
 }
 
-/* The collector ends things in any order. */
+/* The pump may be cleared already, as the collector clears objects in any order. */
 static void let_go(FastPath *p)
 {
     p->can_read = 0;
@@ -273,7 +273,6 @@ static void let_go(FastPath *p)
         p->pump->fast_paths[p->slot] = NULL;
 }
 
-/* No reader takes bytes any more. */
 static PyObject *fast_path_detach(FastPath *p, PyObject *unused)
 {
     (void)unused;
@@ -282,7 +281,7 @@ static PyObject *fast_path_detach(FastPath *p, PyObject *unused)
     Py_RETURN_NONE;
 }
 
-/* Of a connection of that node; -1: an exception. */
+/* The slot of a connection of that node; -1: an exception. */
 long sh_slot_of(PyObject *conn, Pump *pump)
 {
     PyObject *number = PyObject_GetAttr(conn, s_slot);
@@ -312,7 +311,7 @@ static int fill(FastPath *p, PyObject *args, PyObject *kwargs)
     return 0;
 }
 
-/* There is none without its node: nothing below asks. */
+/* pump and ep are always set, so no method checks them. */
 static PyObject *fast_path_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     FastPath *p = (FastPath *)type->tp_alloc(type, 0);
@@ -343,7 +342,7 @@ static int fast_path_clear(FastPath *p)
     Py_CLEAR(p->waiter);
     Py_CLEAR(p->protocol);
     Py_CLEAR(p->context);
-    return 0; /* the pump stays: what is called all the same finds its node */
+    return 0; /* the pump stays, for methods that are called after this */
 }
 
 static void fast_path_dealloc(FastPath *p)
@@ -359,23 +358,23 @@ static void fast_path_dealloc(FastPath *p)
 
 static PyMethodDef methods[] = {
     {"write", (PyCFunction)(void (*)(void))fast_path_write, METH_O, "write($self, data, /)\n--\n\nAs ShmTransport.write."},
-    {"take", (PyCFunction)(void (*)(void))fast_path_take, METH_O, "1 to so many bytes for a receive() that has let the loop turn. None: the slow way."},
-    {"put", (PyCFunction)(void (*)(void))fast_path_put, METH_O, "How many bytes of a send() went into the ring. None: all, and others need not run yet."},
-    {"attach", (PyCFunction)(void (*)(void))fast_path_attach, METH_O, "A reader in direct mode."},
-    {"receive", (PyCFunction)(void (*)(void))fast_path_receive, METH_VARARGS, "The protocol that bytes are given to, and in which context."},
-    {"detach", (PyCFunction)(void (*)(void))fast_path_detach, METH_NOARGS, "No reader takes bytes any more."},
+    {"take", (PyCFunction)(void (*)(void))fast_path_take, METH_O, "Read 1 to so many bytes, for a receive() that has let the loop turn. None: the slow way."},
+    {"put", (PyCFunction)(void (*)(void))fast_path_put, METH_O, "Write, for a send(). How many bytes went into the ring; None: all, and the loop need not turn yet."},
+    {"attach", (PyCFunction)(void (*)(void))fast_path_attach, METH_O, "Note that this reader is in direct mode."},
+    {"receive", (PyCFunction)(void (*)(void))fast_path_receive, METH_VARARGS, "Set the protocol that bytes are given to, and its context."},
+    {"detach", (PyCFunction)(void (*)(void))fast_path_detach, METH_NOARGS, "Note that no reader and no protocol takes bytes any more."},
     {NULL, NULL, 0, NULL},
 };
 
 static PyMemberDef members[] = {
     {"can_write", T_BOOL, offsetof(FastPath, can_write), 0, "writes go straight to the ring, and drain() has nothing to wait for"},
     {"can_read", T_BOOL, offsetof(FastPath, can_read), 0, "a reader takes its bytes from the ring, no exception is set, and nobody waits in Python"},
-    {"wake_pending", T_BOOL, offsetof(FastPath, wake_pending), 0, "the pump has wake_pending who waits"},
+    {"wake_pending", T_BOOL, offsetof(FastPath, wake_pending), 0, "the pump has woken the waiting reader, which has not run yet"},
     {NULL, 0, 0, 0, NULL},
 };
 
 static PyType_Slot slots[] = {
-    {Py_tp_doc, "What the short cuts of one connection ask."},
+    {Py_tp_doc, "Reads and writes of one connection that need no Python."},
     {Py_tp_new, fast_path_new},
     {Py_tp_traverse, fast_path_traverse},
     {Py_tp_clear, fast_path_clear},

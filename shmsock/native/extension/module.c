@@ -10,7 +10,7 @@ PyMODINIT_FUNC PyInit__extension(void)
 {
     PyObject *module;
 
-    /* Types and coroutine functions are one interpreter's. Another does the same in Python: what ended with it would be called here. */
+    /* Types and coroutine functions are one interpreter's. Another interpreter does the same in Python: else objects that ended with it would be called here. */
     if (PyInterpreterState_Get() != PyInterpreterState_Main()) {
         PyErr_SetString(PyExc_ImportError, "the extension serves the main interpreter alone");
         return NULL;

@@ -9,13 +9,13 @@ enum state { START, YIELDED, WAITING, DELEGATED, DONE };
 
 typedef struct {
     PyObject_HEAD
-    PyObject *stream, *arg; /* the StreamReader, StreamWriter or its protocol, and what it was called with */
+    PyObject *stream, *arg; /* the StreamReader, StreamWriter or its protocol; the argument of the call, or NULL */
     FastPath *fast_path;
-    PyObject *inner;        /* what is waited for, or the coroutine that does it */
+    PyObject *inner;        /* the future's iterator that is waited for, or the coroutine that does the work */
     Py_ssize_t n;
     enum sh_op_kind kind;
     enum state state;
-    char running;           /* inside of what it waits for, or of its coroutine */
+    char running;           /* `inner` is being called */
 } Op;
 
 PyTypeObject *sh_op_type;
@@ -25,7 +25,7 @@ static int spares;
 
 /* ---- bytes ---- */
 
-/* What is to be read; NULL without an exception: *status says why. */
+/* Read from the ring. NULL without an exception: *status says why. */
 static PyObject *take(Op *op, int64_t *status)
 {
     FastPath *p = op->fast_path;
@@ -51,7 +51,7 @@ static void stop_waiting(Op *op)
     PyObject *type, *value, *trace;
 
     PyErr_Fetch(&type, &value, &trace);
-    if (type && p->wake_pending) { /* cancelled, most likely: what it was wake_pending for is to be told to those who look at the buffer */
+    if (type && p->wake_pending) { /* probably cancelled: tell those who look at the buffer of the bytes it was woken for */
         PyObject *tell = PyObject_GetAttr(op->stream, s_on_ready);
         if (!tell || sh_call_soon(p->pump, tell) < 0)
             PyErr_Clear();
@@ -90,7 +90,7 @@ static int start_waiting(Op *op)
 
 /* ---- the awaitable ---- */
 
-/* One thing at a time, as with coroutines: whoever comes back here from inside is told so, and takes nothing from under the first. */
+/* Is it being called already? Then that raises, as with coroutines. */
 static int is_running(const Op *op)
 {
     if (op->running)
@@ -143,7 +143,7 @@ static int is_eof(Op *op)
     return r;
 }
 
-/* Take, wait, or leave it to the coroutine. */
+/* Read, wait, or leave it to the coroutine. */
 static PySendResult go_on(Op *op, PyObject **out)
 {
     FastPath *p = op->fast_path;
@@ -178,7 +178,7 @@ static PySendResult go_on(Op *op, PyObject **out)
             return finish(op, NULL, out);
         if (send_on(op, Py_None, out) == PYGEN_NEXT)
             return PYGEN_NEXT;
-        stop_waiting(op); /* not with a future that nobody had in hand */
+        stop_waiting(op); /* the future was done before anybody could wait for it: try again */
         if (PyErr_Occurred())
             return finish(op, NULL, out);
         Py_CLEAR(*out);
@@ -204,7 +204,7 @@ static PySendResult op_send(Op *op, PyObject *value, PyObject **out)
         if (op->kind >= SH_OP_DRAIN && sh_drained(op->fast_path))
             return finish(op, Py_NewRef(Py_None), out);
         if (op->kind == SH_OP_DRAIN && op->fast_path && op->fast_path->can_write)
-            op->fast_path->ep->drains--; /* its helper, which is asked next, counts it */
+            op->fast_path->ep->drains--; /* asyncio's drain() awaits the helper next, which counts this drain */
         if (op->kind >= SH_OP_DRAIN)
             return delegate(op, out);
         return op->fast_path && op->n > 0 ? go_on(op, out) : delegate(op, out);
@@ -232,7 +232,7 @@ static PySendResult op_send(Op *op, PyObject *value, PyObject **out)
     return PYGEN_ERROR;
 }
 
-/* As generators answer: a value that was returned becomes StopIteration. */
+/* Return as generators do: a result becomes StopIteration. */
 static PyObject *answer(PySendResult r, PyObject *out)
 {
     if (r == PYGEN_RETURN) {
@@ -275,7 +275,7 @@ static PyObject *op_throw(Op *op, PyObject *args)
         Py_XDECREF(method);
         Py_DECREF(inner);
         if (out)
-            return out; /* it goes on */
+            return out; /* it caught the exception, and goes on */
         if (waited)
             stop_waiting(op);
         op->state = DONE;
@@ -381,20 +381,20 @@ static PyObject *op_name(Op *op, void *unused) { (void)unused; return PyUnicode_
 static PyObject *op_await(Op *op) { return Py_NewRef(op); }
 
 static PyMethodDef methods[] = {
-    {"send", (PyCFunction)(void (*)(void))op_send_method, METH_O, "As of coroutines."},
-    {"throw", (PyCFunction)(void (*)(void))op_throw, METH_VARARGS, "As of coroutines."},
-    {"close", (PyCFunction)(void (*)(void))op_close, METH_NOARGS, "As of coroutines."},
+    {"send", (PyCFunction)(void (*)(void))op_send_method, METH_O, "As coroutine.send()."},
+    {"throw", (PyCFunction)(void (*)(void))op_throw, METH_VARARGS, "As coroutine.throw()."},
+    {"close", (PyCFunction)(void (*)(void))op_close, METH_NOARGS, "As coroutine.close()."},
     {NULL, NULL, 0, NULL},
 };
 
 static PyGetSetDef getters[] = {
-    {"__name__", (getter)op_name, NULL, "Of what was called.", NULL},
-    {"__qualname__", (getter)op_name, NULL, "Of what was called.", NULL},
+    {"__name__", (getter)op_name, NULL, "The name of the method that was called.", NULL},
+    {"__qualname__", (getter)op_name, NULL, "The name of the method that was called.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
 static PyType_Slot slots[] = {
-    {Py_tp_doc, "Something that a stream was asked for."},
+    {Py_tp_doc, "The awaitable of a stream's method."},
     {Py_am_await, op_await},
     {Py_am_send, op_send},
     {Py_tp_iter, op_await},
@@ -415,7 +415,7 @@ static PyType_Spec spec = {
     .slots = slots,
 };
 
-/* A new one. n: of bytes, negative: not for us. */
+/* Make an awaitable. n: how many bytes to read; negative: leave it to the coroutine. */
 PyObject *sh_op_new(PyObject *stream, enum sh_op_kind kind, Py_ssize_t n, PyObject *arg)
 {
     PyObject *fast_path = PyObject_GetAttr(stream, s_fast_path);

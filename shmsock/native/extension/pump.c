@@ -1,18 +1,18 @@
-/* pump.c - when the pump runs, and whom it tells of what it found. */
+/* pump.c - when the pump runs, and whom it tells what it found. */
 #include "extension.h"
 
 #include <sched.h>
 #include <stdlib.h>
 
 #define EVENTS 64
-#define GLANCE_NS 2000u /* not worth giving the GIL away for */
-#define SPIN_NS 50000u  /* in one go; then the loop has to look after others */
+#define GLANCE_NS 2000u /* a poll so short that releasing the GIL for it does not pay */
+#define SPIN_NS 50000u  /* the longest poll in one go; then the loop serves others */
 #define UNUSUAL (SH_POLL_FIN | SH_POLL_DONE | SH_POLL_RESET | SH_POLL_BAD)
 
 PyTypeObject *sh_pump_type;
 static PyObject *s_check, *s_heard, *s_attend, *s_pump_follows;
 
-/* owner.method([first[, second]]): what is seldom done. */
+/* owner.method([first[, second]]). */
 static PyObject *ask_owner(Pump *pump, PyObject *method, PyObject *first, PyObject *second)
 {
     if (!pump->owner) {
@@ -30,7 +30,7 @@ static int owed(Pump *pump)
     return 0;
 }
 
-/* Python's part of a pass. n < 0: this node is over. 1: somebody was told of something. */
+/* Have Python attend to its part of a pass. n < 0: this node has ended. 1: somebody was told something. */
 static int attend(Pump *pump, const uint64_t *words, int n, uint64_t now)
 {
     PyObject *list = n < 0 ? Py_NewRef(Py_None) : PyList_New(n), *clock = list ? PyLong_FromUnsignedLongLong(now) : NULL, *r = NULL;
@@ -58,8 +58,8 @@ static int fall_asleep(Pump *pump)
     return __atomic_load_n(&pump->nd->inert, __ATOMIC_ACQUIRE) || sh_heartbeat_arm(pump->heartbeat, pump->hurry);
 }
 
-/* Readers that wait for bytes, and protocols that take them or datagrams, which is what happens most, get theirs from here; Python attends to the rest.
- * 1: somebody was told of something. */
+/* Hand out what a pass found: the usual case, a reader that waits, or a protocol that is given bytes or datagrams, is served here, and Python attends to
+ * the rest. 1: somebody was told something. */
 static int tell(Pump *pump, uint64_t *words, int n, uint64_t now)
 {
     PyObject *type = NULL, *value = NULL, *trace = NULL;
@@ -84,7 +84,7 @@ static int tell(Pump *pump, uint64_t *words, int n, uint64_t now)
             told |= r > 0;
             if (r > 0)
                 continue;
-            if (r < 0 && !type) /* Ctrl-C, say. Raised when the others have been told of theirs: a loop may be run again to clean up */
+            if (r < 0 && !type) /* Ctrl-C, say. Raised when all others have been told: a loop may be run again to clean up */
                 PyErr_Fetch(&type, &value, &trace);
             else
                 PyErr_Clear();
@@ -107,17 +107,17 @@ static int tell(Pump *pump, uint64_t *words, int n, uint64_t now)
     return type ? -1 : told != 0;
 }
 
-/* May this turn of the loop go on with the pump? Nothing else is to be run. */
+/* Is nothing else to be run, so that the pump may go on in this turn? */
 static int is_alone(Pump *pump, int owes) { return !owes && pump->queue_visible && PyObject_Size(pump->queue) == 0; }
 
-/* The next pass: 1, and what it found; or 0, and whether the loop is to come again (or may sleep). */
+/* Make the next pass. 1: words[] has what it found. 0: there was none; *again: schedule one, else the loop may sleep. */
 static int next_pass(Pump *pump, uint64_t *words, int *n, uint64_t now, int told, int *again)
 {
     int owes = owed(pump), alone = is_alone(pump, owes), hot;
 
     *again = 1;
     *n = 0;
-    if (told && !alone) /* who was told of something runs first: going to sleep can wait */
+    if (told && !alone) /* those who were told something run first: falling asleep can wait */
         return 0;
     hot = sh_stay_hot(pump->nd, now, owes);
     if (!hot)
@@ -126,7 +126,7 @@ static int next_pass(Pump *pump, uint64_t *words, int *n, uint64_t now, int told
         return 0;
     if (alone && (*n = sh_pump_more(pump->nd, words, EVENTS, now, pump->nd->spin_max_ns / 64 > GLANCE_NS ? pump->nd->spin_max_ns / 64 : GLANCE_NS)))
         return 1;
-    if (told) /* what it did may be for others, and the loop's to pass on: uvloop holds writes to sockets back until the turn ends */
+    if (told) /* it may have written to sockets, and uvloop holds such writes back until the turn ends */
         return 0;
     Py_BEGIN_ALLOW_THREADS
     if (alone)
@@ -137,7 +137,7 @@ static int next_pass(Pump *pump, uint64_t *words, int *n, uint64_t now, int told
     return *n != 0;
 }
 
-/* One turn of the loop: a pass, and more of them as long as there are news and nobody else has anything to do. */
+/* Make a pass, and more of them as long as there are news and nothing else is to be run. */
 static int run(Pump *pump)
 {
     uint64_t words[EVENTS], now;
@@ -152,7 +152,7 @@ static int run(Pump *pump)
         if (sh_pumped_just_now(pump->nd, now))
             return sh_begin_turn(pump);
     }
-    pump->scheduled = pump->pumping = 1; /* for all that is called from here a pump follows: this one */
+    pump->scheduled = pump->pumping = 1; /* nobody who is called from here need schedule a pass: this one goes on */
     n = sh_pump(pump->nd, words, EVENTS);
     for (;;) {
         told = tell(pump, words, n, now);
@@ -205,7 +205,7 @@ static PyObject *pump_wake(Pump *pump, PyObject *unused)
     return none_unless(pump->scheduled ? 0 : run(pump));
 }
 
-/* What it has in C, and into memory[] what that lies in. */
+/* *to: the owner's object in C; memory[i]: the Python object that it lies in. */
 static int borrow(PyObject *owner, void *to, PyObject *memory, Py_ssize_t i)
 {
     PyObject *number = PyObject_GetAttrString(owner, "address"), *private = number ? PyObject_GetAttrString(owner, "private") : NULL;
@@ -218,7 +218,7 @@ static int borrow(PyObject *owner, void *to, PyObject *memory, Py_ssize_t i)
     return private && !PyErr_Occurred() ? 0 : -1;
 }
 
-/* Detached until it is attached. */
+/* Until pump_init() it counts as detached. */
 static PyObject *pump_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     Pump *pump = (Pump *)type->tp_alloc(type, 0);
@@ -230,7 +230,7 @@ static PyObject *pump_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     return (PyObject *)pump;
 }
 
-/* Whoever shares an eventfd with us can make writing to it wait. The GIL is held by what is called here, and not by what cffi calls. */
+/* Release the GIL if this thread holds it: it does in calls of the extension, and not in those of cffi. */
 static void *let_others_run(void)
 {
     PyThreadState *mine = PyGILState_GetThisThreadState();
@@ -329,15 +329,15 @@ static PyMethodDef methods[] = {
 };
 
 static PyMemberDef members[] = {
-    {"scheduled", T_BOOL, offsetof(Pump, scheduled), 0, "the pump will run in the next turn of the loop"},
+    {"scheduled", T_BOOL, offsetof(Pump, scheduled), 0, "a pass is scheduled: it runs in the loop's next turn"},
     {"closed", T_BOOL, offsetof(Pump, closed), 0, "detached"},
     {"hurry", T_BOOL, offsetof(Pump, hurry), 0, "the heartbeat's next beat is waited for"},
     {"listens", T_BOOL, offsetof(Pump, listens), 0, "there is more than the heartbeat to hear"},
     {"unlocked", T_ULONGLONG, offsetof(Pump, unlocked), 0, "mask of sections whose lock fell"},
     {"polled", T_INT, offsetof(Pump, polled), 0, "passes that may be left out, soon after the last one"},
-    {"ident", T_ULONG, offsetof(Pump, ident), READONLY, "of the thread that it belongs to"},
-    {"context", T_OBJECT_EX, offsetof(Pump, context), READONLY, "in which it is called back"},
-    {"queue", T_OBJECT_EX, offsetof(Pump, queue), READONLY, "more than one in it: do not spin"},
+    {"ident", T_ULONG, offsetof(Pump, ident), READONLY, "the ident of the thread that it belongs to"},
+    {"context", T_OBJECT_EX, offsetof(Pump, context), READONLY, "the context in which it is called back"},
+    {"queue", T_OBJECT_EX, offsetof(Pump, queue), READONLY, "what the loop runs next: with more than one item in it, do not spin"},
     {NULL, 0, 0, 0, NULL},
 };
 

@@ -52,7 +52,7 @@ static PyMethodDef defs[SH_OP_KINDS] = {
     {"_drain_helper", (PyCFunction)(void (*)(void))stream_helper, METH_NOARGS, "_drain_helper($self)\n--\n\nWhat asyncio.StreamWriter.drain() awaits."},
 };
 
-/* method(name, class, coroutine function) -> a method for subclasses of the class that stands for the coroutine function. */
+/* method(name, class, coroutine function) -> a method of the class that stands for the coroutine function, and falls back to it. */
 static PyObject *method(PyObject *module, PyObject *args)
 {
     const char *name;
