@@ -38,7 +38,7 @@ struct sh_link { /* towards one peer */
     int wake_out, kick_fd;     /* SH_WAKE_OUT_*, and the descriptor that a kick is written to */
     uint64_t kick_at;
     uint32_t kick_value;
-    int stuck;                 /* a kick of this peer blocked: it is not kicked any more; atomic */
+    int stuck;                 /* a kick towards this peer blocked: it is not kicked any more; atomic */
     int wake_in;               /* SH_WAKE_IN_*; atomic */
     int there;                 /* a live or attaching peer has that section */
     int missed;                /* it kicked by doorbell and none arrived: it is polled until one does */

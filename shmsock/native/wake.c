@@ -31,7 +31,8 @@ static void kick_eventfd(sh_node *nd, struct sh_link *l)
     if (poll(&(struct pollfd){.fd = l->kick_fd, .events = POLLOUT}, 1, 0) == 1)
         done = write(l->kick_fd, &one, sizeof one);
     __atomic_store_n(&nd->kicking, 0, __ATOMIC_SEQ_CST);
-    while (__atomic_load_n(&nd->unsticking, __ATOMIC_SEQ_CST)) /* briefly, as the heartbeat does not block there; once we return the descriptor may be closed, and its number be another's */
+    /* Briefly, as the heartbeat does not block there. Once we return, the descriptor may be closed, and its number be another's. */
+    while (__atomic_load_n(&nd->unsticking, __ATOMIC_SEQ_CST))
         sched_yield();
     sh_take_back(nd, held);
     (void)done;
