@@ -147,7 +147,7 @@ int sh_fake_any_notified(sh_node *nd)
             return 1;
     return 0;
 }
-/* Of the ring that is read. */
+/* The size of the ring that is read. */
 uint32_t sh_fake_rx_bytes(sh_ep *ep) { return ep->rx_bytes; }
 #else
 typedef int sh_fake_is_for_tests; /* ISO C wants a declaration */

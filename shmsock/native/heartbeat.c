@@ -15,7 +15,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define LOOK_MIN_NS 20000u  /* the shortest pause between two polls */
+#define POLL_MIN_NS 20000u  /* the shortest pause between two polls */
 #define LONG_NS 1000000000u /* silence after which it beats and polls less often */
 #define FLOOD 1000          /* kicks for nothing, within a second, that are too many */
 
@@ -192,7 +192,7 @@ static void new_second(sh_heartbeat *k)
 static void *run(void *arg)
 {
     sh_heartbeat *k = arg;
-    uint64_t next_beat = sh_clock(), pause_ns = LOOK_MIN_NS, since = next_beat, woke = 0, tenths = 1;
+    uint64_t next_beat = sh_clock(), pause_ns = POLL_MIN_NS, since = next_beat, woke = 0, tenths = 1;
     int stranger = 0, found;
 
     prctl(PR_SET_TIMERSLACK, 1);
@@ -242,7 +242,7 @@ static void *run(void *arg)
         until = n == 1 && now + k->cap_ns < next_beat ? now + k->cap_ns : next_beat;
         if (GET(k->nd->must_poll)) {
             if (__atomic_exchange_n(&k->fresh, 0, __ATOMIC_ACQ_REL))
-                pause_ns = LOOK_MIN_NS;
+                pause_ns = POLL_MIN_NS;
             until = now + pause_ns < until ? now + pause_ns : until;
             pause_ns += pause_ns / 4;
             cap = now - since > LONG_NS ? 4 * k->cap_ns : k->cap_ns; /* after a second of silence a peer's first word may wait a bit longer */
@@ -269,7 +269,7 @@ int sh_heartbeat_start(sh_heartbeat *k, sh_node *nd, int event_fd, int lock_fd, 
     k->lock_fd = lock_fd;
     k->beat_ns = beat_ns;
     k->futexes = futexes;
-    k->cap_ns = cap_ns > LOOK_MIN_NS ? cap_ns : LOOK_MIN_NS;
+    k->cap_ns = cap_ns > POLL_MIN_NS ? cap_ns : POLL_MIN_NS;
     k->beat = sh_peek(&((const struct sh_section *)nd->claim_at)->beat);
     k->slept = nd->sleep;
     sigfillset(&all);

@@ -7,9 +7,9 @@
 
 /* ---- a pass ---- */
 
-/* Collect from the peers in the mask `look`, and poll the ready slots. Fills out[] with what a poll of the slot found << 32 | kind << 24 |
+/* Collect from the peers in the mask `of`, and poll the ready slots. Fills out[] with what a poll of the slot found << 32 | kind << 24 |
  * (slot or peer), at most max of them; what does not fit is kept for the next pass. Returns how many. */
-static int pass(sh_node *nd, uint64_t *out, int max, uint64_t look, uint64_t now)
+static int pass(sh_node *nd, uint64_t *out, int max, uint64_t of, uint64_t now)
 {
     int n = 0;
 
@@ -17,7 +17,7 @@ static int pass(sh_node *nd, uint64_t *out, int max, uint64_t look, uint64_t now
     for (uint32_t k = 0, j = nd->start; k < nd->g.peers; k++, j = j + 1 < nd->g.peers ? j + 1 : 0) {
         struct sh_link *l = &nd->links[j];
 
-        if (!(look >> j & 1))
+        if (!(of >> j & 1))
             continue;
         if (sh_has_news(l)) {
             if (nd->woke)
@@ -66,18 +66,18 @@ static uint64_t count_pump(sh_node *nd)
 /* Make a pass that begins a turn. Returns what pass() does, or SH_STALE. */
 int sh_pump(sh_node *nd, uint64_t *out, int max)
 {
-    uint64_t now, look = SH_ALL;
+    uint64_t now, of = SH_ALL;
 
     if (!sh_may_write(nd))
         return SH_STALE;
     now = sh_turn(nd);
     if (count_pump(nd) % 16 && !nd->attention && !__atomic_load_n(&nd->strangers, __ATOMIC_RELAXED))
-        look = nd->known_peers; /* each notify_seq is on a page of its own, and loading cold ones would cost more than all the rest */
+        of = nd->known_peers; /* each notify_seq is on a page of its own, and loading cold ones would cost more than all the rest */
     else
         __atomic_store_n(&nd->strangers, 0, __ATOMIC_RELAXED);
     queue_later(nd);
     sh_rearm_touched(nd);
-    return pass(nd, out, max, look, now);
+    return pass(nd, out, max, of, now);
 }
 
 /* Is nothing owed a pass? Then the loop may sleep, once the heartbeat is armed. */
@@ -91,7 +91,7 @@ int sh_quiet(sh_node *nd)
 }
 
 /* The safety poll, which needs no notification. What it finds is made ready; it counts as healed only if a whole period later still no
- * notification has spoken of it (else that was merely on its way). Returns how many links looked suspicious. */
+ * notification has spoken of it (else that was merely on its way). Returns how many links were suspicious. */
 int sh_safety(sh_node *nd)
 {
     int found = 0;

@@ -5,7 +5,7 @@
 /* ---- reading ---- */
 
 /* How many bytes are there, maybe fewer than min; or SH_RESET, SH_VIOLATION. Polls P only if fewer are known. */
-static int64_t look(sh_ep *ep, uint32_t min)
+static int64_t poll_bytes(sh_ep *ep, uint32_t min)
 {
     int r;
 
@@ -33,11 +33,11 @@ int64_t sh_available(sh_ep *ep)
         return SH_STALE;
     if (SH_UNLIKELY(!ep->theirs))
         return SH_RESET;
-    found = look(ep, UINT32_MAX);
+    found = poll_bytes(ep, UINT32_MAX);
     return found ? found : sh_empty(ep);
 }
 
-/* Busy-poll for at least `min` bytes. Returns what look() does, or SH_YIELD. */
+/* Busy-poll for at least `min` bytes. Returns what poll_bytes() does, or SH_YIELD. */
 static int64_t spin_for(sh_ep *ep, uint32_t min, uint64_t now)
 {
     int64_t found;
@@ -54,7 +54,7 @@ static int64_t spin_for(sh_ep *ep, uint32_t min, uint64_t now)
         if (!r)
             return ep->tail_seen - ep->head;
         now = 0; /* the clock is read again if there is still something to wait for */
-    } while ((found = look(ep, min)) >= 0 && found < min);
+    } while ((found = poll_bytes(ep, min)) >= 0 && found < min);
     return found;
 }
 
@@ -66,7 +66,7 @@ static __attribute__((noinline)) int64_t wait_for(sh_ep *ep, int64_t found, uint
 
         if (sh_one_way(ep, min))
             ep->polled_ns = now = sh_gather(ep, now);
-        if ((found = look(ep, min)) >= 0 && found < min && min <= ep->rx_bytes)
+        if ((found = poll_bytes(ep, min)) >= 0 && found < min && min <= ep->rx_bytes)
             found = spin_for(ep, min, now);
         sh_take_back(ep->nd, held);
     }
@@ -94,12 +94,12 @@ int64_t sh_read_step(sh_ep *ep, sh_taker *to, uint32_t want, uint32_t min, int h
         return SH_RESET;
     now = sh_clock();
     if (SH_UNLIKELY(sh_share_is_used(ep, now) || sh_over_at(nd, now))) {
-        found = how & SH_YIELDED ? look(ep, min) : 0;
+        found = how & SH_YIELDED ? poll_bytes(ep, min) : 0;
         if (found < min)
             return found < 0 ? found : SH_YIELD;
     } else {
         ep->polled_ns = now;
-        found = (how & SH_MAY_SPIN) && sh_one_way(ep, min) ? 0 : look(ep, min);
+        found = (how & SH_MAY_SPIN) && sh_one_way(ep, min) ? 0 : poll_bytes(ep, min);
         if (SH_UNLIKELY(found < min) && (found < 0 || (found = wait_for(ep, found, min, now, how & SH_MAY_SPIN)) < 0))
             return found;
     }

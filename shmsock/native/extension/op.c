@@ -51,7 +51,7 @@ static void stop_waiting(Op *op)
     PyObject *type, *value, *trace;
 
     PyErr_Fetch(&type, &value, &trace);
-    if (type && p->wake_pending) { /* probably cancelled: tell those who look at the buffer of the bytes it was woken for */
+    if (type && p->wake_pending) { /* probably cancelled: tell those who use the buffer of the bytes it was woken for */
         PyObject *tell = PyObject_GetAttr(op->stream, s_on_ready);
         if (!tell || sh_call_soon(p->pump, tell) < 0)
             PyErr_Clear();
