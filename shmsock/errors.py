@@ -69,7 +69,7 @@ __all__ = [
 ]
 
 _LISTED = 8
-"""So many names or numbers are spelled out in a message; the rest is counted."""
+"""How many names or numbers are spelled out in a message; the rest is counted."""
 _MOST_SECTIONS = 64
 
 
@@ -88,7 +88,7 @@ class RegionNotFoundError(RegionError, FileNotFoundError):
 
 
 class RegionExistsError(RegionError, FileExistsError):
-    """There is a file already, and nobody said that it may be replaced."""
+    """There is a file already, and replacing it was not asked for."""
 
 
 class RegionPermissionError(RegionError, PermissionError):
@@ -129,7 +129,7 @@ _BY_ERRNO: dict[int, type[RegionError]] = {
 
 
 def region_error(code: int, message: str, path: str | None = None) -> RegionError:
-    """A RegionError of the class that fits `code`, an errno.
+    """Build a RegionError of the class that fits `code`, an errno.
 
     (`OSError.__new__` does that for OSError itself, and not for classes made from it.)
     """
@@ -141,7 +141,7 @@ def region_error(code: int, message: str, path: str | None = None) -> RegionErro
 
 
 def format_error(message: str, path: str | None = None) -> RegionFormatError:
-    """The bytes of a region are not what they must be (EINVAL)."""
+    """Build the error for a region whose bytes are not what they must be (EINVAL)."""
     made = RegionFormatError(errno.EINVAL, message)
     if path is not None:
         made.filename = path
@@ -149,14 +149,14 @@ def format_error(message: str, path: str | None = None) -> RegionFormatError:
 
 
 def disk_full(path: str, need: int = 0, hint: str = "") -> RegionError:
-    """ENOSPC while `need` bytes (0: unknown) of `path` were to be backed with storage."""
+    """Build ENOSPC, for when `need` bytes (0: unknown) of `path` cannot be backed with storage."""
     room = f"room for {need} bytes more" if need else "room left"
     do = hint or "free some space, or use a smaller region"
     return region_error(errno.ENOSPC, f"disk full: the file system of {path} has no {room}; {do}", path)
 
 
 def listing(items: Iterable[object], *, nothing: str = "none") -> str:
-    """'a, b, c and 4 more': bounded, since what is listed may come from other peers."""
+    """Write a list as 'a, b, c and 4 more': bounded, since what is listed may come from other peers."""
     known = [str(item) for item in items]
     shown = ", ".join(known[:_LISTED])
     more = len(known) - _LISTED
@@ -164,8 +164,8 @@ def listing(items: Iterable[object], *, nothing: str = "none") -> str:
 
 
 def other_memory() -> str:
-    """What it may mean that nobody else is there: every side that is on other memory than it should be looks
-    healthy, and is alone."""
+    """Explain what it may mean that nobody else is there: a side that is on other memory than it should be
+    looks healthy, and is alone."""
     return (
         "if others run, they are on other memory: every QEMU needs share=on and the same mem-path (or "
         "ivshmem server), a program of the host SHMSOCK_REGION, and the id that `shmsock info` shows of the "
@@ -176,7 +176,7 @@ def other_memory() -> str:
 def name_unknown(
     name: object, others: Sequence[str] = (), region: str = "the region", hint: str = ""
 ) -> socket.gaierror:
-    """No attached peer has this name: what getaddrinfo says about a host it does not know.
+    """Build socket.gaierror, as no attached peer has this name: what getaddrinfo says of an unknown host.
 
     `others`: who else is there, this node left out. `region`: its URL. `hint`: what else may be the reason.
     """
@@ -194,12 +194,12 @@ def name_unknown(
 
 
 def went_away(name: object) -> ConnectionResetError:
-    """The peer left, or died, before it answered."""
+    """Build the error for a peer that left, or died, before it answered."""
     return ConnectionResetError(errno.ECONNRESET, f"peer {name!r} went away while connecting: try again")
 
 
 def peer_silent(name: object, section: int, region: str = "") -> ConnectionRefusedError:
-    """Nobody has seen this peer alive since the own node is there, as when a VM was reset under it."""
+    """Build the error for a peer that has not beaten since this node attached, as when a VM was reset."""
     return ConnectionRefusedError(
         errno.ECONNREFUSED,
         f"peer {name!r} (section {section}) has not shown a sign of life since this node attached: its "
@@ -209,28 +209,28 @@ def peer_silent(name: object, section: int, region: str = "") -> ConnectionRefus
 
 
 def peer_gone(remote: object) -> ConnectionResetError:
-    """The peer, (name, port), died or left, and nobody reads what it had sent."""
+    """Build the error for a peer, (name, port), that died or left, and whose bytes nobody came to read."""
     return ConnectionResetError(
         errno.ECONNRESET, f"peer {remote} is gone, and its bytes were not read for linger_s"
     )
 
 
 def peer_full(remote: object) -> OSError:
-    """ENOBUFS: the section of the peer, (name, port), has no slot or no memory for a connection."""
+    """Build ENOBUFS: the section of the peer, (name, port), has no slot or no memory for a connection."""
     return OSError(
         errno.ENOBUFS, f"{remote} has no room for another connection: use a larger region, or close some"
     )
 
 
 def backlog_full(remote: object) -> ConnectionRefusedError:
-    """The listener, (name, port), has as many connections as it wants that were not accepted yet."""
+    """Build the error for a listener, (name, port), whose backlog is full."""
     return ConnectionRefusedError(
         errno.ECONNREFUSED, f"{remote} has its backlog full: try again, or listen with a larger backlog"
     )
 
 
 def pinned(name: str, section: int, owner: str | None) -> ConnectionRefusedError:
-    """The name is believed of that section only, and its owner, if any, has another."""
+    """Build the error for a name that is believed of that section only, whose owner, if any, has another."""
     seen = "nobody is there" if owner is None else f"who is there calls itself {owner!r}"
     return ConnectionRefusedError(
         errno.ECONNREFUSED,
@@ -241,7 +241,8 @@ def pinned(name: str, section: int, owner: str | None) -> ConnectionRefusedError
 
 
 def not_local(name: object, port: int, locks: bool) -> ConnectionRefusedError:
-    """Who listens does so for its own machine, and it is not proven that we are on it."""
+    """Build the error for a port that is for the peer's own machine, when it is not proven that we are on
+    it."""
     why = "its section has no lock under this kernel" if locks else "the region's file knows no locks here"
     return ConnectionRefusedError(
         errno.ECONNREFUSED,
@@ -252,15 +253,15 @@ def not_local(name: object, port: int, locks: bool) -> ConnectionRefusedError:
 
 
 def name_malformed(why: object) -> socket.gaierror:
-    """Not even a name. `why` says what was seen and what was expected."""
+    """Build the error for a host that cannot be a name. `why` says what was seen and what was expected."""
     return socket.gaierror(socket.EAI_NONAME, str(why))
 
 
 def port_refused(
     name: object, port: int, region: str = "the region", *, alone: bool = False, hint: str = ""
 ) -> ConnectionRefusedError:
-    """The peer is there, and nobody listens. `region`, `hint`: see name_unknown(). `alone`: nobody else is
-    there at all."""
+    """Build ConnectionRefusedError: the peer is there, and nobody listens. `region`, `hint`: see
+    name_unknown(). `alone`: nobody else is there at all."""
     return ConnectionRefusedError(
         errno.ECONNREFUSED,
         f"connection to ({name!r}, {port}) refused: nobody there listens on port {port} "
@@ -278,7 +279,7 @@ def _look_into(region: str) -> str:
 
 
 def command(name: str, region: str, rest: str = "") -> str:
-    """What to type; the region is left out where it is not known by its URL or path."""
+    """Write the command to type; the region is left out where it is not known by its URL or path."""
     import shlex
 
     known = shlex.quote(region) if ":" in region or "/" in region else ""
@@ -286,7 +287,8 @@ def command(name: str, region: str, rest: str = "") -> str:
 
 
 def port_taken(name: object, port: int, who: str = "another listener of that name") -> OSError:
-    """EADDRINUSE: `who`, this process or another that goes by the same name, listens on the port already."""
+    """Build EADDRINUSE: `who`, this process or another that goes by the same name, listens on the port
+    already."""
     return OSError(
         errno.EADDRINUSE,
         f"address ({name!r}, {port}) is already in use: {who} has the port; "
@@ -295,7 +297,7 @@ def port_taken(name: object, port: int, who: str = "another listener of that nam
 
 
 def ports_exhausted(name: object, first: int, last: int) -> OSError:
-    """EADDRINUSE: port 0 was asked for, and none is left of those that this section chooses from."""
+    """Build EADDRINUSE: port 0 was asked for, and none is left of those that this section chooses from."""
     return OSError(
         errno.EADDRINUSE,
         f"no port is left for {name!r} to choose: {first} to {last} are all in use; close some, or name a "
@@ -304,7 +306,7 @@ def ports_exhausted(name: object, first: int, last: int) -> OSError:
 
 
 def address_unavailable(host: object, own: Sequence[str] = ()) -> OSError:
-    """EADDRNOTAVAIL: asked to listen under a name that is not the own one."""
+    """Build EADDRNOTAVAIL: asked to listen under a name that is not the own one."""
     return OSError(
         errno.EADDRNOTAVAIL,
         f"cannot listen on {host!r}: this node goes by {listing(own)}; listen on None for all peers, "
@@ -314,14 +316,15 @@ def address_unavailable(host: object, own: Sequence[str] = ()) -> OSError:
 
 
 def datagram_too_long(size: int, maximum: int) -> OSError:
-    """EMSGSIZE, as a UDP socket says."""
+    """Build EMSGSIZE, as a UDP socket raises it."""
     return OSError(
         errno.EMSGSIZE, f"a datagram of {size} bytes is too long, {maximum} is the most: send it in pieces"
     )
 
 
 def no_buffers(what: str, region_size_hint: str = "") -> OSError:
-    """ENOBUFS: the own section has no `what` left. `region_size_hint`: a size that would do ("128 MiB")."""
+    """Build ENOBUFS: the own section has no `what` left. `region_size_hint`: a size that would do ("128
+    MiB")."""
     size = region_size_hint.replace(" ", "") or "SIZE"
     do = f"make a region of {region_size_hint}" if region_size_hint else "use a larger region"
     return OSError(
@@ -332,7 +335,7 @@ def no_buffers(what: str, region_size_hint: str = "") -> OSError:
 
 
 def no_listeners(most: int) -> OSError:
-    """ENOBUFS: a section has `most` entries for listeners and ports of datagrams, whatever its size."""
+    """Build ENOBUFS: a section has `most` entries for listeners and ports of datagrams, whatever its size."""
     return OSError(
         errno.ENOBUFS,
         f"no listener entries left in this process's section, which has {most}: close servers or datagram "
@@ -347,7 +350,8 @@ def sections_full(
     region: str = "",
     stopped: Sequence[int] = (),
 ) -> RegionError:
-    """ENOSPC: no section can be claimed. `silent`: the sections whose owner no longer beats, as "3 (name)".
+    """Build ENOSPC: no section can be claimed. `silent`: the sections whose owner no longer beats, as "3
+    (name)".
     `region`: its URL. `stopped`: pids, as the sections say, of who holds one on this machine and does not
     beat."""
     do = []
@@ -373,7 +377,7 @@ def sections_full(
 def section_taken(
     section: int, name: str, silent: bool, path: str | None = None, region: str = ""
 ) -> RegionError:
-    """ENOSPC: the section that was asked for has an owner."""
+    """Build ENOSPC: the section that was asked for has an owner."""
     free = command("reap", region, f"--section {section}")
     do = (
         f"it is silent: free it with `{free}` if it is gone for good"
@@ -385,12 +389,12 @@ def section_taken(
 
 
 def node_closed(name: object, why: str = "it was closed") -> NodeClosedError:
-    """The node cannot be used any more (EBADF, as a closed socket says)."""
+    """Build NodeClosedError (EBADF, as of a closed socket): the node cannot be used any more."""
     return NodeClosedError(errno.EBADF, f"node {name!r} is not attached any more: {why}; attach again")
 
 
 def violation(peer: object, seen: str, expected: str = "") -> ProtocolViolation:
-    """A word of `peer` failed its check. The connection, or the link, is reset."""
+    """Build ProtocolViolation: a word of `peer` failed its check; the connection, or the link, is reset."""
     rest = f", expected {expected}" if expected else ""
     return ProtocolViolation(
         errno.ECONNRESET, f"peer {peer} broke the protocol: {seen}{rest}; connection reset"
@@ -398,12 +402,12 @@ def violation(peer: object, seen: str, expected: str = "") -> ProtocolViolation:
 
 
 def forked(what: str) -> ForkedError:
-    """`what` was made by the parent process."""
+    """Build ForkedError: `what` was made by the parent process."""
     return ForkedError(f"{what} was inherited over fork() and is dead in this process: make a new one here")
 
 
 def wrong_thread(what: str, owner: str = "the one that made it") -> WrongThreadError:
-    """`what` is not thread-safe, just as asyncio's own objects are not."""
+    """Build WrongThreadError: `what` is not thread-safe, just as asyncio's own objects are not."""
     return WrongThreadError(
         f"{what} was used from another thread or event loop than {owner}: "
         "use loop.call_soon_threadsafe() or asyncio.run_coroutine_threadsafe()"

@@ -1,4 +1,4 @@
-"""For tests of programs that use shmsock: a pytest plugin (installed with the package) and its parts.
+"""For tests of programs that use shmsock: a pytest plugin (installed with the package), and its parts.
 
 async def test_my_service(shm_region):          # a private region; module-level functions of shmsock use it
     server = await shmsock.start_server(handler, port=7000)
@@ -22,7 +22,9 @@ def make_region(
     """Create and format a region file with a name of its own, sparse. Returns its path; the caller removes
     it.
 
-    `size` in bytes. Raises OSError (ENOSPC, EACCES).
+    `directory`: where, best on tmpfs. `size`: bytes of the region. `peers`: how many nodes can be attached at
+    the same time, 1 to 64. Raises OSError: ENOSPC, EACCES, EINVAL when `size` is too small for
+    `peers`.
     """
     from shmsock.aio.attach import prepare_region
     from shmsock.region import open_file
@@ -42,8 +44,9 @@ def make_region(
 
 @pytest.fixture
 def shm_region(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The path of a region that only this test uses (safe with xdist). SHMSOCK_REGION points to it, also for
-    child processes."""
+    """Give a test the path of a region of its own (64 MiB, 16 peers, sparse; safe with xdist). SHMSOCK_REGION
+    names it meanwhile, for child processes too; the file is removed afterwards. Raises what make_region()
+    does."""
     path = make_region()
     monkeypatch.setenv("SHMSOCK_REGION", path)
     try:

@@ -1,5 +1,6 @@
-"""What wakes a sleeping loop: one eventfd, filled by the heartbeat thread when a peer's notify_seq moves, and
-when the engine wants a pass. (Doorbells have an eventfd of their own, which the loop waits on as well.)
+"""The heartbeat of a node, which wakes its sleeping loop: one eventfd, filled by the heartbeat thread when a
+peer's notify_seq moves, and when the engine wants a pass. (Doorbells have an eventfd of their own, which the
+loop waits on as well.)
 
 The heartbeat is native, holds no GIL and takes no signals. It also beats (others see that this process lives)
 and watches the locks of peers under the same kernel.
@@ -22,8 +23,7 @@ SUSPECTED_LOSS: int = lib.SH_HEARD_SUSPECTED_LOSS
 
 
 def eventfd() -> int:
-    """A non-blocking eventfd. `os.eventfd` exists from 3.10 on Linux; raises OSError when descriptors run
-    out."""
+    """Make a non-blocking eventfd. Raises OSError when descriptors run out."""
     return os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
 
@@ -32,7 +32,7 @@ class Heartbeat:
 
     def __init__(self, core: Core, nd: Any, *, lock_fd: int, look_cap_us: int, futex: bool = False) -> None:
         """Start the thread. `lock_fd`: the file whose locks are watched. `futex`: peers can wake this node by
-        a futex. `look_cap_us`: how far apart, in microseconds, the looks at peers that cannot are at most.
+        a futex. `look_cap_us`: the longest pause, in microseconds, between two polls of peers that cannot.
         Raises OSError."""
         self._core, self._lib, self._nd = core, core.lib, nd  # the thread looks at `nd`
         self.fd = eventfd()
@@ -69,7 +69,7 @@ class Heartbeat:
         self._lib.sh_heartbeat_watch(self.native, section, int(locked))
 
     def unlocked(self) -> int:
-        """Mask of watched sections whose lock fell."""
+        """Return a mask of the watched sections whose lock fell."""
         mask: int = self._lib.sh_heartbeat_unlocked(self.native)
         return mask
 

@@ -78,16 +78,16 @@ def prepare_region(made: Region, peers: int = 16) -> None:
 
 
 def _back_fixed_part(made: Region, layout: Layout) -> None:
-    """Others' pages too: on a sparse file even looking at a hole takes a page, and a full disk would be a
-    SIGBUS."""
+    """Give storage to all that is not arena, other sections included: on a sparse file even reading a hole
+    takes a page, and a full disk would be a SIGBUS."""
     if made.sparse:
         for section in range(layout.peers):
             made.ensure(layout.section(section), layout.arena_off)
 
 
 def _blank(opened: Region, memory: Memory) -> bool:
-    """May it be formatted where it lies? Memory that QEMU, or truncate, made and nobody has used yet. A file
-    may be anything, and must be zero to its end."""
+    """May the memory be formatted where it lies? Memory that QEMU, or truncate, made and nobody has used yet.
+    A file may be anything, and must be zero to its end."""
     if opened.kind == "file" and isinstance(opened, FileRegion):
         return not any(opened.peek(8)) and opened.is_zero(lay.HEADER)
     return is_blank(memory)
@@ -103,7 +103,7 @@ def _holds_a_region(device: region.PciDevice) -> bool:
 
 
 async def _follow(loop: Loop, steps: Generator[float, None, T]) -> T:
-    """Drive what opens or claims: sleep what it says."""
+    """Run a generator that opens or claims: sleep for the seconds that it yields, and return its result."""
     sleep = getattr(loop, "sleep", asyncio.sleep)
     try:
         while True:
@@ -281,9 +281,10 @@ class attach:
 
 
 async def _until_the_loop_ends(node: Node) -> AsyncGenerator[None, None]:
-    """Primed once, this generator is known to the loop, whose shutdown_asyncgens() ends it: under asyncio.run
-    and uvloop.run that is before the loop closes, also after an exception. Trio does the same with its own,
-    when its system tasks are over; it knows them weakly, but its loop holds the node and the node this."""
+    """Close the node when its loop ends. Primed once, this generator is known to the loop, whose
+    shutdown_asyncgens() ends it: under asyncio.run and uvloop.run that is before the loop closes, also after
+    an exception. Trio does the same with its own, when its system tasks are over; it knows them weakly, but
+    its loop holds the node and the node this."""
     try:
         yield
     finally:
@@ -365,7 +366,7 @@ async def _on_current_node(url: str | None, name: str | None, use: Callable[[Nod
 def _made(task: asyncio.Task[Node] | TrioFuture, mine: _Mine, key: str, former: Node | None) -> None:
     if (
         task.cancelled() or task.exception() is not None
-    ):  # looked at here: nobody else does when all were cancelled
+    ):  # read here, as nobody else does when all callers were cancelled
         if mine.get(key) is task:
             del mine[key]
             if former is not None:

@@ -26,9 +26,9 @@ __all__ = ["DATAGRAM_MAX", "ShmDatagramTransport", "create_datagram_endpoint"]
 
 
 class ShmDatagramTransport(FlowControl, asyncio.DatagramTransport):
-    """What asyncio's UDP transport is. In addition: empty datagrams are sent on every Python, one above 65507
-    bytes raises OSError (EMSGSIZE) in sendto(), and pause_reading() has what arrives kept, up to
-    Settings.datagram_queue_bytes."""
+    """A datagram transport as asyncio's UDP transport is. In addition: empty datagrams are sent on every
+    Python, one above 65507 bytes raises OSError (EMSGSIZE) in sendto(), and pause_reading() has what arrives
+    kept, up to Settings.datagram_queue_bytes."""
 
     max_size = DATAGRAM_MAX
 
@@ -66,7 +66,7 @@ class ShmDatagramTransport(FlowControl, asyncio.DatagramTransport):
         return f"<ShmDatagramTransport {state} {self.endpoint.local} - {self.endpoint.remote}>"
 
     def _begin(self, waiter: asyncio.Future[None] | None) -> None:
-        """connection_made() was called."""
+        """Begin to deliver, as connection_made() was called."""
         if not (self._reading_paused or self._closing):
             self.endpoint.resume()
         if waiter is not None and not waiter.done():
@@ -112,7 +112,8 @@ class ShmDatagramTransport(FlowControl, asyncio.DatagramTransport):
             self._end(None)
 
     def _call(self, callback: Callable[..., object], *args: Any) -> None:
-        """A callback that raises is reported, as asyncio's loop would, and nothing else happens."""
+        """Call the protocol. What it raises is reported, as asyncio's loop would, and nothing else
+        happens."""
         try:
             self.context.run(callback, *args)
         except (SystemExit, KeyboardInterrupt):
@@ -121,7 +122,7 @@ class ShmDatagramTransport(FlowControl, asyncio.DatagramTransport):
             self._report(error, callback)
 
     def raised(self, error: BaseException, protocol: Any) -> None:
-        """datagram_received() did, called by the extension."""
+        """Report what datagram_received() raised when the extension called it."""
         self._report(error, protocol.datagram_received)
 
     def _report(self, error: BaseException, callback: Callable[..., object]) -> None:
@@ -137,7 +138,8 @@ class ShmDatagramTransport(FlowControl, asyncio.DatagramTransport):
     # -- sending
 
     def sendto(self, data: Any, addr: Any = None) -> None:
-        """Never blocks; what waits for room is in get_write_buffer_size(), 64 bytes more for each datagram.
+        """Send a datagram, and never block; what waits for room is in get_write_buffer_size(), 64 bytes more
+        for each.
         `addr`: (host, port), or ("*", port) for every peer that has the port.
 
         Raises TypeError, ValueError (connected elsewhere), OSError (EMSGSIZE); what else goes wrong is told
@@ -178,7 +180,7 @@ class ShmDatagramTransport(FlowControl, asyncio.DatagramTransport):
         self._maybe_pause_protocol()
 
     def _is_remote(self, addr: Any) -> bool:
-        """Is it who this is connected to, by an address that stands for the name, in any spelling?"""
+        """Does it stand for the connected address, in any spelling?"""
         try:
             return (self.endpoint.host(addr[0]), addr[1]) in self.endpoint.aliases
         except (OSError, TypeError, LookupError):
@@ -189,7 +191,7 @@ class ShmDatagramTransport(FlowControl, asyncio.DatagramTransport):
 
     @property
     def flushing(self) -> bool:
-        """Closed, and not yet rid of what was sent."""
+        """Whether it is closed, and not yet rid of what was sent."""
         return self._closing and bool(self.endpoint.unsent)
 
     def _check_thread(self) -> None:
@@ -204,7 +206,8 @@ class ShmDatagramTransport(FlowControl, asyncio.DatagramTransport):
         return self._closing
 
     def close(self) -> None:
-        """What was sent still goes out; then connection_lost(None), not from within this call."""
+        """Close: what was sent still goes out; then connection_lost(None) is called, not from within this
+        call."""
         self._check_thread()
         if self._closing:
             return
@@ -214,7 +217,7 @@ class ShmDatagramTransport(FlowControl, asyncio.DatagramTransport):
             self._end(None)
 
     def abort(self) -> None:
-        """What waits is dropped; connection_lost(None) follows."""
+        """Close, and drop what waits; connection_lost(None) follows."""
         self._check_thread()
         self._force_close(None)
 
@@ -247,11 +250,11 @@ class ShmDatagramTransport(FlowControl, asyncio.DatagramTransport):
         self._force_close(error)
 
     def node_closed(self) -> None:
-        """The node detaches."""
+        """End, as the node detaches."""
         self._force_close(None)
 
     def freed(self) -> None:
-        """In a forked child: the next send finds out."""
+        """Take the slow way from now on, in a forked child: the next send finds out."""
 
     def __del__(self, _warn: Any = warnings.warn) -> None:
         # Never into C from here, nor into the engine: the collector may run on any thread.
@@ -282,7 +285,7 @@ def _number(node: Node, endpoint: Endpoint, wide: bool) -> tuple[tuple[str, int]
         return known
 
     def shown(source: tuple[str, int], section: int) -> tuple[Any, ...]:
-        """As it was last sent to: programs compare."""
+        """Return the sender's address in the form it was last sent to, as programs compare the two."""
         for to, route in endpoint.routes.items():
             same = route.port == source[1] and route.link.conn.peer == section
             if same and to is not None and names.is_address(to[0]):

@@ -18,8 +18,8 @@ log = logging.getLogger("shmsock")
 
 
 class DoorbellListener:
-    """`bell`: None when there is none, or none any more. `listen` and `leave` add and remove a reader of the
-    loop, `woken` has the pump look, messages name `node`."""
+    """Listens to one node's doorbell. `bell`: None when there is none, or none any more. `listen` and `leave`
+    add and remove a reader of the loop, `woken` has the pump look, messages name `node`."""
 
     def __init__(
         self,

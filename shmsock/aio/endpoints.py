@@ -95,7 +95,7 @@ async def create_connection(
 def _protocols(
     factory: Callable[[], asyncio.BaseProtocol], tls: Tls | None, waiter: asyncio.Future[None]
 ) -> tuple[asyncio.BaseProtocol, asyncio.BaseProtocol]:
-    """The user's, and the one that the transport gives bytes to."""
+    """Make the user's protocol, and the one that the transport gives bytes to."""
     protocol = factory()
     if tls is not None:
         return protocol, tls.wrap(waiter.get_loop(), protocol, waiter)
@@ -124,7 +124,7 @@ async def _started(
 async def _go_on(
     factory: Callable[[], asyncio.BaseProtocol], sock: Any, given: tuple[Any, Any], tls: Tls | None
 ) -> tuple[Any, Any]:
-    """With the connection that a duplicate of its pseudo-socket keeps open."""
+    """Go on with the connection that a duplicate of its pseudo-socket keeps open."""
     if given != (None, None):
         raise ValueError("host/port and sock can not be specified at the same time")
     if not isinstance(sock, Duplicate):
@@ -154,7 +154,7 @@ async def connect_accepted_socket(
 
 
 def _c_int(number: SupportsIndex) -> int:
-    """As socket.listen() takes it. Raises TypeError and OverflowError."""
+    """Convert a backlog as socket.listen() does. Raises TypeError and OverflowError."""
     plain = operator.index(number)
     if not -(1 << 31) <= plain < 1 << 31:
         raise OverflowError("Python int too large to convert to C int")
@@ -253,7 +253,7 @@ async def open_connection(
             reader = ShmStreamReader(limit=limit, loop=loop)
             protocol = ShmStreamReaderProtocol(reader, loop=loop)
             transport = ShmTransport(node, conn, protocol, contextvars.copy_context())
-            protocol.connection_made(transport)  # nobody's but ours
+            protocol.connection_made(transport)  # the protocol is ours alone
             made[:] = reader, ShmStreamWriter(transport, protocol, reader, loop)._attach(), transport
 
         return node.connect(host, number, 0, make)

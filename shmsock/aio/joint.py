@@ -72,7 +72,7 @@ class JointTransport(asyncio.DatagramTransport, asyncio.DatagramProtocol):
     # -- sending
 
     def sendto(self, data: Any, addr: Any = None) -> None:
-        """To a host in shared memory, or as the loop's own transport does it."""
+        """Send to a host in shared memory, or to any other as the loop's own transport does."""
         if not (isinstance(addr, tuple) and addr and names.is_shm(addr[0])):
             self._kernel.sendto(data, addr)
         elif self._shm is not None:
@@ -123,7 +123,7 @@ class JointTransport(asyncio.DatagramTransport, asyncio.DatagramProtocol):
             self._guarded(self._protocol.error_received, error)
 
     def _made(self, making: asyncio.Task[None]) -> None:
-        """The other endpoint was made, or could not be: then what still waits is dropped."""
+        """Send what waited, as the other endpoint was made; if it could not be, drop it."""
         self._making, self._waiting_bytes = None, 0
         self._waiting.clear()
         self._resume("waiting")
@@ -147,13 +147,13 @@ class JointTransport(asyncio.DatagramTransport, asyncio.DatagramProtocol):
             )
 
     def get_write_buffer_size(self) -> int:
-        """Bytes that neither has sent yet."""
+        """Return how many bytes neither has sent yet."""
         behind = self._shm.get_write_buffer_size() if self._shm is not None else self._waiting_bytes
         unsent: int = self._kernel.get_write_buffer_size() + behind
         return unsent
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
-        """For each of the two."""
+        """Set the limits of each of the two transports."""
         self._kernel.set_write_buffer_limits(high, low)
         self._limits = high, low
         if self._shm is not None:
@@ -208,7 +208,7 @@ class JointTransport(asyncio.DatagramTransport, asyncio.DatagramProtocol):
         return self._closing or bool(self._kernel.is_closing())
 
     def close(self) -> None:
-        """Both: what was sent still goes out; then connection_lost(None), once."""
+        """Close both: what was sent still goes out; then connection_lost(None) is called, once."""
         self._kernel.close()
         self._close_behind()
 
@@ -218,7 +218,7 @@ class JointTransport(asyncio.DatagramTransport, asyncio.DatagramProtocol):
             self._shm.close()
 
     def abort(self) -> None:
-        """Both: what waits is dropped; connection_lost(None) follows, once."""
+        """Close both, and drop what waits; connection_lost(None) follows, once."""
         self._closing = True
         self._kernel.abort()
         if self._making is not None:
@@ -227,8 +227,9 @@ class JointTransport(asyncio.DatagramTransport, asyncio.DatagramProtocol):
             self._shm.abort()
 
     def _shm_lost(self, exc: Exception | None) -> None:
-        """At the end of this, or of the node: then the next sendto() looks for another. What else ends an
-        endpoint (an address that is none) ends the whole: from another port, no answer would come back."""
+        """Note the end of the endpoint in shared memory. If the node ended, the next sendto() looks for
+        another. What else ends an endpoint (an address that is none) ends the whole: from another port, no
+        answer would come back."""
         self._shm = None
         self._resume("shm")
         if exc is not None and not self._closing:

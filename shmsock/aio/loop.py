@@ -55,12 +55,13 @@ def _all_in_shm(hosts: list[Any], what: str) -> bool:
 
 
 def _host_in(address: Any) -> Any:
-    """The host of a socket address, if it has one."""
+    """Return the host of a socket address, if it has one."""
     return address[0] if isinstance(address, tuple) and len(address) in (2, 4) else None
 
 
 def _meant_by(loop: Any, sock: Any) -> Any:
-    """The address that a kernel socket was to be connected to, or None. Closed, it leads nowhere."""
+    """Return the address that a kernel socket was to be connected to; None when there is none, or it is
+    closed."""
     mine = _meant.get(loop)
     return mine.get(sock) if mine and isinstance(sock, socket.socket) and sock.fileno() >= 0 else None
 
@@ -74,8 +75,8 @@ async def _not_there(what: str, address: Any) -> NoReturn:
 
 
 def _unless_meant(name: str) -> Any:
-    """The loop's method for a socket that has no transport: one that is connected to a peer in name only is
-    refused."""
+    """Wrap the loop's method for sockets without a transport, to refuse one that is connected to a peer in
+    name only."""
 
     def method(self: Any, sock: Any, *args: Any, **kwds: Any) -> Any:
         address = _meant_by(self, sock)
@@ -87,7 +88,7 @@ def _unless_meant(name: str) -> Any:
 
 
 class _ShmLoop(_Base):
-    """What is in front of the loop that it is mixed with."""
+    """Methods that come before those of the loop it is mixed with, for hosts in shared memory."""
 
     async def sock_connect(self, sock: Any, address: Any) -> None:
         """Programs that resolve a name, connect a socket of their own, and give it to create_connection()
@@ -262,7 +263,7 @@ class _ShmLoop(_Base):
         if not _is_ours(transport):
             return await super().sendfile(transport, file, offset, count, fallback=fallback)
         if fallback:
-            file.seek(offset)  # where it stands means nothing, as with the kernel's sendfile
+            file.seek(offset)  # the file's position has no effect, as with the kernel's sendfile
         send: Any = asyncio.BaseEventLoop.sendfile
         sent: int = await send(self, transport, file, offset, count, fallback=fallback)
         return sent
@@ -271,7 +272,8 @@ class _ShmLoop(_Base):
 
 
 def _unconnected(sock: Any, family: int) -> bool:
-    """Is it to be an internet endpoint that decides at each sendto() where a datagram goes?"""
+    """Is an internet endpoint asked for that is not connected? Then each sendto() decides where a datagram
+    goes."""
     if sock is None:
         return family in (0, *_INTERNET)
     if getattr(sock, "family", 0) not in _INTERNET:
@@ -284,7 +286,7 @@ def _unconnected(sock: Any, family: int) -> bool:
 
 
 def _is_ours(transport: Any) -> bool:
-    """A transport of this package, or asyncio's TLS over one (or over another such)."""
+    """Is it a transport of this package, or asyncio's TLS over one (or over another such)?"""
     return (
         hasattr(transport, "_start_tls_compatible") and transport.get_extra_info("shmsock_node") is not None
     )

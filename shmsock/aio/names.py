@@ -40,7 +40,7 @@ def _text(host: Any) -> str | None:
 
 
 def _packed(text: str) -> bytes | None:
-    """The 16 bytes of an address of our form, in any spelling, with a scope or without; else None."""
+    """Return the 16 bytes of an address of our form, in any spelling, with a scope or without; else None."""
     if text[:5].lower() != "ff01:":
         return None
     try:
@@ -56,12 +56,12 @@ class Names:
 
     def __init__(self) -> None:
         self._head = _MARK + os.urandom(8)
-        self._known: dict[tuple[str, str], tuple[int, str]] = {}  # who was used last comes last
+        self._known: dict[tuple[str, str], tuple[int, str]] = {}  # least recently used first
         self._names: dict[int, tuple[str, str]] = {}
         self._next = 1
 
     def address(self, region: str, name: str) -> str:
-        """What stands for a peer's name, "localhost" or "*", in the region of that URL."""
+        """Return the address that stands for a peer's name, "localhost" or "*", in the region of that URL."""
         key = region, name
         found = self._known.pop(key, None)
         if found is None:
@@ -74,7 +74,7 @@ class Names:
         return found[1]
 
     def meant(self, address: Any) -> tuple[str, str]:
-        """(region, name) for what address() gave, in any spelling, str or bytes. Raises OSError
+        """Return (region, name) for what address() gave, in any spelling, str or bytes. Raises OSError
         (EADDRNOTAVAIL) for an address of another loop, or of an earlier process, or not among the last."""
         packed = _packed(_text(address) or "")
         number = int.from_bytes(packed[12:], "big") if packed and packed.startswith(self._head) else 0
@@ -89,7 +89,7 @@ class Names:
         return key
 
     def canonical(self, address: Any) -> str:
-        """The one spelling. Raises as meant() does."""
+        """Return the canonical spelling of an address. Raises as meant() does."""
         return self.address(*self.meant(address))
 
 
@@ -97,7 +97,7 @@ _of_loops: weakref.WeakKeyDictionary[Any, Names] = weakref.WeakKeyDictionary()
 
 
 def names_of(loop: Any) -> Names:
-    """The names of that loop."""
+    """Return the names of that loop."""
     found = _of_loops.get(loop)
     if found is None:
         found = _of_loops[loop] = Names()
@@ -125,8 +125,8 @@ def is_any_shm(host: Any) -> bool:
 
 
 def host_of(loop: Any, host: Any) -> tuple[str | None, str | None]:
-    """(region, host) as this package's functions take them, from a host for which is_shm() says yes. Region
-    None: the default one; host None: all peers, or this machine. Raises as Names.meant() does."""
+    """Return (region, host) as this package's functions take them, from a host for which is_shm() says yes.
+    Region None: the default one; host None: all peers, or this machine. Raises as Names.meant() does."""
     text = _text(host) or ""
     if _packed(text) is not None:
         region, name = names_of(loop).meant(text)
@@ -136,8 +136,8 @@ def host_of(loop: Any, host: Any) -> tuple[str | None, str | None]:
 
 
 def known(node: Node, host: str | None) -> str:
-    """The name that an address stands for when a host of host_of() is looked up: a peer's, "localhost" or
-    "*".
+    """Return the name that an address stands for when a host of host_of() is looked up: a peer's, "localhost"
+    or "*".
 
     Raises socket.gaierror when nobody has it.
     """

@@ -68,25 +68,27 @@ class Node:
 
     @property
     def closed(self) -> bool:
-        """Whether it is detached."""
+        """Whether the node is detached."""
         closed: bool = self.pump.closed
         return closed
 
     def check(self) -> None:
-        """Raises ForkedError, WrongThreadError or NodeClosedError, before anything in C is touched."""
+        """Raise ForkedError, WrongThreadError or NodeClosedError if the node may not be used here; asked
+        before anything in C is touched."""
         self._driver.check()
 
     # -- names
 
     def find(self, host: Any, port: int, tried: tuple[int, ...]) -> Peer:
-        """The peer to be asked for (host, port); sections in `tried` were asked already. Raises
+        """Find the peer to ask for (host, port); sections in `tried` were asked already. Raises
         socket.gaierror (nobody has that name), ConnectionRefusedError (nobody listens there),
         NodeClosedError."""
         self.check()
         return self.engine.listeners.find(host, port, exclude=tried)
 
     def peer_name(self, host: str) -> str:
-        """The one spelling of a peer's name. Raises socket.gaierror for what cannot be a name."""
+        """Return the canonical spelling of a peer's name. Raises socket.gaierror for what cannot be a
+        name."""
         return self.engine.listeners.peer_name(host)
 
     async def connect(
@@ -127,10 +129,10 @@ class Node:
                 self.engine.check()  # closed just now?
                 return conn
             except (ConnectionRefusedError, ConnectionResetError) as error:
-                tried, refused = (*tried, peer.section), error  # another of that name may take it
+                tried, refused = (*tried, peer.section), error  # another of that name may accept
                 conn.handler = None
                 if self.engine.alive:
-                    conn.close()  # of one that was silent
+                    conn.close()  # it waits for a peer that was silent
             except BaseException:
                 conn.handler = None
                 if self.engine.alive:

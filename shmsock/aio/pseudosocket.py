@@ -23,7 +23,7 @@ _PROTOCOLS = {socket.SOCK_STREAM: socket.IPPROTO_TCP, socket.SOCK_DGRAM: socket.
 
 
 class Duplicable(Protocol):
-    """A transport, as duplicates of its pseudo-socket know it."""
+    """What duplicates of a pseudo-socket ask of its transport."""
 
     superseded: bool
     node: Any
@@ -47,7 +47,7 @@ class PollFd:
             elif self._set and not readable:
                 os.eventfd_read(self.fd)
         except OSError:
-            pass  # whoever was given it has read or closed it, and polls in vain: no bytes are lost for that
+            pass  # the program has read or closed it, and polls in vain: no bytes are lost by that
         self._set = readable
 
     def close(self) -> None:
@@ -57,7 +57,8 @@ class PollFd:
 
 
 class PseudoSocket:
-    """`fileno` is asked for a descriptor to poll (POLLIN: data, or the end), -1 when there is none.
+    """Stands in for a socket. `fileno` is asked for a descriptor to poll (POLLIN: data, or the end), -1 when
+    there is none.
     `options`: what is set already, by (level, option). `duplicate` makes what dup() gives."""
 
     __slots__ = ("_duplicate", "_fileno", "_options", "_peername", "_sockname", "type")
@@ -86,7 +87,7 @@ class PseudoSocket:
 
     @property
     def family(self) -> socket.AddressFamily:
-        """That of the addresses that stand for names; AF_INET where the names themselves are told."""
+        """The family of the addresses that stand for names; AF_INET where addresses are names."""
         return socket.AF_INET6 if ":" in self._sockname[0] else socket.AF_INET
 
     def __repr__(self) -> str:
@@ -97,7 +98,7 @@ class PseudoSocket:
         raise TypeError("Cannot serialize shmsock.PseudoSocket object")
 
     def fileno(self) -> int:
-        """A descriptor to poll, never to read from: readable while there is data, or the end. Raises
+        """Return a descriptor to poll, never to read from: readable while there is data, or the end. Raises
         WrongThreadError on another thread than the loop's."""
         return self._fileno()
 
@@ -105,20 +106,20 @@ class PseudoSocket:
         return self._sockname
 
     def getpeername(self) -> tuple[str, int]:
-        """Raises OSError (ENOTCONN) when there is no peer, as a socket does."""
+        """Return the peer's address. Raises OSError (ENOTCONN) when there is no peer, as a socket does."""
         if self._peername is None:
             raise OSError(107, "Transport endpoint is not connected")
         return self._peername
 
     def getsockopt(self, level: int, option: int, buflen: int = 0) -> int | bytes:
-        """What setsockopt() was given, else what asyncio's sockets have, else 0."""
+        """Return what setsockopt() was given, else what asyncio's sockets have, else 0."""
         value = self._options.get((level, option), 0)
         if buflen:
             return value if isinstance(value, bytes) else int(value).to_bytes(buflen, "little")
         return value if isinstance(value, int) else int.from_bytes(bytes(value), "little")
 
     def setsockopt(self, level: int, option: int, value: Any, optlen: int | None = None) -> None:
-        """Remembered, without effect: there is no kernel socket."""
+        """Remember an option, without effect: there is no kernel socket."""
         self._options[level, option] = value if isinstance(value, int) else bytes(value or optlen or 0)
 
     def getblocking(self) -> bool:
@@ -144,11 +145,11 @@ class PseudoSocket:
         )
 
     def dup(self) -> Duplicate:
-        """Something that keeps the connection open when its transport is closed, and with which
-        create_connection(sock=) of the same loop goes on: what drivers do that begin TLS on an open
-        connection.
+        """Return an object that keeps the connection open when its transport is closed.
+        create_connection(sock=) of the same loop goes on with it: database drivers begin TLS on an open
+        connection like this.
 
-        Raises OSError: EBADF, the connection has ended; EOPNOTSUPP, there is none (of who listens, or of
+        Raises OSError: EBADF when the connection has ended; EOPNOTSUPP when there is none (a listener, or
         datagrams)."""
         if self._duplicate is None:
             raise OSError(
@@ -158,7 +159,7 @@ class PseudoSocket:
 
 
 class Duplicate(PseudoSocket):
-    """What dup() gives. One that is not used is closed by close(), or by the collector."""
+    """What dup() returns. One that is not used is closed by close(), or by the collector."""
 
     __slots__ = ("_transport",)
 
@@ -169,7 +170,7 @@ class Duplicate(PseudoSocket):
         self._options = address("socket")._options
 
     def take(self, loop: Any) -> Any:
-        """The transport whose connection it is: create_connection() goes on with that.
+        """Return the transport whose connection it is; create_connection() goes on with that.
 
         Raises OSError (EBADF) when it was closed or used, RuntimeError on another thread or loop."""
         transport = self._transport
@@ -181,16 +182,16 @@ class Duplicate(PseudoSocket):
         return transport
 
     def taken(self) -> None:
-        """The connection goes on elsewhere: there is nothing left to close."""
+        """Note that the connection goes on elsewhere: there is nothing left to close."""
         self._transport = None
 
     def detach(self) -> int:
-        """Closes it: there is no descriptor. -1."""
+        """Close it, and return -1, as there is no descriptor."""
         self.close()
         return -1
 
     def close(self) -> None:
-        """Ends the connection, if it is the last to hold it open; harmless when repeated."""
+        """Close it, and end the connection if this was the last to hold it open; harmless when repeated."""
         transport, self._transport = self._transport, None
         if transport is not None:
             transport.let_go()

@@ -25,7 +25,7 @@ __all__ = ["Server"]
 
 
 def _shook_hands(transport: ShmTransport, waiter: asyncio.Future[None]) -> None:
-    """A handshake that failed ends its connection; the TLS code has said why where that is of interest."""
+    """End a connection whose handshake failed; the TLS code has logged why where that is of interest."""
     if waiter.cancelled() or waiter.exception() is not None:
         transport.close()
 
@@ -52,7 +52,7 @@ class Server(asyncio.AbstractServer):
         self._context = contextvars.copy_context()
         self._listener: Listener | None = node.listen(hosts, port, backlog=backlog, reuse_port=reuse_port)
         name = names.names_of(node.loop).address(node.region.url, node.name) if numeric else node.name
-        #: Options of its pseudo-socket that those of connections have too.
+        #: Options of its pseudo-socket, which connections inherit.
         self.inherited: dict[tuple[int, int], Any] = {
             (socket.SOL_SOCKET, socket.SO_REUSEADDR): int(reuse_address),
             (socket.SOL_SOCKET, socket.SO_REUSEPORT): int(reuse_port),
@@ -93,7 +93,7 @@ class Server(asyncio.AbstractServer):
             raise
         transport = ShmTransport(self._node, conn, protocol, context, self, numeric=self._numeric)
         if type(protocol) is ShmStreamReaderProtocol:
-            transport.start_streams()  # what is there already the engine tells right after this
+            transport.start_streams()  # the engine tells right after this what is there already
             protocol.connection_made(transport)
         else:
             transport.start()

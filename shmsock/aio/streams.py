@@ -53,8 +53,8 @@ class ShmStreamReader(asyncio.StreamReader):
     _waiter: asyncio.Future[None] | None
     _loop: asyncio.AbstractEventLoop
 
-    _fast_path: Any = SimpleNamespace(can_read=False, take=lambda most: None)  # what the short cuts ask
-    _late: BaseException | None = None  # raised when what is in the buffer was read
+    _fast_path: Any = SimpleNamespace(can_read=False, take=lambda most: None)  # what the calls in C ask
+    _late: BaseException | None = None  # raised when the buffer has been read
 
     def _attach(self, transport: ShmTransport) -> None:
         """Begin direct mode. (A method and not __init__: stock readers are adopted by changing their
@@ -69,7 +69,7 @@ class ShmStreamReader(asyncio.StreamReader):
             self._transport.update_poll()
 
     def set_exception(self, exc: Any) -> None:
-        """As asyncio's, but what had arrived before a connection was lost can still be read."""
+        """Do as asyncio's does, but let what had arrived before a connection was lost be read first."""
         self._fast_path.can_read = False
         if isinstance(exc, ConnectionError) and isinstance(self._transport, ShmTransport):
             if self._eof:
@@ -79,12 +79,12 @@ class ShmStreamReader(asyncio.StreamReader):
                 self._wakeup_waiter()
                 return
         if self._waiter is not None and self._waiter.done():
-            self._exception = exc  # who was woken already looks at it next
+            self._exception = exc  # a waiter that was woken already checks it next
             return
         super().set_exception(exc)
 
     def _wakeup_waiter(self) -> None:
-        """As asyncio's, for a waiter that may have been woken already, by news before these."""
+        """Wake as asyncio's does; the waiter may have been woken already, by news before these."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -97,7 +97,7 @@ class ShmStreamReader(asyncio.StreamReader):
             raise self._exception
 
     async def _wait_for_data(self, func_name: str) -> None:
-        """What asyncio's coroutines wait in, until they are fed."""
+        """Wait until fed; asyncio's coroutines call this."""
         transport = self._transport
         if self._waiter is not None or not isinstance(transport, ShmTransport):
             await super()._wait_for_data(func_name)  # type: ignore[misc]
@@ -116,8 +116,8 @@ class ShmStreamReader(asyncio.StreamReader):
         self._check()
 
     def _on_ready(self) -> None:
-        """Called by the extension for a read that was cancelled after it had been woken: what it was woken
-        for is to be seen in the buffer."""
+        """Put what is there into the buffer. The extension calls this for a read that was cancelled after it
+        had been woken, so that those who look at the buffer see the bytes."""
         if isinstance(self._transport, ShmTransport):
             self._transport.ready(DATA)
 
@@ -135,8 +135,8 @@ class ShmStreamWriter(asyncio.StreamWriter):
         return self
 
     async def wait_closed(self) -> None:
-        """As asyncio's. Who has just closed waits for the turn of the loop in which connection_lost() is
-        told, and not for another in which it wakes up."""
+        """Wait as asyncio's does. A task that has just closed waits for the turn of the loop in which
+        connection_lost() is called, and not for another one to be woken in."""
         if getattr(self._transport, "just_lost", False):
             await yield_once()
         await self._protocol._get_close_waiter(self)  # type: ignore[attr-defined]
@@ -149,8 +149,8 @@ class ShmStreamWriter(asyncio.StreamWriter):
         ssl_handshake_timeout: float | None = None,
         ssl_shutdown_timeout: float | None = None,
     ) -> None:
-        """As asyncio's (which has it from 3.11 on), on every loop and version: from here on all is
-        encrypted, and this writer is a plain asyncio.StreamWriter."""
+        """Begin TLS as asyncio's does from Python 3.11 on, here on every loop and version: from here on all
+        is encrypted, and this writer is a plain asyncio.StreamWriter."""
         protocol: Any = self._protocol  # type: ignore[attr-defined]
         if not self._fast_path.can_write:
             await self.drain()  # not otherwise: it may let the loop turn, and the peer's handshake come early
@@ -183,13 +183,13 @@ class ShmStreamWriter(asyncio.StreamWriter):
 
 
 class ShmStreamReaderProtocol(asyncio.StreamReaderProtocol):
-    """Takes its reader into direct mode as soon as there is a transport, and waits for space as reads wait
-    for bytes."""
+    """Puts its reader into direct mode as soon as there is a transport, and waits for space as reads wait for
+    bytes."""
 
     _transport: Any
     _paused: bool
     _connection_lost: bool
-    _fast_path: Any = None  # of the extension's
+    _fast_path: Any = None  # the FastPath
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         reader = self._stream_reader  # type: ignore[attr-defined]
@@ -200,7 +200,7 @@ class ShmStreamReaderProtocol(asyncio.StreamReaderProtocol):
         super().connection_made(transport)
 
     async def _drain_helper(self) -> None:
-        """What asyncio's drain() awaits: until the protocol may write on. Raises ConnectionResetError,
+        """Wait until the protocol may write on; asyncio's drain() awaits this. Raises ConnectionResetError,
         BrokenPipeError."""
         transport = self._transport
         if isinstance(transport, ShmTransport):

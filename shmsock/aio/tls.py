@@ -17,7 +17,7 @@ __all__ = ["Tls", "client_tls", "flushes", "server_tls", "start_tls", "tell_abov
 
 @dataclass(frozen=True)
 class Tls:
-    """What `ssl=` and what goes with it asked for. Times in seconds, None: asyncio's defaults."""
+    """What the arguments `ssl=` and those beside it ask for. Times in seconds; None: asyncio's defaults."""
 
     context: ssl.SSLContext | None
     server_side: bool
@@ -26,8 +26,8 @@ class Tls:
     shutdown_timeout: float | None = None
 
     def wrap(self, loop: Any, protocol: asyncio.BaseProtocol, waiter: asyncio.Future[None]) -> SSLProtocol:
-        """The protocol that stands between the transport and `protocol`; `waiter` is told when hands were
-        shaken. Raises ValueError for a timeout that is not positive."""
+        """Make the protocol that stands between the transport and `protocol`; `waiter` is told when hands
+        were shaken. Raises ValueError for a timeout that is not positive."""
         timeouts = {"ssl_handshake_timeout": self.handshake_timeout}
         if sys.version_info >= (3, 11):  # 3.10 waits for no shutdown
             timeouts["ssl_shutdown_timeout"] = self.shutdown_timeout
@@ -51,7 +51,7 @@ def client_tls(
     handshake_timeout: float | None,
     shutdown_timeout: float | None,
 ) -> Tls | None:
-    """None: no TLS. Raises ValueError where loop.create_connection() does."""
+    """Read the arguments of a client. None: no TLS. Raises ValueError where loop.create_connection() does."""
     _only_with_ssl(bool(ssl_argument), server_hostname=server_hostname)
     if server_hostname is None and ssl_argument:
         if not host or not isinstance(host, str):
@@ -71,7 +71,8 @@ def client_tls(
 def server_tls(
     ssl_argument: ssl.SSLContext | None, handshake_timeout: float | None, shutdown_timeout: float | None
 ) -> Tls | None:
-    """None: no TLS. Raises TypeError and ValueError where loop.create_server() does."""
+    """Read the arguments of a server. None: no TLS. Raises TypeError and ValueError where
+    loop.create_server() does."""
     if isinstance(ssl_argument, bool):
         raise TypeError("ssl argument must be an SSLContext or None")
     given = ssl_argument is not None
@@ -82,9 +83,9 @@ def server_tls(
 
 
 def tell_above(tls: Any) -> None:
-    """Called ahead of connection_lost(). asyncio's code keeps an end under the handshake from the protocol
-    above; but one that start_tls() was called with had been connected before, and who reads from it, or waits
-    until it is closed, would do so forever."""
+    """Tell the protocol above of the end, ahead of connection_lost(). asyncio's code keeps an end under the
+    handshake from the protocol above; but a protocol that start_tls() was given was connected before, and
+    tasks that read from it, or wait until it is closed, would wait forever."""
     if not hasattr(tls, "_waiter"):
         return  # somebody's own, which was never begun
     if sys.version_info < (3, 11):
@@ -97,7 +98,7 @@ def tell_above(tls: Any) -> None:
 
 
 def flushes(protocol: Any) -> bool:
-    """Was TLS closed above, whose transport is open until all of it has gone out?"""
+    """Was TLS closed above, and is its transport open only until all of it has gone out?"""
     if not isinstance(protocol, SSLProtocol):
         return False
     tls: Any = protocol
@@ -107,8 +108,8 @@ def flushes(protocol: Any) -> bool:
 
 
 def without_transport(below: Any) -> OSError:
-    """Why there is no TLS over that transport. asyncio's code has its waiter succeed when this side closes
-    the connection under the handshake, and has no transport to show then."""
+    """Say why there is no TLS over that transport. asyncio's code has its waiter succeed when this side
+    closes the connection under the handshake, and has no transport to show then."""
     node = below.get_extra_info("shmsock_node")
     if node is not None and (node.closed or not node.engine.alive):
         failure: OSError = node.engine.failure()
@@ -127,8 +128,8 @@ async def start_tls(
     ssl_handshake_timeout: float | None = None,
     ssl_shutdown_timeout: float | None = None,
 ) -> Any:
-    """loop.start_tls() for our transports, on any loop. Returns the transport that `protocol` should use from
-    now on. Cancelled or failed, it closes `transport`.
+    """Do as loop.start_tls() does, for our transports on any loop. Returns the transport that `protocol`
+    should use from now on. Cancelled or failed, it closes `transport`.
 
     Raises ConnectionResetError when either side has closed the connection, or does before hands are shaken,
     NodeClosedError when the node was closed."""

@@ -33,7 +33,7 @@ def _nothing() -> None:
 
 
 def _turn() -> object:
-    """What a task yields to trio when it only lets others run."""
+    """Yield to trio, only to let other tasks run."""
     waits = lowlevel.cancel_shielded_checkpoint()  # noqa: ASYNC105
     try:
         return waits.send(None)
@@ -47,7 +47,7 @@ _logger = logging.getLogger("shmsock")
 
 
 def current_loop() -> TrioLoop:
-    """The one of this trio.run. Raises RuntimeError outside of its tasks."""
+    """Return the loop of this trio.run. Raises RuntimeError outside of its tasks."""
     lowlevel.current_task()
     try:
         return _loop.get()
@@ -106,7 +106,7 @@ class TrioFuture:
             callback(self)
 
     def add_done_callback(self, callback: Callable[[TrioFuture], object]) -> None:
-        """Called at once when it is done already."""
+        """Add a callback; it is called at once when this is done already."""
         if self._done:
             callback(self)
         else:
@@ -158,19 +158,20 @@ class TrioLoop(trio.abc.Instrument):
     def call_soon(
         self, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
     ) -> None:
-        """After the end of the run, what is asked for is forgotten: then async generators may still clean
-        up."""
+        """Have a callback called in the next turn. After the end of the run it is forgotten: async generators
+        may still clean up then."""
         self._due.append((context or contextvars.copy_context(), callback, *args))
         self._unpark()
 
     def call_soon_threadsafe(self, callback: Callable[..., object], *args: Any) -> None:
-        """Raises RuntimeError (trio.RunFinishedError) when the run is over."""
+        """Have a callback called, from any thread. Raises RuntimeError (trio.RunFinishedError) when the run
+        is over."""
         self._token.run_sync_soon(self.call_soon, callback, *args)
 
     @types.coroutine
     def checkpoint(self) -> Generator[Any, Any, None]:
-        """trio's, for who looks at its ring next."""
-        alone = self._scheduled + self._scheduled_before == 1  # that was the one that runs now
+        """Do as trio's checkpoint() does, for a task that polls its ring next."""
+        alone = self._scheduled + self._scheduled_before == 1  # only the one that runs now
         if not alone or time.monotonic_ns() >= self._turn_end:
             self._looks = 2
             yield _TURN
@@ -227,7 +228,7 @@ class TrioLoop(trio.abc.Instrument):
             self.call_exception_handler({"message": f"shmsock: {callback!r} failed", "exception": error})
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
-        """A line in the log of "shmsock": trio has no handler of its own."""
+        """Log the error to "shmsock": trio has no handler of its own."""
         _logger.error("%s", context["message"], exc_info=context.get("exception"))
 
     def add_reader(self, fd: int, callback: Callable[[], object]) -> None:
@@ -248,7 +249,7 @@ class TrioLoop(trio.abc.Instrument):
                 self._call(context, callback)
 
     def remove_reader(self, fd: int) -> None:
-        """Before `fd` is closed."""
+        """Watch `fd` no more; to be called before it is closed."""
         if self._readers.pop(fd, None) is not None:
             lowlevel.notify_closing(fd)
 
@@ -258,7 +259,7 @@ class TrioLoop(trio.abc.Instrument):
         return TrioFuture()
 
     def create_task(self, work: Coroutine[Any, Any, Any]) -> TrioFuture:
-        """Run that in a system task, which ends with the run. Its outcome is in the future."""
+        """Run a coroutine in a system task, which ends with the run. Returns a future with its outcome."""
         future = TrioFuture()
         try:
             lowlevel.spawn_system_task(self._drive, work, future)
@@ -277,7 +278,7 @@ class TrioLoop(trio.abc.Instrument):
             raise
 
     def shield(self, task: TrioFuture) -> TrioFuture:
-        """For one of several that wait: cancelled, it takes nothing from the others."""
+        """Wait for a task as one of several; cancelling this waiter takes nothing from the others."""
         mine = TrioFuture()
 
         def copy(task: TrioFuture) -> None:
@@ -292,7 +293,7 @@ class TrioLoop(trio.abc.Instrument):
         return mine
 
     async def sleep(self, seconds: float) -> None:
-        """Real time, whatever trio's clock shows."""
+        """Sleep in real time, whatever trio's clock shows."""
         end = time.monotonic() + seconds
         await trio.sleep(seconds)
         if (left := end - time.monotonic()) > 0:

@@ -25,7 +25,7 @@ UNSENT_MAX = 1 << 16  # bytes without room in a ring, from which on send() waits
 
 
 class _DatagramEnd(End):
-    """The handler of an endpoint."""
+    """The end of a datagram socket: handler of an endpoint of the engine."""
 
     def __init__(self, node: Node, endpoint: Endpoint) -> None:
         super().__init__(node)
@@ -37,7 +37,7 @@ class _DatagramEnd(End):
         endpoint.handler = self
 
     def _send_slowly(self, data: bytes, to: Address | None) -> None:
-        """Called by `send` for an address that was not used before, and for what is unusual."""
+        """Send to an address that was not used before, or whatever else the extension leaves to Python."""
         self.endpoint.send(data, to)
 
     def datagram(self, data: bytes, source: Address) -> None:

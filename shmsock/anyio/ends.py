@@ -42,8 +42,8 @@ Checkpoint = Callable[[], Awaitable[None]]
 
 
 def checkpoints(node: Node) -> tuple[Checkpoint, Checkpoint]:
-    """checkpoint() for who looks at its ring next, and checkpoint_if_cancelled(). Those of anyio.lowlevel
-    look the backend up each time."""
+    """Return checkpoint() for a task that polls its ring next, and checkpoint_if_cancelled(). Those of
+    anyio.lowlevel look the backend up each time."""
     loop = node.loop
     if hasattr(loop, "checkpoint"):
         return loop.checkpoint, loop.checkpoint_if_cancelled
@@ -73,7 +73,7 @@ class End:
         """Wait until wake() is called for that side."""
         waiter = self._waiters[side] = self.node.loop.create_future()
         try:
-            if not self.closed:  # by a signal handler, just now: then nobody wakes us
+            if not self.closed:  # else closed just now by a signal handler, and nobody would wake us
                 await waiter
         finally:
             self._waiters[side] = None
@@ -89,7 +89,7 @@ class End:
             self.node.pump.will_run()
 
     def close(self) -> None:
-        """Who waits gets ClosedResourceError. Raises RuntimeError on another thread."""
+        """Close this end; tasks that wait get ClosedResourceError. Raises RuntimeError on another thread."""
         if not self.closed and self.node.engine.alive:
             self.node.check()
         self.node_closed()
@@ -105,14 +105,14 @@ class End:
         self.end()
 
     def end(self) -> None:
-        """What closing means below."""
+        """Close what is below, in the engine."""
 
     def freed(self) -> None:
-        """In a forked child: whoever calls finds out."""
+        """Do nothing, in a forked child: the next call finds out."""
 
 
 class Resource(AsyncResource, anyio.TypedAttributeProvider):
-    """What the user holds: closes its end, or says that it was forgotten."""
+    """What the user holds: closes its end, and warns when it is collected unclosed."""
 
     def __init__(
         self,

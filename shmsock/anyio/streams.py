@@ -38,16 +38,16 @@ __all__ = ["ShmListener", "ShmStream"]
 
 
 class _WriteAfterEof(BrokenResourceError, RuntimeError):
-    """anyio's TCP raises the one on trio and the other on asyncio."""
+    """Raised by send() after send_eof(): anyio's TCP raises one of these on trio and the other on asyncio."""
 
 
 class _StreamEnd(End):
-    """The handler of a connection."""
+    """The end of a stream: handler of a connection of the engine."""
 
     def __init__(self, node: Node, conn: Connection) -> None:
         super().__init__(node)
         self.conn = conn
-        self.live = conn.state is State.OPEN  # slot and ring are ours
+        self.live = conn.state is State.OPEN  # slot and ring are still this connection's
         self.fast_path = FastPath(node.pump, conn, self)
         self.fast_path.can_write = self.fast_path.can_read = self.live
         self.poll: PollFd | None = None
@@ -145,7 +145,7 @@ class ShmStream(Resource, ByteStream):
         raise self._failure() or EndOfStream
 
     def _failure(self) -> Exception | None:
-        """What both directions raise, if anything."""
+        """Return what both directions raise, if anything."""
         if self._end.closed:
             return ClosedResourceError()
         try:

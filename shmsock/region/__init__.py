@@ -44,7 +44,8 @@ _ACCEPTED = "expected /path, file:/path, pci:auto, pci:0000:00:04.0, vfio:0000:0
 
 
 def parse_url(url: Url) -> tuple[str, str]:
-    """(kind, argument): ("file" or "ivshmem", absolute path) or ("pci" or "vfio", "auto" or a full address).
+    """Split a region URL into (kind, argument): ("file" or "ivshmem", absolute path) or ("pci" or "vfio",
+    "auto" or a full address).
 
     Raises RegionUrlError (a ValueError too), EINVAL, for what is no region URL.
     """
@@ -75,7 +76,8 @@ def parse_url(url: Url) -> tuple[str, str]:
 
 
 def default_url(environ: Mapping[str, str] | None = None, *, sysfs: str = pci.SYSFS) -> str:
-    """The region to use when none is named: SHMSOCK_REGION, else an ivshmem device, else this user's own.
+    """Return the URL of the region to use when none is named: SHMSOCK_REGION, else an ivshmem device, else
+    this user's own.
 
     Never raises: whether the region can be used is for open() to say.
     """
@@ -105,7 +107,7 @@ def open(
     kind, argument = parse_url(url) if url is not None else _parse_default(sysfs)
     if kind in ("pci", "vfio") and argument == "auto":
         kind, argument = pci.choose_device(sysfs, probe, vfio=kind == "vfio").url.split(":", 1)
-    # A kind of region is imported by who has one.
+    # A kind of region is imported only where it is used.
     if kind == "vfio":
         from shmsock.region.vfio import open_vfio
 
@@ -127,8 +129,8 @@ def open(
 
 
 def opening(url: Url | None = None, **how: Any) -> Generator[float, None, Region]:
-    """open() for event loops: what takes longer than a moment comes in steps. Yields seconds to wait. Closed
-    in between, it leaves nothing behind."""
+    """Do as open() does, for event loops: a generator that yields seconds to wait, and returns the Region.
+    Closed in between, it leaves nothing behind. Raises what open() does."""
     kind, argument = parse_url(url) if url is not None else _parse_default(how.get("sysfs", pci.SYSFS))
     if kind != "ivshmem":
         return open(url, **how)
@@ -148,15 +150,16 @@ def opening(url: Url | None = None, **how: Any) -> Generator[float, None, Region
 def open_region(
     url: Url | None = None, *, size: int | None = None, writable: bool = True, force: bool = False
 ) -> memoryview:
-    """The raw bytes of a region, for people who want nothing else.
+    """Map the raw bytes of a region, for programs that want nothing else. Returns a memoryview.
 
         with open_region("pci:auto") as memory:
             memory[0] = 1
 
-    `size`: only the first so many bytes. `force`: writable though shmsock formatted it, when a byte written
-    takes the region from all who use it for sockets. The mapping goes when the view and all slices of it are
-    released or collected. Nothing is kept from others, no lock is taken. On a file with holes a full disk is
-    a SIGBUS (`shmsock create` makes files without).
+    `url`: as for attach(); None: the default region, which is not made here. `size`: only the first so many
+    bytes. `writable`: False to read only. `force`: writable even if shmsock formatted it; any byte written
+    may then take the region from all who use it for sockets. The mapping goes when the view and all slices of
+    it are released or collected. Nothing is kept from others, no lock is taken. On a file with holes a full
+    disk is a SIGBUS (`shmsock create` makes files without).
 
     Raises what open() raises, RegionFormatError when the region has fewer than `size` bytes, and
     RegionExistsError for a formatted one, unless with `force` or without `writable`.
@@ -185,7 +188,7 @@ def open_region(
 def _parse_default(sysfs: str) -> tuple[str, str]:
     try:
         return parse_url(default_url(sysfs=sysfs))
-    except RegionUrlError as error:  # which of the two is to blame shows in where it came from
+    except RegionUrlError as error:  # say that the environment is to blame, and not an argument
         raise RegionUrlError(error.errno, f"SHMSOCK_REGION: {error}") from None
 
 

@@ -48,7 +48,8 @@ class Region:
     """
 
     url: str
-    """Canonical: "file:/dev/shm/x", "pci:0000:00:04.0" or "ivshmem:/run/ivshmem.sock"."""
+    """Canonical: "file:/dev/shm/x", "pci:0000:00:04.0", "vfio:0000:00:04.0" or
+    "ivshmem:/run/ivshmem.sock"."""
     kind: str
     """The part of `url` before the colon."""
     path: str
@@ -69,7 +70,7 @@ class Region:
     """The path where others find it; None: there is none, or a look at it may have to wait."""
 
     def __init__(self, url: str, path: str, mapping: Mapping, fd: int, writable: bool) -> None:
-        """Takes `mapping` and `fd` over, unless it raises.
+        """Take `mapping` and `fd` over, unless it raises.
 
         `fd` must come from an open() of its own: the mapping keeps a duplicate of the descriptor that it was
         made from, and a lock would live as long as that.
@@ -117,8 +118,8 @@ class Region:
             )
 
     def displaced(self) -> str:
-        """Do others who name it get something else by now? "" if not, or if that cannot be told; else
-        "removed" or "moved" (there is nothing where it was), or "replaced" (there is something else).
+        """Tell whether others who name it get something else by now: "" if not, or if that cannot be told;
+        else "removed" or "moved" (there is nothing where it was), or "replaced" (there is something else).
 
         Never waits. Raises ValueError when closed.
         """
@@ -129,12 +130,12 @@ class Region:
 
     @property
     def can_lock(self) -> bool:
-        """Does this file know locks? If not, every section seems free, and nothing follows from that."""
+        """Whether this file knows locks. If not, every section seems free, and nothing follows from that."""
         return self._can_lock
 
     @property
     def lock_fd(self) -> int:
-        """The descriptor for F_OFD_GETLK, -1 when there are no locks. Valid until close()."""
+        """Return the descriptor for F_OFD_GETLK, -1 when there are no locks. Valid until close()."""
         return self._fd if self._can_lock else -1
 
     def lock_section(self, index: int) -> bool:
@@ -255,7 +256,7 @@ class Region:
     # -- for people
 
     def describe(self) -> Description:
-        """Raises ValueError when closed."""
+        """Tell what stores the region's bytes, for people. Raises ValueError when closed."""
         status = os.fstat(self._open_fd())
         return Description(
             "sysfs", PAGESIZE, self.size, stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid
@@ -269,7 +270,7 @@ def identity_of(file: int | str) -> tuple[int, int]:
 
 
 def check_size(path: str, size: int, minimum: int = MINIMUM) -> None:
-    """Raises RegionFormatError when there are fewer bytes than a region takes."""
+    """Raise RegionFormatError when there are fewer bytes than a region takes."""
     if size < minimum:
         seen = "is empty" if not size else f"has {format_size(size)}"
         raise format_error(

@@ -76,7 +76,7 @@ def create_file(
         _check_unused(old, path, check)
         with _temporary(directory, path, size, mode, os.fstat(old).st_gid) as made:
             _fill(made, prepare)
-            _check_unused(old, path, again=True)  # that took its time
+            _check_unused(old, path, again=True)  # allocating and formatting took time: others may have come
             if _identity(path) != identity_of(old):
                 raise _swapped(path)
             os.rename(made.path, path)
@@ -114,7 +114,7 @@ def _to_be_replaced(path: str) -> Iterator[int]:
 
 
 def _check_unused(old: int, path: str, check: Check | None = None, *, again: bool = False) -> None:
-    """Raises RegionError, EBUSY, when somebody has the file mapped, or holds a lock of it; before that, what
+    """Raise RegionError, EBUSY, when somebody has the file mapped, or holds a lock of it; before that, what
     `check` does. `again`: whom it could not see was told before."""
     if check and os.fstat(old).st_size >= MINIMUM:
         with open_file(path, writable=False) as region:
@@ -166,7 +166,7 @@ def open_default(
             try:
                 _publish(made, path)
             except RegionExistsError:
-                pass  # somebody else was faster: theirs it is
+                pass  # somebody else was faster: theirs is used
     raise region_error(
         errno.EBUSY, f"region {path} comes and goes: something removes it as soon as it is made", path
     )
@@ -190,7 +190,7 @@ def _open_own(path: str, writable: bool) -> FileRegion:
 
 
 def _check_own(path: str, uid: int, mode: int) -> None:
-    """Raises RegionPermissionError unless a file of this owner and mode is ours alone."""
+    """Raise RegionPermissionError unless a file of this owner and mode is ours alone."""
     _check_owner(path, uid)
     if mode & 0o077:
         raise region_error(
@@ -216,8 +216,8 @@ def _check_owner(path: str, uid: int) -> None:
 def _temporary(
     directory: str, path: str, size: int, mode: int, group: int | None = None
 ) -> Iterator[FileRegion]:
-    """A file of `size` bytes, sparse, beside `path`, opened. Afterwards its temporary name is gone in any
-    case."""
+    """Make a sparse file of `size` bytes beside `path`, and open it. Afterwards its temporary name is gone in
+    any case."""
     temporary = os.path.join(directory, f".shmsock-{os.urandom(8).hex()}.tmp")
     try:
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -274,7 +274,7 @@ def _publish(made: FileRegion, path: str) -> None:
 
 
 def _check_published(made: FileRegion, path: str) -> None:
-    """Names can be moved by whoever may write to the directory: see what has this one now."""
+    """Check that the name leads to our file: whoever may write to the directory can move names."""
     if _identity(path) != made.identity:
         raise _swapped(path)
 

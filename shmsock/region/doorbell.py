@@ -26,7 +26,7 @@ class Reach(NamedTuple):
 
 
 class Doorbell:
-    """Ours, and the way to others'. Belongs to a Region, which closes it."""
+    """Our doorbell, and the way to kick others by theirs. Belongs to a Region, which closes it."""
 
     id: int
     """Our peer id, 0 to 65535: others kick it."""

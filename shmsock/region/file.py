@@ -61,7 +61,7 @@ class FileRegion(Region):
 
     @property
     def filesystem(self) -> str:
-        """Its type, as mount(8) names it."""
+        """The type of its file system, as mount(8) names it."""
         return self._fs.type
 
     def ensure(self, offset: int, length: int) -> None:
@@ -116,8 +116,8 @@ class FileRegion(Region):
         return os.pread(self._open_fd(), length, offset)
 
     def reopen(self) -> int:
-        """A descriptor from an open() of its own, whatever has the name by now; as writable as the region.
-        The caller closes it. Raises OSError."""
+        """Open the file again, and return a descriptor of its own, whatever has the name by now; as writable
+        as the region. The caller closes it. Raises OSError."""
         flags = os.O_RDWR if self.writable else os.O_RDONLY
         return os.open(f"/proc/self/fd/{self._open_fd()}", flags | os.O_CLOEXEC)
 

@@ -49,7 +49,7 @@ class Group:
 
 
 def read_group(device: PciDevice, sysfs: str = SYSFS, dev: str = DEV) -> Group | None:
-    """The group of `device`; None: there is no IOMMU."""
+    """Read the IOMMU group of `device`; None when there is no IOMMU."""
     try:
         directory = os.path.realpath(f"{device.directory}/iommu_group", strict=True)
         number = int(os.path.basename(directory))
@@ -68,7 +68,7 @@ def read_group(device: PciDevice, sysfs: str = SYSFS, dev: str = DEV) -> Group |
 
 
 def no_iommu(device: PciDevice) -> RegionError:
-    """There is none, which vfio needs as a rule."""
+    """Build the error for a machine without an IOMMU, which vfio needs as a rule."""
     return region_error(
         errno.ENODEV,
         f"no IOMMU, which vfio needs: ivshmem device {device.address} is in no IOMMU group. Start QEMU with "
@@ -80,7 +80,7 @@ def no_iommu(device: PciDevice) -> RegionError:
 
 
 def not_viable(device: PciDevice, group: Group) -> RegionError:
-    """Not all of the group is vfio's."""
+    """Build the error for a group of which vfio does not have all devices."""
     seen = ", ".join(group.hindering[:8]) or "another device"
     return region_error(
         errno.EBUSY,
@@ -98,8 +98,8 @@ def users(*paths: str, proc: str = "/proc") -> list[str]:
 
 
 def borrow(group: Group, proc: str = "/proc") -> int:
-    """A descriptor of the device in `group`, from the process that has it: vfio makes no second one. Root may
-    (ptrace(2), Linux 5.6). -1: nobody can be asked.
+    """Take a descriptor of the device in `group` from the process that has it, as vfio makes no second one.
+    Root may (ptrace(2), Linux 5.6). -1: nobody can be asked.
 
     A process with devices of several groups is left alone, as nothing tells which is which.
     """
@@ -117,7 +117,8 @@ def borrow(group: Group, proc: str = "/proc") -> int:
 
 
 def _copy_descriptor(pid: int, fd: int) -> int:
-    """Another process's descriptor: pidfd_getfd (Linux 5.6), for who may trace it. Raises OSError."""
+    """Copy another process's descriptor by pidfd_getfd (Linux 5.6), which takes the right to trace it. Raises
+    OSError."""
     import ctypes
 
     process = os.pidfd_open(pid)

@@ -46,7 +46,7 @@ _log = logging.getLogger("shmsock")
 
 
 class Wait(NamedTuple):
-    """A wait of opening: until `sock` is readable (None: nothing but time), `seconds` at most."""
+    """A step of opening to wait for: until `sock` is readable (None: nothing but time), `seconds` at most."""
 
     sock: socket.socket | None
     seconds: float
@@ -70,7 +70,7 @@ class IvshmemRegion(FileRegion):
         doorbell: IvshmemDoorbell,
         own: bool,
     ) -> None:
-        """Takes `doorbell` over as well. `own`: `fd` came from an open() of ours. If not, it is the
+        """Take `doorbell` over as well. `own`: `fd` came from an open() of ours. If not, it is the
         description that the server passes to all, and a lock on it would be everybody's."""
         super().__init__(path, mapping, fd, writable, fs, f"ivshmem:{path}")
         self._can_lock = self._can_lock and own
@@ -89,7 +89,7 @@ class IvshmemDoorbell(Doorbell):
     """The eventfds that an ivshmem server hands out: our own, and those of the other peers."""
 
     def __init__(self, path: str, sock: socket.socket) -> None:
-        """Takes `sock` over, which is connected to the server at `path`. greet() comes next."""
+        """Take `sock` over, which is connected to the server at `path`. greet() comes next."""
         self.path = path
         self.id, self.vectors, self.fd = -1, 0, -1
         self.server_fd = sock.fileno()
@@ -132,7 +132,7 @@ class IvshmemDoorbell(Doorbell):
         return left
 
     def close(self) -> None:
-        """In a forked child, only its copies: the parent's connection lives on."""
+        """Give everything back; in a forked child only its copies, as the parent's connection lives on."""
         if self.server_fd < 0:
             return
         self._receiver.close()
@@ -206,7 +206,7 @@ class IvshmemDoorbell(Doorbell):
         self.id = number
 
     def _hear(self, deadline: float, wanted: str) -> _Waits[tuple[int, int]]:
-        """The next message, whenever it comes until `deadline`. Raises RegionError, ProtocolViolation."""
+        """Return the next message, waiting for it until `deadline`. Raises RegionError, ProtocolViolation."""
         while (left := deadline - time.monotonic()) > 0:
             try:
                 return self._receiver.receive()
@@ -301,7 +301,7 @@ class IvshmemDoorbell(Doorbell):
         return known is not None
 
     def _compare(self) -> None:
-        """The vectors of `_newest` are complete, once another message comes."""
+        """Compare the vectors of `_newest`, which are complete once another message comes."""
         known = self._peers.get(self._newest)
         if self.vectors and known and known.vectors != self.vectors:
             self._log_once(
@@ -389,7 +389,7 @@ def opening_ivshmem(path: str, *, writable: bool = True) -> _Waits[IvshmemRegion
 
 
 def _connect(path: str, deadline: float) -> _Waits[socket.socket]:
-    """A stream socket, non-blocking, connected to `path`. Raises RegionError."""
+    """Connect a non-blocking stream socket to `path`. Raises RegionError."""
     if len(os.fsencode(path)) > _LONGEST:
         seen = f"the path of the socket has {len(os.fsencode(path))} bytes, expected at most {_LONGEST}"
         raise region_error(

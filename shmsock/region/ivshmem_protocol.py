@@ -57,7 +57,8 @@ class Receiver:
         self._fd = -1
 
     def receive(self) -> tuple[int, int]:
-        """The next message: its number, and its descriptor (the caller's to close; close-on-exec) or -1.
+        """Return the next message: its number, and its descriptor (the caller's to close; close-on-exec) or
+        -1.
 
         Never waits: raises BlockingIOError when no whole message is there; what came of one is kept for the
         next call. Raises ConnectionResetError when the server is gone, as ProtocolViolation when it sent what

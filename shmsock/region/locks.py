@@ -24,7 +24,7 @@ SERVER_LOCK = 4096
 # locks).
 _FLOCK = struct.Struct("@hhqqi4x")
 
-_FREE = struct.pack("@h", fcntl.F_UNLCK)  # how an answer begins when nobody has it
+_FREE = struct.pack("@h", fcntl.F_UNLCK)  # how F_OFD_GETLK's answer begins when nobody has the lock
 _UNSUPPORTED = frozenset((errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS))
 
 
@@ -59,7 +59,8 @@ def try_lock(fd: int, index: int) -> bool:
 
 
 def unlock(fd: int, index: int) -> None:
-    """Give the lock of section `index` back. Also for every forked child that still has a copy of `fd`."""
+    """Give the lock of section `index` back. That holds for every forked child too that still has a copy of
+    `fd`."""
     fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK, index))
 
 

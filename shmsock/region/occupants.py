@@ -18,12 +18,12 @@ _ALLOWED = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789._-")
 
 
 def is_formatted(region: Region) -> bool:
-    """Does it begin as a region of shmsock does, of whatever version?"""
+    """Does the region begin as one of shmsock does, of whatever version?"""
     return _bytes(region, 0, len(MAGIC))[:-1] == MAGIC[:-1]
 
 
 def claimed_by(region: Region) -> list[str]:
-    """The owners of its sections: 'vm-a (process 17)'. Some may have died since."""
+    """List the owners of its sections: 'vm-a (process 17)'. Some may have died since."""
     geometry: Any = ffi.new("sh_geometry *")
     size = min(_word(region, lib.SH_HEADER_REGION_BYTES), region.size)
     if lib.sh_geometry_of(_word(region, lib.SH_HEADER_REGION_ID), size, geometry) < 0:
@@ -43,7 +43,7 @@ def _word(region: Region, offset: int) -> int:
 
 
 def _bytes(region: Region, offset: int, length: int) -> bytes:
-    """Read them, of a file not through the mapping: there even reading a hole takes a page."""
+    """Read bytes; of a file not through the mapping, where even reading a hole takes a page."""
     if isinstance(region, FileRegion):
         return region.peek(length, offset)
     return bytes(region.mmap[offset : offset + length])

@@ -59,12 +59,12 @@ class Bar:
 
     @property
     def wide(self) -> bool:
-        """64-bit?"""
+        """Whether it is a 64-bit register."""
         return bool(self.flags & _MEM_64)
 
     @property
     def assigned(self) -> bool:
-        """Has firmware or kernel given it an address?"""
+        """Whether firmware or kernel has given it an address."""
         return bool(self.size) and not self.flags & _UNSET
 
     def __str__(self) -> str:
@@ -111,7 +111,7 @@ class PciDevice:
 
     @property
     def doorbell(self) -> bool:
-        """ivshmem-doorbell (it has an MSI-X table), not ivshmem-plain?"""
+        """Whether it is an ivshmem-doorbell (it has an MSI-X table), not an ivshmem-plain."""
         return self.bars[1].size > 0
 
     @property
@@ -126,7 +126,7 @@ class PciDevice:
 
     @property
     def vfio(self) -> bool:
-        """Bound to vfio-pci, or a driver made from it?"""
+        """Whether it is bound to vfio-pci, or a driver made from that."""
         return "vfio" in (self.driver or "")
 
     @property
@@ -136,7 +136,7 @@ class PciDevice:
 
 
 def normalize_address(text: str) -> str:
-    """'0000:00:04.0' for '00:04.0' or '0000:00:04.0'. Raises ValueError."""
+    """Spell a PCI address in full: '0000:00:04.0' for '00:04.0'. Raises ValueError."""
     match = _ADDRESS.fullmatch(text.strip().lower())
     if not match:
         raise ValueError(
@@ -146,14 +146,14 @@ def normalize_address(text: str) -> str:
 
 
 def resource_address(path: str) -> str | None:
-    """The PCI address, if `path` is a device's `resourceN` or `resourceN_wc` file in sysfs."""
+    """Return the PCI address if `path` is a device's `resourceN` or `resourceN_wc` file in sysfs."""
     directory, name = os.path.split(os.path.realpath(path))
     address = os.path.basename(directory)
     return address if re.fullmatch("resource[0-5](_wc)?", name) and _ADDRESS.fullmatch(address) else None
 
 
 def find_devices(sysfs: str = SYSFS) -> list[PciDevice]:
-    """All ivshmem devices of this machine, by address. Devices that vanish meanwhile are left out."""
+    """List all ivshmem devices of this machine, by address. Devices that vanish meanwhile are left out."""
     root = f"{sysfs}/bus/pci/devices"
     try:
         addresses = sorted(os.listdir(root))
@@ -171,7 +171,7 @@ def find_devices(sysfs: str = SYSFS) -> list[PciDevice]:
 
 
 def read_device(address: str, sysfs: str = SYSFS) -> PciDevice:
-    """The device at `address` (normalized), of whatever kind. Raises OSError when there is none."""
+    """Read the device at `address` (normalized), of whatever kind. Raises OSError when there is none."""
     directory = f"{sysfs}/bus/pci/devices/{address}"
     ids = _number(f"{directory}/vendor"), _number(f"{directory}/device")
     try:
@@ -201,7 +201,7 @@ def read_device(address: str, sysfs: str = SYSFS) -> PciDevice:
 
 
 def _number(path: str, default: int | None = None) -> int:
-    """The number in a sysfs file, written as '0x1af4' or '-1'."""
+    """Read the number in a sysfs file, written as '0x1af4' or '-1'."""
     try:
         with open(path, encoding="ascii") as file:
             return int(file.read(64), 0)
@@ -212,7 +212,8 @@ def _number(path: str, default: int | None = None) -> int:
 
 
 def _bars(path: str) -> tuple[Bar, ...]:
-    """Lines of 'start end flags', all hexadecimal; the first six are the BARs. Raises OSError, ValueError."""
+    """Parse lines of 'start end flags', all hexadecimal; the first six are the BARs. Raises OSError,
+    ValueError."""
     bars = []
     with open(path, encoding="ascii") as file:
         for index, line in zip(range(6), file, strict=False):
@@ -224,7 +225,8 @@ def _bars(path: str) -> tuple[Bar, ...]:
 def choose_device(
     sysfs: str = SYSFS, probe: Callable[[PciDevice], bool] | None = None, *, vfio: bool = False
 ) -> PciDevice:
-    """The one ivshmem device; of several the only one that `probe` accepts (an OSError of it: not this one).
+    """Choose the one ivshmem device; of several the only one that `probe` accepts (raising OSError it does
+    not).
     `vfio`: only those that vfio-pci has.
 
     Raises RegionNotFoundError when there is none, RegionError (ENOTUNIQ) when it cannot be told which.

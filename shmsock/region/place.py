@@ -85,7 +85,7 @@ def _is_mounted(fd: int) -> bool:
         with open("/proc/thread-self/mountinfo", "rb") as table:
             return any(line.split(None, 1)[0] == number for line in table)
     except (OSError, StopIteration):
-        return True  # nobody says otherwise
+        return True  # it cannot be told
 
 
 def holders(path: str, within_s: float | None = None) -> list[Holder]:

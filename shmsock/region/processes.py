@@ -112,7 +112,7 @@ def open_elsewhere(fd: int) -> bool | None:
     """Has anybody else the file of `fd` open or mapped, whoever may not be seen included? `fd` must be the
     only descriptor of it here. None: this kernel, or file system, does not tell."""
     try:
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)  # to be had by who is alone with it
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)  # given only to a process that has the file alone
     except OSError as error:
         return True if error.errno == errno.EAGAIN else None
     fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)

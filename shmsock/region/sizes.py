@@ -11,7 +11,7 @@ _SIZE = re.compile(r"\s*([0-9]{1,19})\s*(?:([kmgt])i?)?b?\s*", re.IGNORECASE | r
 
 
 def parse_size(text: str | int) -> int:
-    """`text` in bytes. Units are powers of 1024 however spelled: 64M, 64MB and 64MiB are one size.
+    """Parse `text` into bytes. Units are powers of 1024 however spelled: 64M, 64MB and 64MiB are one size.
 
     Raises ValueError unless it is a positive whole number of some unit.
     """
@@ -30,7 +30,7 @@ def parse_size(text: str | int) -> int:
 
 
 def format_size(size: int) -> str:
-    """`size` bytes in the largest unit that divides it: "256 MiB", "1000 bytes"."""
+    """Write `size` bytes in the largest unit that divides it: "256 MiB", "1000 bytes"."""
     unit = 0
     while unit < len(_UNITS) and size and size % 1024 == 0:
         size //= 1024
@@ -39,5 +39,5 @@ def format_size(size: int) -> str:
 
 
 def round_up(size: int, unit: int) -> int:
-    """The smallest multiple of `unit` that is not below `size`."""
+    """Return the smallest multiple of `unit` that is not below `size`."""
     return -(-size // unit) * unit

@@ -51,7 +51,7 @@ class FileSystem:
 
 
 def filesystem(file: int | str, mountinfo: str = "/proc/self/mountinfo") -> FileSystem:
-    """The file system of a descriptor or path. Raises OSError when `file` is not there."""
+    """Find the file system of a descriptor or path. Raises OSError when `file` is not there."""
     device = os.stat(file).st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
     kind = "unknown"
@@ -89,7 +89,8 @@ def warn_of_disk(path: str, kind: str) -> None:
 
 
 def _in_memory(fd: int) -> bool:
-    """A file on tmpfs or hugetlbfs, a memfd mostly: no table shows the mount where those lie."""
+    """Describe the file system of a file on tmpfs or hugetlbfs, mostly a memfd, whose mount no table
+    shows."""
     try:
         fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     except OSError:

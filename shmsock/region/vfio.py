@@ -36,10 +36,11 @@ _NOBODY = 0xFFFFFFFF
 
 
 class VfioDoorbell(Doorbell):
-    """All vectors fill one eventfd; others are kicked through BAR0. `device` is the region's to close."""
+    """The doorbell of a device: all vectors fill one eventfd; others are kicked through BAR0. `device` is the
+    region's to close."""
 
     def __init__(self, device: int, vectors: int) -> None:
-        """Raises OSError; nothing is on then."""
+        """Switch the interrupts on. Raises OSError; nothing is on then."""
         registers = vfio_ioctl.region_info(device, vfio_ioctl.BAR0)
         self._device, self._registers = device, registers.offset
         self._command = vfio_ioctl.region_info(device, vfio_ioctl.CONFIG).offset + _COMMAND
@@ -71,7 +72,8 @@ class VfioDoorbell(Doorbell):
         return position
 
     def _set_command(self, on: int, off: int) -> None:
-        """Memory decoding must stay on: without it whoever touches the mapping is killed."""
+        """Set and clear bits of the command register. Memory decoding must stay on: without it a touch of the
+        mapping kills the process."""
         seen = int.from_bytes(os.pread(self._device, 2, self._command), "little")
         os.pwrite(self._device, (seen & ~off | on).to_bytes(2, "little"), self._command)
 
@@ -119,7 +121,7 @@ class VfioRegion(Region):
         writable: bool,
         doorbell: VfioDoorbell | None,
     ) -> None:
-        """Takes all of it over, unless it raises. `fds`: container, group, device."""
+        """Take all of it over, unless it raises. `fds`: container, group, device."""
         super().__init__(f"vfio:{device.address}", group.path, mapping, fd, writable)
         self._can_lock = self._can_lock and can_lock
         self.device, self.doorbell = device, doorbell

@@ -71,7 +71,7 @@ def api_version(container: int) -> int:
 
 
 def supports(container: int, kind: int) -> bool:
-    """Does the container know this kind of IOMMU?"""
+    """Ask whether the container knows this kind of IOMMU."""
     return ioctl(container, _CHECK_EXTENSION, kind) > 0
 
 
@@ -80,7 +80,7 @@ def set_iommu(container: int, kind: int) -> None:
 
 
 def viable(group: int) -> bool:
-    """Has no device of the group a driver of the kernel's own?"""
+    """Ask whether no device of the group has a driver of the kernel's own."""
     status = bytearray(_STATUS.pack(_STATUS.size, 0))
     ioctl(group, _GROUP_GET_STATUS, status)
     return bool(_STATUS.unpack(status)[1] & _GROUP_VIABLE)
@@ -91,7 +91,7 @@ def attach_group(group: int, container: int) -> None:
 
 
 def get_device(group: int, address: str) -> int:
-    """A new descriptor, with FD_CLOEXEC."""
+    """Get a new descriptor of the device, with FD_CLOEXEC."""
     # A bytearray: for what is immutable, ioctl() returns that, not the descriptor.
     fd: int = ioctl(group, _GROUP_GET_DEVICE_FD, bytearray(address.encode() + b"\0"))
     return fd
