@@ -155,7 +155,8 @@ def default_name(environ: Mapping[str, str] | None = None, hostname: str | None 
 
 
 def check_pin(pin: Mapping[str, int]) -> dict[str, int]:
-    """Sections by name, each name in its one spelling. Raises TypeError, ValueError for what is none."""
+    """Return sections by name, each name in its canonical spelling. Raises TypeError or ValueError for a
+    section or a name that is none."""
     found: dict[str, int] = {}
     for name, section in pin.items():
         plain, number = normalize_name(name), operator.index(section)
@@ -167,7 +168,7 @@ def check_pin(pin: Mapping[str, int]) -> dict[str, int]:
 
 
 def default_pin(environ: Mapping[str, str] | None = None) -> dict[str, int]:
-    """What SHMSOCK_PIN says: "vm-b=3,vm-c=5". Raises ValueError when that is no such list."""
+    """Read SHMSOCK_PIN: "vm-b=3,vm-c=5". Raises ValueError when that is no such list."""
     found: dict[str, int] = {}
     for part in (os.environ if environ is None else environ).get("SHMSOCK_PIN", "").split(","):
         name, equals, section = (word.strip() for word in part.partition("="))
@@ -184,7 +185,7 @@ def default_pin(environ: Mapping[str, str] | None = None) -> dict[str, int]:
 
 
 def default_section(environ: Mapping[str, str] | None = None) -> int | None:
-    """What SHMSOCK_SECTION says; None: any. Raises ValueError when that is no number."""
+    """Read SHMSOCK_SECTION; None: any. Raises ValueError when that is no number."""
     chosen = (os.environ if environ is None else environ).get("SHMSOCK_SECTION", "").strip()
     if chosen and not (chosen.isascii() and chosen.isdecimal()):
         raise ValueError(f"SHMSOCK_SECTION is {chosen!r}, expected the number of a section")

@@ -263,8 +263,8 @@ class ShmDatagramTransport(FlowControl, asyncio.DatagramTransport):
 
 
 def _number(node: Node, endpoint: Endpoint, wide: bool) -> tuple[tuple[str, int], tuple[str, int] | None]:
-    """Have internet addresses stand for names (names.py): (local, remote). `wide`: who sent is told as an
-    AF_INET6 socket does, if nothing was sent there before."""
+    """Have internet addresses stand for names (names.py); returns (local, remote). `wide`: senders are told
+    as an AF_INET6 socket does, if nothing was sent there before."""
     table, region = names.names_of(node.loop), node.region.url
 
     def host(given: Any) -> Any:

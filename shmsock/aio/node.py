@@ -148,7 +148,7 @@ class Node:
         """
         self.check()
         local_only = self._local_only(hosts)
-        # Each pass of the pump hands over all that it accepted: whoever came in one pass is no backlog.
+        # Each pass of the pump hands over all that it accepted: connections of one pass are no backlog.
         backlog = max(backlog, MESSAGES_PER_PASS * self.engine.layout.peers)
         return self.engine.listen(port, backlog=backlog, reuse_port=reuse_port, local_only=local_only)
 
@@ -264,7 +264,8 @@ class Node:
 
         Of waking, by doorbells and futexes alike: `kicks` counts peers that were woken, `suppressed` those
         that were not, as they were awake or had been woken already; `received` and `spurious` count what woke
-        this node, and what did for nothing; `healed` what was lost or forgotten, and found by a slow look.
+        this node, and what did for nothing; `healed` what was lost or forgotten, and found by the safety
+        poll.
         `woken_by` says how each peer wakes this node ("doorbell", "futex" or "polling"), `wakes` how this
         node wakes each peer ("doorbell", "futex" or "nothing"), `doorbell` the own id on the ivshmem server
         or None, `doorbell_lost` why there is none any more.

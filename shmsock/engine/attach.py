@@ -48,7 +48,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Seen:
-    """One section as somebody outside sees it."""
+    """One section, as seen from outside."""
 
     section: int
     claim: int
@@ -96,7 +96,7 @@ def _is_read(layout: Layout, section: int, readers: set[int]) -> bool:
     """Has one of these left messages of the section's last owner unread, or does it still read what that
     published? (A message may be the answer to a connection whose bytes are there already.)"""
     if not layout.life(section):
-        return False  # nobody ever lived there, whatever others say: newcomers need not wait for them
+        return False  # nobody ever lived there: no need to wait for readers, whatever others say
     return any(layout.is_read_by(section, reader) for reader in readers - {section})
 
 
@@ -183,8 +183,8 @@ def claim_section(
             break
         if patience.waited == 2 * STILL_S:
             waits(held)
-    # Who came meanwhile (and may have been quicker just now) was not seen to beat yet; and until it says who
-    # it is, the name is that of the former owner.
+    # A process that came meanwhile (and may have been quicker just now) was not seen to beat yet; and until
+    # it has published its identity, the name is that of the former owner.
     now = survey(layout, locks, boot_id)
     silent = [
         s
@@ -210,10 +210,11 @@ def claim_section(
 def name_taken(
     layout: Layout, locks: Locks, boot_id: bytes, name: str
 ) -> Generator[float, None, Identity | None]:
-    """Who else goes by this name and is alive: another machine (its boot id differs), such as a clone of the
-    same image.
+    """Find out whether another live machine (its boot id differs) has this name, such as a clone of the same
+    image.
 
-    Yields seconds to wait, only if somebody is in doubt: a still beat is that machine before its reboot.
+    Yields seconds to wait, only if there is one: if its beat is still it is that machine before its reboot.
+    Returns the identity of the other, or None.
     """
     others = [
         s for s in survey(layout, locks, boot_id) if s.claim and not s.dead and s.who and s.who.name == name

@@ -123,7 +123,7 @@ class Endpoint:
             self.soon(refused or self.owner.listeners.refused(self.remote[0], port))
 
     def _broadcast(self, data: bytes, port: int) -> None:
-        """One copy to every peer that has the port; the own node is one if another of its endpoints has
+        """Send a copy to every peer that has the port; the own node is one if another of its endpoints has
         it."""
         listeners, peers = self.owner.listeners, self.owner.peers
         peers.refresh_all(self.home.now())

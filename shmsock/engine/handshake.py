@@ -31,7 +31,7 @@ MESSAGES_PER_PASS = 16  # read from a peer at a time
 
 
 class Handshake:
-    """`accept`: takes a connection that is to carry datagrams; whoever has them sets it."""
+    """Opens and accepts connections. `accept`, set from above, takes those that are to carry datagrams."""
 
     def __init__(
         self, home: Home, peers: Peers, links: Links, slots: Slots[Connection], listeners: Listeners

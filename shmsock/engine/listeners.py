@@ -88,7 +88,7 @@ class Listeners:
         self._slice = range(first, first + slice_size)
         self._count = 0
         self._ephemeral = self._unused()
-        #: Who was found for (host, port, datagram), in which life, and the entry of the port.
+        #: The peer that was found for (host, port, datagram), its incarnation, and the entry of the port.
         self._found: dict[Any, tuple[Peer, int, int]] = {}
         self._turn = 0
 

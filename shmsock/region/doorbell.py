@@ -37,7 +37,7 @@ class Doorbell:
     server_fd = -1
     """Readable when the server has news: call news(). -1: nobody tells us."""
     lost = ""
-    """Why there are no doorbells any more; empty: there are."""
+    """Why there are no doorbells any more; "" while there are."""
 
     def reach(self, peer: int) -> Reach | None:
         """Tell how to kick the peer with that id; None when it is not known, or our own."""

@@ -24,7 +24,7 @@ class Users(NamedTuple):
 
 
 def pids(proc: str = "/proc") -> list[str]:
-    """All processes that this one sees, by number."""
+    """List the numbers of all processes that this one sees."""
     try:
         return sorted((name for name in os.listdir(proc) if name.isdigit()), key=int)
     except OSError:

@@ -343,7 +343,7 @@ def _open_lock(device: PciDevice, writable: bool) -> int | None:
         return os.open(f"{device.directory}/resource2", flags)
     except OSError as error:
         if error.errno not in (errno.EMFILE, errno.ENFILE):
-            return None  # who may use vfio need not have a way to sysfs
+            return None  # a user of vfio need not have access to sysfs
         raise _failed(device, "lock", error.errno, f"{device.directory}/resource2") from None
 
 
