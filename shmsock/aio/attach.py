@@ -45,8 +45,8 @@ log = logging.getLogger("shmsock")
 # A task while the node is being made, then a weak reference: the loop itself keeps its node alive.
 _Mine = dict[str, "asyncio.Task[Node] | TrioFuture | weakref.ref[Node]"]
 _implicit: weakref.WeakKeyDictionary[Loop, _Mine] = weakref.WeakKeyDictionary()
-# Loops in several threads share it, and a WeakSet that one adds to cannot be gone through by another. What is
-# done to this, and list() of it, no other thread comes in between.
+# Loops in several threads share it. A WeakSet cannot be iterated by one thread while another adds to it; a
+# plain set can be copied by list(), during which no other thread runs.
 _nodes: set[weakref.ref[Node]] = set()
 
 
@@ -387,8 +387,8 @@ def _made(task: asyncio.Task[Node] | TrioFuture, mine: _Mine, key: str, former: 
 
 def _at_exit() -> None:
     for node in _all_nodes():
-        # A daemon thread may be inside C at this moment, where nothing may be taken from under it: such a
-        # node ends as a killed process's does.
+        # A daemon thread may be inside C at this moment, using the node's memory: its node is not closed, and
+        # ends as a killed process's does.
         if node.ident == threading.get_ident() or not node.loop.is_running():
             node.close()
 

@@ -1,5 +1,5 @@
-"""An endpoint of the loop's own UDP that is not connected, on a loop that knows `.shm` hosts: at each
-sendto() it is the address that says which way a datagram goes."""
+"""A datagram transport for two ways: the loop's own UDP and shared memory, on a loop that knows `.shm` hosts.
+It is not connected, and the address of each sendto() says which way a datagram goes."""
 
 from __future__ import annotations
 

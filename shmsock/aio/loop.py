@@ -6,8 +6,7 @@ of the region, all others what they always were.
 
 To listen: the own name with `.shm`, `*.shm` (the same: all peers), or `localhost.shm` (this machine). Such
 transports tell internet addresses that stand for names (names.py), as programs expect them; getaddrinfo and
-getnameinfo map both ways. A kernel socket is never led anywhere by one: who connects a socket of its own
-learns that at once.
+getnameinfo map both ways. They lead kernel sockets nowhere: socket.connect() to one fails at once.
 """
 
 from __future__ import annotations
@@ -91,9 +90,10 @@ class _ShmLoop(_Base):
     """Methods that come before those of the loop it is mixed with, for hosts in shared memory."""
 
     async def sock_connect(self, sock: Any, address: Any) -> None:
-        """Programs that resolve a name, connect a socket of their own, and give it to create_connection()
-        (aiohttp's client) are led to the peer there. The socket itself stays unconnected: sock_sendall() and
-        the like raise OSError (EOPNOTSUPP), as this does for one of datagrams. Else as asyncio's."""
+        """Connect as asyncio's method does; to a peer in shared memory only note the address. Programs that
+        give such a socket to create_connection() (aiohttp's client) are led to the peer there. The socket
+        itself stays unconnected: sock_sendall() and the like raise OSError (EOPNOTSUPP), as this does for a
+        socket of datagrams."""
         host = _host_in(address)
         if not names.is_shm(host):
             if isinstance(sock, socket.socket):

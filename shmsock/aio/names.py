@@ -3,7 +3,7 @@ one that stands for a name, on the loop that gave it out and nowhere else:
 
     ff01:5348:RRRR:RRRR:RRRR:RRRR:NNNN:NNNN     R: 64 random bits of the loop; N: which name
 
-Whoever connects or sends there is led to who has that name at that moment, as by the name itself. ff01::/16
+A connection or a datagram to it goes to the peer that has the name at that moment, as by the name. ff01::/16
 is interface-local multicast (RFC 4291, 2.7): no host has such an address, TCP cannot connect to one
 (ENETUNREACH), UDP neither, and what UDP sends there the kernel lets out of no interface, whatever its routes.
 With SCOPE, as getaddrinfo tells it, sending fails as well (ENETUNREACH). IPv4 has no range of that kind: its

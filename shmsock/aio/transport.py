@@ -1,8 +1,8 @@
 """The transport of a shared-memory connection: asyncio's contract on top, one engine connection below.
 
 The ordinary way of bytes is that of any transport: the pump delivers them to data_received(), or into the
-protocol's own buffer. It is done by the extension as long as nothing unusual happens (FastPath.receive), and
-here else. A stream reader in direct mode (streams.py) takes them from the ring itself while one of its calls
+protocol's own buffer. The extension does so as long as nothing unusual happens (FastPath.receive), else this
+module. A stream reader in direct mode (streams.py) takes them from the ring itself while one of its calls
 is awaited, and is given only a little when nobody waits.
 """
 
@@ -74,8 +74,8 @@ class ShmTransport(FlowControl, asyncio.Transport):
     _start_tls_compatible = True
     _sendfile_compatible = _SendfileMode.FALLBACK
 
-    # What is so of most transports all their lives is the class's: few attributes are made soon. All others
-    # are made in __init__: an object that gets one later, when there are many of its kind, gets a dict too.
+    # Values that most transports never change are the class's, which saves time in __init__. All others are
+    # made there: an attribute that is added later, when there are many such objects, costs a dict each.
     just_lost = False  # connection_lost() comes in the next turn of the loop
     _eof_wanted = False  # write_eof() was called: FIN follows _pending
     _writes_after_loss = 0

@@ -128,15 +128,15 @@ class TrioFuture:
 
 
 class TrioLoop(trio.abc.Instrument):
-    """Methods are asyncio's, for one thread as those are. Nothing that a callback raises ends the run, but
-    SystemExit and KeyboardInterrupt.
+    """A loop's methods as asyncio's have them, for one thread, over trio. Of what a callback raises only
+    SystemExit and KeyboardInterrupt end the run.
 
-    A turn of trio takes longer than a round trip through a ring. So checkpoint() does what trio says of one:
-    it looks whether it is time for another task. It is when one was scheduled, or 50 us after the last turn.
+    A turn of trio takes longer than a round trip through a ring. So checkpoint() lets the loop turn only when
+    it is time for another task: when one was scheduled, or 50 us after the last turn.
 
-    Turns cost by the tasks that run in them, too. So the one of the callbacks is left out, for up to 50 us
-    on end, of turns that follow a checkpoint(): whoever came from there has looked at its ring itself. An
-    instrument can tell those turns, and who is scheduled, at no step of a task.
+    A turn costs more the more tasks run in it. So in turns that follow a checkpoint() the task of the
+    callbacks is left out, for up to 50 us on end: the task that called checkpoint() polls its ring itself. As
+    an instrument, this class learns of turns and scheduled tasks at no cost to a task's steps.
     """
 
     hot_turns = 8
@@ -150,9 +150,9 @@ class TrioLoop(trio.abc.Instrument):
         self._scheduled = self._scheduled_before = (
             0  # tasks, from the last wait for IO on, and from the one before
         )
-        self._turn_end = 0  # ns; of the last turn that a checkpoint() was
-        self._looks = 0  # 2: somebody comes from checkpoint() in the next turn; 1: in this one, or did
-        self._left_out_until = 0  # ns; 0: callbacks that are due run
+        self._turn_end = 0  # ns: until then checkpoint() need not let the loop turn
+        self._looks = 0  # 2: a task returns from checkpoint() in the next turn; 1: in this one
+        self._left_out_until = 0  # ns: until then callbacks are left out; 0: they are not
         self._task = lowlevel.spawn_system_task(self._run, name="shmsock callbacks")
 
     def call_soon(
@@ -179,7 +179,7 @@ class TrioLoop(trio.abc.Instrument):
         yield from lowlevel.checkpoint_if_cancelled()  # noqa: ASYNC105
 
     def before_io_wait(self, timeout: float) -> None:
-        """Of trio's instruments."""
+        """Note that a turn ends. (A method of trio's instruments.)"""
         self._scheduled_before, self._scheduled = self._scheduled, 0
         if self._looks == 2:
             self._looks = 1
@@ -193,7 +193,7 @@ class TrioLoop(trio.abc.Instrument):
                 self._token.run_sync_soon(_nothing)  # it was about to wait: there was no task that could run
 
     def task_scheduled(self, task: lowlevel.Task) -> None:
-        """Of trio's instruments."""
+        """Count the tasks that are scheduled. (A method of trio's instruments.)"""
         if task is not self._task:
             self._scheduled += 1
 

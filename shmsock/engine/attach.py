@@ -1,9 +1,9 @@
 """Claiming a section, giving it back, and taking back what the dead left.
 
-Claiming waits (20 ms to see that the claim stands; where none is free, 500 ms to see whose beat does not
-move, and as long as that takes for what a section's last owner wrote to be read), and the engine knows no
-clock: so it is a generator that yields seconds to wait and returns the Claim. Nothing else is used by two at
-once.
+Claiming waits: 20 ms to see that the claim stands; where no section is free, 500 ms to see whose beat does
+not move, and then until the bytes that a section's last owner left are read. As the engine knows no clock, it
+is a generator that yields seconds to wait and returns the Claim. But for the claim word, nothing in a section
+is written by two processes.
 
 What was seen before a claim proves nothing: another may have lived in the section and left in between. So
 whether anybody still reads there is found out behind the compare-and-swap, when no owner can come any more,
