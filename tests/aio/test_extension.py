@@ -7,7 +7,9 @@ import gc
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,16 +103,20 @@ def test_from_inside(run: Run, world: World, how: str) -> None:
                 op.close() if how == "close" else op.send(None) if how == "send" else op.throw(KeyError)
             del op
             gc.collect()
+            for send in sends:  # not before: what had come by now would not be waited for
+                send()
+            sends.clear()
             await super()._wait_for_data(func_name)
+
+    sends: list[Callable[[], object]] = []
 
     async def main() -> None:
         async with world.pair() as (c, s):
             c.reader.__class__ = Reader
             ops.append(c.reader.read(-1))
-            s.writer.write(b"abc")
-            s.writer.write_eof()
+            sends.extend([partial(s.writer.write, b"abc"), s.writer.write_eof])
             assert await ops[0] == b"abc"
-            assert ops == []
+            assert ops == sends == []
 
     run(main())
 
