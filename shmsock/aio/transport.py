@@ -223,16 +223,14 @@ class ShmTransport(FlowControl, asyncio.Transport):
     # -- reading
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
-        """End direct mode for good: bytes that the reader took already stay in its buffer, the rest goes to
-        `protocol`."""
+        """End direct mode for good: what the reader took stays in its buffer, the rest goes to `protocol`."""
         before: Any = self._protocol
         if getattr(before, "_fast_path", None) is self.fast_path:
             del before._fast_path  # a writer of streams, which drains into another transport now
         self._protocol = protocol
         reader = self.direct.end()
         if reader is not None and isinstance(protocol, SSLProtocol):
-            # What the pump moved there unasked begins the handshake. (A buffer of which somebody holds a
-            # memoryview cannot be emptied.)
+            # What the pump moved there begins the handshake. (A buffer that is viewed cannot be emptied.)
             self._unread, reader._buffer = bytes(reader._buffer), bytearray()
         self.direct.forget()
         self._read_eof = False  # it was told to the one before
@@ -242,7 +240,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
     def feed(self, reader: Any) -> None:
         """Give the reader what is there, maybe after a spin, or have what comes delivered to it until direct
         mode is resumed: a coroutine of asyncio's is about to wait. An end is told at once."""
-        if self._lost:
+        if self._lost or self.direct.reader is not reader:  # another protocol's bytes are not for it
             return
         protocol: Any = self._protocol
         try:
@@ -323,6 +321,8 @@ class ShmTransport(FlowControl, asyncio.Transport):
                 break
         if self._receiving() and not self.fast_path.can_read:
             self._loop.call_soon(self._resumed, context=self.node.context)
+        elif left <= 0 and self._receiving() and not self._unread and self.conn.available() == EOF:
+            self.got_eof()  # the buffer is full, and the ring is empty: at_eof() is to be true in time
 
     def _delivered(self, status: int) -> None:
         """Act on a status that says there was nothing to deliver: is that the end?"""

@@ -320,6 +320,28 @@ def test_at_eof(run: Run, world: World) -> None:
     run(main())
 
 
+@pytest.mark.parametrize("size", [4095, 4096, 4097, 8192, 65536])
+def test_at_eof_behind_what_fills_a_buffer(run: Run, world: World, size: int) -> None:
+    """A reader that nobody waits for is given 4096 bytes: an end behind just those is seen as well."""
+
+    async def main() -> None:
+        async with world.pair() as (c, s):
+            c.writer.write(bytes(size))
+            c.writer.write_eof()
+            for _ in range(size // 512):
+                assert len(await s.reader.readexactly(512)) == 512
+            assert await s.reader.readexactly(size % 512) == bytes(size % 512)
+            await until(s.reader.at_eof)
+        async with world.pair() as (c, s):
+            c.writer.write(bytes(size))
+            c.writer.write_eof()
+            await until(lambda: len(s.reader._buffer) == min(size, 4096))  # type: ignore[attr-defined]
+            assert await s.reader.readexactly(size) == bytes(size)
+            await until(s.reader.at_eof)
+
+    run(main())
+
+
 def test_eof_and_a_little_data_are_seen_with_nobody_reading(run: Run, world: World) -> None:
     """Connection pools look at at_eof() and at the buffer to see whether an idle connection is still good."""
 
@@ -773,13 +795,34 @@ class Collector(asyncio.Protocol):
         self.lost = True
 
 
-def test_set_protocol_ends_direct_mode(run: Run, world: World) -> None:
+class Buffered(asyncio.BufferedProtocol):
+    def __init__(self) -> None:
+        self.buffer = bytearray(1000)
+        self.data = bytearray()
+        self.eof = self.lost = False
+
+    def get_buffer(self, sizehint: int) -> bytearray:
+        return self.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.data += self.buffer[:nbytes]
+
+    def eof_received(self) -> bool:
+        self.eof = True
+        return True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.lost = True
+
+
+@pytest.mark.parametrize("kind", [Collector, Buffered])
+def test_set_protocol_ends_direct_mode(run: Run, world: World, kind: Any) -> None:
     async def main() -> None:
         async with world.pair() as (c, s):
             c.writer.write(b"for the reader\nfor the protocol")
             assert await s.reader.readline() == b"for the reader\n"
             rest = bytes(s.reader._buffer)  # type: ignore[attr-defined]
-            collector = Collector()
+            collector = kind()
             s.transport.set_protocol(collector)
             assert s.transport.get_protocol() is collector
             c.writer.write(b", all of it")
@@ -800,22 +843,6 @@ def test_set_protocol_ends_direct_mode(run: Run, world: World) -> None:
             reading.cancel()
 
     run(main())
-
-
-class Buffered(asyncio.BufferedProtocol):
-    def __init__(self) -> None:
-        self.buffer = bytearray(1000)
-        self.data = bytearray()
-        self.eof = False
-
-    def get_buffer(self, sizehint: int) -> bytearray:
-        return self.buffer
-
-    def buffer_updated(self, nbytes: int) -> None:
-        self.data += self.buffer[:nbytes]
-
-    def eof_received(self) -> None:
-        self.eof = True
 
 
 @pytest.mark.parametrize("kind", [Collector, Buffered])
