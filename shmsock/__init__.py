@@ -25,7 +25,9 @@ def __getattr__(name: str) -> _Any:
     if name == "__all__" or not name.startswith("_"):
         public = _importlib.import_module("shmsock.public")
         if name == "__all__" or name in public.__all__:
-            globals().update({"__all__": public.__all__, **{n: getattr(public, n) for n in public.__all__}})
+            globals().setdefault("__all__", public.__all__)
+            for one in public.__all__:  # what somebody has set before (a test's stand-in, say) stays
+                globals().setdefault(one, getattr(public, one))
             return globals()[name]
     raise AttributeError(f"module 'shmsock' has no attribute {name!r}")
 

@@ -67,6 +67,13 @@ def test_names_and_rooms() -> None:
         from shmsock import nothing  # noqa: F401
 
 
+def test_what_was_set_before_stays() -> None:
+    """A test's stand-in is set before anything else was asked for."""
+    script = "import shmsock; shmsock.attach = 'mine'; shmsock.Node; print(shmsock.attach)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "mine\n"
+
+
 def cpu_time(script: str) -> float:
     best = 60.0
     for _ in range(20):
