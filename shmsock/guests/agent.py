@@ -42,6 +42,7 @@ from typing import IO, Any
 PORT = "shmsock.agent"
 _LENGTHS = struct.Struct(">II")
 _CHUNK = 1 << 16
+_REQUEST = 1 << 17  # bytes that a forker takes (forker.py)
 _LAST_WORDS = 16  # chunks read when a command has ended: a child with its pipe might never stop writing
 
 
@@ -96,8 +97,10 @@ class _Forker:
 
     def start(self, argv: Sequence[str], env: dict[str, str], cwd: str) -> tuple[int, list[Any]]:
         """Returns the program's process id and the other ends of its standard files."""
-        (stdin, input), (output, stdout), (errors, stderr) = os.pipe(), os.pipe(), os.pipe()
         request = json.dumps({"argv": argv, "env": env, "cwd": cwd}).encode()
+        if len(request) > _REQUEST:
+            raise OSError(f"arguments and environment take {len(request)} bytes, expected at most {_REQUEST}")
+        (stdin, input), (output, stdout), (errors, stderr) = os.pipe(), os.pipe(), os.pipe()
         try:
             socket.send_fds(self._connection, [request], [stdin, stdout, stderr])
             answer = self._connection.recv(_CHUNK)

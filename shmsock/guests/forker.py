@@ -17,6 +17,7 @@ import os
 import runpy
 import socket
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ def _run(argv: list[str]) -> None:
     option, *rest = argv
     if option == "-c":
         sys.argv, sys.path[:0] = ["-c", *rest[1:]], [""]
-        exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
+        sys.modules["__main__"] = program = types.ModuleType("__main__")
+        exec(compile(rest[0], "<string>", "exec"), program.__dict__)
     elif option == "-m":
         sys.argv, sys.path[:0] = rest, [os.getcwd()]
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)

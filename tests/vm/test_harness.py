@@ -168,6 +168,11 @@ def test_programs_that_begin_with_their_modules(two_guests: Pair) -> None:
         done = a.run(fails, modules=["decimal"], check=False)
         assert (done.returncode, done.text) == (status, "" if status < 0 else "end")
         assert (b"ZeroDivisionError" in done.stderr) == (status == 1)
+    pickles = "import pickle\nclass A: pass\nprint(type(pickle.loads(pickle.dumps(A()))) is A)"
+    assert a.run(["python", "-c", pickles], modules=["decimal"]).text == "True"
+    done = a.run(["python", "-c", "", "x" * (1 << 17)], modules=["decimal"], check=False)
+    assert done.returncode == 127
+    assert b"expected at most 131072" in done.stderr
     sleeps = ["python", "-c", "import time; print('up'); time.sleep(1000)"]
     with a.start(sleeps, modules=["decimal"]) as command:
         assert command.readline() == "up"
