@@ -3,7 +3,6 @@
  * The rules' names (F1, R1, W) are those of LAYOUT.md, "Ordering". Each comment "SYNC X" has its partner of the same name. */
 #include "ring.h"
 
-
 /* ---- telling the peer ---- */
 
 void sh_notify_slot(sh_node *nd, uint32_t peer, uint32_t slot)

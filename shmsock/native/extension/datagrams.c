@@ -37,7 +37,8 @@ static int find_sink(Arrival *a)
 static int take_arrival(sh_taker *to, const sh_ep *ep, uint32_t at, uint32_t n)
 {
     uint32_t gen = ep->gen, head = ep->head;
-    int found = find_sink((Arrival *)to) && ep->theirs && ep->gen == gen && ep->head == head; /* Python may have run meanwhile */
+    /* Python may have run meanwhile, and closed the link, or the node, whose region is not mapped then. */
+    int found = find_sink((Arrival *)to) && sh_may_write(ep->nd) && ep->theirs && ep->gen == gen && ep->head == head;
 
     return found ? sh_take_bytes(to, ep, at, n) : -1;
 }
