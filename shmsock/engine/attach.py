@@ -111,6 +111,12 @@ def _free(now: list[Seen]) -> list[Seen]:
     return sorted((s for s in now if not s.claim), key=lambda s: (s.used, s.left if s.used else 0))
 
 
+def _freed_since(before: list[Seen], now: list[Seen]) -> bool:
+    """Did another free a section under our hands, as it buried the dead one that we were about to take from?
+    Then the next round takes it."""
+    return any(was.claim and not s.claim for was, s in zip(before, now, strict=True))
+
+
 class _Patience:
     """Notes how long each section has been as it is, left by its owner, while somebody says that it reads
     there. What a peer says delays others, and does not stop them for good."""
@@ -179,9 +185,10 @@ def claim_section(
             claim = yield from _take(layout, locks, boot_id, seen, rng, None if late else alive)
             if claim:
                 return claim
-        if not held:
+        freed = patience.waited < PATIENCE_S and _freed_since(now, survey(layout, locks, boot_id))
+        if not held and not freed:
             break
-        if patience.waited == 2 * STILL_S:
+        if held and patience.waited == 2 * STILL_S:
             waits(held)
     # A process that came meanwhile (and may have been quicker just now) was not seen to beat yet; and until
     # it has published its identity, the name is that of the former owner.

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from shmsock.engine import attach
 from shmsock.engine import layout as lay
 from shmsock.engine.attach import (
     PATIENCE_S,
@@ -221,6 +222,24 @@ def test_all_alive(world: World) -> None:
     crowd(world, 4)
     with pytest.raises(RegionError, match="all their owners are alive"):
         world.attach("e")
+
+
+def test_who_is_buried_by_another_in_that_moment_leaves_a_section(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dead owner's claim is freed between the look and the swap: the section is to be had all the same."""
+    nodes = crowd(world, 4)
+    world.kill(nodes[2])
+    take, buried = attach._take, []
+
+    def buried_first(layout: Any, locks: Any, boot_id: bytes, seen: Seen, *rest: Any) -> Any:
+        if not buried:
+            buried.append(layout.swap_claim(seen.section, seen.claim, 0))
+        return take(layout, locks, boot_id, seen, *rest)
+
+    monkeypatch.setattr(attach, "_take", buried_first)
+    assert world.attach("e").section == nodes[2].section
+    assert buried == [True]
 
 
 @pytest.mark.parametrize("how_far", ["attached", "has claimed it", "is claiming it"])
