@@ -111,7 +111,7 @@ class _ShmLoop(_Base):
         number = port_number(address[1])
 
         async def find(node: Node) -> object:
-            return node.find(peer, number, ())
+            return node.find(peer, number, (), takes_turn=False)
 
         await on_current_node(None, region, None, find)  # refused here, where it is expected
         _meant.setdefault(self, weakref.WeakKeyDictionary())[sock] = address[:2]

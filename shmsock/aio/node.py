@@ -79,12 +79,12 @@ class Node:
 
     # -- names
 
-    def find(self, host: Any, port: int, tried: tuple[int, ...]) -> Peer:
-        """Find the peer to ask for (host, port); sections in `tried` were asked already. Raises
-        socket.gaierror (nobody has that name), ConnectionRefusedError (nobody listens there),
-        NodeClosedError."""
+    def find(self, host: Any, port: int, tried: tuple[int, ...], *, takes_turn: bool = True) -> Peer:
+        """Find the peer to ask for (host, port); sections in `tried` were asked already. `takes_turn`: see
+        Listeners.find(). Raises socket.gaierror (nobody has that name), ConnectionRefusedError (nobody
+        listens there), NodeClosedError."""
         self.check()
-        return self.engine.listeners.find(host, port, exclude=tried)
+        return self.engine.listeners.find(host, port, exclude=tried, takes_turn=takes_turn)
 
     def peer_name(self, host: str) -> str:
         """Return the canonical spelling of a peer's name. Raises socket.gaierror for what cannot be a

@@ -90,7 +90,8 @@ class Listeners:
         self._ephemeral = self._unused()
         #: The peer that was found for (host, port, datagram), its incarnation, and the entry of the port.
         self._found: dict[Any, tuple[Peer, int, int]] = {}
-        self._turn = 0
+        #: The section that was asked last for (name, port), where several have it.
+        self._asked: dict[tuple[str | None, int], int] = {}
 
     def __iter__(self) -> Iterator[Listener]:
         return (listener for group in list(self.mine.values()) for listener in group)
@@ -217,13 +218,18 @@ class Listeners:
 
     def accepting(self, port: int, peer: Peer) -> Listener | None:
         """Choose the listener that answers a CONNECT to `port` from that peer; several (reuse_port) take
-        turns."""
+        turns, but those whose backlog is full."""
         group = self.serving(port, peer)
-        return group[0] if len(group) == 1 else self.in_turn(group) if group else None
+        return self.in_turn([x for x in group if not x.full] or group) if group else None
 
     def in_turn(self, group: list[Listener]) -> Listener:
-        self._turn += 1
-        return group[self._turn % len(group)]
+        """Choose of several listeners of one port the one whose turn was longest ago."""
+        listener = group[0]
+        if len(group) > 1:
+            mine = self.mine[_key(listener.port, bool(listener.flags & DATAGRAM))]
+            mine.remove(listener)
+            mine.append(listener)
+        return listener
 
     def elsewhere(
         self, name: str | None, port: int, *, exclude: tuple[int, ...] = (), datagram: bool = False
@@ -242,9 +248,18 @@ class Listeners:
             found.sort(key=lambda p: min(p.samples, 3))
         return found, bool(named)
 
-    def find(self, host: Any, port: int, *, exclude: tuple[int, ...] = (), datagram: bool = False) -> Peer:
+    def find(
+        self,
+        host: Any,
+        port: int,
+        *,
+        exclude: tuple[int, ...] = (),
+        datagram: bool = False,
+        takes_turn: bool = True,
+    ) -> Peer:
         """Find the peer to ask for (host, port): a section's owner, a peer of that name, or (None, localhost)
-        one of this machine. Raises socket.gaierror, ConnectionRefusedError."""
+        one of this machine. Several that have the port (reuse_port) take turns, unless it is for datagrams
+        or nobody is going to be asked now (`takes_turn`). Raises socket.gaierror, ConnectionRefusedError."""
         if isinstance(host, int) and not isinstance(host, bool):
             now_ns = self.home.now()
             self.peers.refresh_all(now_ns)
@@ -270,8 +285,26 @@ class Listeners:
             if len(self._found) == REMEMBERED:
                 self._found.clear()
             self._found[key] = peer, peer.incarnation, entry
-        best = [p for p in found if p.samples <= peer.samples]
-        return self.home.rng.choice(best) if len(best) > 1 else peer
+        if all(self.entry(p, port, datagram) & REUSE for p in found):
+            # A beat that is not due yet says nothing against those who share a port.
+            now_ns = self.home.now()
+            best = [p for p in found if not self.peers.stale(p, now_ns)] or [peer]
+        else:  # one that is dead and not known to be, and its successor
+            best = [p for p in found if p.samples <= peer.samples]
+        if len(best) == 1:
+            return best[0]
+        return self.home.rng.choice(best) if datagram or not takes_turn else self._next((name, port), best)
+
+    def _next(self, key: tuple[str | None, int], peers: list[Peer]) -> Peer:
+        """Choose the one behind the last that was asked, in the order of sections; the first time any, or
+        all clients would begin with the same."""
+        last = self._asked.get(key)
+        behind = [p for p in peers if last is not None and p.section > last]
+        found = self.home.rng.choice(peers) if last is None else min(behind or peers, key=lambda p: p.section)
+        if len(self._asked) == REMEMBERED and last is None:
+            self._asked.clear()
+        self._asked[key] = found.section
+        return found
 
     def _not_found(self, host: Any, name: str | None, port: int, known: bool, datagram: bool) -> OSError:
         peers = self.peers

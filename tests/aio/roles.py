@@ -52,6 +52,19 @@ async def serve(region: str, name: str, port: int = 7000) -> None:
         server.close()
 
 
+async def sign(region: str, name: str, port: int = 7000) -> None:
+    """Shares the port, and tells everyone who connects its process id."""
+
+    def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"%d\n" % os.getpid())
+        writer.close()
+
+    async with shmsock.attach(region, name=name) as node:
+        await shmsock.start_server(handler, None, port, node=node, reuse_port=True)
+        say("ready")
+        await hear()
+
+
 async def honest(region: str, name: str, still: bool) -> None:
     """Echoes streams at 7000 and datagrams at 8000, sends without end to who connects to 7001, and reads to
     the end what comes to 7002. Says at the end how often it muted somebody."""

@@ -227,7 +227,7 @@ def test_all_alive(world: World) -> None:
 def test_who_is_buried_by_another_in_that_moment_leaves_a_section(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The dead owner's claim is freed between the look and the swap: the section is to be had all the same."""
+    """The claim of the dead is freed between the look and the swap: the section is to be had all the same."""
     nodes = crowd(world, 4)
     world.kill(nodes[2])
     take, buried = attach._take, []

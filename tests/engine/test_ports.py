@@ -69,6 +69,39 @@ def test_reuse_port(world: World) -> None:
     assert (first.pending, second.pending) == (2, 2)
 
 
+def test_those_who_share_a_port_take_turns(world: World) -> None:
+    names = ["host", "host", "host", "client"]
+    *servers, client = (world.attach(name) for name in names)
+    world.quiet()
+    for server in servers:
+        for port in (80, 81):
+            server.listen(port, reuse_port=True)
+            world.drain()
+
+    def find(port: int, *exclude: int) -> int:
+        return client.call(client.engine.listeners.find, "host", port, exclude=exclude).section
+
+    turns = [(find(80), find(81)) for _ in range(6)]  # of each port apart
+    for port in (0, 1):
+        asked = [turn[port] for turn in turns]
+        assert asked[:3] == asked[3:]
+        assert set(asked) == {s.section for s in servers}
+    first = find(80)
+    assert find(80, first) == turns[1][0]  # one that refused is passed over, and its turn comes again
+    assert {find(80) for _ in range(3)} == {s.section for s in servers}
+    client.call(client.engine.listeners.find, "host", 81, takes_turn=False)
+    assert find(81) == turns[0][1]
+
+
+def test_of_listeners_that_share_a_port_a_full_one_is_passed_over(world: World) -> None:
+    a, b = world.pair()
+    first, second = (b.listen(80, reuse_port=True, backlog=n) for n in (1, 9))
+    conns = [a.connect(b, 80) for _ in range(6)]
+    world.quiet()
+    assert (first.pending, second.pending) == (1, 5)
+    assert {conn.state for conn in conns} == {State.OPEN}
+
+
 def test_reuse_needs_both(world: World) -> None:
     a = world.attach("host")
     b = world.attach("host")
