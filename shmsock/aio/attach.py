@@ -138,6 +138,7 @@ async def _make(
     memory = None
     claim = layout = None
     try:
+        opened.share()
         memory = Memory(native_core(), opened.mmap, write_combining=opened.write_combining)
         try:
             if blank := _blank(opened, memory):
@@ -170,6 +171,7 @@ async def _make(
                 path=opened.path,
                 url=opened.url,
                 only=section,
+                device=opened.kind != "file",
                 waits=lambda held: log.warning(
                     "%s: all sections are taken, or still read: waiting until what was left in %s is read "
                     "(%d s at most; `shmsock create --peers` makes more)",

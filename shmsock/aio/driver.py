@@ -6,12 +6,12 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import errno
+import functools
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Protocol
 
 from shmsock.aio.doorbells import DoorbellListener
@@ -51,10 +51,11 @@ class Handler(Protocol):
     def freed(self) -> None: ...
 
 
+@functools.cache
 def slowness(call: Callable[[], int]) -> int:
     """Measure how many times slower than usual this machine runs code like ours, 1 to 10: an emulated guest
     needs longer windows, or no answer ever comes within them. It times calls that take about 0.1 us
-    elsewhere, and takes the best of several tries."""
+    elsewhere, and takes the best of several tries. Once in a process for each `call`."""
     best = 1 << 62
     for _ in range(5):
         begin = time.perf_counter_ns()
@@ -118,11 +119,11 @@ class Driver:
         context = contextvars.Context()
         self.pump: Any = Pump(self, engine, heartbeat, loop, context, self._ident, ready_queue(loop))
         if extension is not None:
-            engine.datagrams.gate = partial(FastPath, self.pump)
-            engine.datagrams.inbox = partial(extension.DatagramIn, self.pump)
+            engine.datagrams.gate = functools.partial(FastPath, self.pump)
+            engine.datagrams.inbox = functools.partial(extension.DatagramIn, self.pump)
         self._tune(slow)
         context.run(loop.add_reader, heartbeat.fd, self.pump._wake)
-        listen = partial(context.run, loop.add_reader)
+        listen = functools.partial(context.run, loop.add_reader)
         self.doorbells = DoorbellListener(engine, doorbell, listen, loop.remove_reader, self.pump.woken, node)
         self.pump.listens = doorbell is not None
         engine.home.stir = self.pump.stir

@@ -1,9 +1,9 @@
 """Claiming a section, giving it back, and taking back what the dead left.
 
-Claiming waits: 20 ms to see that the claim stands; where no section is free, 500 ms to see whose beat does
-not move, and then until the bytes that a section's last owner left are read. As the engine knows no clock, it
-is a generator that yields seconds to wait and returns the Claim. But for the claim word, nothing in a section
-is written by two processes.
+Claiming may wait: 20 ms to see that the claim stands, where somebody of another kernel could take it as well;
+where no section is free, 500 ms to see whose beat does not move, and then until the bytes that a section's
+last owner left are read. As the engine knows no clock, it is a generator that yields seconds to wait and
+returns the Claim. But for the claim word, nothing in a section is written by two processes.
 
 What was seen before a claim proves nothing: another may have lived in the section and left in between. So
 whether anybody still reads there is found out behind the compare-and-swap, when no owner can come any more,
@@ -35,6 +35,8 @@ class Locks(Protocol):
 
     identity: tuple[int, int]
 
+    @property
+    def can_lock(self) -> bool: ...
     def lock_section(self, index: int) -> bool: ...
     def unlock_section(self, index: int) -> None: ...
     def section_locked(self, index: int) -> bool: ...
@@ -143,10 +145,12 @@ def claim_section(
     path: str | None = None,
     url: str = "",
     only: int | None = None,
+    device: bool = True,
     waits: Callable[[list[str]], None] = lambda sections: None,
 ) -> Generator[float, None, Claim]:
     """Claim a section: never used ones first, then those left cleanly (oldest first), then those of the
-    proven dead; `only`: that one, or none.
+    proven dead; `only`: that one, or none. `device`: the region is the memory of a device, for this process
+    or, most likely, for others.
 
     Yields seconds to wait. `waits` is told once when all that can be had are still read by others: of such a
     section no byte is lost that is read within PATIENCE_S. Raises RegionError (ENOSPC) that names the silent
@@ -160,7 +164,7 @@ def claim_section(
     anyone = {s.section for s in now if s.claim}  # which of them are dead is not known yet
     for seen in wanted(_free(now)):
         if not seen.used or not _is_read(layout, seen.section, anyone):
-            claim = yield from _take(layout, locks, boot_id, seen, rng, anyone)
+            claim = yield from _take(layout, locks, boot_id, seen, rng, anyone, device)
             if claim:
                 return claim
     # Only now is it worth watching the beats, and every answer below rests on that.
@@ -182,7 +186,7 @@ def claim_section(
             if not late and _is_read(layout, seen.section, readers):
                 held.append(f"{seen.section} ({seen.who.name if seen.who else 'no name'})")
                 continue
-            claim = yield from _take(layout, locks, boot_id, seen, rng, None if late else alive)
+            claim = yield from _take(layout, locks, boot_id, seen, rng, None if late else alive, device)
             if claim:
                 return claim
         freed = patience.waited < PATIENCE_S and _freed_since(now, survey(layout, locks, boot_id))
@@ -223,11 +227,13 @@ def name_taken(
     Yields seconds to wait, only if there is one: if its beat is still it is that machine before its reboot.
     Returns the identity of the other, or None.
     """
-    others = [
-        s for s in survey(layout, locks, boot_id) if s.claim and not s.dead and s.who and s.who.name == name
-    ]
-    others = [s for s in others if s.who and s.who.boot_id != boot_id]
-    if others:
+    who = [layout.identity(i) if layout.claim(i) else None for i in range(layout.peers)]
+    if any(w.name == name and w.boot_id != boot_id for w in who if w):
+        others = [
+            s
+            for s in survey(layout, locks, boot_id)
+            if s.claim and not s.dead and s.who and s.who.name == name and s.who.boot_id != boot_id
+        ]
         yield STILL_S
         alive = _alive(layout, others)
         return next((s.who for s in others if s.section in alive), None)
@@ -259,6 +265,7 @@ def _take(
     seen: Seen,
     rng: random.Random,
     alive: set[int] | None,
+    device: bool,
 ) -> Generator[float, None, Claim | None]:
     """Claim that section, unless somebody was quicker or it is still read (not asked if `alive` is None)."""
     if not locks.lock_section(seen.section):
@@ -267,16 +274,38 @@ def _take(
     taken = False
     try:
         if layout.swap_claim(seen.section, seen.claim, word):
-            yield SETTLE_S  # on some mappings a compare-and-swap is not one: see that ours stands
+            now = survey(layout, locks, boot_id)
+            if device or not _of_one_kernel(now, seen.section, locks, boot_id):
+                yield SETTLE_S
+                now = survey(layout, locks, boot_id)
             taken = layout.claim(seen.section) == word
             if taken and alive is not None:  # from here on no other owner can come, so the answer stays true
-                readers = _readers(survey(layout, locks, boot_id), alive)
-                taken = not _is_read(layout, seen.section, readers)
+                taken = not _is_read(layout, seen.section, _readers(now, alive))
     finally:
         if not taken:  # also when the caller gave up, and closed this generator
             layout.swap_claim(seen.section, word, seen.claim)
             locks.unlock_section(seen.section)
     return Claim(seen.section, word) if taken else None
+
+
+def _of_one_kernel(now: list[Seen], own: int, locks: Locks, boot_id: bytes) -> bool:
+    """Is everybody who has a section, or had it last, under this kernel, and known by its lock? (`own` is
+    claimed, and its lock ours.)
+
+    In a guest with one emulated CPU, a compare-and-swap of a device's memory is a load and then a store: it
+    may overwrite a claim that came in between, so whoever meets such guests waits and looks whether its own
+    stands. Under one kernel there is nothing to see: the section's lock lets nobody else try. Should the
+    first guest that the region ever sees overwrite a claim in this very moment, then nobody is harmed: it
+    waits those 20 ms before it stores anything more, and a node looks at its claim word at each of its calls
+    and beats, and stores nothing once that is another's.
+    """
+
+    def is_here(seen: Seen) -> bool:
+        if seen.claim and seen.section != own and (seen.who is None or seen.who.claim != seen.claim):
+            return locks.section_locked(seen.section)  # somebody who is claiming it: the identity is not its
+        return not seen.used or (seen.who is not None and seen.who.lock_tells(boot_id, locks.identity))
+
+    return locks.can_lock and all(map(is_here, now))
 
 
 def reap(

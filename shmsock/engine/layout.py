@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -69,6 +70,7 @@ FLAG_LOCKED: int = lib.SH_FLAG_LOCKED
 FLAG_FUTEX: int = lib.SH_FLAG_FUTEX
 FIN = 1 << lib.SH_FIN_BIT
 DONE = 1 << lib.SH_DONE_BIT
+_NAME = re.compile(rb"[a-z0-9._-]{1,63}")
 
 
 @dataclass(frozen=True)
@@ -193,29 +195,30 @@ class Layout:
         """Return who owns the section; None when nobody does, or when what it says is no identity (half
         written, hostile)."""
         memory, at = self.memory, self.section(index)
-        life = memory.load(at + INCARNATION)
-        raw = memory.read(at + NAME, 64)
-        name, _, rest = raw.partition(b"\0")
-        found = Identity(
-            name=name.decode("ascii", "replace"),
-            boot_id=memory.read(at + BOOT, 16),
-            machine_id=memory.read(at + MACHINE, 16),
-            pid=memory.load(at + PID),
-            flags=memory.load(at + FLAGS),
-            file=(memory.load(at + DEV), memory.load(at + INO)),
-            claim=memory.load(at + OWNER),
+        if not (life := memory.load(at + INCARNATION)):
+            return None
+        raw = memory.read(at + FLAGS, LISTENER - FLAGS)  # at once, as a newcomer reads all there are
+        if memory.load(at + INCARNATION) != life:
+            return None
+
+        def field(offset: int, size: int = 8) -> bytes:
+            return raw[offset - FLAGS : offset - FLAGS + size]
+
+        def word(offset: int) -> int:
+            return int.from_bytes(field(offset), "little")
+
+        name, _, rest = field(NAME, 64).partition(b"\0")
+        if not _NAME.fullmatch(name) or rest.strip(b"\0"):
+            return None
+        return Identity(
+            name=name.decode("ascii"),
+            boot_id=field(BOOT, 16),
+            machine_id=field(MACHINE, 16),
+            pid=word(PID),
+            flags=word(FLAGS),
+            file=(word(DEV), word(INO)),
+            claim=word(OWNER),
         )
-        if (
-            not life
-            or memory.load(at + INCARNATION) != life
-            or not name
-            or len(name) > 63
-            or rest.strip(b"\0")
-        ):
-            return None
-        if not all(c in b"abcdefghijklmnopqrstuvwxyz0123456789._-" for c in name):
-            return None
-        return found
 
     def write_identity(self, index: int, who: Identity, incarnation: int) -> None:
         memory, at = self.memory, self.section(index)

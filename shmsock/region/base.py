@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
+import threading
 import warnings
 from mmap import ACCESS_READ, ACCESS_WRITE, PAGESIZE
 from mmap import mmap as Mapping
@@ -26,6 +28,26 @@ _R = TypeVar("_R", bound="Region")
 
 MINIMUM = PAGESIZE
 """Bytes. Nothing smaller is taken for a region; the engine asks for more."""
+
+
+class _Shared:
+    """A mapping that several regions of this process use."""
+
+    def __init__(self, key: tuple[object, ...], mapping: Mapping) -> None:
+        self.key, self.mapping, self.users = key, mapping, 1
+
+
+_shared: dict[tuple[object, ...], _Shared] = {}
+_sharing = threading.RLock()  # the collector may close a region in the middle of another's share()
+
+
+def _after_fork() -> None:
+    global _sharing
+    _sharing = threading.RLock()
+    _shared.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class Description(NamedTuple):
@@ -84,6 +106,7 @@ class Region:
         self._locked: set[int] = set()
         self._pid = os.getpid()
         self._mmap: Mapping | None = mapping
+        self._shared: _Shared | None = None
         self._fd = fd  # last: from here on it is ours to close
 
     def __repr__(self) -> str:
@@ -98,6 +121,38 @@ class Region:
         if self._mmap is None:
             raise self._gone()
         return self._mmap
+
+    def share(self) -> None:
+        """Use one mapping together with all regions of this process that are the same memory and called this
+        as well. Nobody may have a buffer of the mapping yet."""
+        key = self.url, self.identity, self.size, self.writable, self.write_combining
+        with _sharing:
+            found = _shared.get(key)
+            if found is None or not found.users:
+                self._shared = _shared[key] = _Shared(key, self.mmap)
+                return
+            found.users += 1
+            own, self._mmap, self._shared = self.mmap, found.mapping, found
+        own.close()
+
+    def _unmap(self) -> None:
+        """Close the mapping, unless others share it. Raises BufferError."""
+        if self._mmap is None:
+            return
+        with _sharing:
+            if self._shared is None or self._shared.users == 1:
+                self._mmap.close()
+            if self._shared is not None:
+                self._mmap = None
+                self._unshare()
+
+    def _unshare(self) -> None:
+        with _sharing:
+            shared, self._shared = self._shared, None
+            if shared is not None:
+                shared.users -= 1
+                if not shared.users and _shared.get(shared.key) is shared:
+                    del _shared[shared.key]
 
     @property
     def closed(self) -> bool:
@@ -179,14 +234,13 @@ class Region:
         if os.getpid() != self._pid:
             self.drop_inherited()
             return
-        if self._mmap is not None:
-            try:
-                self._mmap.close()
-            except BufferError:
-                raise BufferError(
-                    f"{self.url} is still in use: release the memoryviews and buffers of its mapping, then "
-                    "close it again"
-                ) from None
+        try:
+            self._unmap()
+        except BufferError:
+            raise BufferError(
+                f"{self.url} is still in use: release the memoryviews and buffers of its mapping, then "
+                "close it again"
+            ) from None
         # Explicitly, since a forked child may still have a copy of the descriptor.
         for index in self._locked:
             locks.unlock(self._fd, index)
@@ -199,16 +253,13 @@ class Region:
         """
         if self._fd < 0:
             return
-        mapping, self._mmap = self._mmap, None
         self._close_fd()  # never unlock here: the lock is the parent's as well
-        if mapping is not None:
-            try:
-                mapping.close()
-            except BufferError:
-                pass
+        with contextlib.suppress(BufferError):
+            self._unmap()
+        self._mmap = None
 
     def detach(self) -> Mapping:
-        """Close everything but the mapping, and hand that to the caller."""
+        """Close everything but the mapping, which is not shared, and hand that to the caller."""
         self._open_fd()
         mapping, self._mmap = self.mmap, None
         self.close()
@@ -252,6 +303,7 @@ class Region:
                 warnings.warn(f"unclosed region {self.url}", ResourceWarning, source=self, stacklevel=2)
         finally:
             self._close_fd()
+            self._unshare()
 
     # -- for people
 

@@ -20,6 +20,7 @@ from shmsock.aio import attach
 from shmsock.errors import RegionFormatError
 from tests.aio.conftest import Run, open_files, shmsock_files
 from tests.aio.processes import PATIENCE
+from tests.aio.roles import echo
 from tests.anyio_face.conftest import run_on
 from tests.region.fake_ivshmem import FakeServer
 
@@ -219,3 +220,26 @@ def test_a_descriptor_asked_for_by_another_thread(run: Run, region: str, kind: s
         writer.close()
 
     run(main())
+
+
+def test_loops_of_a_process_share_the_mapping(region: str) -> None:
+    together, seen = threading.Barrier(THREADS), list[int]()
+
+    async def main(number: int) -> None:
+        async with shmsock.attach(region, name=f"n{number}") as node:
+            await asyncio.to_thread(together.wait, PATIENCE)
+            seen.append(Path("/proc/self/maps").read_text().count(region))
+            await asyncio.to_thread(together.wait, PATIENCE)
+            reader, writer = await shmsock.open_connection(node.name, await _listen(node), node=node)
+            writer.write(b"x")
+            assert await reader.read(1) == b"x"
+
+    in_threads(lambda number: asyncio.run(main(number)))
+    assert seen == [1] * THREADS
+    assert region not in Path("/proc/self/maps").read_text()
+
+
+async def _listen(node: shmsock.Node) -> int:
+    server = await shmsock.start_server(echo, None, 0, node=node)
+    port: int = server.sockets[0].getsockname()[1]
+    return port

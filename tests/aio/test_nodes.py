@@ -382,6 +382,7 @@ def test_fork_then_use(run: Run, world: World) -> None:
     async def main() -> None:
         async with world.pair() as (c, s):
             c.writer.write(b"before")
+            server = await shmsock.start_server(echo, None, 7001, node=s.node)
             pid = os.fork()
             if not pid:
                 code = 1
@@ -396,7 +397,6 @@ def test_fork_then_use(run: Run, world: World) -> None:
             loop = asyncio.get_running_loop()
             ended = asyncio.Event()
             loop.add_reader(fd, ended.set)
-            server = await shmsock.start_server(echo, None, 7001, node=s.node)
             await ended.wait()
             loop.remove_reader(fd)
             os.close(fd)

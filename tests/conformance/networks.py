@@ -142,7 +142,6 @@ def fixture_for(networks: list[Any]) -> Any:
             yield network
         else:
             path = make_region(size=32 << 20, peers=4)  # small ones are made quickly
-            monkeypatch.setattr("shmsock.engine.attach.SETTLE_S", 0.0)  # what a file does not need
             monkeypatch.setenv("SHMSOCK_REGION", path)
             monkeypatch.setenv("SHMSOCK_NAME", CLIENT)
             yield network

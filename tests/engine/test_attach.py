@@ -610,6 +610,71 @@ def test_two_claim_at_once_and_get_one_each() -> None:
     assert sorted(got) == [0, 1]
 
 
+def test_a_claim_that_another_kernel_overwrites_is_given_up(world: World) -> None:
+    """In a guest with one emulated CPU a compare-and-swap is a load and then a store."""
+    node, steps = claiming(world, "a")
+    assert node.call(next, steps) == attach.SETTLE_S
+    at = world.layout.section(0) + lay.CLAIM
+    world.drain()
+    world.layout.memory.store(at, 4711)  # it had loaded 0
+    world.drain()
+    assert to_the_end(world, node, steps).section == 1
+    assert world.layout.claim(0) == 4711
+
+
+def leave_one(world: World, **how: Any) -> None:
+    node = world.attach("last", **how)
+    world.quiet()
+    world.leave(node)
+
+
+@pytest.mark.parametrize(
+    ("before", "waits"),
+    [
+        ("nobody", False),
+        ("one of this kernel", False),
+        ("one of this kernel that left", False),
+        ("one of this kernel that was killed", False),
+        ("one of another kernel", True),
+        ("one of another kernel that left", True),
+        ("one without a lock", True),
+        ("one that claims, under this kernel", False),
+        ("one that claims, under another kernel", True),
+        ("a device", True),
+        ("no locks", True),
+        ("an identity that makes no sense", True),
+    ],
+)
+def test_a_claim_settles_only_where_somebody_of_another_kernel_could_come(before: str, waits: bool) -> None:
+    world = World(peers=4)
+    kernel = OTHER if "another kernel" in before else KERNEL
+    if "claims" in before:
+        leave_one(world)  # the identity there is a former owner's
+        other = world.process("other", kernel=kernel)
+        who = other.who
+        claim = claim_section(world.layout, other.locks, kernel, who.machine_id, world.rng, only=0)
+        other.call(next, claim)
+        world.drain()
+    elif before.startswith("one"):
+        one = world.attach("one", kernel=kernel, locked="without" not in before)
+        world.quiet()
+        if "left" in before:
+            world.leave(one)
+        elif "killed" in before:
+            world.kill(one)
+    elif "identity" in before:
+        leave_one(world)
+        world.layout.memory.write(world.layout.section(0) + lay.NAME, b"N" * 64)
+    node, steps = claiming(world, "me", device=before == "a device")
+    node.locks.can_lock = before != "no locks"
+    if waits:
+        assert node.call(next, steps) == attach.SETTLE_S
+        to_the_end(world, node, steps)
+    else:
+        with pytest.raises(StopIteration):
+            node.call(next, steps)
+
+
 # -- reap
 
 

@@ -71,6 +71,7 @@ class FakeLocks:
     """Section locks of one process, in the table of its kernel."""
 
     identity = FILE
+    can_lock = True
 
     def __init__(self, table: dict[int, FakeLocks]) -> None:
         self.table = table

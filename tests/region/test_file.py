@@ -99,6 +99,75 @@ def test_close_with_a_buffer_in_use(path: str) -> None:
     region.close()
 
 
+def mappings(path: str) -> int:
+    return Path("/proc/self/maps").read_text().count(path)
+
+
+def test_regions_share_a_mapping(path: str) -> None:
+    one, two, apart = open_file(path), open_file(path), open_file(path)
+    one.share()
+    two.share()
+    assert two.mmap is one.mmap is not apart.mmap
+    assert mappings(path) == 2
+    one.lock_section(1)
+    assert two.section_locked(1)
+    view = memoryview(two.mmap)
+    one.close()
+    view[0] = 7
+    assert apart.mmap[0] == 7
+    with pytest.raises(BufferError, match="release"):
+        two.close()
+    three = open_file(path)
+    three.share()
+    assert three.mmap is two.mmap
+    two.close()
+    view.release()
+    three.close()
+    assert mappings(path) == 1
+    with open_file(path) as again:  # not the one that is closed
+        again.share()
+        assert again.mmap[0] == 7
+    apart.close()
+    assert mappings(path) == 0
+
+
+def test_only_the_same_memory_is_shared(path: str) -> None:
+    with open_file(path) as one, open_file(path, writable=False) as other:
+        one.share()
+        other.share()
+        assert one.mmap is not other.mmap
+        os.unlink(path)
+        Path(path).write_bytes(bytes(MIB))
+        with open_file(path) as new:
+            new.share()
+            assert new.mmap is not one.mmap
+
+
+def test_a_forked_child_shares_with_nobody_before(path: str, forked: AsUser) -> None:
+    with open_file(path) as one, open_file(path) as two:
+        one.share()
+        two.share()
+
+        def child() -> tuple[bool, int]:
+            one.drop_inherited()
+            with open_file(path) as own:
+                own.share()
+                own.mmap[0] = 3
+                two.drop_inherited()
+                return own.mmap[0] == 3, mappings(path)
+
+        assert forked(child) == (True, 1)
+        assert (one.mmap[0], two.mmap[0]) == (3, 3)
+
+
+def test_a_forgotten_region_shares_no_more(path: str) -> None:
+    region = open_file(path)
+    region.share()
+    with pytest.warns(ResourceWarning, match="unclosed region"):
+        del region
+    assert mappings(path) == 0
+
+
 def test_forgotten_region_warns_and_frees(path: str) -> None:
     region = open_file(path)
     region.lock_section(1)
