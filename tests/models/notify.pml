@@ -1,9 +1,13 @@
-/* notify.pml - telling a reader that its slot has news (ring.c, link.c; LAYOUT.md, rules F1, R1 and NOTIFY).
+/* notify.pml - telling a reader that its slot has news (ring.c, link.c; LAYOUT.md, rules F1, R1, NOTIFY and LOG).
  *
- * A producer publishes N times, each time in one of two slots, whose bits share one word of toggles and one of
- * acknowledgements. The other side is a loop: pump, then the tasks that read. A reader that finds nothing may spin, with
- * its toggle left unacknowledged, and suspends by sh_arm; one that found something may read on, do something else and
- * come back when it likes, or wait for the pump to call it, as a protocol does: then sh_rearm_touched arms for it.
+ * A producer acts N times: it publishes in one of two slots, whose bits share one word of toggles and one of
+ * acknowledgements, or sends a message. (That messages are received is attach.pml's matter; here such a notification is one
+ * with neither toggle nor fence, and with slot 0 in the log.) The log has LANES entries, that of a count in lane
+ * count % LANES: the pump looks at the toggles of those slots, or at all when it cannot know that the entries are whole.
+ *
+ * The other side is a loop: pump, then the tasks that read. A reader that finds nothing may spin, with its toggle left
+ * unacknowledged, and suspends by sh_arm; one that found something may read on, do something else and come back when it
+ * likes, or wait for the pump to call it, as a protocol does: then sh_rearm_touched arms for it.
  *
  * That a notify_seq which differs ends the loop's sleep is wake.pml's matter; bytes and FIN come with P in one word.
  *
@@ -16,6 +20,12 @@
  *   NO_R1_REARM     the same in sh_rearm_touched
  *   NOTIFY_FIRST    notify_seq before toggle
  *   TOGGLES_FIRST   the pump loads the toggles before notify_seq
+ *   LOG_LATE        notify_seq before the log's entry
+ *   NO_SECOND_LOAD  no load of notify_seq behind those of the log: an entry may be of a later count
+ *   ONE_TOO_MANY    as many entries are taken for whole as there are lanes
+ *   NO_SCAN         where the entries may not be whole, the pump looks at what they name, and not at all toggles
+ *   SECOND_IS_LAST  the pump has seen what its second load found (needs LANES=3; so does the next)
+ *   LOG_FIRST       the pump loads the log before notify_seq
  *   POLL_FIRST      the pump polls the slots before it acknowledges
  *   ALWAYS_TOGGLE   toggle what is pending already
  *   NO_ARM          suspend without acknowledging
@@ -26,6 +36,14 @@
 #ifndef N
 #define N 3
 #endif
+#ifndef LANES
+#define LANES 2
+#endif
+#ifdef ONE_TOO_MANY
+#define WHOLE LANES
+#else
+#define WHOLE (LANES - 1) /* so many entries: that of the next count may be stored already */
+#endif
 
 #define CPUS 2
 #define PRODUCER 0
@@ -35,7 +53,8 @@
 #define T 2
 #define A 3
 #define NOTIFY_SEQ 4
-#define WORDS 5
+#define LOG 5
+#define WORDS (LOG + LANES)
 #include "memory.h"
 
 #define BIT(slot) (1 << (slot))
@@ -43,11 +62,24 @@
 byte published[2];
 byte head[2]; /* what the readers took */
 
+inline notify(slot) {
+	seq++;
+#ifdef LOG_LATE
+	STORE(PRODUCER, NOTIFY_SEQ, seq);
+	STORE(PRODUCER, LOG + seq % LANES, slot)
+#else
+	STORE(PRODUCER, LOG + seq % LANES, slot); /* LOG */
+	STORE(PRODUCER, NOTIFY_SEQ, seq) /* NOTIFY */
+#endif
+}
+
 active proctype producer()
 {
 	byte sent, t, seq, acked, s;
 
 	do
+	:: sent < N -> /* a message */
+		atomic { sent++; notify(0) }
 	:: sent < N ->
 		atomic {
 			sent++;
@@ -72,13 +104,12 @@ active proctype producer()
 			:: true ->
 #endif
 				t = t ^ BIT(s);
-				seq++;
 #ifdef NOTIFY_FIRST
-				STORE(PRODUCER, NOTIFY_SEQ, seq);
+				notify(s);
 				STORE(PRODUCER, T, t)
 #else
 				STORE(PRODUCER, T, t);
-				STORE(PRODUCER, NOTIFY_SEQ, seq) /* NOTIFY */
+				notify(s)
 #endif
 			fi;
 			acked = 0;
@@ -117,23 +148,67 @@ inline poll(slot) {
 	}
 }
 
+inline load_log() {
+	do
+	:: atomic { i < LANES -> entry[i] = LOAD(LOG + i); i++ }
+	:: else -> break
+	od
+}
+
 /* sh_collect, when notify_seq differs */
 inline collect() {
 #ifdef TOGGLES_FIRST
 	news = LOAD(T);
 #endif
-	last = LOAD(NOTIFY_SEQ); /* NOTIFY */
+#ifdef LOG_FIRST
+	load_log();
+#endif
+	seen = LOAD(NOTIFY_SEQ); /* NOTIFY, LOG */
+#ifndef LOG_FIRST
+	load_log(); /* it does so only if seen is near enough */
+#endif
+#ifdef NO_SECOND_LOAD
+	again = seen;
+#else
+	again = LOAD(NOTIFY_SEQ); /* LOG */
+#endif
+	d_step {
+#ifdef NO_SCAN
+		i = (again - last > WHOLE -> again - LANES : last);
+#else
+		i = last;
+		look = (again - last > WHOLE -> 3 : 0);
+#endif
+		do
+		:: i < seen && look != 3 -> i++; look = look | BIT(entry[i % LANES])
+		:: else -> break
+		od;
+#ifdef SECOND_IS_LAST
+		last = again;
+#else
+		last = seen;
+#endif
+		seen = 0;
+		again = 0;
+		i = 0;
+		do
+		:: i < LANES -> entry[i] = 0; i++
+		:: else -> break
+		od;
+		i = 0
+	};
 #ifdef POLL_FIRST
-	news = (LOAD(T) ^ a) & ~touched;
+	news = (LOAD(T) ^ a) & look & ~touched;
 	if :: news & 1 -> poll(0) :: else fi;
 	if :: news & 2 -> poll(1) :: else fi;
-	atomic { a = a ^ news; STORE(LOOP, A, a) };
+	atomic { look = 0; a = a ^ news; STORE(LOOP, A, a) };
 #else
 	atomic {
 #ifndef TOGGLES_FIRST
 		news = LOAD(T);
 #endif
-		news = (news ^ a) & ~touched;
+		news = (news ^ a) & look & ~touched;
+		look = 0;
 		if
 		:: news ->
 			a = a ^ news;
@@ -175,6 +250,7 @@ inline touch(slot) {
 active proctype loop()
 {
 	byte last, a, news, s;
+	byte seen, again, entry[LANES], i, look; /* in collect() only */
 	byte tail[2];
 	byte ready, later, touched; /* sets of slots, as in struct sh_node */
 	byte waiting; /* suspended, or not to be called before the pump has something */

@@ -8,7 +8,8 @@
  * A newcomer that finds nothing unread takes the section by a compare-and-swap of the claim, which both begin when
  * it is 0; then it checks once more, and gives the section back when somebody reads there after all.
  *
- * Right: nobody steps the generations of slots while bytes, or a message about them, are unread.
+ * Right: nobody steps the generations of slots while bytes, or a message about them, are unread. (Which slots have one to
+ * step is used.pml's matter.)
  *
  * Flags, each takes one rule out:
  *   CHECK_FIRST    no check behind the compare-and-swap

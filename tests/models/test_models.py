@@ -24,6 +24,7 @@ RIGHT = [
     "wake DOORBELLS=1 FUTEXES=1",
     "wake FUTEXES=1 POLLED=1",
     "notify N=3",
+    "notify N=3 LANES=3",
     "space MORE=1",
     "space FIRST=1 NEED=8 MORE=8",
     "space FIRST=1 NEED=8 MORE=8 NO_QUARTER",
@@ -40,6 +41,7 @@ RIGHT = [
     "reuse",
     "reuse DROPS=0",
     "reuse DROPS=0 N=3",
+    "used",
 ]
 
 WRONG = [
@@ -68,6 +70,12 @@ WRONG = [
     "notify NO_R1_REARM",
     "notify NOTIFY_FIRST",
     "notify TOGGLES_FIRST",
+    "notify LOG_LATE",
+    "notify NO_SECOND_LOAD",
+    "notify ONE_TOO_MANY",
+    "notify NO_SCAN",
+    "notify LANES=3 SECOND_IS_LAST",
+    "notify LANES=3 LOG_FIRST",
     "notify POLL_FIRST",
     "notify ALWAYS_TOGGLE",
     "notify NO_ARM",
@@ -112,6 +120,10 @@ WRONG = [
     "reuse USERS_CLEARED",
     "reuse TAG_CLEARED",
     "reuse MAIL_LEFT",
+    "used USED_LATE",
+    "used USED_ANEW",
+    "used ARENA_FIRST",
+    "used STEP_NONE",
 ]
 
 
@@ -121,6 +133,8 @@ LARGE = {
     "wake FUTEXES=2 TIMERS=1",
     "wake FUTEXES=2 DEATHS=1",
     "wake FUTEXES=1 POLLED=1",
+    "notify N=3",
+    "notify N=3 LANES=3",
     "space MORE=1",
     "attach N=1",
     "attach D0=0",
