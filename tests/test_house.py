@@ -487,7 +487,7 @@ C_LOADERS = {
     "spin.c": {"has_to_wake", "sh_spin_on"},
     "ring.h": {"sh_writable", "sh_copy_ring"},
     "ring.c": {"sh_notify_slot", "sh_see_head", "follow", "sh_refresh", "sh_acknowledge", "sh_rearm_touched"},
-    "grow.c": {"sh_ep_grow"},
+    "grow.c": {"move"},
     "datagram.c": {"is_bound", "reads_on", "get"},
     "handshake.c": {"sh_message_recv", "sh_ep_open"},
     "heartbeat.c": {"beat", "load_kicks", "sh_heartbeat_start"},

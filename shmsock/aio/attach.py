@@ -29,6 +29,7 @@ from shmsock.engine.layout import Identity, Layout, format_region, has_magic, is
 from shmsock.engine.memory import Memory, native_core
 from shmsock.engine.peers import Peer
 from shmsock.engine.settings import Settings
+from shmsock.engine.slots import Storage
 from shmsock.errors import region_error
 from shmsock.region import storage
 from shmsock.region.base import Region
@@ -207,7 +208,7 @@ async def _make(
             identity,
             settings=us,
             rng=rng,
-            ensure=opened.ensure if opened.sparse else None,
+            storage=Storage(*opened.holes, opened.ensure) if opened.holes else None,
             watch=watch,
             locks=opened,
             doorbell=opened.doorbell if us.doorbells else None,

@@ -51,7 +51,6 @@ __all__ = [
     "EMPTY",
     "EOF",
     "FIN",
-    "GROW",
     "MOVED",
     "OPEN",
     "OPENING",
@@ -77,7 +76,6 @@ VIOLATION: int = lib.SH_VIOLATION
 STALE: int = lib.SH_STALE
 CLOSED: int = lib.SH_CLOSED
 UNBOUND: int = lib.SH_UNBOUND
-GROW: int = lib.SH_GROW
 # bits of a poll (enum sh_bits)
 DATA: int = lib.SH_POLL_DATA
 FIN: int = lib.SH_POLL_FIN
@@ -87,6 +85,8 @@ BAD: int = lib.SH_POLL_BAD
 SPACE: int = lib.SH_POLL_SPACE
 MOVED: int = lib.SH_POLL_MOVED
 COPY_MAX: int = lib.SH_COPY_MAX  # bytes of one read
+MIN_RING: int = lib.SH_MIN_RING
+MAX_FORMER: int = lib.SH_EPOCH_LEAD
 VIOLATIONS = 3
 ADOPTIONS_PER_S = 10
 IMPOSSIBLE = "an impossible position, epoch or flag in a slot"
@@ -134,12 +134,16 @@ class Connection(Held):
     """
 
     __slots__ = (
+        "accepted",
+        "ep",
         "error",
+        "gen",
         "handler",
         "home",
         "link",
         "local",
         "orphaned_ns",
+        "peer",
         "peer_slot",
         "remote",
         "slots",
@@ -147,22 +151,13 @@ class Connection(Held):
     )
 
     def __init__(
-        self,
-        home: Home,
-        slots: Slots[Connection],
-        link: Link,
-        slot: int,
-        ring: tuple[int, int],
-        accepted: bool,
-        may_grow: bool,
+        self, home: Home, slots: Slots[Connection], link: Link, slot: int, *, accepted: bool
     ) -> None:
-        """In OPENING. `slot`, `ring` (offset in the section, bytes) and `may_grow` are what Slots.alloc()
-        gave."""
+        """In OPENING. `slot` is what Slots.take() gave."""
         self.home, self.slots, self.link = home, slots, link
-        self.slot, self.ring, self.peer, self.accepted = slot, ring, link.section, accepted
-        self.outgrown = ()
+        self.slot, self.peer, self.accepted = slot, link.section, accepted
         self.ep = home.lib.sh_ep_at(home.nd, slot)
-        self.gen = home.lib.sh_ep_alloc(self.ep, *ring, accepted, may_grow)
+        self.gen = home.lib.sh_ep_gen(self.ep)
         self.state = OPENING
         self.handler: Any = None
         self.local: tuple[str, int] = ("", 0)
@@ -175,6 +170,21 @@ class Connection(Held):
     def __repr__(self) -> str:
         where = f"slot {self.slot} of generation {self.gen}"
         return f"<Connection {self.state.value} {self.local} - {self.remote} {where}>"
+
+    @property
+    def ring(self) -> tuple[int, int]:
+        """The ring that is written to, as (offset in the section, bytes)."""
+        return self._ring(0)
+
+    @property
+    def outgrown(self) -> tuple[tuple[int, int], ...]:
+        """The rings before this one, while the peer may read them."""
+        former = (self._ring(i + 1) for i in range(MAX_FORMER))
+        return tuple(ring for ring in former if ring[0])
+
+    def _ring(self, which: int) -> tuple[int, int]:
+        word = self.home.lib.sh_ep_ring(self.ep, which)
+        return word & -MIN_RING, 1 << (word & (MIN_RING - 1))
 
     # -- events, to be emitted
 
@@ -306,6 +316,7 @@ class Connection(Held):
         if self.handler is not None:
             self.handler.freed()  # `ep` may be another connection's after this
         home, link = self.home, self.link
+        self.slots.free(self)
         home.lib.sh_ep_release(self.ep, int(notify))
         home.stir()
         if self.peer_slot < 0:
@@ -313,19 +324,15 @@ class Connection(Held):
                 link.waiting.remove(self)
         elif link.connections.get(self.peer_slot) is self:
             del link.connections[self.peer_slot]
-        self.slots.give_back(self)
 
     # -- bytes
 
     def write(self, data: Any, size: int) -> int:
-        """Write up to `size` bytes of `data`, after growing the ring where that helps. Returns how many went
-        in, fewer when the ring is full (an event comes when there is space), or a status."""
+        """Write up to `size` bytes of `data`. Returns how many went in, fewer when the ring is full (an event
+        comes when there is space), or a status."""
         if self.state is not OPEN:
             return CLOSED
         taken: int = self.home.lib.sh_write(self.ep, data, size)
-        if taken == GROW:
-            self.slots.grow(self, size)
-            taken = self.home.lib.sh_write_some(self.ep, data, size)
         if taken == VIOLATION:
             self.violated("its head went where nothing was written")
         self.home.stir()

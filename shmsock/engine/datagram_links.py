@@ -111,7 +111,7 @@ class Outgoing:
         """Become the handler of `conn`. `gate`: makes what lets datagrams through. `room`: finds the size of
         region in which a link has a ring of so many bytes, for a message. `forget`: called when the link is
         over; returns the endpoints that have sent through it."""
-        self.home, self.conn, self.ep = home, conn, conn.ep
+        self.home, self.conn, self.ep, self.ring = home, conn, conn.ep, conn.ring[1]
         self._room, self._forget = room, forget
         self.gate = gate(conn, self)
         self.gate.can_write = False
@@ -127,7 +127,7 @@ class Outgoing:
     def send(self, item: Waiting) -> bool:
         """Send a datagram, or queue it; drop it if too much of its endpoint waits. False: not by this link or
         entry. Raises OSError (ENOBUFS) for one that this ring can never hold."""
-        need, ring = HEADER + len(item.data), self.conn.ring[1]
+        need, ring = HEADER + len(item.data), self.ring
         if need > ring:
             what = f"ring memory for a datagram of {len(item.data)} bytes to {self.conn.remote[0]!r}"
             raise no_buffers(f"{what}, whose link has {ring} bytes,", self._room(need))

@@ -30,7 +30,7 @@ from shmsock.engine.links import Links
 from shmsock.engine.listeners import LOCAL, Listener, Listeners
 from shmsock.engine.peers import Peer, Peers
 from shmsock.engine.settings import Settings
-from shmsock.engine.slots import Slots
+from shmsock.engine.slots import Slots, Storage
 from shmsock.engine.wakes import Wakes
 from shmsock.errors import NodeClosedError, node_closed, peer_gone
 from shmsock.native._core import lib
@@ -62,15 +62,15 @@ class Engine:
         *,
         settings: Settings | None = None,
         rng: random.Random | None = None,
-        ensure: Callable[[int, int], None] | None = None,
+        storage: Storage | None = None,
         watch: Callable[[Peer, bool], None] | None = None,
         locks: Locks | None = None,
         doorbell: Doorbell | None = None,
         futex: bool = False,
         now_ns: int = 0,
     ) -> None:
-        """Attach to the section of `claim`. `ensure`: see Slots. `watch`: see Links. `futex`: words of this
-        mapping can be waited for."""
+        """Attach to the section of `claim`. `storage`: of a file with holes. `watch`: see Links. `futex`:
+        words of this mapping can be waited for."""
         us = settings or Settings()
         self.home = home = Home(layout, claim.section, identity.name, us, rng or random.SystemRandom())
         self.claim, self.section, self.name, self.settings = claim, home.section, home.name, us
@@ -88,10 +88,10 @@ class Engine:
         self.once_a_second: Callable[[], object] = lambda: None
 
         self.peers = Peers(home, identity, locks)
-        self.slots: Slots[Connection] = Slots(home, ensure)
+        self.slots: Slots[Connection] = Slots(home, storage)
         self.connections = self.slots.connections
         self.wakes = Wakes(home, self.peers, doorbell, futex)
-        self.peers.changed = self.wakes.update
+        self.peers.changed = self._peer_changed
         self.listeners = Listeners(home, self.peers, self._ports_of_connections)
         self.links = Links(home, self.peers, self.slots, watch or (lambda peer, on: None), self._sample_soon)
         self.handshake = Handshake(home, self.peers, self.links, self.slots, self.listeners)
@@ -195,6 +195,11 @@ class Engine:
         self.datagrams.down(why)
         self.home.emit(self.down, why)
 
+    def _peer_changed(self, peer: Peer) -> None:
+        self.wakes.update(peer)
+        others = [p for p in self.peers.all if p.section != self.section and (p.live or p.coming)]
+        self.lib.sh_others(self.nd, len(others))
+
     # -- events, to be emitted
 
     def down(self, why: OSError) -> None:
@@ -261,7 +266,7 @@ class Engine:
         if safety:
             self._next_safety = now_ns + SAFETY_NS
             self._sample_at(self._next_sample)
-            self.slots.sweep()
+            self.lib.sh_sweep(self.nd)
             self.once_a_second()
             if self.peers.alone:
                 self._note_alone(now_ns)
@@ -376,7 +381,7 @@ class Engine:
             **base,
             **self.counts,
             "connections": len(self.connections),
-            "free_slots": len(self.slots.free),
-            "arena_free_bytes": self.slots.arena.free_bytes,
+            "free_slots": self.slots.free_slots,
+            "arena_free_bytes": self.slots.free_bytes,
             "peers": sum(p.live for p in self.peers.all),
         }

@@ -14,7 +14,7 @@ from shmsock.engine.home import Home
 from shmsock.engine.links import Links
 from shmsock.engine.listeners import Listeners
 from shmsock.engine.peers import Peer, Peers
-from shmsock.engine.slots import NO_MEMORY, NO_SLOT, Slots
+from shmsock.engine.slots import NO_MEMORY, NO_SLOT, NO_SLOTS, Slots
 from shmsock.errors import backlog_full, peer_full, violation
 from shmsock.native._core import lib
 
@@ -53,10 +53,10 @@ class Handshake:
         adopted = home.lib.sh_adopted(home.nd, section)
         if adopted != 1 or not self.peers.all[section].live:
             self._link_up(link, adopted, port, remote)
-        held = self.slots.alloc(section, accepted=False, datagrams=not port)
-        if isinstance(held, int):
-            raise self.slots.no_room(held)
-        conn = Connection(home, self.slots, link, *held)
+        slot = self.slots.take(section, accepted=False, datagrams=not port)
+        if slot < 0:
+            raise self.slots.no_room(slot)
+        conn = Connection(home, self.slots, link, slot, accepted=False)
         conn.local, conn.remote = local, (remote, port)
         link.waiting.append(conn)
         self._send_waiting(link)
@@ -147,14 +147,11 @@ class Handshake:
         elif listener is not None and listener.full:
             reason = BACKLOG
         else:
-            try:
-                held = self.slots.alloc(link.section, accepted=True, datagrams=not port)
-            except OSError:
-                held = NO_MEMORY
-            if isinstance(held, int):
-                reason = held
+            own = self.slots.take(link.section, accepted=True, datagrams=not port)
+            if own < 0:
+                reason = NO_SLOT if own == NO_SLOTS else NO_MEMORY
             else:
-                conn = Connection(home, self.slots, link, *held)
+                conn = Connection(home, self.slots, link, own, accepted=True)
                 bits = conn.open(slot, gen)
                 if bits < 0:
                     conn.release()

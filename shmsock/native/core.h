@@ -21,6 +21,8 @@ enum sh_limit {
     SH_LISTENERS = 448,  /* of a section */
     SH_MIN_RING = 4096,
     SH_MAX_RING = 1 << 30,
+    SH_EPOCH_LEAD = 7, /* how far a ring's epoch may be ahead of what its reader knows, modulo 16: so many rings may be outgrown */
+    SH_STORAGE = 64 << 10, /* how much is put behind a section with holes at a time */
     SH_RECORD_HEADER = 8,
     SH_DATAGRAM_MAX = 65507, /* as UDP over IPv4 */
     SH_COPY_MAX = 1 << 20 /* bytes copied in one piece: between two, the core checks that the section is still this node's */
@@ -46,6 +48,7 @@ enum sh_word_bit { SH_FIN_BIT = 32, SH_RST_BIT, SH_DONE_BIT, SH_WANT_BIT, SH_EPO
 typedef struct sh_node sh_node;
 typedef struct sh_ep sh_ep;
 typedef struct sh_heartbeat sh_heartbeat;
+typedef struct sh_arena sh_arena;
 
 typedef struct {
     uint64_t section_bytes, pair_off, pair_bytes, toggle_off, ack_off, message_off;
@@ -76,13 +79,15 @@ enum sh_status {
     SH_STALE = -6,     /* nothing may be touched (any more): closed, forked, another thread, or the section is another's */
     SH_CLOSED = -7,    /* this side's writing has ended, or the peer will never read */
     SH_UNBOUND = -8,   /* the listener entry that a datagram is for has changed: resolve the address anew */
-    SH_GROW = -9,      /* let the ring grow, then write again */
     SH_SLOW = -10,     /* nothing was read: fewer bytes are there than asked for, or the taker wants none of them */
     SH_FULL = -11,     /* the ring of messages has no room */
     SH_UNADOPTED = -12, /* no life of that peer is known */
     SH_NO_REGION = -13, /* an id that is none, or a region that is too small for it */
     SH_NO_FUTEX = -14, /* words of the region cannot be waited for here */
-    SH_NO_THREAD = -15 /* the heartbeat could not be started */
+    SH_NO_THREAD = -15, /* the heartbeat could not be started */
+    SH_NO_SLOTS = -16, /* the own section has no slot left for that peer, */
+    SH_NO_ROOM = -17,  /* or no ring memory, */
+    SH_NO_STORAGE = -18 /* or no storage can be put behind it: the disk is full */
 };
 /* bits of sh_poll() and of what sh_pump() returns */
 enum sh_bits {
@@ -154,14 +159,14 @@ void sh_message_done(sh_node *nd, uint32_t peer);
 
 /* endpoints */
 sh_ep *sh_ep_at(sh_node *nd, uint32_t slot);
-uint32_t sh_ep_alloc(sh_ep *ep, uint64_t ring_off, uint32_t ring_bytes, int accepted, int may_grow);
+uint32_t sh_ep_gen(const sh_ep *ep);
+uint64_t sh_ep_ring(const sh_ep *ep, uint32_t which);
 int sh_ep_open(sh_ep *ep, uint32_t peer, uint32_t peer_slot, uint32_t peer_gen);
 void sh_ep_release(sh_ep *ep, int notify);
 void sh_ep_orphan(sh_ep *ep);
 int sh_ep_shut(sh_ep *ep, int fin, int done, int rst);
 uint64_t sh_ep_unsent(sh_ep *ep);
 int64_t sh_write(sh_ep *ep, const void *data, uint64_t n);
-int64_t sh_write_some(sh_ep *ep, const void *data, uint64_t n);
 int sh_wait_space(sh_ep *ep, int spin);
 int64_t sh_available(sh_ep *ep);
 int64_t sh_read(sh_ep *ep, void *to, uint32_t want);
@@ -169,10 +174,21 @@ int64_t sh_read_wait(sh_ep *ep, void *to, uint32_t want, uint32_t min, int how);
 int sh_poll(sh_ep *ep);
 int sh_arm(sh_ep *ep);
 
-/* rings that grow */
-void sh_ep_may_grow(sh_ep *ep, int may);
-int sh_ep_grow(sh_ep *ep, uint64_t ring_off, uint32_t ring_bytes);
-int sh_ep_outgrown(sh_ep *ep);
+/* what the own section has to give: slots, and ring memory */
+void sh_ring_sizes(sh_node *nd, uint32_t first, uint32_t largest, uint32_t datagrams);
+void sh_others(sh_node *nd, uint32_t others);
+void sh_storage(sh_node *nd, int fd, int falloc);
+uint64_t sh_storage_missing(const sh_node *nd);
+int64_t sh_ep_new(sh_node *nd, uint32_t peer, int accepted, int datagrams);
+uint32_t sh_free_slots(const sh_node *nd);
+uint32_t sh_ring_fit(uint32_t most, uint64_t free_bytes, uint64_t reserved);
+void sh_sweep(sh_node *nd);
+sh_arena *sh_arena_of(sh_node *nd);
+uint64_t sh_arena_bytes(uint64_t bytes);
+sh_arena *sh_arena_new(void *memory, uint64_t offset, uint64_t bytes);
+uint64_t sh_arena_free(const sh_arena *a);
+uint64_t sh_arena_take(sh_arena *a, uint32_t *bytes);
+void sh_arena_give(sh_arena *a, uint64_t offset, uint32_t bytes);
 
 /* datagrams */
 int sh_send(sh_ep *ep, uint32_t src_port, uint32_t dst_port, uint32_t entry, const void *data, uint32_t n);
@@ -202,6 +218,7 @@ void sh_fake_bury(int cpu);
 void sh_fake_omit(const char *function);
 int sh_fake_any_notified(sh_node *nd);
 uint32_t sh_fake_rx_bytes(sh_ep *ep);
+uint64_t sh_fake_share(sh_node *nd, uint32_t peer, int bytes);
 /* cdef-fake-end */
 #endif
 

@@ -149,6 +149,8 @@ int sh_fake_any_notified(sh_node *nd)
 }
 /* The size of the ring that is read. */
 uint32_t sh_fake_rx_bytes(sh_ep *ep) { return ep->rx_bytes; }
+/* Slots, or bytes of rings, of what that peer opened. */
+uint64_t sh_fake_share(sh_node *nd, uint32_t peer, int bytes) { return bytes ? nd->books->share[peer].bytes : nd->books->share[peer].slots; }
 #else
 typedef int sh_fake_is_for_tests; /* ISO C wants a declaration */
 #endif

@@ -106,21 +106,21 @@ void sh_notify(sh_node *nd, uint32_t peer, uint32_t slot)
 
 /* ---- slots ---- */
 
-sh_ep *sh_ep_at(sh_node *nd, uint32_t slot) { return slot < nd->g.slots ? &nd->eps[slot] : NULL; }
+uint32_t sh_ep_gen(const sh_ep *ep) { return ep->gen; }
 
-/* FREE -> allocated: publish the ring (offset in the section, bytes: a power of two) under the current generation, which is returned. */
-uint32_t sh_ep_alloc(sh_ep *ep, uint64_t ring_off, uint32_t ring_bytes, int accepted, int may_grow)
+/* FREE -> allocated: take a slot and a ring for a connection with that peer, and publish the ring. Returns the slot, or what sh_slot_take() does. */
+int64_t sh_ep_new(sh_node *nd, uint32_t peer, int accepted, int datagrams)
 {
-    sh_node *nd = ep->nd;
+    int64_t slot = sh_may_write(nd) ? sh_slot_take(nd, peer, accepted, datagrams) : SH_STALE;
+    sh_ep *ep;
 
-    ep->tx = sh_section_at(nd->base, &nd->g, nd->self) + ring_off;
-    ep->tx_bytes = ring_bytes;
+    if (slot < 0)
+        return slot;
+    ep = sh_ep_at(nd, (uint32_t)slot);
     ep->tail = ep->head_seen = ep->head = ep->tail_seen = 0;
     ep->flags = 0;
     ep->theirs = NULL;
     ep->orphan = ep->waiting = 0;
-    ep->accepted = accepted != 0;
-    ep->may_grow = may_grow != 0;
     ep->outgrown = ep->rx_grown = 0;
     ep->turn_end_ns = 0;
     ep->drains = 0;
@@ -128,12 +128,10 @@ uint32_t sh_ep_alloc(sh_ep *ep, uint64_t ring_off, uint32_t ring_bytes, int acce
     ep->spun_ns = 0;
     ep->one_way = 0;
     ep->misses = ep->patience = 0;
-    if (!sh_may_write(nd))
-        return ep->gen;
-    sh_put(&ep->mine->ring, sh_ring_word(ep, ring_off));
+    sh_put(&ep->mine->ring, sh_ring_word(ep));
     sh_put(&ep->mine->rx_word, (uint64_t)ep->gen << SH_GEN_SHIFT);
     sh_store(&ep->mine->tx_word, (uint64_t)ep->gen << SH_GEN_SHIFT, nd->wc);
-    return ep->gen;
+    return slot;
 }
 
 /* Publish how many connections may still read this peer's rings: its section is not reused while this is not 0. */
@@ -183,7 +181,7 @@ void sh_ep_orphan(sh_ep *ep)
     ep->nd->links[ep->peer].open[SH_WORD(ep->slot)] &= ~SH_BIT(ep->slot);
 }
 
-/* -> FREE: one store ends this generation, for both directions. Slot and ring may be reused after the fence. */
+/* -> FREE: one store ends this generation, for both directions. Slot and ring are free after the fence. */
 void sh_ep_release(sh_ep *ep, int notify)
 {
     sh_node *nd = ep->nd;
@@ -210,4 +208,5 @@ void sh_ep_release(sh_ep *ep, int notify)
     nd->later[w] &= keep;
     nd->touched[w] &= keep;
     ep->theirs = NULL;
+    sh_slot_give(ep);
 }

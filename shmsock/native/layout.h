@@ -160,7 +160,6 @@ SH_SIZE(message, MESSAGE_SIZE);
 #define SH_GEN(w) ((uint32_t)((w) >> SH_GEN_SHIFT))
 #define SH_EPOCH_ONE (1ull << SH_EPOCH_SHIFT)
 #define SH_EPOCHS (15ull << SH_EPOCH_SHIFT)
-#define SH_EPOCH_LEAD 7u /* how far the epoch may be ahead of what the reader knows, modulo 16 */
 #define SH_EPOCH(w) ((uint32_t)((w) >> SH_EPOCH_SHIFT) & 15u)
 #define SH_LOW(w) ((uint32_t)(w))
 #define SH_HIGH(w) ((uint32_t)((w) >> 32))

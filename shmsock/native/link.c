@@ -7,7 +7,7 @@
  * before those of objects that still use the node.) */
 uint64_t sh_node_bytes(const sh_geometry *g)
 {
-    return sizeof(sh_node) + g->peers * sizeof(struct sh_link) + g->slots * sizeof(sh_ep);
+    return sizeof(sh_node) + g->peers * sizeof(struct sh_link) + g->slots * sizeof(sh_ep) + sh_books_bytes(g);
 }
 
 sh_node *sh_node_new(void *memory, void *base, const sh_geometry *g, uint32_t self, int wc)
@@ -19,6 +19,7 @@ sh_node *sh_node_new(void *memory, void *base, const sh_geometry *g, uint32_t se
     nd->base = base;
     nd->g = *g;
     nd->self = self;
+    sh_books_init(nd, nd->eps + g->slots);
     nd->wc = wc;
     nd->inert = 1; /* until claimed */
     nd->loop_fd = -1;

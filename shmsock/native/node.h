@@ -5,6 +5,7 @@
 #include "atomics.h"
 #include "core.h"
 #include "layout.h"
+#include "set.h"
 
 #include <pthread.h>
 
@@ -67,8 +68,11 @@ struct sh_ep {
     uint32_t peer, peer_slot, slot;
     uint8_t orphan;               /* the peer is gone: what it published may still be read */
     uint8_t accepted;             /* the peer opened the connection */
-    uint8_t may_grow;             /* a write that does not fit returns SH_GROW: Python allocates a larger ring */
-    uint8_t outgrown;             /* rings before this one, from which the peer may still read */
+    uint8_t may_grow;             /* a write that does not fit tries a larger ring */
+    uint64_t ring_off;            /* where the own ring lies in the section */
+    uint8_t outgrown;             /* rings before this one, from which the peer may still read: */
+    uint64_t former[SH_EPOCH_LEAD]; /* offset in the section | log2(bytes) */
+    uint64_t starved_at;          /* bytes that were free when no larger ring was to be had */
     uint8_t rx_epoch, rx_grown;   /* epoch of the peer's ring; whether that has grown since the connection was opened */
     uint8_t waiting;              /* somebody is suspended on this slot since wait_since */
     uint64_t wait_since;
@@ -81,6 +85,27 @@ struct sh_ep {
     uint64_t turn_end_ns;         /* turn in which something was last taken out of the ring, named by its end, */
     uint64_t since_ns;            /* and when the first of it was */
     uint32_t drains;              /* calls of drain() that had nothing to wait for */
+};
+
+#define SH_RING_SIZES 22 /* from SH_MIN_RING on */
+
+struct sh_arena {
+    uint64_t offset, bytes, free_bytes;
+    int given;                    /* blocks were given back, and not put together yet */
+    sh_set free[SH_RING_SIZES];   /* blocks of SH_MIN_RING << i bytes, numbered */
+};
+
+struct sh_books { /* what the own section has to give (slots.c) */
+    sh_arena *arena;
+    sh_set free;                  /* slots that were in use before */
+    uint32_t begun, used;         /* slots that ever were; that are now */
+    sh_set outgrown;              /* slots with rings before the present one */
+    sh_set starved;               /* that found no larger one */
+    uint32_t first_ring, largest_ring, datagram_ring, others;
+    struct sh_share { uint32_t slots; uint64_t bytes; } share[SH_MAX_PEERS]; /* of what each peer opened; the own: of what we did */
+    int storage_fd, storage_falloc;
+    uint64_t storage_missing;
+    sh_set backed;                /* pieces of the section that have storage, of SH_STORAGE bytes */
 };
 
 struct sh_node {
@@ -130,6 +155,7 @@ struct sh_node {
     uint64_t later[SH_MAX_WORDS];   /* were touched: the next pass polls them, unless they were read again */
     struct sh_link *links;
     struct sh_ep *eps;
+    struct sh_books *books;
 };
 
 #define SH_ONE_WAY 32 /* so many in a row: bytes flow one way */
@@ -138,7 +164,6 @@ struct sh_node {
 #define SH_NEWS_TAG 1  /* notify_seq carries another pair_inc than the adopted one */
 #define SH_NEWS_MAIL 2 /* messages wait */
 
-#define SH_BIT(slot) (1ull << ((slot) & 63))
 #define SH_WORD(slot) ((slot) >> 6)
 
 /* What the files offer each other; each uses only those above it (tests/test_house.py). What Python calls is in core.h. */
@@ -146,6 +171,19 @@ struct sh_node {
 /* ---- memory.c ---- */
 uint8_t *sh_section_at(const void *base, const sh_geometry *g, uint32_t section);
 struct sh_pair *sh_pair_at(const void *base, const sh_geometry *g, uint32_t of, uint32_t towards);
+
+/* ---- arena.c ---- */
+int sh_back(sh_node *nd, uint64_t offset, uint64_t bytes);
+
+/* ---- slots.c ---- */
+uint64_t sh_books_bytes(const sh_geometry *g);
+void *sh_books_init(sh_node *nd, void *memory);
+uint32_t sh_ring_size(const sh_ep *ep, uint32_t most);
+int64_t sh_ring_take(sh_ep *ep, uint32_t *bytes);
+void sh_ring_give(sh_ep *ep, uint64_t offset, uint32_t bytes);
+void sh_ring_give_former(sh_ep *ep);
+int64_t sh_slot_take(sh_node *nd, uint32_t peer, int accepted, int datagrams);
+void sh_slot_give(sh_ep *ep);
 
 /* ---- wake.c ---- */
 #define SH_ALL (~0ull)
@@ -190,6 +228,9 @@ int sh_space_came(const sh_ep *ep);
 void sh_rearm_touched(sh_node *nd);
 int sh_poll_at(sh_ep *ep, uint64_t now);
 
+/* ---- grow.c ---- */
+void sh_grow(sh_ep *ep, uint64_t need);
+
 /* ---- stream.c ---- */
 int64_t sh_read_some(sh_ep *ep, sh_taker *to, uint32_t want);
 int64_t sh_read_step(sh_ep *ep, sh_taker *to, uint32_t want, uint32_t min, int how);
@@ -213,10 +254,10 @@ static inline uint64_t sh_tx_word(const sh_ep *ep)
     return (uint64_t)ep->gen << SH_GEN_SHIFT | ep->flags | ep->tail;
 }
 
-/* The descriptor of the own ring, which lies at that offset of the own section. */
-static inline uint64_t sh_ring_word(const sh_ep *ep, uint64_t ring_off)
+/* The descriptor of the own ring. */
+static inline uint64_t sh_ring_word(const sh_ep *ep)
 {
-    return (uint64_t)ep->gen << SH_GEN_SHIFT | (ep->flags & SH_EPOCHS) | (uint64_t)__builtin_ctz(ep->tx_bytes) << 30 | ring_off / SH_MIN_RING;
+    return (uint64_t)ep->gen << SH_GEN_SHIFT | (ep->flags & SH_EPOCHS) | (uint64_t)__builtin_ctz(ep->tx_bytes) << 30 | ep->ring_off / SH_MIN_RING;
 }
 
 /* Changes of these alone are no news: spins ignore them, so that no peer can end a spin with them. */

@@ -123,18 +123,20 @@ int64_t sh_read_wait(sh_ep *ep, void *to, uint32_t want, uint32_t min, int how)
 
 /* ---- writing ---- */
 
-static inline int64_t put_bytes(sh_ep *ep, const uint8_t *from, uint64_t n, int may_grow)
+/* Put n bytes into the ring, which may grow for them. Returns how many went in, fewer only when it is full (then WANT is set); or a status. */
+int64_t sh_write(sh_ep *ep, const void *data, uint64_t n)
 {
+    const uint8_t *from = data;
     uint64_t left = n;
     int r = sh_writable(ep);
 
     if (SH_UNLIKELY(r < 0))
         return r;
-    if (SH_UNLIKELY(may_grow) && sh_space_of(ep) < n) {
+    if (SH_UNLIKELY(sh_space_of(ep) < n) && ep->may_grow) {
         if ((r = sh_see_head(ep)) < 0)
             return r;
         if (sh_space_of(ep) < n)
-            return SH_GROW;
+            sh_grow(ep, n);
     }
     while (left) {
         uint32_t m;
@@ -157,13 +159,6 @@ static inline int64_t put_bytes(sh_ep *ep, const uint8_t *from, uint64_t n, int 
     ep->nd->n[SH_N_BYTES_OUT] += n - left;
     return (int64_t)(n - left);
 }
-
-/* Put n bytes into the ring. Returns how many went in, fewer only when it is full (then WANT is set). SH_GROW: none did, as not all have room: try a
- * larger ring first (sh_ep_grow). */
-int64_t sh_write(sh_ep *ep, const void *data, uint64_t n) { return put_bytes(ep, data, n, ep->may_grow); }
-
-/* The same, but never SH_GROW. */
-int64_t sh_write_some(sh_ep *ep, const void *data, uint64_t n) { return put_bytes(ep, data, n, 0); }
 
 /* A drain has nothing to wait for. 1: it may return at once. 0: it lets the loop turn. Seven of eight drains return at once, which keeps a turn near
  * enough to its budget; the eighth only if it is `quick` and budget is left. */

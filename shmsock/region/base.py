@@ -158,6 +158,11 @@ class Region:
     def closed(self) -> bool:
         return self._fd < 0
 
+    @property
+    def holes(self) -> tuple[int, bool] | None:
+        """The descriptor of a file with holes, and whether fallocate(2) is real there; None: it has none."""
+        return None
+
     def ensure(self, offset: int, length: int) -> None:
         """Back the bytes [offset, offset + length) with storage; their values stay.
 

@@ -64,6 +64,10 @@ class FileRegion(Region):
         """The type of its file system, as mount(8) names it."""
         return self._fs.type
 
+    @property
+    def holes(self) -> tuple[int, bool] | None:
+        return (self._open_fd(), storage.can_fallocate(self._fs.type)) if self.sparse else None
+
     def ensure(self, offset: int, length: int) -> None:
         """Back the bytes [offset, offset + length) with storage; their values stay.
 

@@ -16,7 +16,15 @@ from dataclasses import dataclass
 from shmsock.region.processes import read_line
 from shmsock.region.sizes import format_size
 
-__all__ = ["FileSystem", "back", "disk_words", "filesystem", "huge_page_hint", "warn_of_disk"]
+__all__ = [
+    "FileSystem",
+    "back",
+    "can_fallocate",
+    "disk_words",
+    "filesystem",
+    "huge_page_hint",
+    "warn_of_disk",
+]
 
 log = logging.getLogger("shmsock.region")
 
@@ -98,13 +106,18 @@ def _in_memory(fd: int) -> bool:
     return True
 
 
+def can_fallocate(kind: str) -> bool:
+    """Does fallocate(2) of that type of file system put storage behind a file?"""
+    return kind in _FALLOCATE
+
+
 def back(fd: int, mapping: mmap.mmap, kind: str, offset: int, length: int) -> None:
     """Give the bytes [offset, offset + length) storage, without changing any. Touching them cannot fail then.
 
     `fd`: of the same file, open for writing. `kind`: FileSystem.type.
     Raises OSError, ENOSPC or EDQUOT when there is no room.
     """
-    if kind not in _FALLOCATE:
+    if not can_fallocate(kind):
         start = offset // mmap.PAGESIZE * mmap.PAGESIZE
         try:
             mapping.madvise(_MADV_POPULATE_WRITE, start, offset + length - start)

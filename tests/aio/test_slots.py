@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -135,7 +139,7 @@ def test_more_connections_than_slots(run: Run, region: str) -> None:
             with pytest.raises(OSError, match=r"connection slots|no room") as info:
                 await connect_until_it_fails()
             assert info.value.errno == 105
-            assert len(ends) >= a.engine.layout.slots // 2 - 1
+            assert len(ends) >= a.engine.layout.slots * 7 // 16 - 1
             for end in ends[-1]:
                 await end.close()
             ends[-1] = await connect(a, a, accepted)
@@ -149,14 +153,14 @@ def test_more_connections_than_slots(run: Run, region: str) -> None:
     run(main())
 
 
-def test_one_peer_may_have_half_of_all_slots(run: Run, region: str) -> None:
+def test_a_program_gets_seven_of_eight_slots(run: Run, region: str) -> None:
     """Those that write first get large rings, and the later ones small ones, but all get one."""
 
     async def main() -> None:
         async with shmsock.attach(region, name="a") as a, shmsock.attach(region, name="b") as b:
             accepted = await listening(b)
-            ends = [await connect(a, b, accepted) for _ in range(b.engine.layout.slots // 2)]
-            with pytest.raises(OSError, match="no room") as info:
+            ends = [await connect(a, b, accepted) for _ in range(b.engine.layout.slots * 7 // 8)]
+            with pytest.raises(OSError, match="connection slots left in this process") as info:
                 await connect(a, b, accepted)
             assert info.value.errno == 105
             for i, (c, s) in enumerate(ends):
@@ -164,11 +168,50 @@ def test_one_peer_may_have_half_of_all_slots(run: Run, region: str) -> None:
                 assert await c.reader.readexactly(100_000) == pattern(i, 0, 100_000)
             assert ends[0][1].transport.conn.ring[1] >= 1 << 17
             assert all(s.transport.conn.ring[1] >= 4096 for _, s in ends)
-            with pytest.raises(OSError, match="no room"):
+            with pytest.raises(OSError, match="connection slots"):
                 await connect(a, b, accepted)
             ends.append(await connect(b, a, await listening(a)))  # b has kept something for itself
 
     run(main())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes root to mount a file system")
+def test_a_full_disk(run: Run, tmp_path: Path) -> None:
+    """A file with holes: each error says so, whoever needed the storage, and what is open goes on."""
+    settings = shmsock.Settings(first_ring_bytes=1 << 18)
+
+    async def main() -> None:
+        path = tmp_path / "region"
+        async with (
+            shmsock.attach(str(path), name="a", settings=settings) as a,
+            shmsock.attach(str(path), name="b", settings=settings) as b,
+        ):
+            accepted = await listening(b)
+            ends = []
+
+            async def connect_until_it_fails() -> None:
+                while True:
+                    ends.append(await connect(a, b, accepted))
+
+            with pytest.raises(OSError, match=r"disk full: .* are free|no room") as info:
+                await connect_until_it_fails()
+            assert info.value.errno in (errno.ENOSPC, errno.ENOBUFS)
+            assert 2 <= len(ends) < a.engine.layout.slots // 2
+            c, s = ends[0]
+            c.writer.write(pattern(1, 0, 1 << 18))
+            assert await s.reader.readexactly(1 << 18) == pattern(1, 0, 1 << 18)
+            for c, s in ends:
+                await c.close()
+                await s.close()
+            ends[:] = [await connect(a, b, accepted)]
+
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(tmp_path)], check=True)
+    try:
+        with open(tmp_path / "region", "wb") as new:
+            new.truncate(64 << 20)
+        run(main())
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
 
 
 def test_a_connection_that_is_gone_before_its_opener_looks(run: Run, world: World) -> None:

@@ -201,8 +201,8 @@ class Scene:
         world.advance(70)  # linger_s
         for node in (a, b):
             assert not node.connections, node.connections
-            assert len(node.engine.slots.free) == world.layout.slots
-            assert node.engine.slots.arena.free_bytes == node.engine.slots.arena.size
+            assert node.engine.slots.free_slots == world.layout.slots
+            assert node.engine.slots.free_bytes == world.layout.arena_bytes
 
 
 def main(seed: int, rounds: int) -> None:

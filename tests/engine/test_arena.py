@@ -7,40 +7,67 @@ import mmap
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shmsock.native._core import lib
 
-from shmsock.engine.arena import MIN_RING, Arena
 from shmsock.engine.layout import default_slots
 from shmsock.engine.memory import Memory
 from tests.engine.world import fake_core
 
+MIN_RING: int = lib.SH_MIN_RING
 
-def free(arena: Arena) -> dict[int, set[int]]:
-    arena.merge()
-    return {block: set(where) for block, where in arena._free.items() if where}
+
+class Arena:
+    """The core's, without a node."""
+
+    def __init__(self, offset: int, size: int) -> None:
+        self.ffi, self.lib = fake_core()
+        self.memory = self.ffi.new("uint8_t[]", self.lib.sh_arena_bytes(size))
+        self.arena = self.lib.sh_arena_new(self.memory, offset, size)
+        self.offset, self.size = offset, size // MIN_RING * MIN_RING
+
+    @property
+    def free(self) -> int:
+        return int(self.lib.sh_arena_free(self.arena))
+
+    def take(self, size: int) -> tuple[int, int] | None:
+        got = self.ffi.new("uint32_t *", size)
+        at = self.lib.sh_arena_take(self.arena, got)
+        return (at, got[0]) if at else None
+
+    def give(self, block: tuple[int, int]) -> None:
+        self.lib.sh_arena_give(self.arena, *block)
+
+    def largest(self) -> list[int]:
+        """The sizes of blocks that it has when the largest one is always taken first; they are given back."""
+        held = []
+        while (block := self.take(1 << 30)) is not None:
+            held.append(block)
+        for block in held:
+            self.give(block)
+        return [size for _, size in held]
+
+
+wishes = st.lists(st.one_of(st.integers(0, 9).map(lambda k: MIN_RING << k), st.just(None)), max_size=120)
 
 
 @settings(max_examples=300, deadline=None)
-@given(
-    units=st.integers(1, 300),
-    offset=st.integers(0, 50),
-    wishes=st.lists(st.one_of(st.integers(0, 9).map(lambda k: MIN_RING << k), st.just(None)), max_size=120),
-    data=st.data(),
-)
-def test_no_overlap_and_all_merges_again(
+@given(units=st.integers(1, 300), offset=st.integers(1, 50), wishes=wishes, data=st.data())
+def test_no_overlap_and_all_comes_together_again(
     units: int, offset: int, wishes: list[int | None], data: st.DataObject
 ) -> None:
-    arena = Arena(offset * MIN_RING, units * MIN_RING + 123)
-    before = free(arena)
-    assert sum(block * len(where) for block, where in before.items()) == units * MIN_RING == arena.size
+    arena = Arena(offset * 4096, units * MIN_RING + 123)
+    before = arena.largest()
+    assert sum(before) == units * MIN_RING == arena.size == arena.free
+    assert len(before) <= units.bit_length()
     held: list[tuple[int, int]] = []
     for wish in wishes:
         if wish is None:
             if held:
-                arena.give(*held.pop(data.draw(st.integers(0, len(held) - 1))))
+                arena.give(held.pop(data.draw(st.integers(0, len(held) - 1))))
             continue
-        got = arena.alloc(wish)
+        got = arena.take(wish)
         if got is None:
-            assert arena.free_bytes == 0
+            assert arena.free == 0
             continue
         at, size = got
         assert at % MIN_RING == 0
@@ -50,18 +77,41 @@ def test_no_overlap_and_all_merges_again(
         assert at + size <= arena.offset + arena.size
         assert all(at + size <= other or other + n <= at for other, n in held)
         held.append(got)
-        assert arena.free_bytes == arena.size - sum(n for _, n in held)
+        assert arena.free == arena.size - sum(n for _, n in held)
     for block in held:
-        arena.give(*block)
-    assert free(arena) == before
+        arena.give(block)
+    assert arena.largest() == before
 
 
-@given(st.integers(12, 30).map(lambda k: 1 << k), st.integers(0, 1 << 34), st.integers(0, 2048))
-def test_fit(largest: int, free_bytes: int, slots: int) -> None:
-    size = Arena.fit(largest, free_bytes, slots)
+@given(units=st.integers(1, 64), size=st.integers(0, 4).map(lambda k: MIN_RING << k))
+def test_a_block_is_smaller_only_when_there_is_none_of_that_size(units: int, size: int) -> None:
+    arena = Arena(4096, units * MIN_RING)
+    ring = MIN_RING
+    small = [block for block in iter(lambda: arena.take(ring), None)]
+    assert len(small) == units
+    for block in small:
+        arena.give(block)
+    whole = sum(n // size * size for n in arena.largest())
+    for _ in range(whole // size):
+        got = arena.take(size)
+        assert got is not None
+        assert got[1] == size
+    got = arena.take(size)
+    assert got is None or got[1] < size
+
+
+def test_an_arena_larger_than_the_largest_ring() -> None:
+    arena = Arena(4096, 5 << 30)
+    assert arena.largest() == [1 << 30] * 5
+
+
+@given(st.integers(12, 30).map(lambda k: 1 << k), st.integers(0, 1 << 34), st.integers(0, 1 << 30))
+def test_fit(largest: int, free: int, reserved: int) -> None:
+    size = fake_core().lib.sh_ring_fit(largest, free, reserved)
     assert MIN_RING <= size <= largest
     assert size & (size - 1) == 0
-    assert size == MIN_RING or size * 8 + slots * MIN_RING <= free_bytes
+    assert size == MIN_RING or size * 8 + reserved <= free
+    assert size == largest or size * 16 + reserved > free
 
 
 @settings(max_examples=200, deadline=None)

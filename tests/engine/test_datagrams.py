@@ -381,7 +381,7 @@ def test_no_memory_for_a_link() -> None:
     DatagramIn(b)
     source = DatagramIn(a, 0)
     held = []
-    while (ring := a.engine.slots.arena.alloc(4096)) is not None:
+    while (ring := a.take_memory(4096)) is not None:
         held.append(ring)
     with pytest.raises(OSError, match="ring memory") as info:
         source.send(b"", ("b", PORT))
@@ -389,7 +389,7 @@ def test_no_memory_for_a_link() -> None:
     source.send(b"", ("*", PORT))
     assert counts(a) == {"dropped_unsent": 1}
     for ring in held:
-        a.engine.slots.arena.give(*ring)
+        a.give_memory(ring)
     world.check()
 
 
@@ -439,7 +439,7 @@ def test_links_leave_memory_for_streams() -> None:
     world.quiet()
     assert [sink.got for sink in sinks] == [[b"all"]] * 12
     engine = nodes[0].engine
-    assert engine.slots.arena.free_bytes - 4096 * len(engine.slots.free) > engine.layout.arena_bytes // 8
+    assert engine.slots.free_bytes - 4096 * engine.slots.free_slots > engine.layout.arena_bytes // 8
     conn, _ = world.open(nodes[0], nodes[1])
     assert nodes[0].write(conn, bytes(1 << 20)) >= 16384
 
@@ -807,7 +807,7 @@ def test_bytes_in_the_ring_that_has_no_use() -> None:
 
 
 def test_links_that_are_never_used_are_limited_like_connections() -> None:
-    """A peer that opens one after the other gets half of the slots."""
+    """A peer that opens one after the other leaves an eighth of the slots."""
     world = World()
     a, b = world.pair()
     for _ in range(world.layout.slots):
@@ -816,7 +816,7 @@ def test_links_that_are_never_used_are_limited_like_connections() -> None:
         except OSError:
             break
     world.quiet()
-    assert len(b.connections) <= world.layout.slots // 2
+    assert len(b.connections) == world.layout.slots * 7 // 8
     a.take("failed")
     world.check()
 

@@ -3,6 +3,7 @@ outgrown comes back; and a peer that says of its ring what cannot be ends its ow
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -162,10 +163,10 @@ def test_what_was_outgrown_comes_back_when_the_reader_is_past_it(world: World) -
 def starved(world: World) -> tuple[Node, Connection, Node, Connection, list[tuple[int, int]]]:
     """All but what the free slots have a claim to is taken."""
     a, c, b, s = opened(world)
-    arena, claims = a.engine.slots.arena, 4096 * len(a.engine.slots.free)
+    slots, claims = a.engine.slots, 4096 * a.engine.slots.free_slots
     taken = []
-    while arena.free_bytes > claims:
-        block = arena.alloc(4096)
+    while slots.free_bytes > claims:
+        block = a.take_memory(4096)
         assert block is not None
         taken.append(block)
     return a, c, b, s, taken
@@ -180,13 +181,10 @@ def test_without_memory_it_goes_on_as_it_is_and_grows_when_there_is_some(world: 
     b.read_all(s)
     assert send(world, a, c, data, b, s) == data
     assert (c.ring[1], c.outgrown) == (4096, ())
-    assert (
-        a.call(world.lib.sh_write, c.ep, data, len(data)) != world.lib.SH_GROW
-    )  # and does not ask again each time
     world.quiet()
     b.read_all(s)
     for block in taken:
-        a.engine.slots.arena.give(*block)
+        a.give_memory(block)
     world.advance(1.2)
     assert send(world, a, c, data, b, s) == data
     assert c.ring[1] > 4096
@@ -196,32 +194,36 @@ def test_a_full_disk_is_no_error_either() -> None:
     world = roomy()
     a, c, b, s = opened(world)
 
-    def full(offset: int, size: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    a.engine.slots._ensure = full
-    before, data = free(a), world.rng.randbytes(20_000)
-    assert send(world, a, c, data, b, s) == data
-    assert (c.ring[1], free(a)) == (4096, before)
-    a.engine.slots._ensure = None
+    with open(os.devnull) as full:  # it takes no storage
+        world.lib.sh_storage(a.engine.nd, full.fileno(), 1)
+        before, data = free(a), world.rng.randbytes(20_000)
+        assert send(world, a, c, data, b, s) == data
+        assert (c.ring[1], free(a)) == (4096, before)
+    world.lib.sh_storage(a.engine.nd, -1, 0)
     world.check()
 
 
-def test_an_accepter_grows_within_the_share_of_its_peer() -> None:
-    """One that opens many gets at most half of the arena, and leaves smallest rings for all it may open."""
-    world = World(peers=2, size=2 << 20)
-    a, b = world.attach("a", settings=LARGE), world.attach("b", settings=LARGE)
+def test_one_that_holds_much_leaves_an_eighth_of_the_arena() -> None:
+    """And smallest rings for all that may be opened; one that holds little goes on in what was left."""
+    world = World(peers=3, size=3 << 20)
+    settings = replace(LARGE, ring_bytes=1 << 14)
+    a, b, c = (world.attach(name, settings=settings) for name in "abc")
     world.quiet()
-    half = b.engine.layout.slots // 2
-    ends = [world.open(a, b)[1] for _ in range(3)]
+    listener, layout = b.listen(), b.engine.layout
+    ends = [world.open(a, b)[1] for _ in range(layout.slots * 7 // 8)]
+    assert (a.engine.slots.free_slots, b.engine.slots.free_slots) == (layout.slots // 8,) * 2
     for end in ends:
-        b.write(end, bytes(1 << 18))
+        b.write(end, bytes(1 << 14))
+    claims = 4096 * b.engine.slots.free_slots
     assert ends[0].ring[1] > 4096
-    share = b.engine.slots.shares[a.section]
-    assert share.ring_bytes == sum(e.ring[1] + sum(n for _, n in e.outgrown) for e in ends)
-    assert share.ring_bytes <= b.engine.layout.arena_bytes // 2 - 4096 * (half - len(ends))
-    for _ in range(half - len(ends)):
-        world.open(a, b)
+    assert free(b) - claims >= layout.arena_bytes // 8
+    held = sum(e.ring[1] + sum(n for _, n in e.outgrown) for e in ends)
+    assert b.held_by(a.section) == (len(ends), held)
+    assert b.engine.slots.take(a.section, accepted=True) == world.lib.SH_NO_SLOTS
+    _, s = world.open(c, b)
+    b.write(s, bytes(1 << 14))
+    assert s.ring[1] > 4096
+    listener.close()
     world.check()
 
 

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from shmsock.engine import layout as lay
-from shmsock.engine.arena import Arena
 from shmsock.engine.attach import Claim, claim_section
 from shmsock.engine.connection import STALE, Connection, Link
 from shmsock.engine.datagram_links import Incoming, Outgoing
@@ -250,6 +249,20 @@ class Node:
 
     def statistic(self, name: str) -> int:
         return self.engine.statistics()[name]
+
+    def held_by(self, section: int) -> tuple[int, int]:
+        """Slots and bytes of rings that the connections hold which that section's owner has opened."""
+        lib, nd = self.world.lib, self.engine.nd
+        return lib.sh_fake_share(nd, section, 0), lib.sh_fake_share(nd, section, 1)
+
+    def take_memory(self, size: int) -> tuple[int, int] | None:
+        """A block of ring memory, of that size or the largest smaller one."""
+        got = self.world.ffi.new("uint32_t *", size)
+        at = self.world.lib.sh_arena_take(self.world.lib.sh_arena_of(self.engine.nd), got)
+        return (at, got[0]) if at else None
+
+    def give_memory(self, block: tuple[int, int]) -> None:
+        self.world.lib.sh_arena_give(self.world.lib.sh_arena_of(self.engine.nd), *block)
 
 
 class World:
@@ -537,18 +550,13 @@ class World:
     def _check_clean(self, node: Node) -> None:
         engine, layout = node.engine, self.layout
         assert node.connections == [], f"{node} still has connections"
-        assert sorted(engine.slots.free) == list(range(layout.slots)), f"{node} leaked slots"
-        pristine = Arena(layout.arena_off, layout.arena_bytes)
-        assert engine.slots.arena.free_bytes == pristine.size
-        engine.slots.arena.merge()
-        assert {b: s for b, s in engine.slots.arena._free.items() if s} == pristine._free, (
-            f"{node} leaked ring memory"
-        )
+        assert engine.slots.free_slots == layout.slots, f"{node} leaked slots"
+        assert engine.slots.free_bytes == layout.arena_bytes, f"{node} leaked ring memory"
         for peer in engine.peers.all:
-            link, share = engine.links[peer.section], engine.slots.shares[peer.section]
+            link = engine.links[peer.section]
             held = [*link.connections.values(), *link.waiting, *link.answers]
             assert held == [], f"{node} holds on to {peer.name}"
-            assert (share.slots, share.ring_bytes) == (0, 0), f"{node}: quota of {peer.name}"
+            assert node.held_by(peer.section) == (0, 0), f"{node}: quota of {peer.name}"
             assert link.credits == engine.settings.max_connects, f"{node}: credits towards {peer.name}"
             assert self.users(node, peer.section) == 0, f"{node}: users word of {peer.name}"
         assert not engine.slots.orphans

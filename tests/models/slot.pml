@@ -1,4 +1,4 @@
-/* slot.pml - the life of a slot over generations (engine/connection.py, handshake.py; handshake.c sh_ep_alloc, sh_ep_open,
+/* slot.pml - the life of a slot over generations (engine/connection.py, handshake.py; handshake.c sh_ep_new, sh_ep_open,
  * sh_ep_release; LAYOUT.md, "Slot").
  *
  * Side 0 opens, side 1 accepts, each with one slot and one ring, G times. FREE, OPENING, OPEN, CLOSING as in the state
