@@ -67,7 +67,7 @@ static void pump(sh_node *nd)
 
 static void connect_ends(uint32_t peers, uint32_t ring_bytes)
 {
-    uint64_t region_bytes = SH_PAGE + PEERS * (ring_bytes + (256ull << 10));
+    uint64_t region_bytes = SH_PAGE + PEERS * (8ull * ring_bytes + (1ull << 20));
     uint64_t region_id = 1ull << 24 | LOG2_SLOTS << 8 | PEERS;
     uint8_t *base = shared(region_bytes);
     sh_geometry g;
@@ -96,9 +96,10 @@ static void connect_ends(uint32_t peers, uint32_t ring_bytes)
     for (uint32_t i = 0; i < peers; i++)
         pump(nodes[i]); /* the news of all that */
     for (uint32_t i = 0; i < 2; i++) {
+        sh_ring_sizes(nodes[i], ring_bytes, ring_bytes, 0);
         ends[i].nd = nodes[i];
-        ends[i].ep = sh_ep_at(nodes[i], 0);
-        gens[i] = sh_ep_alloc(ends[i].ep, g.arena_off, ring_bytes, (int)i, 0);
+        ends[i].ep = sh_ep_at(nodes[i], (uint32_t)sh_ep_new(nodes[i], !i, (int)i, 0));
+        gens[i] = sh_ep_gen(ends[i].ep);
     }
     for (uint32_t i = 0; i < 2; i++) {
         r = sh_ep_open(ends[i].ep, !i, 0, gens[!i]);

@@ -1,4 +1,4 @@
-/* used.pml - slots_used: which generations a claimer has to step (link.c sh_node_claim; handshake.c sh_ep_alloc; LAYOUT.md,
+/* used.pml - slots_used: which generations a claimer has to step (link.c sh_node_claim; handshake.c sh_ep_new; LAYOUT.md,
  * rule USED).
  *
  * OWNERS live in the one section one after the other, and each may be killed between any two of its stores. It steps the
