@@ -24,6 +24,7 @@ from shmsock.errors import section_taken, sections_full
 __all__ = ["Claim", "Locks", "Seen", "claim_section", "name_taken", "reap", "release_claim", "survey"]
 
 SETTLE_S = 0.02
+LOOK_S = 0.01
 STILL_S = 0.5
 PATIENCE_S = (
     65.0  # who left a section, and is read: longer than a reader keeps what it has (Settings.linger_s)
@@ -160,20 +161,15 @@ def claim_section(
     def wanted(found: list[Seen]) -> list[Seen]:
         return [s for s in found if only in (None, s.section)]
 
-    now = survey(layout, locks, boot_id)
-    anyone = {s.section for s in now if s.claim}  # which of them are dead is not known yet
-    for seen in wanted(_free(now)):
-        if not seen.used or not _is_read(layout, seen.section, anyone):
-            claim = yield from _take(layout, locks, boot_id, seen, rng, anyone, device)
-            if claim:
-                return claim
-    # Only now is it worth watching the beats, and every answer below rests on that.
-    patience, now = _Patience(), survey(layout, locks, boot_id)
+    patience, told = _Patience(), False
+    before, since = survey(layout, locks, boot_id), 0.0
+    now = before
     while True:
-        yield STILL_S
-        patience.waited += STILL_S
-        before, alive = now, _alive(layout, now)
-        now = survey(layout, locks, boot_id)
+        watched = patience.waited - since >= STILL_S  # until then, everybody may be alive
+        alive = _alive(layout, before) if watched else {s.section for s in now if s.claim}
+        # Of a file, a fallen lock is proof enough. The memory of a device is also used under other kernels,
+        # one of which may have this one's boot id; and of who has no identity yet, no lock tells.
+        alive -= {s.section for s in now if s.dead and s.used and not device}
         machines = {s.who.machine_id for s in now if s.section in alive and s.who}
         dead = [
             s
@@ -189,11 +185,19 @@ def claim_section(
             claim = yield from _take(layout, locks, boot_id, seen, rng, None if late else alive, device)
             if claim:
                 return claim
-        freed = patience.waited < PATIENCE_S and _freed_since(now, survey(layout, locks, boot_id))
-        if not held and not freed:
-            break
-        if held and patience.waited == 2 * STILL_S:
+        if watched:
+            freed = patience.waited < PATIENCE_S and _freed_since(now, survey(layout, locks, boot_id))
+            if not held and not freed:
+                break
+            before, since = now, patience.waited
+        if held and not told and patience.waited >= 2 * STILL_S:
+            told = True
             waits(held)
+        # Often at first: the readers of one that was just killed are about to notice it.
+        wait = min(max(patience.waited / 8, LOOK_S), STILL_S)
+        yield wait
+        patience.waited += wait
+        now = survey(layout, locks, boot_id)
     # A process that came meanwhile (and may have been quicker just now) was not seen to beat yet; and until
     # it has published its identity, the name is that of the former owner.
     now = survey(layout, locks, boot_id)

@@ -225,18 +225,22 @@ class Engine:
                 self._down(self.failure())
             return
         mail, condemned = self.home.mail, self.home.condemned
+        newcomers = False
         for word in words:
             kind, what = word >> 24 & 0xFF, word & 0xFFFFFF
             if kind == EV_SLOT:
                 if conn := self.connections.get(what):
                     conn.inspect(word >> 32)
             elif kind == EV_ADOPT:
+                newcomers = True
                 self.links.tag_changed(what, now_ns)
             else:
                 mail.add(what)
         if mail:
             for section in list(mail):
                 self.handshake.messages(section, now_ns)
+        if newcomers:  # one may succeed another that was killed: who waits for that one is to know now
+            unlocked |= self.peers.fallen()
         if unlocked:
             self._lost_locks(unlocked, now_ns)
         if now_ns >= self._next_sample or now_ns >= self._next_safety:

@@ -249,6 +249,10 @@ class Peers:
         """Is it proven dead by its lock, whatever its beat says?"""
         return peer.locked and self.locks is not None and not self.locks.section_locked(peer.section)
 
+    def fallen(self) -> int:
+        """Return a mask of the sections whose owner is taken for live, and whose lock fell."""
+        return sum(1 << p.section for p in self.some if p.here and self.killed(p))
+
     def there(self) -> list[Peer]:
         """List the live peers, own section included; killed ones are found out at once."""
         return [p for p in self.some if p.live and not self.killed(p)]

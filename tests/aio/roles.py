@@ -10,8 +10,10 @@ import json
 import os
 import random
 import signal
+import socket
 import ssl
 import sys
+import time
 from collections.abc import Callable
 from hashlib import sha256
 from typing import Any
@@ -26,6 +28,12 @@ _heard = Lines(0)
 
 def say(*words: object) -> None:
     print(*words, flush=True)
+
+
+def held(node: shmsock.Node) -> list[int]:
+    """What connections take: the same before and after, or something leaked."""
+    counts = node.statistics()
+    return [counts[name] for name in ("connections", "free_slots", "arena_free_bytes")]
 
 
 async def hear() -> str:
@@ -62,6 +70,62 @@ async def sign(region: str, name: str, port: int = 7000) -> None:
     async with shmsock.attach(region, name=name) as node:
         await shmsock.start_server(handler, None, port, node=node, reuse_port=True)
         say("ready")
+        await hear()
+
+
+class Echo(asyncio.Protocol):
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._transport.write(data)
+
+
+async def short_lived(region: str, name: str, port: int = 7000) -> None:
+    """Attaches when it hears a line, and echoes until it hears another. Says how many seconds it took to
+    attach, and when it listened."""
+    say("loaded")
+    await hear()
+    begin = time.monotonic()
+    async with shmsock.attach(region, name=name) as node:
+        took = time.monotonic() - begin
+        server = await shmsock.create_server(Echo, None, port, node=node)
+        say(took, time.monotonic())
+        await hear()
+        server.close()
+        server.close_clients()
+        await server.wait_closed()
+
+
+async def regular(region: str, name: str, server: str, times: int) -> None:
+    """Connects as soon as it can and stays until the server goes, so many times. Says each time when it was
+    served, and at the end whether it holds what it held before."""
+    async with shmsock.attach(region, name=name) as node:
+        before = held(node)
+        say("ready")
+        for _ in range(times):
+            while True:
+                try:
+                    reader, writer = await shmsock.open_connection(server, 7000, node=node)
+                except (ConnectionError, socket.gaierror):
+                    await asyncio.sleep(0.005)  # it is not there
+                    continue
+                try:
+                    writer.write(b"x")
+                    if await reader.read(1) == b"x":
+                        break
+                except ConnectionError:
+                    pass  # just gone
+                writer.close()
+            say(time.monotonic())
+            try:
+                assert await reader.read() == b""
+            except ConnectionResetError:
+                pass
+            writer.close()
+        while held(node) != before:  # noqa: ASYNC110 (there is no event)
+            await asyncio.sleep(0.01)
+        say("all is back")
         await hear()
 
 

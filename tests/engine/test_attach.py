@@ -13,6 +13,7 @@ import pytest
 from shmsock.engine import attach
 from shmsock.engine import layout as lay
 from shmsock.engine.attach import (
+    LOOK_S,
     PATIENCE_S,
     STILL_S,
     Claim,
@@ -267,7 +268,7 @@ def test_who_came_just_now_is_not_stopped(how_far: str) -> None:
                 late.call(next, claim)
         world.drain()
     with pytest.raises(RegionError, match="all their owners are alive"):
-        node.call(next, steps)
+        to_the_end(world, node, steps)
 
 
 def test_the_same_machine_came_back(world: World) -> None:
@@ -539,7 +540,7 @@ def test_a_section_is_not_reused_at_once_while_somebody_has_not_seen_what_it_was
     world.leave(b)
     c = world.process("c")
     steps = claim_section(world.layout, c.locks, c.who.boot_id, c.who.machine_id, world.rng)
-    assert c.call(next, steps) == STILL_S
+    assert c.call(next, steps) == LOOK_S
     world.resume(a)
     world.quiet()
     assert a.take("connected", conn)
@@ -620,6 +621,57 @@ def test_a_claim_that_another_kernel_overwrites_is_given_up(world: World) -> Non
     world.drain()
     assert to_the_end(world, node, steps).section == 1
     assert world.layout.claim(0) == 4711
+
+
+def waited(world: World, node: Node, steps: Generator[float, None, Claim]) -> tuple[int, float]:
+    """(section, seconds)"""
+    begin = world.now
+    return to_the_end(world, node, steps).section, (world.now - begin) / 1e9
+
+
+def test_a_file_s_section_is_taken_from_the_dead_at_once() -> None:
+    """Of a device's memory, a fallen lock proves nothing until the beat is seen to stand."""
+    for device in (False, True):
+        world = World(peers=2)
+        a, b = world.pair()
+        world.kill(a)
+        node, steps = claiming(world, "a", device=device)
+        section, seconds = waited(world, node, steps)
+        assert section == a.section
+        assert (seconds > 0.9 * STILL_S) if device else not seconds, seconds
+        assert b.engine.alive
+
+
+def test_who_has_claimed_a_fresh_section_under_another_kernel_keeps_it() -> None:
+    world = World(peers=2)
+    world.attach("a")
+    other, claim = claiming(world, "other")
+    other.locks.table = {}
+    assert other.call(next, claim) == attach.SETTLE_S
+    world.drain()
+    node, steps = claiming(world, "me", device=False)
+    assert node.call(next, steps) == LOOK_S
+    world.drain()
+    with pytest.raises(StopIteration) as done:
+        other.call(next, claim)
+    assert done.value.value.section == 1
+
+
+def test_a_section_is_taken_soon_after_its_readers_are_done() -> None:
+    world = World(peers=2)
+    a, b = world.pair()
+    c, s = world.open(a, b)
+    a.write(c, b"precious")
+    world.kill(a)
+    node, steps = claiming(world, "a", device=False)
+    assert node.call(next, steps) == LOOK_S
+    world.advance(0.3)  # the heartbeat of its reader sees that the lock fell
+    assert b.read_all(s)[0] == b"precious"
+    b.close(s)
+    world.quiet()
+    section, seconds = waited(world, node, steps)
+    assert section == a.section
+    assert seconds < 2 * LOOK_S
 
 
 def leave_one(world: World, **how: Any) -> None:

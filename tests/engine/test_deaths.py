@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from shmsock.engine import layout as lay
+from shmsock.engine.attach import claim_section
 from shmsock.engine.connection import CLOSED, EOF, RESET, STALE, Connection, State
 from shmsock.engine.settings import Settings
 from shmsock.errors import NodeClosedError
-from tests.engine.world import SECOND, Node, World, send
+from tests.engine.world import KERNEL, MACHINE, SECOND, Node, World, send
 
 End = Callable[[World, Node], None]
 OTHER = b"kernel-of-host-B"
@@ -63,6 +64,22 @@ def test_bytes_of_the_dead_are_read_then_reset(world: World, die: End) -> None:
     assert b.read_all(s) == (data, RESET)
     assert isinstance(s.error, ConnectionResetError)
     assert s.state is State.FREE
+
+
+def test_a_successor_tells_that_its_forerunner_was_killed(world: World) -> None:
+    """Who waits for the dead is to look for the living, and not only at the next beat."""
+    a, b = world.pair()
+    c, _ = world.open(a, b)
+    world.kill(b)
+    world.drain()
+    successor = world.process("b")
+    steps = claim_section(world.layout, successor.locks, KERNEL, MACHINE, world.rng, device=False)
+    with pytest.raises(StopIteration) as done:
+        successor.call(next, steps)
+    world.start(successor, claim=done.value.value)
+    world.quiet()  # (no time passes)
+    assert a.read_all(c) == (b"", RESET)
+    gone(world, a, b)
 
 
 @pytest.mark.parametrize("how", ["close", "finish"])

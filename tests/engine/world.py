@@ -449,8 +449,8 @@ class World:
         who = Identity(name, kernel, machine, 4242, lay.FLAG_LOCKED if locked else 0, FILE)
         return Node(self, cpu, who, FakeLocks(self.kernels.setdefault(kernel, {})))
 
-    def start(self, node: Node, settings: Settings = SETTINGS) -> None:
-        claim = self.claim(node)
+    def start(self, node: Node, settings: Settings = SETTINGS, claim: Claim | None = None) -> None:
+        claim = claim or self.claim(node)
         node.engine = self.run(
             node,
             Engine,
