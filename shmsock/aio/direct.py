@@ -13,10 +13,25 @@ from typing import Any
 
 from shmsock.engine.connection import Connection
 
-__all__ = ["DELIVER_MAX", "DirectMode"]
+__all__ = ["DirectMode", "fill"]
 
 DELIVER_MAX = 256 * 1024  # bytes given to one protocol in one pass
 IDLE_MAX = 4096  # bytes in the buffer of a reader that nobody waits for
+
+
+def fill(buffer: Any, take: Callable[[int], bytes | int]) -> int:
+    """Put what `take` has into the buffer of a BufferedProtocol. Returns how many bytes, or the status that
+    it gave instead. Raises what is wrong with the buffer."""
+    with memoryview(buffer) as whole, whole.cast("B") as view:  # it may be resized right afterwards
+        if not view:
+            raise RuntimeError("get_buffer() returned an empty buffer")
+        if view.readonly:
+            raise TypeError("get_buffer() returned a buffer that cannot be written")
+        data = take(min(len(view), DELIVER_MAX))
+        if isinstance(data, int):
+            return data
+        view[: len(data)] = data
+        return len(data)
 
 
 class DirectMode:

@@ -28,7 +28,9 @@ from shmsock.aio.attach import on_current_node
 from shmsock.aio.datagram import create_datagram_endpoint
 from shmsock.aio.joint import JointTransport
 from shmsock.aio.pseudosocket import PseudoSocket
+from shmsock.aio.sendfile import descriptor_of, send_file
 from shmsock.aio.tls import start_tls
+from shmsock.aio.transport import ShmTransport
 from shmsock.engine.datagrams import BROADCAST
 
 __all__ = ["loop_factory", "new_event_loop"]
@@ -262,6 +264,8 @@ class _ShmLoop(_Base):
     ) -> int:
         if not _is_ours(transport):
             return await super().sendfile(transport, file, offset, count, fallback=fallback)
+        if isinstance(transport, ShmTransport) and (fd := descriptor_of(file)) is not None:
+            return await send_file(transport, file, fd, offset, count)
         if fallback:
             file.seek(offset)  # the file's position has no effect, as with the kernel's sendfile
         send: Any = asyncio.BaseEventLoop.sendfile

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,17 +18,18 @@ from shmsock.wakeup import eventfd
 if TYPE_CHECKING:
     from typing import NoReturn
 
-__all__ = ["Duplicate", "PollFd", "PseudoSocket"]
+__all__ = ["Duplicate", "PollFd", "PseudoSocket", "fileno_of", "stream_socket"]
 
 _PROTOCOLS = {socket.SOCK_STREAM: socket.IPPROTO_TCP, socket.SOCK_DGRAM: socket.IPPROTO_UDP}
 
 
 class Duplicable(Protocol):
-    """What duplicates of a pseudo-socket ask of its transport."""
+    """What a pseudo-socket and its duplicates ask of a transport."""
 
     superseded: bool
     node: Any
 
+    def fileno(self) -> int: ...
     def get_extra_info(self, name: str) -> Any: ...
     def duplicate(self) -> Duplicate: ...
     def let_go(self) -> None: ...
@@ -156,6 +158,36 @@ class PseudoSocket:
                 95, "there is no kernel socket behind a shmsock transport: only a connection has a dup()"
             )
         return self._duplicate()
+
+
+def fileno_of(transport: Duplicable) -> Callable[[], int]:
+    """Return what asks it for its descriptor, without keeping it."""
+    me = weakref.ref(transport)
+
+    def ask() -> int:
+        found = me()
+        return -1 if found is None else found.fileno()
+
+    return ask
+
+
+def stream_socket(transport: Duplicable, options: dict[tuple[int, int], Any]) -> PseudoSocket:
+    """Make the pseudo-socket of a connection, which does not keep the transport."""
+    me, address = weakref.ref(transport), transport.get_extra_info
+
+    def duplicate() -> Duplicate:
+        found = me()
+        if found is None:
+            raise OSError(9, "the connection has ended: there is nothing to duplicate")
+        return found.duplicate()
+
+    return PseudoSocket(
+        address("sockname"),
+        address("peername"),
+        fileno_of(transport),
+        options={(socket.IPPROTO_TCP, socket.TCP_NODELAY): 1, **options},
+        duplicate=duplicate,
+    )
 
 
 class Duplicate(PseudoSocket):

@@ -164,7 +164,7 @@ class NoFastPath:
     def attach(self, reader: Any) -> None:
         """Do nothing: the transport feeds that reader."""
 
-    def receive(self, protocol: Any, context: contextvars.Context) -> None:
+    def receive(self, protocol: Any, context: contextvars.Context, buffered: bool = False) -> None:
         """Do nothing: the transport delivers."""
 
     def detach(self) -> None:

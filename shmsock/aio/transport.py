@@ -16,18 +16,18 @@ import socket
 import struct
 import threading
 import warnings
-import weakref
 from asyncio.constants import _SendfileMode
 from asyncio.sslproto import SSLProtocol
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from shmsock.aio import names
-from shmsock.aio.direct import DELIVER_MAX, DirectMode
+from shmsock.aio.direct import DirectMode, fill
 from shmsock.aio.flow import FlowControl
-from shmsock.aio.pseudosocket import Duplicate, PollFd, PseudoSocket
+from shmsock.aio.pseudosocket import Duplicate, PollFd, fileno_of, stream_socket
 from shmsock.aio.pump import FastPath
 from shmsock.aio.tls import flushes, tell_above
+from shmsock.aio.write_buffer import PIECE, OutgoingFile, WriteBuffer, flat
 from shmsock.engine.connection import CLOSED, DATA, DONE, EMPTY, EOF, SPACE, STALE, YIELD, Connection, State
 from shmsock.errors import forked, wrong_thread
 
@@ -55,18 +55,6 @@ def _set_result(waiter: asyncio.Future[None]) -> None:
         waiter.set_result(None)
 
 
-def _fileno_of(transport: weakref.ref[ShmTransport]) -> int:
-    found = transport()
-    return -1 if found is None else found.fileno()
-
-
-def _duplicate_of(transport: weakref.ref[ShmTransport]) -> Duplicate:
-    found = transport()
-    if found is None:
-        raise OSError(errno.EBADF, "the connection has ended: there is nothing to duplicate")
-    return found.duplicate()
-
-
 class ShmTransport(FlowControl, asyncio.Transport):
     """A stream between two peers of a region. `get_extra_info` knows "peername" and "sockname", as (name,
     port), and "socket". `numeric`: internet addresses stand for the names."""
@@ -77,6 +65,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
     # Values that most transports never change are the class's, which saves time in __init__. All others are
     # made there: an attribute that is added later, when there are many such objects, costs a dict each.
     just_lost = False  # connection_lost() comes in the next turn of the loop
+    _pending: WriteBuffer | None = None  # what the ring had no room for
     _eof_wanted = False  # write_eof() was called: FIN follows _pending
     _writes_after_loss = 0
     _wrote_in_vain = False
@@ -111,7 +100,6 @@ class ShmTransport(FlowControl, asyncio.Transport):
         self._reading = False  # it has begun
         self._closing = True  # or not started yet
         self._lost = True  # connection_lost() is on its way, or was called; or this has not started
-        self._pending = bytearray()  # what the ring had no room for
 
     def __repr__(self) -> str:
         state = "closed" if self._lost else "closing" if self._closing else "open"
@@ -158,17 +146,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         if name == "socket" and name not in self._extra:
-            me = weakref.ref(self)
-            self._extra[name] = PseudoSocket(
-                self._extra["sockname"],
-                self._extra["peername"],
-                partial(_fileno_of, me),
-                options={
-                    (socket.IPPROTO_TCP, socket.TCP_NODELAY): 1,
-                    **(self._server.inherited if self._server is not None else {}),
-                },
-                duplicate=partial(_duplicate_of, me),
-            )
+            self._extra[name] = stream_socket(self, self._server.inherited if self._server else {})
         return self._extra.get(name, default)
 
     # -- events of the engine
@@ -333,9 +311,9 @@ class ShmTransport(FlowControl, asyncio.Transport):
 
     def _let_through(self) -> None:
         """Let the pump give bytes to the protocol itself, as long as nothing unusual is asked for."""
-        usual = self._poll is None and not self._unread and not self.direct.used and self._receiving()
-        if usual and not isinstance(self._protocol, asyncio.BufferedProtocol):
-            self.fast_path.receive(self._protocol, self.context)
+        if self._poll is None and not self._unread and not self.direct.used and self._receiving():
+            buffered = isinstance(self._protocol, asyncio.BufferedProtocol)
+            self.fast_path.receive(self._protocol, self.context, buffered)
 
     def _deliver_bytes(self, protocol: Any, most: int) -> int:
         """Give bytes to data_received(). Returns how many, or a status."""
@@ -355,20 +333,13 @@ class ShmTransport(FlowControl, asyncio.Transport):
         if replaced or not self._receiving():
             return 0
         try:
-            with memoryview(buffer) as whole, whole.cast("B") as view:  # it may be resized right afterwards
-                if not view:
-                    raise RuntimeError("get_buffer() returned an empty buffer")
-                if view.readonly:
-                    raise TypeError("get_buffer() returned a buffer that cannot be written")
-                data = self._take(min(len(view), DELIVER_MAX))
-                if isinstance(data, int):
-                    return data
-                view[: len(data)] = data
+            n = fill(buffer, self._take)
         except BaseException as error:
-            self._fatal_error(error, "Fatal error: protocol.get_buffer() call failed.")
+            self._raised(error, "get_buffer")
             return 0
-        self._guarded("buffer_updated", protocol.buffer_updated, len(data))
-        return len(data)
+        if n > 0:
+            self._guarded("buffer_updated", protocol.buffer_updated, n)
+        return n
 
     def _take(self, most: int) -> bytes | int:
         if self._unread:
@@ -437,28 +408,28 @@ class ShmTransport(FlowControl, asyncio.Transport):
 
     def _write_slowly(self, data: Any) -> None:
         self._check_thread()
-        if not isinstance(data, (bytes, bytearray, memoryview)):
-            raise TypeError(f"data argument must be a bytes-like object, not {type(data).__name__!r}")
+        data = flat(data)
         if self._eof_wanted:
             raise RuntimeError("Cannot call write() after write_eof()")
-        size = data.nbytes if isinstance(data, memoryview) else len(data)
+        size = len(data)
         if not size:
             return
-        if isinstance(data, memoryview) and not (data.ndim == data.itemsize == 1 and data.c_contiguous):
-            data = data.cast("B") if data.c_contiguous else memoryview(bytes(data))
         if self._lost or self.broken is not None:
             self._after_loss()
             return
+        taken = 0
         if not self._pending:
-            taken = self.conn.write(self.node.engine.ffi.from_buffer(data), size)
+            taken = self.conn.write(self.node.engine.ffi.from_buffer(data), min(size, PIECE))
             if taken == size:
                 return
             if taken < 0:
                 self._write_failed(taken, fresh=True)
                 return
-            data = memoryview(data)[taken:]
-        self._pending += data
+            self._pending = self._pending or WriteBuffer(self.conn)
+        self._pending.add(memoryview(data)[taken:] if taken else data)
         self.fast_path.can_write = False
+        if taken == PIECE:  # there may be room for more
+            self._flush()
         self._maybe_pause_protocol()
 
     def writelines(self, list_of_data: Any) -> None:
@@ -475,7 +446,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
         """Drop what waits to be written, as the peer reads no more. What it wrote before can still be read:
         the connection ends after that."""
         error = self.conn.error
-        self._pending.clear()
+        self._drop(error)
         if status == STALE:
             error = self.node.engine.failure()
         if error is None and not self._closing:
@@ -495,21 +466,48 @@ class ShmTransport(FlowControl, asyncio.Transport):
             self.broken, self.fast_path.can_write = error, False
             self._resume_protocol()
 
+    def _drop(self, error: BaseException | None) -> None:
+        if self._pending:
+            closed = ConnectionError(f"the connection to {self.conn.remote} was closed")
+            self._pending.drop(error if isinstance(error, OSError) else closed)
+
+    async def send_file(self, file: OutgoingFile) -> None:
+        """Send (a part of) a file, behind what was written before. Raises OSError."""
+        self._check_thread()
+        if self._lost or self.broken is not None:
+            raise self.broken or ConnectionError("Connection closed by peer")
+        self._pending = self._pending or WriteBuffer(self.conn)
+        self._pending.add_file(file)
+        self.fast_path.can_write = False
+        try:
+            self._flush()
+            await file.over
+        finally:
+            if file.over.cancelled():
+                self._flush()  # it may have been in the way of others
+
+    def _flush_again(self) -> None:
+        if self._pending:
+            self._pending.comes_again = False
+        self.ready(SPACE)
+
     def _flush(self) -> None:
         """Put what was kept into the ring, as far as it has room."""
         pending = self._pending
-        view = self.node.engine.ffi.from_buffer(pending)
-        try:
-            taken = self.conn.write(view, len(pending))
-        finally:
-            self.node.engine.ffi.release(view)
-        if taken < 0:
-            self._write_failed(taken)
+        if not pending or self._lost:
             return
-        del pending[:taken]
+        status = pending.send()
+        if status < 0:
+            self._write_failed(status)
+            return
+        if status and not pending.comes_again:
+            pending.comes_again = True
+            self._loop.call_soon(self._flush_again, context=self.node.context)
+        if not pending:
+            self._pending = None
         self._settle()
         self._resume_protocol()
-        if not pending:
+        if not self._pending:  # the protocol may have written
             if self._closing:
                 self._finish_close()
             elif self._eof_wanted:
@@ -539,7 +537,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
         return True
 
     def get_write_buffer_size(self) -> int:
-        return len(self._pending)
+        return len(self._pending) if self._pending else 0
 
     @property
     def flushing(self) -> bool:
@@ -598,7 +596,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
         if self._lost:
             return
         self._closing, self.fast_path.can_write = True, False
-        self._pending.clear()
+        self._drop(error)
         if self.node.engine.alive and not self._duplicates:
             sock = self._extra.get("socket")
             if sock and sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8) == NO_LINGER:
@@ -654,7 +652,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
         if (self._lost and not self._duplicates) or self.superseded:
             raise OSError(errno.EBADF, f"{self!r} has ended: there is nothing to duplicate")
         self._duplicates += 1
-        return Duplicate(self, partial(_fileno_of, weakref.ref(self)))
+        return Duplicate(self, fileno_of(self))
 
     def let_go(self) -> None:
         """Note that a duplicate was closed: what this transport left open ends with the last of them."""
@@ -674,7 +672,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
         if reader is not None:
             self._unread = bytes(reader._buffer) + self._unread
             reader._buffer.clear()
-        self._pending, before._pending = before._pending, bytearray()
+        self._pending, before._pending = before._pending, None
         self._eof_wanted, self.broken = before._eof_wanted, before.broken
         self._extra.update({name: before._extra[name] for name in ("peername", "sockname")})
         self.get_extra_info("socket")._options = before.get_extra_info("socket")._options
@@ -688,7 +686,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
         if not self._lost:
             self._closing, self.fast_path.can_write = True, False
             if self._pending:
-                self._pending.clear()
+                self._drop(None)
                 self.conn.cut()
             else:
                 self._hang_up()

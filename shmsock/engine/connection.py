@@ -33,6 +33,7 @@ comes back with its answer.
 from __future__ import annotations
 
 import errno
+import os
 from collections import deque
 from enum import Enum
 from typing import Any
@@ -46,6 +47,7 @@ __all__ = [
     "ADOPTIONS_PER_S",
     "BAD",
     "CLOSED",
+    "COPY_MAX",
     "DATA",
     "DONE",
     "EMPTY",
@@ -76,6 +78,7 @@ VIOLATION: int = lib.SH_VIOLATION
 STALE: int = lib.SH_STALE
 CLOSED: int = lib.SH_CLOSED
 UNBOUND: int = lib.SH_UNBOUND
+UNREADABLE: int = lib.SH_UNREADABLE
 # bits of a poll (enum sh_bits)
 DATA: int = lib.SH_POLL_DATA
 FIN: int = lib.SH_POLL_FIN
@@ -330,12 +333,25 @@ class Connection(Held):
     def write(self, data: Any, size: int) -> int:
         """Write up to `size` bytes of `data`. Returns how many went in, fewer when the ring is full (an event
         comes when there is space), or a status."""
+        return self._put(self.home.lib.sh_write, data, size)
+
+    def write_file(self, fd: int, at: int, size: int) -> int:
+        """Write bytes of a file, from `at` on, as write() does: the kernel puts them into the ring. Returns
+        EOF when the file ends there, 0 when the ring is full. Raises OSError when the file cannot be read."""
+        taken = self._put(self.home.lib.sh_write_file, fd, at, size)
+        if taken == UNREADABLE:
+            code = self.home.ffi.errno
+            raise OSError(code, os.strerror(code))
+        return taken
+
+    def _put(self, put: Any, *source: Any) -> int:
         if self.state is not OPEN:
             return CLOSED
-        taken: int = self.home.lib.sh_write(self.ep, data, size)
+        taken: int = put(self.ep, *source)
         if taken == VIOLATION:
             self.violated("its head went where nothing was written")
-        self.home.stir()
+        if taken != UNREADABLE:  # what follows may change errno
+            self.home.stir()
         return taken
 
     def read(self, want: int) -> bytes | int:

@@ -87,7 +87,8 @@ enum sh_status {
     SH_NO_THREAD = -15, /* the heartbeat could not be started */
     SH_NO_SLOTS = -16, /* the own section has no slot left for that peer, */
     SH_NO_ROOM = -17,  /* or no ring memory, */
-    SH_NO_STORAGE = -18 /* or no storage can be put behind it: the disk is full */
+    SH_NO_STORAGE = -18, /* or no storage can be put behind it: the disk is full */
+    SH_UNREADABLE = -19 /* a file: errno says why */
 };
 /* bits of sh_poll() and of what sh_pump() returns */
 enum sh_bits {
@@ -167,6 +168,7 @@ void sh_ep_orphan(sh_ep *ep);
 int sh_ep_shut(sh_ep *ep, int fin, int done, int rst);
 uint64_t sh_ep_unsent(sh_ep *ep);
 int64_t sh_write(sh_ep *ep, const void *data, uint64_t n);
+int64_t sh_write_file(sh_ep *ep, int fd, uint64_t at, uint64_t n);
 int sh_wait_space(sh_ep *ep, int spin);
 int64_t sh_available(sh_ep *ep);
 int64_t sh_read(sh_ep *ep, void *to, uint32_t want);

@@ -2,6 +2,11 @@
  * whether a read spins, arms or lets the loop turn; how long it spins is decided in spin.c. */
 #include "ring.h"
 
+#include <errno.h>
+#include <unistd.h>
+
+#define FILE_PIECE (1u << 18) /* bytes of a file that are published at once */
+
 /* ---- reading ---- */
 
 /* How many bytes are there, maybe fewer than min; or SH_RESET, SH_VIOLATION. Polls P only if fewer are known. */
@@ -123,11 +128,9 @@ int64_t sh_read_wait(sh_ep *ep, void *to, uint32_t want, uint32_t min, int how)
 
 /* ---- writing ---- */
 
-/* Put n bytes into the ring, which may grow for them. Returns how many went in, fewer only when it is full (then WANT is set); or a status. */
-int64_t sh_write(sh_ep *ep, const void *data, uint64_t n)
+/* May n bytes be put into the ring, which may grow for them? 0, or a status. */
+static inline int begin_put(sh_ep *ep, uint64_t n)
 {
-    const uint8_t *from = data;
-    uint64_t left = n;
     int r = sh_writable(ep);
 
     if (SH_UNLIKELY(r < 0))
@@ -138,6 +141,18 @@ int64_t sh_write(sh_ep *ep, const void *data, uint64_t n)
         if (sh_space_of(ep) < n)
             sh_grow(ep, n);
     }
+    return 0;
+}
+
+/* Put n bytes into the ring. Returns how many went in, fewer only when it is full (then WANT is set); or a status. */
+int64_t sh_write(sh_ep *ep, const void *data, uint64_t n)
+{
+    const uint8_t *from = data;
+    uint64_t left = n;
+    int r = begin_put(ep, n);
+
+    if (SH_UNLIKELY(r < 0))
+        return r;
     while (left) {
         uint32_t m;
 
@@ -158,6 +173,37 @@ int64_t sh_write(sh_ep *ep, const void *data, uint64_t n)
     ep->nd->n[SH_N_WRITES]++;
     ep->nd->n[SH_N_BYTES_OUT] += n - left;
     return (int64_t)(n - left);
+}
+
+/* The same for what is in a file from `at` on: read straight into the ring. SH_EOF: nothing; SH_UNREADABLE: errno says why not. */
+int64_t sh_write_file(sh_ep *ep, int fd, uint64_t at, uint64_t n)
+{
+    uint64_t done = 0;
+    int r = begin_put(ep, n);
+
+    while (r >= 0 && done < n && (r = sh_room(ep, 1, n - done)) > 0) {
+        uint32_t from = ep->tail & (ep->tx_bytes - 1), m = ep->tx_bytes - from;
+        ssize_t got;
+
+        if (m > (uint32_t)r)
+            m = (uint32_t)r;
+        if (m > n - done)
+            m = (uint32_t)(n - done);
+        if (m > FILE_PIECE)
+            m = FILE_PIECE;
+        got = pread(fd, ep->tx + from, m, (off_t)(at + done));
+        if (got <= 0)
+            r = !got ? SH_EOF : errno == EINTR ? 0 : SH_UNREADABLE;
+        else if (SH_UNLIKELY(!sh_may_write(ep->nd)))
+            r = SH_STALE;
+        else {
+            sh_commit(ep, (uint32_t)got);
+            done += (uint64_t)got;
+        }
+    }
+    ep->nd->n[SH_N_WRITES] += done != 0;
+    ep->nd->n[SH_N_BYTES_OUT] += done;
+    return r < 0 && (!done || r == SH_STALE) ? r : (int64_t)done;
 }
 
 /* A drain has nothing to wait for. 1: it may return at once. 0: it lets the loop turn. Seven of eight drains return at once, which keeps a turn near

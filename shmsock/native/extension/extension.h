@@ -37,11 +37,12 @@ struct fast_path {
     Pump *pump;
     PyObject *transport; /* weak: once the transport is gone, writes are dropped */
     PyObject *buffer, *waiter;
-    PyObject *protocol, *context; /* set while the pump hands bytes straight to protocol.data_received() */
+    PyObject *protocol, *context; /* set while the pump hands bytes straight to the protocol */
     sh_ep *ep;
     uint32_t slot;
     Py_ssize_t limit; /* of a line */
     char can_write, can_read, wake_pending;
+    char buffered; /* the protocol has a buffer of its own */
 };
 
 struct datagram_in {

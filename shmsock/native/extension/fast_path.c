@@ -3,7 +3,7 @@
 
 PyTypeObject *sh_fast_path_type;
 /* Interned: CPython's cache of lookups goes by the address of a name, and keeps each name that it was asked for. */
-static PyObject *s_done, *s_set_result, *s_write_rest, *s_slot, *s_limit, *s_buffer, *s_raised, *s_data_received;
+static PyObject *s_done, *s_set_result, *s_write_rest, *s_slot, *s_limit, *s_buffer, *s_raised, *s_data_received, *s_get_buffer, *s_buffer_updated;
 
 /* Bytes that are given to a protocol at once. So many because freeing such a piece teaches malloc to keep memory: pieces of 64 KiB are given back to
  * the kernel each time, and the next take page faults (measured: a third of the throughput). */
@@ -52,10 +52,26 @@ PyObject *sh_taken(Taken *taken, int64_t status)
     return taken->data;
 }
 
-/* protocol.method(data[, source]) in that context. 1: done. 0: it raised *error. -1: an exception that ends the program. */
-int sh_hand_over(PyObject *context, PyObject *protocol, PyObject *method, PyObject *data, PyObject *source, PyObject **error)
+/* Take the exception that was raised. NULL: it ends the program, and stays. */
+static PyObject *caught(void)
 {
-    PyObject *args[] = {protocol, data, source}, *type, *trace, *r = NULL;
+    PyObject *type, *error, *trace;
+
+    if (PyErr_ExceptionMatches(PyExc_SystemExit) || PyErr_ExceptionMatches(PyExc_KeyboardInterrupt))
+        return NULL;
+    PyErr_Fetch(&type, &error, &trace);
+    PyErr_NormalizeException(&type, &error, &trace);
+    if (trace)
+        PyException_SetTraceback(error, trace);
+    Py_XDECREF(type);
+    Py_XDECREF(trace);
+    return error;
+}
+
+/* protocol.method(data[, source]) in that context: what it returns, or NULL. */
+static PyObject *call_in(PyObject *context, PyObject *protocol, PyObject *method, PyObject *data, PyObject *source)
+{
+    PyObject *args[] = {protocol, data, source}, *r = NULL;
 
     Py_INCREF(context); /* it may be replaced by another meanwhile */
     Py_INCREF(protocol);
@@ -66,18 +82,16 @@ int sh_hand_over(PyObject *context, PyObject *protocol, PyObject *method, PyObje
     }
     Py_DECREF(context);
     Py_DECREF(protocol);
+    return r;
+}
+
+/* The same. 1: done. 0: it raised *error. -1: an exception that ends the program. */
+int sh_hand_over(PyObject *context, PyObject *protocol, PyObject *method, PyObject *data, PyObject *source, PyObject **error)
+{
+    PyObject *r = call_in(context, protocol, method, data, source);
+
     Py_XDECREF(r);
-    if (r)
-        return 1;
-    if (PyErr_ExceptionMatches(PyExc_SystemExit) || PyErr_ExceptionMatches(PyExc_KeyboardInterrupt))
-        return -1;
-    PyErr_Fetch(&type, error, &trace);
-    PyErr_NormalizeException(&type, error, &trace);
-    if (trace)
-        PyException_SetTraceback(*error, trace);
-    Py_XDECREF(type);
-    Py_XDECREF(trace);
-    return 0;
+    return r ? 1 : (*error = caught()) ? 0 : -1;
 }
 
 /* whom.method(error, about): what a protocol raised ends its connection. Steals `whom` (None: it is gone) and `error`. 0, or -1. */
@@ -91,7 +105,81 @@ int sh_tell_of(PyObject *whom, PyObject *method, PyObject *error, PyObject *abou
     return r ? 0 : -1;
 }
 
-/* Give what is in the ring to data_received(), in the connection's context. 1: that is done. 0: Python does it, and finds out why. (A protocol that
+/* What the protocol raised in `method` ends the connection. 1: it was told. -1: an exception that ends the program. */
+static int raised(FastPath *p, PyObject *method)
+{
+    PyObject *error = caught();
+
+    return !error || sh_tell_of(PyObject_CallNoArgs(p->transport), s_raised, error, method) < 0 ? -1 : 1;
+}
+
+/* Call the protocol, with an argument that is stolen. 1: done, or what it raised was told. -1: an exception that ends the program. */
+static int tell(FastPath *p, PyObject *protocol, PyObject *method, PyObject *argument)
+{
+    PyObject *r = argument ? call_in(p->context, protocol, method, argument, NULL) : NULL;
+
+    Py_XDECREF(argument);
+    Py_XDECREF(r);
+    return r ? 1 : raised(p, method);
+}
+
+/* Read into the buffer that the protocol gave. How many bytes, or a status; 0: an exception, what is wrong with the buffer. */
+static int64_t fill_buffer(FastPath *p, PyObject *buffer)
+{
+    struct sh_plain plain = {{sh_take_plain}, NULL};
+    Py_buffer view;
+    int64_t n = 0;
+
+    if (PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE) < 0)
+        return 0;
+    plain.to = view.buf;
+    if (!view.len)
+        PyErr_SetString(PyExc_RuntimeError, "get_buffer() returned an empty buffer");
+    else if (view.readonly)
+        PyErr_SetString(PyExc_TypeError, "get_buffer() returned a buffer that cannot be written");
+    else
+        n = sh_read_some(p->ep, &plain.taker, view.len < (Py_ssize_t)DELIVER_MAX ? (uint32_t)view.len : DELIVER_MAX);
+    PyBuffer_Release(&view); /* it may be resized right afterwards */
+    return n;
+}
+
+/* Give a BufferedProtocol a piece. How many bytes, or a status; *all: it was all there is. Nothing is taken from the ring for one that paused, or
+ * was replaced, in get_buffer(). */
+static int64_t give_buffered(FastPath *p, int *all)
+{
+    int64_t there = sh_available(p->ep), n;
+    PyObject *protocol, *hint, *buffer;
+
+    if (there <= 0)
+        return there;
+    if (!(hint = PyLong_FromLongLong(there)))
+        return SH_SLOW;
+    protocol = Py_NewRef(p->protocol);
+    buffer = call_in(p->context, protocol, s_get_buffer, hint, NULL);
+    Py_DECREF(hint);
+    n = !buffer ? 0 : p->protocol == protocol && p->can_write ? fill_buffer(p, buffer) : SH_SLOW;
+    Py_XDECREF(buffer);
+    *all = n == there;
+    if (n == 0)
+        n = raised(p, s_get_buffer);
+    else if (n > 0 && tell(p, protocol, s_buffer_updated, PyLong_FromLongLong(n)) < 0)
+        n = SH_SLOW;
+    Py_DECREF(protocol);
+    return n;
+}
+
+/* Give any other protocol a piece, likewise. */
+static int64_t give_bytes(FastPath *p, int *all)
+{
+    Taken taken = SH_TAKEN;
+    int64_t n = sh_read_some(p->ep, &taken.taker, PIECE);
+    PyObject *data = sh_taken(&taken, n);
+
+    *all = n < PIECE;
+    return data && tell(p, p->protocol, s_data_received, data) < 0 ? SH_SLOW : n;
+}
+
+/* Give what is in the ring to the protocol, in the connection's context. 1: that is done. 0: Python does it, and finds out why. (A protocol that
  * paused, or was replaced, asks for what is left itself.) */
 int sh_fast_path_deliver(FastPath *p)
 {
@@ -100,19 +188,14 @@ int sh_fast_path_deliver(FastPath *p)
 
     sh_takes_part(p->ep);
     while (p->protocol && p->can_write && given < DELIVER_MAX) {
-        Taken taken = SH_TAKEN;
-        PyObject *data = sh_taken(&taken, n = sh_read_some(p->ep, &taken.taker, PIECE)), *error;
-        int r;
+        int all = 0;
 
-        if (!data)
-            return PyErr_Occurred() ? -1 : n == SH_EMPTY;
+        n = p->buffered ? give_buffered(p, &all) : give_bytes(p, &all);
+        if (n <= 0)
+            return PyErr_Occurred() ? -1 : n == SH_EMPTY || !p->protocol;
         given += (uint32_t)n;
-        r = sh_hand_over(p->context, p->protocol, s_data_received, data, NULL, &error);
-        Py_DECREF(data);
-        if (r < 0 || (r == 0 && sh_tell_of(PyObject_CallNoArgs(p->transport), s_raised, error, s_data_received) < 0))
-            return -1;
-        if ((uint32_t)n < PIECE)
-            return 1; /* that was all: what came meanwhile is news of its own */
+        if (all)
+            return 1; /* what came meanwhile is news of its own */
         if (sh_over(p->pump->nd))
             break;
     }
@@ -196,7 +279,7 @@ static PyObject *fast_path_write(FastPath *p, PyObject *data)
 {
     int64_t taken = 0;
 
-    if (p->can_write && PyBytes_CheckExact(data)) {
+    if (p->can_write && PyBytes_CheckExact(data) && PyBytes_GET_SIZE(data) <= (Py_ssize_t)SH_COPY_MAX) { /* more would hold the loop: it goes in pieces */
         taken = write_now(p, data);
         if (SH_LIKELY(taken == PyBytes_GET_SIZE(data)))
             return sh_schedule_pump(p->pump) < 0 ? NULL : Py_NewRef(Py_None);
@@ -251,13 +334,15 @@ static PyObject *fast_path_attach(FastPath *p, PyObject *reader)
     return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
 }
 
-/* receive(protocol, context): from now on the pump gives bytes to the protocol; None: Python does. */
+/* receive(protocol, context, buffered): from now on the pump gives bytes to the protocol; None: Python does. */
 static PyObject *fast_path_receive(FastPath *p, PyObject *args)
 {
     PyObject *protocol, *context;
+    int buffered = 0;
 
-    if (!PyArg_ParseTuple(args, "OO!", &protocol, &PyContext_Type, &context))
+    if (!PyArg_ParseTuple(args, "OO!|p", &protocol, &PyContext_Type, &context, &buffered))
         return NULL;
+    p->buffered = (char)buffered;
     Py_XSETREF(p->context, Py_NewRef(context));
     Py_XSETREF(p->protocol, protocol == Py_None ? NULL : Py_NewRef(protocol));
     if (p->protocol)
@@ -361,7 +446,7 @@ static PyMethodDef methods[] = {
     {"take", (PyCFunction)(void (*)(void))fast_path_take, METH_O, "Read 1 to so many bytes, for a receive() that has let the loop turn. None: the slow way."},
     {"put", (PyCFunction)(void (*)(void))fast_path_put, METH_O, "Write, for a send(). How many bytes went into the ring; None: all, and the loop need not turn yet."},
     {"attach", (PyCFunction)(void (*)(void))fast_path_attach, METH_O, "Note that this reader is in direct mode."},
-    {"receive", (PyCFunction)(void (*)(void))fast_path_receive, METH_VARARGS, "Set the protocol that bytes are given to, and its context."},
+    {"receive", (PyCFunction)(void (*)(void))fast_path_receive, METH_VARARGS, "Set the protocol that bytes are given to, its context, and whether it has a buffer of its own."},
     {"detach", (PyCFunction)(void (*)(void))fast_path_detach, METH_NOARGS, "Note that no reader and no protocol takes bytes any more."},
     {NULL, NULL, 0, NULL},
 };
@@ -401,7 +486,9 @@ int sh_fast_path_ready(PyObject *module)
     s_buffer = PyUnicode_InternFromString("_buffer");
     s_raised = PyUnicode_InternFromString("_raised");
     s_data_received = PyUnicode_InternFromString("data_received");
+    s_get_buffer = PyUnicode_InternFromString("get_buffer");
+    s_buffer_updated = PyUnicode_InternFromString("buffer_updated");
     sh_fast_path_type = (PyTypeObject *)PyType_FromSpec(&spec);
-    return s_done && s_set_result && s_write_rest && s_slot && s_limit && s_buffer && s_raised && s_data_received && sh_fast_path_type
+    return s_done && s_set_result && s_write_rest && s_slot && s_limit && s_buffer && s_raised && s_data_received && s_get_buffer && s_buffer_updated && sh_fast_path_type
         ? PyModule_AddObjectRef(module, "FastPath", (PyObject *)sh_fast_path_type) : -1;
 }
