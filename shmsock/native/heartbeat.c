@@ -226,7 +226,8 @@ static void *run(void *arg)
             continue;
         }
         found = kicked_for_this(k, w, n, woke) | sh_any_notified(k->nd, GET(k->nd->known_peers)); /* a level, not an edge: this finds what came before arming, too */
-        if (!found && stranger && sh_any_notified(k->nd, SH_ALL)) {
+        /* A stranger's wake of sleep_seq is lost if we were not waiting just then, be it for having been woken by another. */
+        if (!found && (stranger || k->futexes) && sh_any_notified(k->nd, SH_ALL)) {
             SET(k->nd->strangers, 1);
             found = 1;
         }
