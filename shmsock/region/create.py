@@ -155,10 +155,13 @@ def open_default(
     raises.
     """
     for _ in range(10):
+        may_create = create and os.path.isdir(os.path.dirname(path))
         try:
-            return _open_own(path, writable)
+            # Not to have an error made that nobody sees: it looks for those who hold a removed file.
+            if not may_create or os.path.lexists(path):
+                return _open_own(path, writable)
         except RegionNotFoundError:
-            if not create or not os.path.isdir(os.path.dirname(path)):
+            if not may_create:
                 raise
         with _temporary(os.path.dirname(path), path, size, 0o600) as made:
             if prepare:
