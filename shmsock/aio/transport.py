@@ -170,7 +170,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
             return
         if self._pending:
             if bits & SPACE:
-                self._flush()
+                self._flush(spins=True)
             if self._pending and (bits & DONE or self.conn.orphaned_ns):
                 self._write_failed()
             if self._lost:
@@ -491,12 +491,12 @@ class ShmTransport(FlowControl, asyncio.Transport):
             self._pending.comes_again = False
         self.ready(SPACE)
 
-    def _flush(self) -> None:
+    def _flush(self, spins: bool = False) -> None:
         """Put what was kept into the ring, as far as it has room."""
         pending = self._pending
         if not pending or self._lost:
             return
-        status = pending.send()
+        status = pending.send(spins and self.node.pump.may_spin())
         if status < 0:
             self._write_failed(status)
             return

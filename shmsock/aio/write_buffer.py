@@ -86,19 +86,19 @@ class WriteBuffer:
     def add_file(self, file: OutgoingFile) -> None:
         self._pieces.append(file)
 
-    def send(self) -> int:
-        """Put into the ring what it has room for, within the turn's budget. Returns 1 when that budget was
-        used up first, so that this must be called again; 0; or the status with which the connection
-        refused."""
-        over, nd = self._conn.home.lib.sh_over, self._conn.home.nd
+    def send(self, spins: bool = False) -> int:
+        """Put into the ring what it has room for, within the turn's budget; `spins`: busy-poll for room, as
+        nothing else is to be run. Returns 1 when the budget was used up first, so that this must be called
+        again; 0; or the status with which the connection refused."""
+        lib, nd = self._conn.home.lib, self._conn.home.nd
         while self._pieces:
             piece = self._pieces[0]
             is_full, status = self._send_file(piece) if isinstance(piece, OutgoingFile) else self._send(piece)
             if status < 0:
                 return status
-            if is_full:
+            if is_full and not (spins and lib.sh_wait_space(self._conn.ep, 1) > 0):
                 return 0
-            if over(nd):
+            if lib.sh_over(nd):
                 return 1 if self._pieces else 0
         return 0
 

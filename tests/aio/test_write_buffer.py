@@ -115,7 +115,7 @@ class Narrow:
 
     def __init__(self, most: int) -> None:
         self.home: Any = self
-        self.lib, self.nd, self.ffi = self, None, ffi
+        self.lib, self.nd, self.ffi, self.ep = self, None, ffi, None
         self.most, self.room = most, 0
         self.sent = bytearray()
         self.bases: set[int] = set()  # where what was sent would begin, if it had never moved
@@ -123,6 +123,10 @@ class Narrow:
 
     def sh_over(self, nd: None) -> bool:
         return False
+
+    def sh_wait_space(self, ep: None, spin: int) -> int:
+        self.room = self.most
+        return self.room
 
     def write(self, data: Any, size: int) -> int:
         taken = min(size, self.room)
@@ -175,6 +179,16 @@ def test_a_turn_ends_when_its_budget_is_used_up() -> None:
     conn.sh_over = lambda nd: True  # type: ignore[method-assign]
     assert [buffer.send() for _ in range(3)] == [1, 1, 0]
     assert not buffer
+
+
+@pytest.mark.parametrize("spins", [False, True])
+def test_room_that_comes_soon_is_waited_for(spins: bool) -> None:
+    """Where nothing else is to be run."""
+    conn = Narrow(1000)
+    buffer = WriteBuffer(conn)  # type: ignore[arg-type]
+    buffer.add(bytes(100_000))
+    assert buffer.send(spins) == 0
+    assert len(conn.sent) == (100_000 if spins else 0)
 
 
 def test_what_is_dropped_is_told_to_who_waits_for_a_file(run: Run) -> None:
