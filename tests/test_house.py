@@ -483,15 +483,16 @@ def test_c_files_that_call_each_other_are_found(package: Path, where: str) -> No
 # cold paths' functions Python checks what they return.)
 C_LOADERS = {
     "wake.c": {"kick", "sh_any_notified"},
-    "link.c": {"sh_node_new", "sh_node_claim", "sh_collect", "sh_restart", "sh_adopt"},
+    "link.c": {"sh_node_new", "sh_node_claim", "collect", "sh_restart", "sh_adopt"},
     "spin.c": {"has_to_wake", "sh_spin_on"},
     "ring.h": {"sh_writable", "sh_copy_ring"},
     "ring.c": {"sh_notify_slot", "sh_see_head", "follow", "sh_refresh", "sh_acknowledge", "sh_rearm_touched"},
+    "slots.c": {"sh_ep_at"},
     "grow.c": {"move"},
     "datagram.c": {"is_bound", "reads_on", "get"},
     "handshake.c": {"sh_message_recv", "sh_ep_open"},
     "heartbeat.c": {"beat", "load_kicks", "sh_heartbeat_start"},
-    "pump.c": {"sh_safety", "news"},
+    "pump.c": {"is_suspicious", "sh_safety", "news"},
     "memory.c": {"sh_load64", "sh_read_bytes", "sh_listen_find", "sh_survey"},
     "node.h": {"sh_holds"},
 }

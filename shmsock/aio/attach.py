@@ -79,11 +79,11 @@ def prepare_region(made: Region, peers: int = 16) -> None:
 
 
 def _back_fixed_part(made: Region, layout: Layout) -> None:
-    """Give storage to all that is not arena, other sections included: on a sparse file even reading a hole
-    takes a page, and a full disk would be a SIGBUS."""
+    """Give storage to all that is neither slot nor arena, other sections included: on a sparse file even
+    reading a hole takes a page, and a full disk would be a SIGBUS. (Slots get theirs when first used.)"""
     if made.sparse:
         for section in range(layout.peers):
-            made.ensure(layout.section(section), layout.arena_off)
+            made.ensure(layout.section(section), layout.slot_off)
 
 
 def _blank(opened: Region, memory: Memory) -> bool:

@@ -11,6 +11,7 @@ from shmsock.engine.counters import OF_ENGINE
 from shmsock.engine.layout import Layout
 from shmsock.engine.settings import Settings
 from shmsock.errors import node_closed
+from shmsock.region.private import zeros
 
 __all__ = ["Home"]
 
@@ -30,7 +31,7 @@ class Home:
         self.section, self.name, self.settings, self.rng = section, name, settings, rng
         self.ffi, self.lib = layout.memory.core
         #: What `nd` points to; whoever keeps that keeps this.
-        self.private = self.ffi.new("uint8_t[]", self.lib.sh_node_bytes(layout.geometry))
+        self.private = zeros(self.lib.sh_node_bytes(layout.geometry))
         self.nd = self.memory.node(self.private, layout.geometry, section)
         #: Where the core puts bytes that it takes out of a ring, and a buffer whose slices are bytes.
         room = self.ffi.new("char[]", self.lib.SH_COPY_MAX)

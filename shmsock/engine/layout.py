@@ -51,6 +51,7 @@ BOOT: int = lib.SH_SECTION_BOOT_ID
 PID: int = lib.SH_SECTION_PID
 DEV: int = lib.SH_SECTION_DEV
 INO: int = lib.SH_SECTION_INO
+SLOTS_USED: int = lib.SH_SECTION_SLOTS_USED
 LEFT: int = lib.SH_SECTION_LEFT
 DOORBELL: int = lib.SH_SECTION_DOORBELL
 RESERVED: int = lib.SH_SECTION_RESERVED
@@ -108,6 +109,7 @@ class Layout:
         self.peers: int = g.peers
         self.slots: int = g.slots
         self.section_bytes: int = g.section_bytes
+        self.slot_off: int = g.slot_off
         self.arena_off: int = g.arena_off
         self.arena_bytes: int = g.arena_bytes
 
@@ -117,6 +119,9 @@ class Layout:
     def pair(self, of: int, towards: int) -> int:
         g: Any = self.geometry
         return self.section(of) + int(g.pair_off) + towards * int(g.pair_bytes)
+
+    def slot(self, of: int, index: int) -> int:
+        return self.section(of) + self.slot_off + index * SLOT_BYTES
 
     # -- words of others: read here and nowhere else, and only what was checked is returned
 
@@ -157,8 +162,9 @@ class Layout:
 
     def slot_words(self, index: int) -> Iterator[tuple[int, int, int]]:
         """(slot, link, tx word) of the slots in use: to be shown, nothing follows from them."""
-        at = self.section(index) + int(self.geometry.slot_off)
-        for slot in range(self.slots):
+        at = self.slot(index, 0)
+        used = self.memory.load(self.section(index) + SLOTS_USED)
+        for slot in range(min(used, self.slots)):
             if link := self.memory.load(at + slot * SLOT_BYTES + SLOT_LINK):
                 yield slot, link, self.memory.load(at + slot * SLOT_BYTES + SLOT_TX_WORD)
 
@@ -241,11 +247,12 @@ def _slots_fit(memory: Memory, size: int, peers: int, log2_slots: int) -> Any:
 
 
 def default_slots(memory: Memory, size: int, peers: int) -> int:
-    """Connections per section: as many as can have two smallest rings (4 KiB) each, 16 to 2048; 0: region too
-    small."""
-    for log2_slots in range(11, 3, -1):
+    """Connections per section: as many as can have two smallest rings (512 bytes) each, 16 to 65,536; 0:
+    region too small."""
+    most, least = int(lib.SH_MAX_SLOTS).bit_length() - 1, int(lib.SH_MIN_SLOTS).bit_length() - 1
+    for log2_slots in range(most, least - 1, -1):
         g = _slots_fit(memory, size, peers, log2_slots)
-        if g is not None and (g.arena_bytes >= g.slots * 8192 or log2_slots == 4):
+        if g is not None and (g.arena_bytes >= g.slots * 2 * lib.SH_MIN_RING or log2_slots == least):
             return 1 << log2_slots
     return 0
 
@@ -326,8 +333,8 @@ def read_layout(memory: Memory) -> Layout:
     if version != VERSION:
         raise format_error(
             f"the region has format version {version}, this shmsock knows {VERSION}: use the same shmsock "
-            "on every VM, "
-            "or create the region anew when nobody uses it"
+            "on every VM; "
+            "when nobody has the region mapped, no QEMU either, `shmsock create --force` makes it anew"
         )
     size = memory.load(H_BYTES)
     if size > memory.size:

@@ -66,6 +66,7 @@ class Memory:
     def node(self, private: Any, geometry: Any, section: int) -> Any:
         """Make a node in `private` (sh_node_bytes() bytes) that owns that section. It must be inert before
         the mapping is released: C checks that it is, and not whether the mapping is there."""
+        private = self.core.ffi.from_buffer(private)
         return self.core.lib.sh_node_new(private, self._base, geometry, section, self.wc)
 
     def survey(self, geometry: Any, words: Any) -> int:

@@ -33,9 +33,9 @@ class Settings:
     its section may be reused before, when no other is free.)
     `flush_s`: How long a node that is detached waits for closed writers to get rid of what they hold.
     `reap_after_s`: A section silent so long is freed for reuse; None: never (by hand: `shmsock reap`).
-    `ring_bytes`: Largest ring of one direction of a connection, a power of two from 4096 to 2**30;
+    `ring_bytes`: Largest ring of one direction of a connection, a power of two from 512 to 2**30;
     smaller ones when memory is scarce. (Datagrams have rings of their own, of at most 256 KiB.)
-    `first_ring_bytes`: What each direction begins with, a power of two from 4096 to 2**30, but at most
+    `first_ring_bytes`: What each direction begins with, a power of two from 512 to 2**30, but at most
     ring_bytes: as large as that, it never grows. Else it does when a write finds no room.
     `datagram_queue_bytes`: What an endpoint for datagrams keeps at most, of those that wait to be sent
     and of those that wait while it is paused; each counts 64 bytes more than it has. At least 2**18: more
@@ -57,7 +57,7 @@ class Settings:
     flush_s: float = 2.0
     reap_after_s: float | None = 600.0
     ring_bytes: int = 1 << 20
-    first_ring_bytes: int = 4096
+    first_ring_bytes: int = 512
     datagram_queue_bytes: int = 4 << 20
     max_connects: int = 32
     pin: Mapping[str, int] | None = None
@@ -67,8 +67,8 @@ class Settings:
             object.__setattr__(self, "pin", check_pin(self.pin))
         for name in ("ring_bytes", "first_ring_bytes"):
             size = getattr(self, name)
-            if size < 4096 or size > 1 << 30 or size & (size - 1):
-                raise ValueError(f"{name} is {size}, expected a power of two from 4096 to {1 << 30}")
+            if size < 512 or size > 1 << 30 or size & (size - 1):
+                raise ValueError(f"{name} is {size}, expected a power of two from 512 to {1 << 30}")
         if self.datagram_queue_bytes < 1 << 18:
             raise ValueError(
                 f"datagram_queue_bytes is {self.datagram_queue_bytes}, expected {1 << 18} or more"

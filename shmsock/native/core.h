@@ -11,15 +11,16 @@
 /* ---- what lies where: LAYOUT.md in numbers, asserted in layout.h. Python makes its constants of these ---- */
 #define SH_MAGIC 0x314b434f534d4853ull /* the bytes "SHMSOCK1" */
 enum sh_limit {
-    SH_VERSION = 4,
+    SH_VERSION = 5,
     SH_LINE = 64,
     SH_PAGE = 4096,
     SH_MAX_PEERS = 64,
     SH_MIN_SLOTS = 16,
-    SH_MAX_SLOTS = 2048,
+    SH_MAX_SLOTS = 65536,
     SH_MESSAGES = 64,    /* in the ring of one direction */
+    SH_LOG = 16,         /* slots in the log of a pair */
     SH_LISTENERS = 448,  /* of a section */
-    SH_MIN_RING = 4096,
+    SH_MIN_RING = 512,
     SH_MAX_RING = 1 << 30,
     SH_EPOCH_LEAD = 7, /* how far a ring's epoch may be ahead of what its reader knows, modulo 16: so many rings may be outgrown */
     SH_STORAGE = 64 << 10, /* how much is put behind a section with holes at a time */
@@ -30,12 +31,12 @@ enum sh_limit {
 enum sh_header_at { SH_HEADER_MAGIC = 0, SH_HEADER_VERSION = 8, SH_HEADER_REGION_ID = 16, SH_HEADER_REGION_BYTES = 24, SH_HEADER_SIZE = 4096 };
 enum sh_section_at {
     SH_SECTION_CLAIM = 0x000, SH_SECTION_BEAT = 0x040, SH_SECTION_PUMPS = 0x048, SH_SECTION_SLEEP_SEQ = 0x080,
-    SH_SECTION_INCARNATION = 0x0c0, SH_SECTION_STATE = 0x0c8, SH_SECTION_LISTENERS = 0x0d0, SH_SECTION_FLAGS = 0x0d8,
+    SH_SECTION_INCARNATION = 0x0c0, SH_SECTION_STATE = 0x0c8, SH_SECTION_LISTENERS = 0x0d0, SH_SECTION_FLAGS = 0x0d8, SH_SECTION_SLOTS_USED = 0x0e0,
     SH_SECTION_NAME = 0x100, SH_SECTION_MACHINE_ID = 0x140, SH_SECTION_BOOT_ID = 0x150, SH_SECTION_PID = 0x160,
     SH_SECTION_DEV = 0x168, SH_SECTION_INO = 0x170, SH_SECTION_LEFT = 0x178, SH_SECTION_DOORBELL = 0x180,
     SH_SECTION_RESERVED = 0x188, SH_SECTION_OWNER = 0x190, SH_SECTION_LISTENER = 0x200, SH_SECTION_SIZE = 4096
 };
-enum sh_pair_at { SH_PAIR_NOTIFY_SEQ = 0x00, SH_PAIR_KICKED_FOR = 0x08, SH_PAIR_OUTBOX = 0x40, SH_PAIR_INBOX = 0x80, SH_PAIR_USERS = 0xc0, SH_PAIR_SIZE = 0x100 };
+enum sh_pair_at { SH_PAIR_NOTIFY_SEQ = 0x00, SH_PAIR_KICKED_FOR = 0x08, SH_PAIR_LOG = 0x10, SH_PAIR_OUTBOX = 0x40, SH_PAIR_INBOX = 0x80, SH_PAIR_USERS = 0xc0, SH_PAIR_SIZE = 0x100 };
 enum sh_slot_at { SH_SLOT_LINK = 0x00, SH_SLOT_RING = 0x08, SH_SLOT_TX_WORD = 0x40, SH_SLOT_RX_WORD = 0x80, SH_SLOT_SIZE = 192 };
 enum sh_message_at {
     SH_MESSAGE_SRC_INC = 0, SH_MESSAGE_DST_INC = 4, SH_MESSAGE_SEQ = 8, SH_MESSAGE_KIND = 12, SH_MESSAGE_REASON = 13,

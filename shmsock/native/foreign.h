@@ -13,6 +13,9 @@ static inline int sh_has_news(const struct sh_link *l) { return SH_UNLIKELY(sh_p
 /* The pair_inc that its notify_seq carries: which life of the link the peer speaks of. */
 static inline uint32_t sh_inc_now(const sh_node *nd, const struct sh_link *l) { return SH_HIGH(sh_load(&l->in->notify_seq, nd->wc)); }
 
+/* How often it has notified in this life of the link, modulo 2^32. */
+static inline uint32_t sh_count_now(const sh_node *nd, const struct sh_link *l) { return SH_LOW(sh_load(&l->in->notify_seq, nd->wc)); }
+
 /* Messages of the peer that we have not received; more than SH_MESSAGES: a violation. What carries another life's tag is not for us. */
 static inline uint32_t sh_mail(const sh_node *nd, const struct sh_link *l)
 {
@@ -34,6 +37,12 @@ static inline int sh_knows_us(const struct sh_link *l) { return SH_HIGH(sh_peek(
 
 /* Our slots whose toggle the peer has flipped, and that we have not acknowledged. */
 static inline uint64_t sh_toggled(const sh_node *nd, const struct sh_link *l, uint32_t w) { return sh_load(&l->t_in[w], nd->wc) ^ l->a[w]; }
+
+/* The slot of ours that the peer notified with that count; any slot number may stand there. */
+static inline uint32_t sh_logged(const sh_node *nd, const struct sh_link *l, uint32_t count)
+{
+    return sh_load(&l->in->log[count % SH_LOG / 4], nd->wc) >> count % 4 * 16 & 0xffff;
+}
 
 /* The sleep of ours that the peer last kicked for; only compared. */
 static inline uint64_t sh_kicked_for(const sh_node *nd, const struct sh_link *l) { return sh_load(&l->in->kicked_for, nd->wc); }

@@ -101,7 +101,7 @@ void sh_message_done(sh_node *nd, uint32_t peer)
 void sh_notify(sh_node *nd, uint32_t peer, uint32_t slot)
 {
     if (sh_may_write(nd))
-        sh_notify_slot(nd, peer, slot);
+        sh_notify_slot(nd, &nd->links[peer], slot);
 }
 
 /* ---- slots ---- */
@@ -128,6 +128,10 @@ int64_t sh_ep_new(sh_node *nd, uint32_t peer, int accepted, int datagrams)
     ep->spun_ns = 0;
     ep->one_way = 0;
     ep->misses = ep->patience = 0;
+    if (ep->slot >= nd->used) {
+        nd->used = ep->slot + 1;
+        sh_store(nd->used_at, nd->used, nd->wc); /* SYNC USED: before the slot is; partner: sh_node_claim, which steps the generations below it */
+    }
     sh_put(&ep->mine->ring, sh_ring_word(ep));
     sh_put(&ep->mine->rx_word, (uint64_t)ep->gen << SH_GEN_SHIFT);
     sh_store(&ep->mine->tx_word, (uint64_t)ep->gen << SH_GEN_SHIFT, nd->wc);
@@ -161,14 +165,14 @@ int sh_ep_open(sh_ep *ep, uint32_t peer, uint32_t peer_slot, uint32_t peer_gen)
     if (SH_GEN(p) != peer_gen || SH_GEN(ring) != peer_gen)
         return SH_RESET;
     ep->peer = peer;
+    ep->link = &nd->links[peer];
     if ((ep->accepted ? SH_EPOCH(ring) : SH_EPOCH(ring) > SH_EPOCH_LEAD) || sh_ring_of(ep, ring, 0) < 0)
         return SH_VIOLATION;
     ep->peer_slot = peer_slot;
     ep->peer_gen = peer_gen;
     ep->tx_last = (uint64_t)peer_gen << SH_GEN_SHIFT;
-    ep->moved = 0;
     ep->theirs = theirs;
-    nd->links[peer].open[SH_WORD(ep->slot)] |= SH_BIT(ep->slot);
+    sh_set_add(&nd->open, ep->slot);
     sh_put(&ep->mine->link, (uint64_t)ep->gen << SH_GEN_SHIFT | (uint64_t)peer << 32 | (uint64_t)peer_slot << 16 | 1u << 8);
     count_users(nd, peer, 1);
     return sh_poll(ep);
@@ -178,35 +182,32 @@ int sh_ep_open(sh_ep *ep, uint32_t peer, uint32_t peer_slot, uint32_t peer_gen)
 void sh_ep_orphan(sh_ep *ep)
 {
     ep->orphan = 1;
-    ep->nd->links[ep->peer].open[SH_WORD(ep->slot)] &= ~SH_BIT(ep->slot);
+    sh_set_remove(&ep->nd->open, ep->slot);
 }
 
 /* -> FREE: one store ends this generation, for both directions. Slot and ring are free after the fence. */
 void sh_ep_release(sh_ep *ep, int notify)
 {
     sh_node *nd = ep->nd;
-    uint32_t w = SH_WORD(ep->slot);
-    uint64_t keep = ~SH_BIT(ep->slot);
 
     if (!sh_may_write(nd))
         return;
     ep->gen = (ep->gen + 1) & SH_GEN_MASK;
     sh_store(&ep->mine->tx_word, (uint64_t)ep->gen << SH_GEN_SHIFT, nd->wc);
     sh_put(&ep->mine->link, 0);
-    if (ep->theirs && (nd->touched[w] & ~keep))
-        sh_acknowledge(nd, ep); /* a spin may have collected notify_seq and left the toggle: then the slot's next user would never be notified */
+    if (ep->theirs && sh_set_has(&nd->touched, ep->slot))
+        sh_acknowledge(ep); /* a spin may have collected notify_seq and left the toggle: then the slot's next user would never be notified */
     sh_fence(nd->wc);
     if (ep->theirs) {
-        nd->links[ep->peer].open[w] &= keep;
-        nd->links[ep->peer].moved += ep->moved;
+        sh_set_remove(&nd->open, ep->slot);
         /* A peer that was told DONE waits for nothing more, and one that has released needs no news: neither is notified. */
         if (notify && !ep->orphan && !(ep->flags & SH_DONE) && sh_same_life(ep))
-            sh_notify_slot(nd, ep->peer, ep->peer_slot);
+            sh_notify_slot(nd, ep->link, ep->peer_slot);
         count_users(nd, ep->peer, -1);
     }
-    nd->ready[w] &= keep;
-    nd->later[w] &= keep;
-    nd->touched[w] &= keep;
+    sh_set_remove(&nd->ready, ep->slot);
+    sh_set_remove(&nd->later, ep->slot);
+    sh_set_remove(&nd->touched, ep->slot);
     ep->theirs = NULL;
     sh_slot_give(ep);
 }

@@ -15,8 +15,6 @@
 #error "the shared layout is little-endian"
 #endif
 
-#define SH_MAX_WORDS (SH_MAX_SLOTS / 64)
-
 struct sh_header {
     uint64_t magic;        /* published last */
     uint64_t version;      /* SH_VERSION */
@@ -37,7 +35,8 @@ struct sh_section { /* first page of a section */
     uint64_t state;       /* enum sh_state, stored last at attach */
     uint64_t listeners;   /* entries of listener[] in use, as an upper bound */
     uint64_t flags;       /* SH_FLAG_* */
-    uint8_t pad3[32];
+    uint64_t slots_used;  /* one more than the highest slot that was ever used, by whomever */
+    uint8_t pad3[24];
     uint8_t name[64]; /* NUL padded */
     uint8_t machine_id[16];
     uint8_t boot_id[16];
@@ -55,7 +54,8 @@ struct sh_section { /* first page of a section */
 struct sh_pair { /* what i says to j: in section i, one for every j, i included */
     uint64_t notify_seq; /* pair_inc of i towards j : 32 | count : 32 */
     uint64_t kicked_for; /* the value of j's sleep_seq that i last kicked for */
-    uint8_t pad0[48];
+    uint64_t log[SH_LOG / 4]; /* 16 bits for each of the last counts (modulo 16): the slot of j that was notified with it */
+    uint8_t pad0[16];
     uint64_t outbox; /* adopted pair_inc of j : 32 | message tail : 32 */
     uint8_t pad1[56];
     uint64_t inbox; /* adopted pair_inc of j : 32 | message head : 32 */
@@ -67,7 +67,7 @@ struct sh_pair { /* what i says to j: in section i, one for every j, i included 
 
 struct sh_slot {
     uint64_t link; /* generation:24 | peer section:8 | peer slot:16 | state:8 | 0:8; for people and tools only */
-    uint64_t ring; /* of the largest so far: generation:24 | epoch:4 | log2(bytes):6 | (offset in section) / 4096 : 30 */
+    uint64_t ring; /* of the largest so far: generation:24 | epoch:4 | log2(bytes):6 | (offset in section) / SH_MIN_RING : 30 */
     uint8_t pad0[48];
     uint64_t tx_word; /* as producer: generation:24 | epoch:4 | WANT DONE RST FIN : 4 | tail:32 */
     uint8_t pad1[56];
@@ -111,6 +111,7 @@ SH_AT(section, incarnation, SECTION_INCARNATION);
 SH_AT(section, state, SECTION_STATE);
 SH_AT(section, listeners, SECTION_LISTENERS);
 SH_AT(section, flags, SECTION_FLAGS);
+SH_AT(section, slots_used, SECTION_SLOTS_USED);
 SH_AT(section, name, SECTION_NAME);
 SH_AT(section, machine_id, SECTION_MACHINE_ID);
 SH_AT(section, boot_id, SECTION_BOOT_ID);
@@ -125,6 +126,7 @@ SH_AT(section, listener, SECTION_LISTENER);
 SH_SIZE(section, SECTION_SIZE);
 SH_AT(pair, notify_seq, PAIR_NOTIFY_SEQ);
 SH_AT(pair, kicked_for, PAIR_KICKED_FOR);
+SH_AT(pair, log, PAIR_LOG);
 SH_AT(pair, outbox, PAIR_OUTBOX);
 SH_AT(pair, inbox, PAIR_INBOX);
 SH_AT(pair, users, PAIR_USERS);

@@ -5,32 +5,44 @@
 
 /* How much memory a node takes. The caller provides it, all zeros, and frees it. (A destructor of its own would be called by the collector
  * before those of objects that still use the node.) */
+static uint64_t words_of(const sh_geometry *g) { return sh_set_words(g->slots); }
+
 uint64_t sh_node_bytes(const sh_geometry *g)
 {
-    return sizeof(sh_node) + g->peers * sizeof(struct sh_link) + g->slots * sizeof(sh_ep) + sh_books_bytes(g);
+    return sizeof(sh_node) + g->peers * (sizeof(struct sh_link) + 2 * words_of(g) * sizeof(uint64_t)) + 4 * sh_set_bytes(g->slots) + g->slots * sizeof(sh_ep)
+        + sh_books_bytes(g);
 }
 
 sh_node *sh_node_new(void *memory, void *base, const sh_geometry *g, uint32_t self, int wc)
 {
     sh_node *nd = memory;
+    struct sh_section *mine = (struct sh_section *)sh_section_at(base, g, self);
+    uint64_t *rest;
 
     nd->links = (struct sh_link *)(nd + 1);
-    nd->eps = (sh_ep *)(nd->links + g->peers);
+    rest = (uint64_t *)(nd->links + g->peers);
+    rest = sh_set_init(&nd->open, rest, g->slots);
+    rest = sh_set_init(&nd->ready, rest, g->slots);
+    rest = sh_set_init(&nd->touched, rest, g->slots);
+    rest = sh_set_init(&nd->later, rest, g->slots);
     nd->base = base;
     nd->g = *g;
     nd->self = self;
-    sh_books_init(nd, nd->eps + g->slots);
     nd->wc = wc;
     nd->inert = 1; /* until claimed */
     nd->loop_fd = -1;
-    nd->words = (g->slots + 63) / 64;
+    nd->words = (uint32_t)words_of(g);
     nd->region_id = sh_load(&((struct sh_header *)base)->region_id, wc);
-    nd->claim_at = &((struct sh_section *)sh_section_at(base, g, self))->claim;
-    nd->sleep_seq_at = &((struct sh_section *)sh_section_at(base, g, self))->sleep_seq;
+    nd->claim_at = &mine->claim;
+    nd->sleep_seq_at = &mine->sleep_seq;
+    nd->used_at = &mine->slots_used;
     for (uint32_t j = 0; j < g->peers; j++) {
         struct sh_link *l = &nd->links[j];
         uint8_t *out = (uint8_t *)sh_pair_at(base, g, self, j), *in = (uint8_t *)sh_pair_at(base, g, j, self);
 
+        l->t = rest;
+        l->a = l->t + nd->words;
+        rest = l->a + nd->words;
         l->out = (struct sh_pair *)out;
         l->t_out = (uint64_t *)(out + g->toggle_off);
         l->a_out = (uint64_t *)(out + g->ack_off);
@@ -41,26 +53,27 @@ sh_node *sh_node_new(void *memory, void *base, const sh_geometry *g, uint32_t se
         l->m_in = (struct sh_message *)(in + g->message_off);
         l->sleep_seq = &((struct sh_section *)sh_section_at(base, g, j))->sleep_seq;
     }
-    for (uint32_t s = 0; s < g->slots; s++) {
-        nd->eps[s].nd = nd;
-        nd->eps[s].slot = s;
-        nd->eps[s].mine = (struct sh_slot *)(sh_section_at(base, g, self) + g->slot_off) + s;
-    }
+    nd->eps = (sh_ep *)rest;
+    sh_books_init(nd, nd->eps + g->slots);
     return nd;
 }
 
-/* The section is ours: step every generation past what a former owner left, so that a peer that still holds its slots sees them gone. */
+/* The section is ours: step the generation of every slot that a former owner used, so that a peer that still holds it sees it gone. */
 void sh_node_claim(sh_node *nd, uint64_t claim)
 {
+    struct sh_slot *slot = (struct sh_slot *)(sh_section_at(nd->base, &nd->g, nd->self) + nd->g.slot_off);
+    uint64_t used = sh_peek(nd->used_at); /* SYNC USED: partner: sh_ep_alloc */
+
     nd->claim = claim;
     nd->owner = sh_thread();
-    for (uint32_t s = 0; s < nd->g.slots; s++) {
-        sh_ep *ep = &nd->eps[s];
-        ep->gen = (SH_GEN(sh_peek(&ep->mine->tx_word)) + 1) & SH_GEN_MASK;
-        sh_put(&ep->mine->link, 0);
-        sh_put(&ep->mine->ring, (uint64_t)ep->gen << SH_GEN_SHIFT);
-        sh_put(&ep->mine->tx_word, (uint64_t)ep->gen << SH_GEN_SHIFT);
-        sh_put(&ep->mine->rx_word, (uint64_t)ep->gen << SH_GEN_SHIFT);
+    nd->used = used < nd->g.slots ? (uint32_t)used : nd->g.slots;
+    for (uint32_t s = 0; s < nd->used; s++, slot++) {
+        uint64_t gen = (uint64_t)((SH_GEN(sh_peek(&slot->tx_word)) + 1) & SH_GEN_MASK) << SH_GEN_SHIFT;
+
+        sh_put(&slot->link, 0);
+        sh_put(&slot->ring, gen);
+        sh_put(&slot->tx_word, gen);
+        sh_put(&slot->rx_word, gen);
     }
     nd->sleep = (sh_peek(nd->sleep_seq_at) + 2) & ~1ull; /* awake; and larger than any sleep for which a former owner was kicked */
     sh_put(nd->sleep_seq_at, nd->sleep);
@@ -86,12 +99,61 @@ uint64_t sh_node_counter(sh_node *nd, int which)
 
 /* ---- what a peer's notify_seq says ---- */
 
-/* Take over one peer's notify_seq: acknowledge its toggles, and make their open slots ready. 1: the pump has something to do. */
-int sh_collect(sh_node *nd, struct sh_link *l)
+struct found { uint32_t open, acked, ready; }; /* toggles: of slots that are open with the peer; acknowledged; whose slots are ready now */
+
+/* Acknowledge our slot's toggle, if there is one. That of a slot that is not open with this peer is acknowledged, and that is all; that of a touched
+ * slot stays as it is, as such slots are polled themselves. */
+static void take_toggle(sh_node *nd, struct sh_link *l, uint32_t slot, struct found *f)
 {
-    uint64_t seq = sh_load(&l->in->notify_seq, nd->wc), any = 0; /* SYNC NOTIFY: notify_seq before toggles; partner: sh_notify_slot */
-    uint32_t polls = 0;
-    int acked = 0;
+    uint32_t w = SH_WORD(slot);
+    int open = sh_set_has(&nd->open, slot) && nd->eps[slot].link == l;
+
+    if (!(sh_toggled(nd, l, w) & SH_BIT(slot)))
+        return;
+    f->open += (uint32_t)open;
+    if (open && sh_set_has(&nd->touched, slot))
+        return;
+    l->a[w] ^= SH_BIT(slot);
+    sh_put(&l->a_out[w], l->a[w]);
+    f->acked++;
+    if (open) {
+        sh_set_add(&nd->ready, slot);
+        f->ready++;
+    }
+}
+
+static void take_all_toggles(sh_node *nd, struct sh_link *l, struct found *f)
+{
+    uint32_t words = (uint32_t)sh_set_words(nd->used);
+
+    sh_caused(nd, l, words / SH_LOG); /* that much is paid by the notifications that made it necessary, unless the peer only counts on */
+    for (uint32_t w = 0; w < words; w++)
+        for (uint64_t m = sh_toggled(nd, l, w); m; m &= m - 1)
+            take_toggle(nd, l, w * 64 + (uint32_t)__builtin_ctzll(m), f);
+}
+
+/* The slots that the peer notified since its notify_seq was `from`, up to `seq`, by the pair's log. 0: it may have been overwritten. */
+static int take_logged(sh_node *nd, struct sh_link *l, uint32_t from, uint32_t seq, struct found *f)
+{
+    uint32_t slots[SH_LOG], n = 0;
+
+    if (seq - from >= SH_LOG)
+        return 0;
+    for (uint32_t count = from; count != seq; n++)
+        slots[n] = sh_logged(nd, l, ++count);
+    if (sh_count_now(nd, l) - from >= SH_LOG) /* SYNC LOG: log before notify_seq; partner: sh_notify_slot */
+        return 0;
+    while (n--)
+        if (slots[n] < nd->used)
+            take_toggle(nd, l, slots[n], f);
+    return 1;
+}
+
+static int collect(sh_node *nd, struct sh_link *l, int all)
+{
+    uint64_t seq = sh_load(&l->in->notify_seq, nd->wc); /* SYNC NOTIFY: notify_seq before toggles; partner: sh_notify_slot */
+    uint32_t from = SH_LOW(l->last);
+    struct found f = {0};
 
     __atomic_store_n(&l->last, seq, __ATOMIC_RELAXED);
     if (SH_HIGH(seq) != l->peer_inc) {
@@ -100,28 +162,24 @@ int sh_collect(sh_node *nd, struct sh_link *l)
         sh_caused(nd, l, 1);
         return 1;
     }
-    for (uint32_t w = 0; w < nd->words; w++) {
-        uint64_t diff = sh_toggled(nd, l, w), held = diff & nd->touched[w] & l->open[w];
-
-        for (uint64_t m = diff & l->open[w]; m; m &= m - 1)
-            polls++;
-        if (!(diff &= ~held)) /* touched slots are polled themselves: their toggles stay unacknowledged */
-            continue;
-        l->a[w] ^= diff;
-        sh_put(&l->a_out[w], l->a[w]);
-        nd->ready[w] |= diff & l->open[w]; /* toggles of slots that are not open with this peer are acknowledged, and that is all */
-        any |= diff & l->open[w];
-        acked = 1;
-    }
-    if (acked)
+    if (all || !take_logged(nd, l, from, SH_LOW(seq), &f))
+        take_all_toggles(nd, l, &f);
+    if (f.acked)
         sh_fence(nd->wc); /* SYNC R1: A before the load of P; partner: F1 */
     if (sh_mail(nd, l)) {
         l->news |= SH_NEWS_MAIL;
         nd->attention = 1;
     }
-    sh_caused(nd, l, polls ? polls : 1);
-    return any || l->news;
+    sh_caused(nd, l, f.open ? f.open : 1);
+    return f.ready || l->news;
 }
+
+/* Take over one peer's notify_seq: acknowledge its toggles, and make their open slots ready. It costs what the notifications speak of: their slots are
+ * in the pair's log, and if there were too many for that, they share the cost of a look at all toggles. 1: the pump has something to do. */
+int sh_collect(sh_node *nd, struct sh_link *l) { return collect(nd, l, 0); }
+
+/* The same, looking at all toggles, be they notified or not. */
+int sh_collect_all(sh_node *nd, struct sh_link *l) { return collect(nd, l, 1); }
 
 /* Ignore this peer's words until the next safety poll. */
 void sh_rate_limit(sh_node *nd, struct sh_link *l)
@@ -138,13 +196,8 @@ void sh_weigh(sh_node *nd, struct sh_link *l)
     uint64_t now = sh_clock();
     uint32_t due = 0; /* polls that are counted but were not made yet: a pass reports only so many */
 
-    for (uint32_t w = 0; w < nd->words; w++)
-        for (uint64_t m = l->open[w]; m; m &= m - 1) {
-            sh_ep *ep = &nd->eps[w * 64 + (uint32_t)__builtin_ctzll(m)];
-            due += (nd->ready[w] & SH_BIT(ep->slot)) != 0;
-            l->moved += ep->moved;
-            ep->moved = 0;
-        }
+    SH_EACH(slot, &nd->ready)
+        due += nd->eps[slot].link == l;
     if (l->polls < due + SH_POLLS)
         return;
     if (now - l->weighed_ns < 1000000000u && l->moved < (l->polls - due) / 4)
@@ -173,7 +226,7 @@ void sh_restart(sh_node *nd, uint32_t peer, uint32_t pair_inc)
     if (!sh_may_write(nd))
         return;
     for (uint32_t w = 0; w < nd->words; w++) {
-        l->t[w] = l->a[w] = l->open[w] = 0;
+        l->t[w] = l->a[w] = 0;
         sh_put(&l->t_out[w], 0);
         sh_put(&l->a_out[w], 0);
     }
@@ -208,7 +261,6 @@ uint32_t sh_adopt(sh_node *nd, uint32_t peer)
     l->news = l->suspected = l->unread = 0;
     __atomic_store_n(&l->last, notify_seq, __ATOMIC_RELAXED);
     for (uint32_t w = 0; w < nd->words; w++) {
-        l->open[w] = 0;
         l->a[w] = sh_load(&l->t_in[w], nd->wc);
         sh_put(&l->a_out[w], l->a[w]);
     }

@@ -34,7 +34,7 @@ int sh_geometry_of(uint64_t region_id, uint64_t region_bytes, sh_geometry *out)
     uint32_t peers = region_id & 0xff, log2_slots = (region_id >> 8) & 0xff;
     sh_geometry g = {0};
 
-    if (peers < 1 || peers > SH_MAX_PEERS || log2_slots < 4 || log2_slots > 11 || ((region_id >> 16) & 0xff))
+    if (peers < 1 || peers > SH_MAX_PEERS || log2_slots < 4 || log2_slots > 16 || ((region_id >> 16) & 0xff))
         return SH_NO_REGION;
     if (region_bytes < SH_PAGE)
         return SH_NO_REGION;
@@ -48,7 +48,7 @@ int sh_geometry_of(uint64_t region_id, uint64_t region_bytes, sh_geometry *out)
     g.pair_bytes = g.message_off + SH_MESSAGES * sizeof(struct sh_message);
     g.slot_off = g.pair_off + peers * g.pair_bytes;
     g.arena_off = (g.slot_off + g.slots * sizeof(struct sh_slot) + SH_PAGE - 1) & ~(uint64_t)(SH_PAGE - 1);
-    if (g.section_bytes < g.arena_off + 2 * SH_MIN_RING || g.section_bytes > (uint64_t)SH_MIN_RING << 30)
+    if (g.section_bytes < g.arena_off + 2 * SH_PAGE || g.section_bytes > (uint64_t)SH_MIN_RING << 30)
         return SH_NO_REGION;
     g.arena_bytes = g.section_bytes - g.arena_off;
     *out = g;

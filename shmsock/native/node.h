@@ -21,6 +21,7 @@ struct sh_link { /* towards one peer */
     const struct sh_message *m_in;
     uint32_t my_inc, peer_inc; /* peer_inc: adopted, 0 = none yet */
     uint32_t count;            /* low half of my notify_seq */
+    uint64_t log[SH_LOG / 4];  /* as published */
     uint32_t msg_tail, msg_head;
     uint32_t asked;            /* CONNECTs that the peer has not answered: each gets exactly one answer */
     uint32_t msg_acked;        /* head as published: behind msg_head while what the last message asked for is being done */
@@ -32,7 +33,7 @@ struct sh_link { /* towards one peer */
     int suspected;
     uint64_t weighed_ns;       /* when sh_weigh() weighed last; since then: */
     uint32_t polls;            /* how often the peer's words made us poll something, */
-    uint32_t moved;            /* and how often that had moved: bytes, space, an end, a message, a life; slots count theirs (ep->moved) */
+    uint32_t moved;            /* and how often that had moved: bytes, space, an end, a message, a life */
     int rate_limited;          /* a thousand polls within a second found too little: ignored until the next safety poll; atomic */
     const uint64_t *sleep_seq; /* the peer's word */
     uint64_t kicked;           /* the value of it that the peer was kicked for */
@@ -46,13 +47,12 @@ struct sh_link { /* towards one peer */
     uint64_t loss_sleep;       /* our sleep in which its notify_seq moved and no kick came; 0: none */
     uint64_t loss_ns, loss_received;
     int loss_kicked;            /* the peer did kick for that sleep */
-    uint64_t t[SH_MAX_WORDS];    /* my toggles */
-    uint64_t a[SH_MAX_WORDS];    /* my acknowledgements */
-    uint64_t open[SH_MAX_WORDS]; /* my slots open with this peer */
+    uint64_t *t, *a;            /* my toggles, and my acknowledgements, as published */
 };
 
 struct sh_ep {
-    sh_node *nd;
+    sh_node *nd;                  /* NULL: this slot was never used in this life of the node */
+    struct sh_link *link;         /* to the peer, once that is known */
     struct sh_slot *mine;
     const struct sh_slot *theirs; /* NULL until open */
     uint8_t *tx;
@@ -64,7 +64,6 @@ struct sh_ep {
     uint32_t gen, peer_gen;
     uint64_t flags;               /* epoch and FIN RST DONE WANT as published in P */
     uint64_t tx_last;             /* the peer's P as sh_refresh() last took it over */
-    uint32_t moved;               /* how often tx_last or head_seen moved; sh_weigh() adds it to the link's and begins anew */
     uint32_t peer, peer_slot, slot;
     uint8_t orphan;               /* the peer is gone: what it published may still be read */
     uint8_t accepted;             /* the peer opened the connection */
@@ -112,6 +111,8 @@ struct sh_node {
     uint8_t *base;
     sh_geometry g;
     uint32_t self, words;
+    uint32_t used;                /* slots below it may have been used by somebody: as published in slots_used */
+    uint64_t *used_at;
     int wc;
     uintptr_t owner;              /* the one thread that may call */
     int inert;                    /* atomic: closed, forked, or not the owner any more */
@@ -150,9 +151,11 @@ struct sh_node {
     void (*take_back)(void *);
     uint64_t flood_ns;            /* when this second of counting spurious doorbells began */
     uint32_t flood;
-    uint64_t ready[SH_MAX_WORDS];   /* slots that the next pass polls */
-    uint64_t touched[SH_MAX_WORDS]; /* read since the last pump: their toggles are left unacknowledged until then */
-    uint64_t later[SH_MAX_WORDS];   /* were touched: the next pass polls them, unless they were read again */
+    sh_set open;                  /* slots whose peers are there */
+    sh_set ready;                 /* slots that the next pass polls */
+    sh_set touched;               /* read since the last pump: their toggles are left unacknowledged until then */
+    sh_set later;                 /* were touched: the next pass polls them, unless they were read again */
+    uint64_t next_ready, next_safe; /* where the next pass, and the next safety poll, begins */
     struct sh_link *links;
     struct sh_ep *eps;
     struct sh_books *books;
@@ -197,6 +200,7 @@ void sh_know_peer(sh_node *nd, uint32_t peer, int known);
 
 /* ---- link.c ---- */
 int sh_collect(sh_node *nd, struct sh_link *l);
+int sh_collect_all(sh_node *nd, struct sh_link *l);
 void sh_weigh(sh_node *nd, struct sh_link *l);
 void sh_rate_limit(sh_node *nd, struct sh_link *l);
 
@@ -210,7 +214,7 @@ uint64_t sh_clock_and_yield(sh_node *nd, uint64_t *yield_at);
 uint64_t sh_yield_at(const sh_node *nd, uint64_t now);
 
 /* ---- ring.c; more in ring.h ---- */
-void sh_notify_slot(sh_node *nd, uint32_t peer, uint32_t slot);
+void sh_notify_slot(sh_node *nd, struct sh_link *l, uint32_t slot);
 int sh_refresh(sh_ep *ep);
 int sh_ring_of(sh_ep *ep, uint64_t ring, uint32_t least);
 /* Takes bytes out of a ring: copies what it wants of the n bytes from position `at` on (sh_copy_ring), and returns how many these are; negative:
@@ -223,7 +227,7 @@ int sh_take_plain(sh_taker *to, const sh_ep *ep, uint32_t at, uint32_t n);
 int sh_empty(const sh_ep *ep);
 int sh_see_head(sh_ep *ep);
 int sh_room(sh_ep *ep, uint32_t need, uint64_t wish);
-int sh_acknowledge(sh_node *nd, sh_ep *ep);
+int sh_acknowledge(sh_ep *ep);
 int sh_space_came(const sh_ep *ep);
 void sh_rearm_touched(sh_node *nd);
 int sh_poll_at(sh_ep *ep, uint64_t now);

@@ -1,8 +1,9 @@
-/* pump.c - the pass over what peers said: O(peers) words when idle, O(active slots) under load. And when the next pass is due: at once, or
+/* pump.c - the pass over what peers said: O(peers) words when idle, O(active slots) under load, however many are open. And when the next pass is due: at once, or
  * when the heartbeat or a doorbell wakes the loop. */
 #include "foreign.h"
 
 #define CREDIT_CAP_NS 5000000u /* how long passes may be in vain at a stretch */
+#define SAFE_SLOTS 1024        /* slots that one safety poll looks at */
 #define SKIP_NS 50000u         /* a pass so soon after the last may be left out */
 
 /* ---- a pass ---- */
@@ -36,11 +37,14 @@ static int pass(sh_node *nd, uint64_t *out, int max, uint64_t of, uint64_t now)
     }
     nd->woke = 0;
     nd->start = nd->start + 1 < nd->g.peers ? nd->start + 1 : 0;
-    for (uint32_t k = 0, w = nd->start % nd->words; k < nd->words && n < max; k++, w = w + 1 < nd->words ? w + 1 : 0) {
-        for (; nd->ready[w] && n < max; nd->ready[w] &= nd->ready[w] - 1) {
-            uint32_t slot = w * 64 + (uint32_t)__builtin_ctzll(nd->ready[w]);
-            out[n++] = (uint64_t)sh_poll_at(&nd->eps[slot], now) << 32 | SH_EV_SLOT << 24 | slot;
-        }
+    while (n < max && sh_set_any(&nd->ready)) { /* round and round, so that no slot is always last */
+        int64_t slot = sh_set_next(&nd->ready, nd->next_ready);
+
+        nd->next_ready = slot == SH_NOBODY ? 0 : (uint64_t)slot + 1;
+        if (slot == SH_NOBODY)
+            continue;
+        sh_set_remove(&nd->ready, (uint64_t)slot);
+        out[n++] = (uint64_t)sh_poll_at(&nd->eps[slot], now) << 32 | SH_EV_SLOT << 24 | (uint64_t)slot;
     }
     return n;
 }
@@ -48,9 +52,10 @@ static int pass(sh_node *nd, uint64_t *out, int max, uint64_t of, uint64_t now)
 /* Touched slots that nobody has read since: the pass that follows polls them. */
 static void queue_later(sh_node *nd)
 {
-    for (uint32_t w = 0; w < nd->words; w++) {
-        nd->ready[w] |= nd->later[w] & ~nd->touched[w];
-        nd->later[w] = 0;
+    SH_EACH(slot, &nd->later) {
+        if (!sh_set_has(&nd->touched, slot))
+            sh_set_add(&nd->ready, slot);
+        sh_set_remove(&nd->later, slot);
     }
 }
 
@@ -83,25 +88,36 @@ int sh_pump(sh_node *nd, uint64_t *out, int max)
 /* Is nothing owed a pass? Then the loop may sleep, once the heartbeat is armed. */
 int sh_quiet(sh_node *nd)
 {
-    uint64_t any = nd->attention;
+    return !nd->attention && !sh_set_any(&nd->ready) && !sh_set_any(&nd->later) && !sh_set_any(&nd->touched);
+}
 
-    for (uint32_t w = 0; w < nd->words; w++)
-        any |= nd->ready[w] | nd->later[w] | nd->touched[w];
-    return !any;
+static int is_due(const sh_node *nd, uint64_t slot)
+{
+    return sh_set_has(&nd->ready, slot) || sh_set_has(&nd->later, slot) || sh_set_has(&nd->touched, slot);
+}
+
+/* Has anything happened to this slot of which nobody told? WANT is published without a notification: it is seen when bytes are read. */
+static int is_suspicious(sh_node *nd, const sh_ep *ep)
+{
+    if (((sh_load(&ep->theirs->tx_word, nd->wc) ^ ep->tx_last) & ~SH_WANT) || ((ep->flags & SH_WANT) && sh_head_moved(ep))) {
+        sh_set_add(&nd->ready, ep->slot);
+        return 1;
+    }
+    return (sh_toggled(nd, ep->link, SH_WORD(ep->slot)) & SH_BIT(ep->slot)) != 0;
 }
 
 /* The safety poll, which needs no notification. What it finds is made ready; it counts as healed only if a whole period later still no
  * notification has spoken of it (else that was merely on its way). Returns how many links were suspicious. */
 int sh_safety(sh_node *nd)
 {
-    int found = 0;
+    uint64_t quiet = 0, suspects = 0;
+    int64_t slot;
 
     if (!sh_may_write(nd))
         return 0;
     for (uint32_t j = 0; j < nd->g.peers; j++) {
         struct sh_link *l = &nd->links[j];
         uint64_t seq = sh_load(&l->in->notify_seq, nd->wc);
-        int suspect = 0;
 
         if (sh_rate_limited(l)) {
             __atomic_store_n(&l->rate_limited, 0, __ATOMIC_RELEASE);
@@ -116,34 +132,29 @@ int sh_safety(sh_node *nd)
         l->suspected = 0;
         if (!l->peer_inc || seq != l->last)
             continue;
-        for (uint32_t w = 0; w < nd->words; w++) {
-            uint64_t due = nd->ready[w] | nd->later[w] | nd->touched[w];
-
-            if (sh_toggled(nd, l, w) & l->open[w] & ~due)
-                suspect = 1;
-            for (uint64_t m = l->open[w] & ~due; m; m &= m - 1) {
-                sh_ep *ep = &nd->eps[w * 64 + (uint32_t)__builtin_ctzll(m)];
-                /* WANT is published without a notification: it is seen when bytes are read */
-                if (((sh_load(&ep->theirs->tx_word, nd->wc) ^ ep->tx_last) & ~SH_WANT)
-                    || ((ep->flags & SH_WANT) && sh_head_moved(ep))) {
-                    nd->ready[w] |= SH_BIT(ep->slot);
-                    suspect = 1;
-                }
-            }
-        }
+        quiet |= 1ull << j;
         if (sh_mail(nd, l) && !(l->news & SH_NEWS_MAIL) && !l->unread) {
             l->news |= SH_NEWS_MAIL;
             nd->attention = 1;
-            suspect = 1;
-        }
-        if (suspect) {
-            sh_collect(nd, l);
-            l->suspected = 1;
-            l->suspect = seq;
-            found++;
+            suspects |= 1ull << j;
         }
     }
-    return found;
+    slot = sh_set_next(&nd->open, nd->next_safe);
+    for (int k = 0; k < SAFE_SLOTS && slot != SH_NOBODY; k++, slot = sh_set_next(&nd->open, (uint64_t)slot + 1)) {
+        const sh_ep *ep = &nd->eps[slot];
+
+        if (quiet >> ep->peer & 1 && !is_due(nd, (uint64_t)slot) && is_suspicious(nd, ep))
+            suspects |= 1ull << ep->peer;
+    }
+    nd->next_safe = slot == SH_NOBODY ? 0 : (uint64_t)slot;
+    for (uint64_t m = suspects; m; m &= m - 1) {
+        struct sh_link *l = &nd->links[__builtin_ctzll(m)];
+
+        sh_collect_all(nd, l);
+        l->suspected = 1;
+        l->suspect = l->last;
+    }
+    return __builtin_popcountll(suspects);
 }
 
 /* ---- when the next one comes ---- */
@@ -206,24 +217,21 @@ static int news(sh_node *nd)
         struct sh_link *l = &nd->links[__builtin_ctzll(m)];
         found |= sh_has_news(l);
     }
-    for (uint32_t w = 0; w < nd->words; w++) {
-        for (uint64_t m = nd->touched[w]; m; m &= m - 1) {
-            sh_ep *ep = &nd->eps[w * 64 + (uint32_t)__builtin_ctzll(m)];
-            uint64_t p = sh_peek(&ep->theirs->tx_word);
+    SH_EACH(slot, &nd->touched) {
+        sh_ep *ep = &nd->eps[slot];
+        uint64_t p = sh_peek(&ep->theirs->tx_word);
 
-            sh_prefetch_bytes(ep);
-            if (p == ep->tx_last && !sh_space_came(ep))
-                continue;
-            if (p & SH_WANT) { /* the peer waits for the space of what was read, and must be told of that as well */
-                sh_rearm_touched(nd);
-                queue_later(nd);
-                return 1;
-            }
-            nd->ready[w] |= SH_BIT(ep->slot);
+        sh_prefetch_bytes(ep);
+        if (p == ep->tx_last && !sh_space_came(ep))
+            continue;
+        if (p & SH_WANT) { /* the peer waits for the space of what was read, and must be told of that as well */
+            sh_rearm_touched(nd);
+            queue_later(nd);
+            return 1;
         }
-        found |= nd->ready[w] != 0;
+        sh_set_add(&nd->ready, ep->slot);
     }
-    return found;
+    return found || sh_set_any(&nd->ready);
 }
 
 /* Make another pass in the same turn, when nothing else is to be run: busy-poll for up to ns, from `now` on. Returns what sh_pump() does;

@@ -5,10 +5,10 @@
 
 /* ---- telling the peer ---- */
 
-void sh_notify_slot(sh_node *nd, uint32_t peer, uint32_t slot)
+void sh_notify_slot(sh_node *nd, struct sh_link *l, uint32_t slot)
 {
-    struct sh_link *l = &nd->links[peer];
-    uint64_t *t = &l->t[SH_WORD(slot)];
+    uint32_t lane = (l->count + 1) % SH_LOG, at = lane % 4 * 16;
+    uint64_t *t = &l->t[SH_WORD(slot)], *log = &l->log[lane / 4];
 
     sh_fence(nd->wc); /* SYNC F1: what was published, before the load of A; partner: R1, A before the load of P */
     if ((sh_load(&l->a_in[SH_WORD(slot)], nd->wc) ^ *t) & SH_BIT(slot)) {
@@ -17,8 +17,10 @@ void sh_notify_slot(sh_node *nd, uint32_t peer, uint32_t slot)
     }
     *t ^= SH_BIT(slot);
     nd->n[SH_N_NOTIFIES]++;
+    *log = (*log & ~(0xffffull << at)) | (uint64_t)slot << at;
     sh_put(&l->t_out[SH_WORD(slot)], *t);
-    sh_notify_peer(nd, l); /* SYNC NOTIFY: toggle before notify_seq; partner: sh_collect */
+    sh_store(&l->out->log[lane / 4], *log, 0); /* SYNC LOG: behind the notify_seq before; on a write-combining map F1's fence suffices; partner: sh_collect */
+    sh_notify_peer(nd, l); /* SYNC NOTIFY: toggle and log before notify_seq; partner: sh_collect */
 }
 
 /* ---- producer ---- */
@@ -32,7 +34,7 @@ int sh_see_head(sh_ep *ep)
         return 0; /* another life of the slot: its P says what happened */
     if (SH_LOW(c) - ep->head_seen > ep->tail - ep->head_seen)
         return SH_VIOLATION;
-    ep->moved += ep->head_seen != SH_LOW(c);
+    ep->link->moved += ep->head_seen != SH_LOW(c);
     ep->head_seen = SH_LOW(c);
     return 0;
 }
@@ -71,7 +73,7 @@ int sh_ep_shut(sh_ep *ep, int fin, int done, int rst)
         return 0;
     ep->flags = (ep->flags & ~SH_WANT) | (fin ? SH_FIN : 0) | (done ? SH_DONE : 0) | (rst ? SH_RST : 0);
     sh_publish(ep);
-    sh_notify_slot(ep->nd, ep->peer, ep->peer_slot);
+    sh_notify_slot(ep->nd, ep->link, ep->peer_slot);
     return done ? sh_poll(ep) : 0;
 }
 
@@ -116,7 +118,7 @@ int sh_ring_of(sh_ep *ep, uint64_t ring, uint32_t least)
     uint64_t off = (ring & 0x3fffffff) * SH_MIN_RING;
     uint32_t log2_bytes = ring >> 30 & 63;
 
-    if (log2_bytes < 12 || log2_bytes > 30 || 1ull << log2_bytes < least || off < g->arena_off
+    if (1ull << (log2_bytes & 63) < SH_MIN_RING || log2_bytes > 30 || 1ull << log2_bytes < least || off < g->arena_off
         || off + (1ull << log2_bytes) > g->section_bytes)
         return SH_VIOLATION;
     ep->rx = sh_section_at(ep->nd->base, g, ep->peer) + off;
@@ -147,7 +149,7 @@ static int follow(sh_ep *ep, uint64_t p)
  * end, unless the link itself has ended. */
 static int gave_up(const sh_ep *ep)
 {
-    const struct sh_link *l = &ep->nd->links[ep->peer];
+    const struct sh_link *l = ep->link;
 
     return ep->accepted && !ep->orphan && (ep->tx_last & ~(SH_FIN | SH_DONE)) == (uint64_t)ep->peer_gen << SH_GEN_SHIFT
         && sh_inc_now(ep->nd, l) == l->peer_inc;
@@ -165,7 +167,7 @@ int sh_refresh(sh_ep *ep)
         if (!gave_up(ep))
             return SH_RESET;
         ep->tx_last |= SH_FIN | SH_DONE;
-        ep->moved++;
+        ep->link->moved++;
         return 0;
     }
     if (SH_UNLIKELY((p ^ ep->tx_last) & SH_EPOCHS) && (r = follow(ep, p)) < 0)
@@ -176,7 +178,7 @@ int sh_refresh(sh_ep *ep)
     if (p & SH_RST)
         return SH_RESET;
     if (SH_LIKELY(SH_LOW(p) != ep->tail_seen) || ((p ^ ep->tx_last) & ~SH_IDLE_BITS))
-        ep->moved++;
+        ep->link->moved++;
     ep->tx_last = p;
     ep->tail_seen = SH_LOW(p);
     return 0;
@@ -230,9 +232,9 @@ int sh_poll_at(sh_ep *ep, uint64_t now)
 int sh_poll(sh_ep *ep) { return sh_poll_at(ep, sh_clock()); }
 
 /* Acknowledge this slot's toggle without polling: the caller fences, and polls then. 1: there was one. */
-int sh_acknowledge(sh_node *nd, sh_ep *ep)
+int sh_acknowledge(sh_ep *ep)
 {
-    struct sh_link *l = &nd->links[ep->peer];
+    struct sh_link *l = ep->link;
     uint32_t w = SH_WORD(ep->slot);
 
     if (!((sh_peek(&l->t_in[w]) ^ l->a[w]) & SH_BIT(ep->slot)))
@@ -257,16 +259,16 @@ int sh_arm(sh_ep *ep)
 
     if (!sh_may_write(nd) || !ep->theirs)
         return 1;
-    nd->touched[SH_WORD(ep->slot)] &= ~SH_BIT(ep->slot);
-    sh_acknowledge(nd, ep);
+    sh_set_remove(&nd->touched, ep->slot);
+    sh_acknowledge(ep);
     sh_fence(nd->wc); /* SYNC R1, SYNC W */
     if (sh_space_came(ep))
-        nd->ready[SH_WORD(ep->slot)] |= SH_BIT(ep->slot); /* that is for the writer, not for this reader: the next pass tells it */
+        sh_set_add(&nd->ready, ep->slot); /* that is for the writer, not for this reader: the next pass tells it */
     r = sh_refresh(ep);
     if (r < 0 || ep->tail_seen != ep->head || (ep->tx_last & SH_FIN) || ep->orphan)
         return 1;
     if (ep->tx_last & SH_WANT)
-        sh_notify_slot(nd, ep->peer, ep->peer_slot);
+        sh_notify_slot(nd, ep->link, ep->peer_slot);
     ep->waiting = 1;
     ep->wait_since = sh_clock();
     return 0;
@@ -276,27 +278,20 @@ int sh_arm(sh_ep *ep)
  * between two reads is not disturbed. */
 void sh_rearm_touched(sh_node *nd)
 {
-    uint64_t found = 0;
-
-    for (uint32_t w = 0; w < nd->words; w++)
-        for (uint64_t m = nd->touched[w]; m; m &= m - 1) {
-            sh_acknowledge(nd, &nd->eps[w * 64 + (uint32_t)__builtin_ctzll(m)]);
-            found = 1;
-        }
-    if (!found)
+    if (!sh_set_any(&nd->touched))
         return;
+    SH_EACH(slot, &nd->touched)
+        sh_acknowledge(&nd->eps[slot]);
     sh_fence(nd->wc); /* SYNC R1, SYNC W: one for all of them */
-    for (uint32_t w = 0; w < nd->words; w++) {
-        for (uint64_t m = nd->touched[w]; m; m &= m - 1) {
-            sh_ep *ep = &nd->eps[w * 64 + (uint32_t)__builtin_ctzll(m)];
-            uint64_t p = sh_load(&ep->theirs->tx_word, nd->wc);
+    SH_EACH(slot, &nd->touched) {
+        sh_ep *ep = &nd->eps[slot];
+        uint64_t p = sh_load(&ep->theirs->tx_word, nd->wc);
 
-            /* FIN and DONE that a read took over are news to a reader that waits for the end, and to a writer */
-            if (p != ep->tx_last || ep->tail_seen != ep->head || (p & (SH_FIN | SH_DONE)) || sh_space_came(ep))
-                nd->later[w] |= SH_BIT(ep->slot);
-            if (!ep->orphan && SH_GEN(p) == ep->peer_gen && (p & SH_WANT))
-                sh_notify_slot(nd, ep->peer, ep->peer_slot);
-        }
-        nd->touched[w] = 0;
+        /* FIN and DONE that a read took over are news to a reader that waits for the end, and to a writer */
+        if (p != ep->tx_last || ep->tail_seen != ep->head || (p & (SH_FIN | SH_DONE)) || sh_space_came(ep))
+            sh_set_add(&nd->later, ep->slot);
+        if (!ep->orphan && SH_GEN(p) == ep->peer_gen && (p & SH_WANT))
+            sh_notify_slot(nd, ep->link, ep->peer_slot);
+        sh_set_remove(&nd->touched, ep->slot);
     }
 }

@@ -46,7 +46,7 @@ static inline void sh_commit(sh_ep *ep, uint32_t n)
     ep->one_way = ep->one_way > 0 ? -1 : ep->one_way > -SH_ONE_WAY ? ep->one_way - 1 : ep->one_way;
     ep->flags &= ~SH_WANT;
     sh_publish(ep);
-    sh_notify_slot(ep->nd, ep->peer, ep->peer_slot);
+    sh_notify_slot(ep->nd, ep->link, ep->peer_slot);
     if (ep->one_way == -SH_ONE_WAY) /* more is to come: the next fence need not wait for the next line */
         sh_prefetch_write(ep->tx + ((ep->tail + SH_LINE - 1) & (ep->tx_bytes - 1)));
 }
@@ -78,13 +78,13 @@ static inline int sh_read_end(sh_ep *ep, uint32_t n)
     ep->one_way = n >= SH_FLOW_BYTES ? 0 : ep->one_way < 0 ? 1 : ep->one_way < SH_ONE_WAY ? ep->one_way + 1 : ep->one_way;
     ep->spun_ns = 0;
     sh_store(&ep->mine->rx_word, (uint64_t)ep->gen << SH_GEN_SHIFT | ep->head, nd->wc);
-    nd->touched[SH_WORD(ep->slot)] |= SH_BIT(ep->slot);
+    sh_set_add(&nd->touched, ep->slot);
     nd->n[SH_N_READS]++;
     nd->n[SH_N_BYTES_IN] += n;
     if (SH_UNLIKELY((old ^ ep->head) & -quarter)) {
         sh_fence(nd->wc); /* SYNC W: head before the load of WANT; sh_arm and sh_rearm_touched do it where no quarter was crossed */
         if (!ep->orphan && sh_wants_space(ep))
-            sh_notify_slot(nd, ep->peer, ep->peer_slot);
+            sh_notify_slot(nd, ep->link, ep->peer_slot);
     }
     return 0;
 }

@@ -49,44 +49,59 @@ static inline int sh_set_any(const sh_set *set) { return set->level[set->top][0]
 
 static inline void sh_set_add(sh_set *set, uint64_t i)
 {
-    for (uint32_t k = 0; k <= set->top; k++, i >>= 6) {
-        uint64_t *w = &set->level[k][i >> 6], was = *w;
+    uint64_t *w = &set->level[0][i >> 6], was = *w;
 
+    *w = was | SH_BIT(i);
+    for (uint32_t k = 1; !was && k <= set->top; k++) { /* else the words above know of it */
+        i >>= 6;
+        w = &set->level[k][i >> 6];
+        was = *w;
         *w = was | SH_BIT(i);
-        if (was)
-            return; /* the words above know of it */
     }
 }
 
 static inline void sh_set_remove(sh_set *set, uint64_t i)
 {
-    for (uint32_t k = 0; k <= set->top; k++, i >>= 6) {
-        uint64_t *w = &set->level[k][i >> 6];
+    uint64_t *w = &set->level[0][i >> 6];
 
-        if (!(*w & SH_BIT(i)) || (*w &= ~SH_BIT(i)))
-            return;
+    if (!(*w & SH_BIT(i)))
+        return;
+    for (uint32_t k = 1; !(*w &= ~SH_BIT(i)) && k <= set->top; k++) {
+        i >>= 6;
+        w = &set->level[k][i >> 6];
     }
 }
 
 #define SH_NOBODY (-1)
 
-/* The smallest member that is not below `from`; SH_NOBODY: there is none. */
-static inline int64_t sh_set_next(const sh_set *set, uint64_t from)
+/* The smallest number that is not below `from` and whose bit is set on that level; SH_NOBODY: there is none. */
+static inline int64_t sh_set_next_on(const sh_set *set, uint32_t level, uint64_t from)
 {
-    for (uint32_t k = 0; k <= set->top; k++, from = (from >> 6) + 1) {
-        /* from a whole word on at the end: the level above knows whether there is a word behind it */
+    for (uint32_t k = level; k <= set->top; k++, from = (from >> 6) + 1) {
+        /* behind the last word: there is none; behind the last number of a word: the level above knows the next word */
         uint64_t rest = from >> 6 < set->size[k] ? set->level[k][from >> 6] & ~0ull << (from & 63) : 0;
 
         if (!rest)
             continue;
         from = (from & ~63ull) | (uint64_t)__builtin_ctzll(rest);
-        while (k--)
+        while (k-- > level)
             from = from << 6 | (uint64_t)__builtin_ctzll(set->level[k][from]);
         return (int64_t)from;
     }
     return SH_NOBODY;
 }
 
-#define SH_EACH(i, set) for (int64_t i = sh_set_next(set, 0); i != SH_NOBODY; i = sh_set_next(set, (uint64_t)i + 1))
+static inline int64_t sh_set_next(const sh_set *set, uint64_t from) { return sh_set_next_on(set, 0, from); }
+
+/* The next word that is not 0. */
+static inline int64_t sh_set_next_word(const sh_set *set, uint64_t from)
+{
+    return set->top ? sh_set_next_on(set, 1, from) : from == 0 && set->level[0][0] ? 0 : SH_NOBODY;
+}
+
+/* For each member, which the body may remove: `slot` is the number. Words are looked at as they were when it came to them. */
+#define SH_EACH(slot, set) \
+    for (int64_t w_ = sh_set_any(set) ? sh_set_next_word(set, 0) : SH_NOBODY; w_ != SH_NOBODY; w_ = sh_set_next_word(set, (uint64_t)w_ + 1)) \
+        for (uint64_t m_ = (set)->level[0][w_], slot; m_ && (slot = (uint64_t)w_ << 6 | (uint64_t)__builtin_ctzll(m_), 1); m_ &= m_ - 1)
 
 #endif

@@ -39,7 +39,19 @@ void sh_others(sh_node *nd, uint32_t others) { nd->books->others = others; }
 uint32_t sh_free_slots(const sh_node *nd) { return nd->g.slots - nd->books->used; }
 sh_arena *sh_arena_of(sh_node *nd) { return nd->books->arena; }
 
-sh_ep *sh_ep_at(sh_node *nd, uint32_t slot) { return slot < nd->g.slots ? &nd->eps[slot] : NULL; }
+/* The endpoint of a slot that was taken; NULL: there is no such slot. What it needs is loaded when it is first asked for. */
+sh_ep *sh_ep_at(sh_node *nd, uint32_t slot)
+{
+    sh_ep *ep = slot < nd->g.slots ? &nd->eps[slot] : NULL;
+
+    if (ep && !ep->nd) {
+        ep->slot = slot;
+        ep->mine = (struct sh_slot *)(sh_section_at(nd->base, &nd->g, nd->self) + nd->g.slot_off) + slot;
+        ep->gen = (SH_GEN(sh_peek(&ep->mine->tx_word)) + 1) & SH_GEN_MASK;
+        ep->nd = nd;
+    }
+    return ep;
+}
 
 /* Does it hold its part of what is kept for those who hold little? Then it leaves that to them. */
 static int holds_much(const struct sh_books *b, uint64_t held, uint64_t total) { return held * KEPT_FOR_LITTLE * (b->others + 1) >= total; }

@@ -37,11 +37,7 @@ static uint64_t spin_step(sh_ep *ep, uint64_t *yield_at)
 
 static int nothing_ready(const sh_node *nd)
 {
-    uint64_t any = nd->attention;
-
-    for (uint32_t w = 0; w < nd->words; w++)
-        any |= nd->ready[w];
-    return !any;
+    return !nd->attention && !sh_set_any(&nd->ready);
 }
 
 /* Do bytes come seldom, and is the peer, which was kicked, still waking? That takes longer than our own sleep and wakeup. */
@@ -72,14 +68,14 @@ int sh_spin_on(sh_ep *ep, const uint64_t *word, uint64_t seen, uint64_t now)
     uint64_t window = ep->window_ns < nd->spin_max_ns ? ep->window_ns : nd->spin_max_ns;
     uint64_t start = now, end = now + window - ep->spun_ns, yield_at;
 
-    if (!window || ep->orphan || ep->peer == nd->self || !nothing_ready(nd) || has_to_wake(nd, &nd->links[ep->peer], now))
+    if (!window || ep->orphan || ep->peer == nd->self || !nothing_ready(nd) || has_to_wake(nd, ep->link, now))
         return 0;
     if (ep->spun_ns >= window) {
         missed(ep, window);
         return 0;
     }
     yield_at = sh_yield_at(nd, now);
-    nd->touched[SH_WORD(ep->slot)] |= SH_BIT(ep->slot); /* this slot is polled: its toggle may stay unacknowledged */
+    sh_set_add(&nd->touched, ep->slot); /* this slot is polled: its toggle may stay unacknowledged */
     for (uint32_t k = 1; !((sh_peek(word) ^ seen) & ~SH_IDLE_BITS); k++) {
         sh_prefetch_bytes(ep);
         if ((nd->spin_yield_ns || nd->alone) && k % 8) {

@@ -20,7 +20,7 @@ def test_between_processes(run: Run, region: str, loop_name: str, chunk: int) ->
             await server.says("ready")
             sizes = [1, 5000, 70_000, 300_000, 3 << 20]
             async with Child("growing", region, sizes, chunk, loop=loop_name) as client:
-                await client.says("4096")
+                await client.says("512")
                 await client.says("all is back")
                 assert await client.ended() == 0
 
@@ -104,7 +104,7 @@ def test_aborted_while_both_rings_are_there(run: Run, world: World) -> None:
                 _, writer = await shmsock.open_connection(b.name, 7000, node=a)
                 for _ in range(5):
                     writer.write(bytes(1000))
-                assert before - held(a)["arena_free_bytes"] >= (1 << 16) + 4096
+                assert before - held(a)["arena_free_bytes"] >= (1 << 13) + 512
                 getattr(writer.transport, how)()
                 del writer
                 await until(lambda: held(a)["arena_free_bytes"] == before)

@@ -125,7 +125,7 @@ def test_geometry_has_room_for_all_it_promises(peers: int, size: int) -> None:
         return
     g = core.ffi.new("sh_geometry *")
     assert core.lib.sh_geometry_of((slots.bit_length() - 1) << 8 | peers, size, g) == 0
-    assert 16 <= slots <= 2048
+    assert 16 <= slots <= 65536
     assert g.slots == slots
     assert g.section_bytes * peers + 4096 <= size
     assert g.pair_off + peers * g.pair_bytes == g.slot_off
@@ -141,7 +141,15 @@ def test_geometry_has_room_for_all_it_promises(peers: int, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "peers", "slots"), [(1 << 28, 16, 1024), (64 << 20, 16, 256), (1 << 20, 16, 0), (1 << 20, 4, 16)]
+    ("size", "peers", "slots"),
+    [
+        (1 << 31, 4, 1 << 16),
+        (1 << 28, 4, 1 << 15),
+        (1 << 28, 16, 8192),
+        (64 << 20, 16, 2048),
+        (1 << 20, 16, 0),
+        (1 << 20, 4, 128),
+    ],
 )
 def test_default_slots(size: int, peers: int, slots: int) -> None:
     assert default_slots(Memory(fake_core(), mmap.mmap(-1, 4096)), size, peers) == slots

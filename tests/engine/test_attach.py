@@ -96,7 +96,7 @@ def test_half_a_format_is_finished_by_the_next() -> None:
     [
         (lay.H_MAGIC, 0, "not formatted, or zeroed"),
         (lay.H_MAGIC, 0x1234, "it holds something else"),
-        (lay.H_VERSION, 1, "version 1, this shmsock knows 4"),
+        (lay.H_VERSION, 1, "version 1, this shmsock knows 5: .* `shmsock create --force`"),
         (lay.H_VERSION, 1 << 63, "version"),
         (lay.H_BYTES, 1 << 21, "truncated"),
         (lay.H_BYTES, 1 << 63, "truncated"),
@@ -228,10 +228,10 @@ def test_all_alive(world: World) -> None:
 def test_who_is_buried_by_another_in_that_moment_leaves_a_section(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The claim of the dead is freed between the look and the swap: the section is to be had all the same."""
+    """The dead owner's claim is freed between the look and the swap: the section can still be had."""
     nodes = crowd(world, 4)
     world.kill(nodes[2])
-    take, buried = attach._take, []
+    take, buried = attach._take, list[bool]()
 
     def buried_first(layout: Any, locks: Any, boot_id: bytes, seen: Seen, *rest: Any) -> Any:
         if not buried:

@@ -124,7 +124,7 @@ def test_answers_take_a_ring_of_their_own(world: World) -> None:
     assert client.endpoint.remote == ("b", PORT)
     assert len(link(a).conn.handler.conn.ring) == 2
     assert link(b).conn.ring[1] >= 1 << 16
-    assert link(b, Incoming).conn.ring[1] == 4096
+    assert link(b, Incoming).conn.ring[1] == 512
 
 
 def test_to_the_own_node(world: World) -> None:
@@ -402,19 +402,19 @@ def test_the_smallest_region_has_datagrams() -> None:
     sizes = []
     for _ in range(2):
         with pytest.raises(
-            OSError, match=f"datagram of {DATAGRAM_MAX} bytes to 'b', whose link has 4096"
+            OSError, match=f"datagram of {DATAGRAM_MAX} bytes to 'b', whose link has 2048"
         ) as info:
             source.send(bytes(DATAGRAM_MAX), ("b", PORT))
         assert info.value.errno == errno.ENOBUFS
         sizes += re.findall(r"make a region of (.+) \(", str(info.value))
-        source.send(bytes(4096 - 8), ("b", PORT))
-        with pytest.raises(OSError, match="datagram of 4089 bytes"):
-            source.send(bytes(4096 - 7), ("b", PORT))
-        assert link(a).conn.ring[1] == 4096
+        source.send(bytes(2048 - 8), ("b", PORT))
+        with pytest.raises(OSError, match="datagram of 2041 bytes"):
+            source.send(bytes(2048 - 7), ("b", PORT))
+        assert link(a).conn.ring[1] == 2048
         world.quiet()
-    assert sink.got == [bytes(4096 - 8)] * 2
+    assert sink.got == [bytes(2048 - 8)] * 2
     assert counts(a, b) == {}
-    source.send(bytes(4096 - 7), ("*", PORT))
+    source.send(bytes(2048 - 7), ("*", PORT))
     assert counts(a, b) == {"dropped_unsent": 1}
     assert source.endpoint.unsent == 0
     assert source.errors == []
@@ -439,7 +439,7 @@ def test_links_leave_memory_for_streams() -> None:
     world.quiet()
     assert [sink.got for sink in sinks] == [[b"all"]] * 12
     engine = nodes[0].engine
-    assert engine.slots.free_bytes - 4096 * engine.slots.free_slots > engine.layout.arena_bytes // 8
+    assert engine.slots.free_bytes - 512 * engine.slots.free_slots > engine.layout.arena_bytes // 8
     conn, _ = world.open(nodes[0], nodes[1])
     assert nodes[0].write(conn, bytes(1 << 20)) >= 16384
 

@@ -17,7 +17,7 @@ from tests.engine.conftest import TEMPERS
 from tests.engine.test_hostile import RING, P, slot
 from tests.engine.world import SETTINGS, Node, World, send
 
-LARGE = replace(SETTINGS, ring_bytes=1 << 18)
+LARGE = replace(SETTINGS, ring_bytes=1 << 18, first_ring_bytes=4096)
 EPOCH = 1 << 36
 HELD = 1 << 16
 """What a few small writes beyond the first ring lead to."""
@@ -47,12 +47,12 @@ def opened(world: World, settings: Settings = LARGE) -> tuple[Node, Connection, 
     return a, c, b, s
 
 
-def test_an_idle_connection_takes_two_pages(world: World) -> None:
-    a, b = world.attach("a", settings=LARGE), world.attach("b", settings=LARGE)
+def test_an_idle_connection_takes_little(world: World) -> None:
+    a, b = world.attach("a", settings=Settings()), world.attach("b", settings=Settings())
     world.quiet()
     before = free(a), free(b)
     world.open(a, b)
-    assert (before[0] - free(a), before[1] - free(b)) == (4096, 4096)
+    assert (before[0] - free(a), before[1] - free(b)) == (512, 512)
 
 
 @pytest.mark.parametrize("from_opener", [True, False])
@@ -133,7 +133,7 @@ def test_never_where_it_may_not() -> None:
 
 
 @pytest.mark.parametrize("name", ["ring_bytes", "first_ring_bytes"])
-@pytest.mark.parametrize("wrong", [0, 2048, 5000, 1 << 31])
+@pytest.mark.parametrize("wrong", [0, 256, 5000, 1 << 31])
 def test_sizes_that_cannot_be(name: str, wrong: int) -> None:
     with pytest.raises(ValueError, match=f"{name} is {wrong}, expected a power of two"):
         Settings(**{name: wrong})  # type: ignore[arg-type]
@@ -163,10 +163,10 @@ def test_what_was_outgrown_comes_back_when_the_reader_is_past_it(world: World) -
 def starved(world: World) -> tuple[Node, Connection, Node, Connection, list[tuple[int, int]]]:
     """All but what the free slots have a claim to is taken."""
     a, c, b, s = opened(world)
-    slots, claims = a.engine.slots, 4096 * a.engine.slots.free_slots
+    slots, claims = a.engine.slots, 512 * a.engine.slots.free_slots
     taken = []
     while slots.free_bytes > claims:
-        block = a.take_memory(4096)
+        block = a.take_memory(512)
         assert block is not None
         taken.append(block)
     return a, c, b, s, taken
@@ -206,7 +206,7 @@ def test_a_full_disk_is_no_error_either() -> None:
 def test_one_that_holds_much_leaves_an_eighth_of_the_arena() -> None:
     """And smallest rings for all that may be opened; one that holds little goes on in what was left."""
     world = World(peers=3, size=3 << 20)
-    settings = replace(LARGE, ring_bytes=1 << 14)
+    settings = replace(LARGE, ring_bytes=1 << 14, first_ring_bytes=512)
     a, b, c = (world.attach(name, settings=settings) for name in "abc")
     world.quiet()
     listener, layout = b.listen(), b.engine.layout
@@ -214,15 +214,15 @@ def test_one_that_holds_much_leaves_an_eighth_of_the_arena() -> None:
     assert (a.engine.slots.free_slots, b.engine.slots.free_slots) == (layout.slots // 8,) * 2
     for end in ends:
         b.write(end, bytes(1 << 14))
-    claims = 4096 * b.engine.slots.free_slots
-    assert ends[0].ring[1] > 4096
+    claims = 512 * b.engine.slots.free_slots
+    assert ends[0].ring[1] > 512
     assert free(b) - claims >= layout.arena_bytes // 8
     held = sum(e.ring[1] + sum(n for _, n in e.outgrown) for e in ends)
     assert b.held_by(a.section) == (len(ends), held)
     assert b.engine.slots.take(a.section, accepted=True) == world.lib.SH_NO_SLOTS
     _, s = world.open(c, b)
     b.write(s, bytes(1 << 14))
-    assert s.ring[1] > 4096
+    assert s.ring[1] > 512
     listener.close()
     world.check()
 
@@ -289,15 +289,15 @@ def grown(world: World) -> tuple[Node, Connection, Node, Connection]:
     return a, c, b, s
 
 
-def descriptor(gen: int, epoch: int, log2_bytes: int, page: int) -> int:
-    return gen << 40 | epoch << 36 | log2_bytes << 30 | page
+def descriptor(gen: int, epoch: int, log2_bytes: int, unit: int) -> int:
+    return gen << 40 | epoch << 36 | log2_bytes << 30 | unit
 
 
 @pytest.mark.parametrize(
-    ("generation", "epoch", "log2_bytes", "page"),
+    ("generation", "epoch", "log2_bytes", "unit"),
     [
         (0, 1, 12, None),  # as small as before
-        (0, 1, 11, None),
+        (0, 1, 8, None),
         (0, 1, 31, None),
         (0, 1, 63, None),
         (0, 1, 16, 0),  # words of the section
@@ -308,10 +308,10 @@ def descriptor(gen: int, epoch: int, log2_bytes: int, page: int) -> int:
     ],
 )
 def test_an_impossible_larger_ring_is_never_read(
-    world: World, generation: int, epoch: int, log2_bytes: int, page: int | None
+    world: World, generation: int, epoch: int, log2_bytes: int, unit: int | None
 ) -> None:
     _, c, b, s = grown(world)
-    word = descriptor(c.gen + generation, epoch, log2_bytes, c.ring[0] // 4096 if page is None else page)
+    word = descriptor(c.gen + generation, epoch, log2_bytes, c.ring[0] // 512 if unit is None else unit)
     world.poke(slot(world, c) + RING, word)
     assert b.read(s) == RESET
     assert isinstance(s.error, ProtocolViolation)
@@ -341,14 +341,14 @@ def test_a_ring_that_goes_on_growing_holds_nobody_up() -> None:
     world = World(peers=2, size=64 << 20)
     a, b = world.pair()
     c, s = world.open(a, b)
-    page, looks = world.layout.arena_off // 4096, 0
+    unit, looks = world.layout.arena_off // 512, 0
     for epoch in range(1, 40):
-        log2_bytes = 12 + epoch
-        world.poke(slot(world, c) + RING, descriptor(c.gen, epoch & 15, log2_bytes, page))
+        log2_bytes = 9 + epoch
+        world.poke(slot(world, c) + RING, descriptor(c.gen, epoch & 15, log2_bytes, unit))
         world.poke(slot(world, c) + P, c.gen << 40 | (epoch & 15) << 36 | epoch)
         if b.read(s) == RESET:
             break
         looks += 1
-    assert 10 <= looks <= 18
+    assert 10 <= looks <= 21
     assert isinstance(s.error, ProtocolViolation)
     assert s.state is not State.OPEN

@@ -184,7 +184,7 @@ def test_three_bad_slots_cost_the_link(world: World) -> None:
 def test_hundreds_of_bad_slots_at_once() -> None:
     """One violation leads to a drop, which looks at the others, which are bad too: no recursion, no storm."""
     world = World(size=64 << 20, peers=2)
-    assert world.layout.slots == 2048
+    assert world.layout.slots >= 2048
     a, b = world.pair()
     b.listen(backlog=5000)
     conns = [a.connect(b) for _ in range(1000)]

@@ -330,7 +330,7 @@ KICKING = ["kick", "sh_sleep"]
 
 
 @pytest.mark.parametrize(
-    "function", ["sh_notify_slot", "sh_collect", "want_space", "sh_arm", "sh_rearm_touched", *KICKING]
+    "function", ["sh_notify_slot", "collect", "want_space", "sh_arm", "sh_rearm_touched", *KICKING]
 )
 def test_each_fence_is_needed(function: str) -> None:
     """Without the fences of that function somebody sleeps forever: so the tests above would notice."""

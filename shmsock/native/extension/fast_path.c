@@ -12,7 +12,7 @@ static PyObject *s_done, *s_set_result, *s_write_rest, *s_slot, *s_limit, *s_buf
 #define LINE 256u /* bytes in which a line is first searched for */
 
 /* Have the next pass poll this slot. */
-void sh_poll_again(Pump *pump, uint32_t slot) { pump->nd->ready[SH_WORD(slot)] |= SH_BIT(slot); }
+void sh_poll_again(Pump *pump, uint32_t slot) { sh_set_add(&pump->nd->ready, slot); }
 
 /* Wake the reader that waits. */
 int sh_fast_path_wake(FastPath *p)
