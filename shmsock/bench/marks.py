@@ -63,6 +63,15 @@ MARKS = (
     Mark("bulk", "mb_s", than=(FLOOR,), least=0.75),
     Mark("bulk", "mb_s", STOCK, (OURS,), least=0.8),
     Mark("protocol-bulk", "mb_s", least=8),
+    *(
+        Mark(measure, "mb_s", ours.format(loop), (f"{loop} TCP",), least=2)
+        for loop in ("uvloop", "asyncio")
+        for measure, ours in (
+            ("one-write", "shmsock, {}"),
+            ("buffered", "shmsock, {}"),
+            ("sendfile", "stock asyncio on shmsock's {} loop"),
+        )
+    ),
     Mark("drain", "per_s", least=12),
     Mark("connect", "per_s", least=4),
     Mark("beside", "p50_us", than=(OURS,), than_key="alone_p50_us", most=1.1),

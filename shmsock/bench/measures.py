@@ -153,6 +153,32 @@ SUITE = (
     BULK,
     Measure("protocol-bulk", "64 KiB writes of protocols one way", "protocol-write", over.streams, SPEED),
     Measure(
+        "one-write",
+        "One write of 100 MB",
+        "one-write",
+        over.streams,
+        SPEED,
+        ("--block", 100_000_000),
+        own_loop=True,
+    ),
+    Measure(
+        "buffered",
+        "64 KiB writes to a BufferedProtocol",
+        "buffered-write",
+        over.streams,
+        SPEED,
+        own_loop=True,
+    ),
+    Measure(
+        "sendfile",
+        "A file of 10 MB by sendfile()",
+        "sendfile",
+        over.of_files,
+        SPEED,
+        ("--block", 10_000_000),
+        own_loop=True,
+    ),
+    Measure(
         "drain", "64 B writes one way, each with drain()", "write", over.with_unix, MESSAGES, ("--block", 64)
     ),
     Measure("connect", "Connect, one byte each way, close", "connect", over.with_unix, RATE),

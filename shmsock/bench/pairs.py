@@ -30,6 +30,7 @@ __all__ = [
     "datagrams",
     "installed",
     "of_anyio",
+    "of_files",
     "peers",
     "private_region",
     "short",
@@ -120,6 +121,11 @@ def variants() -> list[Variant]:
 def streams() -> list[Variant]:
     """TCP and shmsock; asyncio's own streams on shmsock's loop are shmsock."""
     return [variant for variant in variants() if not variant.stock]
+
+
+def of_files() -> list[Variant]:
+    """TCP, and loops of shmsock: the loop it is that sends a file."""
+    return [variant for variant in variants() if variant.module == "asyncio"]
 
 
 def with_unix() -> list[Variant]:

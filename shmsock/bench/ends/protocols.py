@@ -1,10 +1,11 @@
-"""Over asyncio's protocols: echoes and writes one way, and echoes of datagrams."""
+"""Over asyncio's protocols: echoes, what goes one way (writes, files), and echoes of datagrams."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +16,9 @@ from .timing import batches, percentiles, same, trips
 
 __all__ = ["CLIENTS", "SERVERS"]
 
+BUFFER = 1 << 18
+FILE_PIECE = 1 << 18
+"""What a program reads at once where the loop cannot send files."""
 LOST_S = 30.0
 """A datagram on its way for so long is not coming any more."""
 
@@ -40,6 +44,29 @@ class Server(asyncio.Protocol):
     def eof_received(self) -> bool:
         if self.kind == b"s":
             self.transport.write(self.count.to_bytes(8, "big"))
+        return False
+
+
+class BufferedServer(asyncio.BufferedProtocol):
+    """Counts what comes, into a buffer of its own; the first byte only begins."""
+
+    transport: Any
+    count = -1
+
+    def __init__(self) -> None:
+        self.buffer = memoryview(bytearray(BUFFER))
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.count += nbytes
+
+    def eof_received(self) -> bool:
+        self.transport.write(self.count.to_bytes(8, "big"))
         return False
 
 
@@ -163,8 +190,54 @@ async def write(network: Network, options: argparse.Namespace, times: list[int])
     return rates(count, size, int.from_bytes(writer.back, "big"), took)
 
 
+async def one_write(network: Network, options: argparse.Namespace, times: list[int]) -> dict[str, Any]:
+    """One write() of a large block, each on a connection of its own, until all of it has come."""
+    data = os.urandom(options.block)
+    took, count, received, end = 0.0, 0, 0, time.perf_counter() + options.seconds
+    while not count or time.perf_counter() < end:
+        writer = Writer()
+        transport, _ = await network.create_connection(lambda writer=writer: writer)
+        transport.write(b"s")
+        start = time.perf_counter()
+        transport.write(data)
+        transport.write_eof()
+        await writer.over
+        took += time.perf_counter() - start
+        count += 1
+        received += int.from_bytes(writer.back, "big")
+    return rates(count, options.block, received, took)
+
+
+async def sendfile(network: Network, options: argparse.Namespace, times: list[int]) -> dict[str, Any]:
+    """A file again and again, by the loop's sendfile(); where it has none, as web servers do then."""
+    writer, loop, count = Writer(), asyncio.get_running_loop(), 0
+    transport, _ = await network.create_connection(lambda: writer)
+    transport.write(b"s")
+    with tempfile.TemporaryFile() as file:
+        file.write(os.urandom(options.block))
+        file.flush()
+        start = time.perf_counter()
+        for count in batches(options.seconds):  # noqa: B007 (the last one counts)
+            try:
+                await loop.sendfile(transport, file)
+            except NotImplementedError:
+                file.seek(0)
+                while data := await loop.run_in_executor(None, file.read, FILE_PIECE):
+                    transport.write(data)
+                    if writer.resumed is not None:
+                        await writer.resumed
+        transport.write_eof()
+        await writer.over
+        took = time.perf_counter() - start
+    return rates(count, options.block, int.from_bytes(writer.back, "big"), took)
+
+
 async def serve_streams(network: Network) -> Any:
     return await network.create_server(Server)
+
+
+async def serve_buffered(network: Network) -> Any:
+    return await network.create_server(BufferedServer)
 
 
 async def serve_datagrams(network: Network) -> Any:
@@ -174,5 +247,16 @@ async def serve_datagrams(network: Network) -> Any:
     return transport
 
 
-CLIENTS = {"protocol-echo": echo, "protocol-write": write, "datagram": datagrams}
-SERVERS = {"protocol-echo": serve_streams, "protocol-write": serve_streams, "datagram": serve_datagrams}
+CLIENTS = {
+    "protocol-echo": echo,
+    "protocol-write": write,
+    "buffered-write": write,
+    "one-write": one_write,
+    "sendfile": sendfile,
+    "datagram": datagrams,
+}
+SERVERS = {
+    **dict.fromkeys(CLIENTS, serve_streams),
+    "buffered-write": serve_buffered,
+    "datagram": serve_datagrams,
+}
