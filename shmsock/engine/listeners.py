@@ -106,12 +106,15 @@ class Listeners:
         return port
 
     def _unused(self) -> Iterator[int]:
-        """Yield ports, round and round. Those of connections are looked up once in each round, in which no
-        port comes twice; while connections use all ports, at each step."""
+        """Yield ports, round and round. Those of connections are looked up once in each round, which has an
+        eighth of all ports at least: first those that are not in use, and none of them twice, then any."""
+        least = max(len(self._slice) // 8, 1)
         while True:
             used = self._used()
             unused = [port for port in self._slice if port not in used]
-            yield from unused or [self.home.rng.choice(self._slice)]
+            yield from unused
+            for _ in range(least - len(unused)):
+                yield self.home.rng.choice(self._slice)
 
     def open(self, port: int, backlog: int, reuse: bool, local: bool, datagram: bool = False) -> Listener:
         if port == 0:
