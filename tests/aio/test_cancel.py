@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
 
 import shmsock
 from tests.aio.conftest import Run, World, held, keepers, shmsock_files, until
-from tests.aio.processes import Child, pattern
+from tests.aio.processes import PATIENCE, Child, pattern
 from tests.aio.roles import echo, receive_cancelled
 
 BIG = 3 << 20
@@ -226,24 +227,32 @@ def test_many_connects_and_some_are_cancelled(run: Run, world: World) -> None:
     run(main())
 
 
-def test_attach_cancelled_at_every_step(run: Run, make: Callable[..., str]) -> None:
+@pytest.mark.parametrize("waits", ["to see that the claim stands", "as all sections are taken"])
+def test_attach_cancelled_at_every_step(
+    run: Run, make: Callable[..., str], waits: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing is left open, and the section is as it was."""
+    monkeypatch.setattr("shmsock.engine.attach._of_one_kernel", lambda *args: False)  # as where guests are
 
     async def main() -> None:
         region = make(peers=2, size=8 << 20)
-        files = shmsock_files()
-        for _ in range(2):
-            async with Child("serve", region, "killed") as child:
-                await child.says("ready")
-                child.kill()  # from now on a claim also watches the beats
-        for turns in [0, 1, 2, 3, 5, 10]:
-            task = asyncio.ensure_future(shmsock.attach(region).__aenter__())
-            assert await cancelled_after(task, turns)
-            assert (shmsock_files(), keepers()) == (files, 0)
-        for seconds in (0.001, 0.01, 0.1):
-            with pytest.raises(asyncio.TimeoutError):
-                await asyncio.wait_for(shmsock.attach(region).__aenter__(), seconds)
-            await until(lambda: (shmsock_files(), keepers()) == (files, 0))
+        async with AsyncExitStack() as stack:
+            if "taken" in waits:
+                for _ in range(2):
+                    child = await stack.enter_async_context(Child("serve", region, "server"))
+                    await child.says("ready")
+            else:
+                monkeypatch.setattr("shmsock.engine.attach.SETTLE_S", PATIENCE)
+            files = shmsock_files()
+            for turns in [0, 1, 2, 3, 5, 10]:
+                task = asyncio.ensure_future(shmsock.attach(region).__aenter__())
+                assert await cancelled_after(task, turns)
+                assert (shmsock_files(), keepers()) == (files, 0)
+            for seconds in (0.001, 0.01, 0.1):
+                with pytest.raises(asyncio.TimeoutError):
+                    await asyncio.wait_for(shmsock.attach(region).__aenter__(), seconds)
+                await until(lambda: (shmsock_files(), keepers()) == (files, 0))
+        monkeypatch.undo()
         async with shmsock.attach(region, name="one"), shmsock.attach(region, name="two"):
             pass
 
