@@ -60,6 +60,68 @@ async def serve(region: str, name: str, port: int = 7000) -> None:
         server.close()
 
 
+async def as_before(node: shmsock.Node, before: list[int]) -> None:
+    """Say so when nothing of its connections is left (what has no event of its own)."""
+    for _ in range(6000):
+        if held(node) == before:
+            return say("as before")
+        await asyncio.sleep(0.01)
+    say(f"before {before}, now {held(node)}")
+
+
+async def serve_many(region: str, name: str) -> None:
+    """Echoes, and tells when nothing of its connections is left."""
+    async with shmsock.attach(region, name=name) as node:
+        before = held(node)
+        async with await shmsock.start_server(echo, None, 7000, node=node):
+            say("ready")
+            while await hear():
+                await as_before(node, before)
+
+
+class Clients:
+    """Many connections to port 7000 of a name."""
+
+    def __init__(self, node: shmsock.Node, server: str) -> None:
+        self.node, self._server = node, server
+        self._ends: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def open(self, count: int) -> None:
+        connect = shmsock.open_connection
+        self._ends = await asyncio.gather(
+            *(connect(self._server, 7000, node=self.node) for _ in range(count))
+        )
+
+    async def echo(self) -> int:
+        """An echo on each at the same time. Returns how many came back right."""
+
+        async def one(number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+            writer.write(b"%06d" % number * 10)
+            return await reader.readexactly(60) == b"%06d" % number * 10
+
+        return sum(await asyncio.gather(*(one(i, *end) for i, end in enumerate(self._ends))))
+
+    async def close(self) -> None:
+        for _, writer in self._ends:
+            writer.close()
+        for _, writer in self._ends:
+            await writer.wait_closed()
+        self._ends.clear()
+
+
+async def many_clients(region: str, name: str, server: str, count: int) -> None:
+    async with shmsock.attach(region, name=name) as node:
+        before, clients = held(node), Clients(node, server)
+        await clients.open(count)
+        say("open", count)
+        await hear()
+        say("echoed", await clients.echo())
+        await hear()
+        await clients.close()
+        await as_before(node, before)
+        await hear()
+
+
 async def sign(region: str, name: str, port: int = 7000) -> None:
     """Shares the port, and tells everyone who connects its process id."""
 
