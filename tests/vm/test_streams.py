@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.vm.peers import Peer, PeerError, Peers, assert_calm
+from tests.vm.peers import Peer, PeerError, Peers, assert_calm, format_region
 
 if TYPE_CHECKING:
     from tests.vm.conftest import Pair
@@ -67,6 +67,24 @@ def test_guests_and_host(two_guests: Pair, peers: Peers, uvloop: bool) -> None:
     for one, other in itertools.permutations((a, b, host), 2):
         assert one.ask("echo", host=other.name, port=PORT, count=100)["count"] == 100
     assert_calm(a, b, host)
+
+
+@pytest.mark.parametrize("uvloop", [False, True], ids=["asyncio", "uvloop"])
+def test_two_thousand_connections(two_guests: Pair, peers: Peers, uvloop: bool) -> None:
+    format_region(two_guests.region, peers=4)
+    a, b = (peer.attach() for peer in peers(two_guests.a, two_guests.b, uvloop=uvloop))
+    b.ask("listen", port=PORT)
+    before = [held(peer) for peer in (a, b)]
+    assert a.ask("many", host="vm-b", port=PORT, count=2000, timeout=240) == 2000
+    deadline = time.monotonic() + 60
+    while (now := [held(peer) for peer in (a, b)]) != before:
+        assert time.monotonic() < deadline, f"{before} before, {now} now"
+    assert_calm(a, b)
+
+
+def held(peer: Peer) -> list[int]:
+    counts = peer.ask("statistics")
+    return [counts[name] for name in ("connections", "free_slots", "arena_free_bytes")]
 
 
 def test_nobody_is_thought_dead_under_load(two_guests: Pair, peers: Peers) -> None:

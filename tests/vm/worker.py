@@ -261,6 +261,24 @@ class Worker:
         transport.close()
         return found
 
+    async def many(self, host: str | int, port: int, count: int) -> int:
+        """Open so many connections, echo on each at the same time, close them. Returns how many echoes came
+        back."""
+        ends = await asyncio.gather(
+            *(shmsock.open_connection(host, port, limit=LIMIT, node=self.node) for _ in range(count))
+        )
+
+        async def one(number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+            writer.write(b"echo\n%08d" % number)
+            return await reader.readexactly(8) == b"%08d" % number
+
+        echoes = sum(await asyncio.gather(*(one(i, *end) for i, end in enumerate(ends))))
+        for _, writer in ends:
+            writer.close()
+        for _, writer in ends:
+            await writer.wait_closed()
+        return echoes
+
     async def keep(self, key: int, host: str | int, port: int) -> None:
         """Open a connection that echoes, for ping()."""
         reader, writer = await shmsock.open_connection(host, port, limit=LIMIT, node=self.node)
