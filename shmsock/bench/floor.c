@@ -20,7 +20,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#define LOG2_SLOTS 8
+#define FEW_SLOTS 8 /* log2 */
+#define MANY_SLOTS 16
 #define PEERS 16
 #define SMALL 64u
 #define BLOCK 65536u
@@ -65,13 +66,33 @@ static void pump(sh_node *nd)
         fail("pump", n);
 }
 
-static void connect_ends(uint32_t peers, uint32_t ring_bytes)
+/* A slot of each of the first two nodes, connected to the other. */
+static void connect_slots(uint32_t ring_bytes, sh_ep *pair[2])
 {
-    uint64_t region_bytes = SH_PAGE + PEERS * (8ull * ring_bytes + (1ull << 20));
-    uint64_t region_id = 1ull << 24 | LOG2_SLOTS << 8 | PEERS;
+    int64_t slots[2];
+
+    for (uint32_t i = 0; i < 2; i++) {
+        sh_ring_sizes(nodes[i], ring_bytes, ring_bytes, 0);
+        if ((slots[i] = sh_ep_new(nodes[i], !i, (int)i, 0)) < 0)
+            fail("no slot", slots[i]);
+        pair[i] = sh_ep_at(nodes[i], (uint32_t)slots[i]);
+    }
+    for (uint32_t i = 0; i < 2; i++) {
+        int r = sh_ep_open(pair[i], !i, (uint32_t)slots[!i], sh_ep_gen(pair[!i]));
+        if (r < 0)
+            fail("open", r);
+    }
+}
+
+/* ends[], and so many connections besides on which nothing is ever said. */
+static void connect_ends(uint32_t peers, uint32_t ring_bytes, uint32_t idle)
+{
+    uint32_t log2_slots = idle ? MANY_SLOTS : FEW_SLOTS;
+    uint64_t region_bytes = SH_PAGE + PEERS * (8ull * ring_bytes + (1ull << 20) + (1ull << log2_slots) * (SH_SLOT_SIZE + 2 * SH_MIN_RING));
+    uint64_t region_id = 1ull << 24 | log2_slots << 8 | PEERS;
     uint8_t *base = shared(region_bytes);
     sh_geometry g;
-    uint32_t gens[2];
+    sh_ep *eps[2];
     int r = sh_geometry_of(region_id, region_bytes, &g);
 
     if (r < 0 || ring_bytes < SH_MIN_RING || ring_bytes > SH_MAX_RING || ring_bytes & (ring_bytes - 1))
@@ -95,17 +116,11 @@ static void connect_ends(uint32_t peers, uint32_t ring_bytes)
                 fail("adopt", 0);
     for (uint32_t i = 0; i < peers; i++)
         pump(nodes[i]); /* the news of all that */
-    for (uint32_t i = 0; i < 2; i++) {
-        sh_ring_sizes(nodes[i], ring_bytes, ring_bytes, 0);
-        ends[i].nd = nodes[i];
-        ends[i].ep = sh_ep_at(nodes[i], (uint32_t)sh_ep_new(nodes[i], !i, (int)i, 0));
-        gens[i] = sh_ep_gen(ends[i].ep);
-    }
-    for (uint32_t i = 0; i < 2; i++) {
-        r = sh_ep_open(ends[i].ep, !i, 0, gens[!i]);
-        if (r < 0)
-            fail("open", r);
-    }
+    while (idle--)
+        connect_slots(SH_MIN_RING, eps);
+    connect_slots(ring_bytes, eps);
+    for (uint32_t i = 0; i < 2; i++)
+        ends[i] = (struct end){.nd = nodes[i], .ep = eps[i]};
 }
 
 /* ---- bytes: one copy each way, as Python's side makes them ---- */
@@ -314,6 +329,11 @@ static void work_pumped_echo(uint32_t n)
         }
 }
 
+/* The same beside connections on which nothing is said: it does not depend on how many these are. */
+static void work_beside_10(uint32_t n) { work_pumped_echo(n); }
+static void work_beside_1000(uint32_t n) { work_pumped_echo(n); }
+static void work_beside_30000(uint32_t n) { work_pumped_echo(n); }
+
 static void work_write(uint32_t n)
 {
     static uint8_t got[BLOCK];
@@ -356,13 +376,16 @@ static void work_wake(uint32_t n)
 static const struct {
     const char *name;
     void (*work)(uint32_t n); /* called by address, so that each is a function that a profiler sees */
-    uint32_t n;
+    uint32_t n, idle;
 } works[] = {
-    {"echo", work_echo, 1000},
-    {"pumped_echo", work_pumped_echo, 1000},
-    {"write", work_write, 100},
-    {"idle_pump", work_idle_pump, 1000},
-    {"wake", work_wake, 1000},
+    {"echo", work_echo, 1000, 0},
+    {"pumped_echo", work_pumped_echo, 1000, 0},
+    {"beside_10", work_beside_10, 30000, 10}, /* so many that the calls made by connecting are few among them */
+    {"beside_1000", work_beside_1000, 30000, 1000},
+    {"beside_30000", work_beside_30000, 30000, 30000},
+    {"write", work_write, 100, 0},
+    {"idle_pump", work_idle_pump, 1000, 0},
+    {"wake", work_wake, 1000, 0},
 };
 
 static void count(const char *name)
@@ -373,7 +396,7 @@ static void count(const char *name)
         i++;
     if (i == sizeof works / sizeof *works)
         fail("no such work", -1);
-    connect_ends(PEERS, 1u << 20);
+    connect_ends(PEERS, 1u << 20, works[i].idle);
     sh_set_wake_out(nodes[1], 0, SH_WAKE_OUT_FUTEX, -1, 0, 0);
     works[i].work(works[i].n);
     printf("{\"times\": %u, \"compiler\": \"" COMPILER "\"}\n", works[i].n);
@@ -398,7 +421,7 @@ int main(int argc, char **argv)
         }
         line_client(words, words + SH_LINE / sizeof *words, seconds);
     } else if (argc == 6 && (!strcmp(what, "echo") || !strcmp(what, "write"))) {
-        connect_ends(2, (uint32_t)atol(argv[5]));
+        connect_ends(2, (uint32_t)atol(argv[5]), 0);
         if (!divide(argv[2], argv[3])) {
             sh_node_own(nodes[1]);
             (*what == 'e' ? echo_server : write_server)(&ends[1]);

@@ -29,6 +29,10 @@ __all__ = ["OPERATIONS", "Cost", "complaints", "count", "references"]
 OPERATIONS = {
     "echo": "64 B there and back, both ends busy-polling",
     "pumped_echo": "64 B there and back, each end told, pumped and armed again",
+    **{
+        f"beside_{n}": f"the same beside {n:,} connections on which nothing is said"
+        for n in (10, 1000, 30_000)
+    },
     "write": "64 KiB written, and read in one piece",
     "idle_pump": "a pass in which 16 peers have nothing to say",
     "wake": "falling asleep, being woken by a futex for 64 B, reading them",

@@ -97,6 +97,7 @@ def test_the_core_needs_no_more_than_it_did() -> None:
     found, where = {}, ""
     for name in OPERATIONS:
         found[name], where = count(name)
+    assert found["beside_30000"].instructions < 1.05 * found["beside_10"].instructions
     if where not in references():
         pytest.skip(f"no reference for {where}: python -m shmsock.bench.instructions --write")
     assert complaints(found, references()[where]) == []
