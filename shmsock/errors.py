@@ -39,7 +39,6 @@ __all__ = [
     "RegionUrlError",
     "WrongThreadError",
     "address_unavailable",
-    "backlog_full",
     "command",
     "datagram_too_long",
     "disk_full",
@@ -219,13 +218,6 @@ def peer_full(remote: object) -> OSError:
     """Build ENOBUFS: the section of the peer, (name, port), has no slot or no memory for a connection."""
     return OSError(
         errno.ENOBUFS, f"{remote} has no room for another connection: use a larger region, or close some"
-    )
-
-
-def backlog_full(remote: object) -> ConnectionRefusedError:
-    """Build the error for a listener, (name, port), whose backlog is full."""
-    return ConnectionRefusedError(
-        errno.ECONNREFUSED, f"{remote} has its backlog full: try again, or listen with a larger backlog"
     )
 
 

@@ -153,12 +153,10 @@ async def connect_accepted_socket(
     return await _go_on(protocol_factory, sock, (None, None), tls)
 
 
-def _c_int(number: SupportsIndex) -> int:
-    """Convert a backlog as socket.listen() does. Raises TypeError and OverflowError."""
-    plain = operator.index(number)
-    if not -(1 << 31) <= plain < 1 << 31:
+def _check_c_int(number: SupportsIndex) -> None:
+    """Raise what socket.listen() does for a backlog: TypeError and OverflowError."""
+    if not -(1 << 31) <= operator.index(number) < 1 << 31:
         raise OverflowError("Python int too large to convert to C int")
-    return plain
 
 
 async def create_server(
@@ -197,7 +195,7 @@ async def create_server(
     tls = server_tls(ssl, ssl_handshake_timeout, ssl_shutdown_timeout)
     if sock is not None:
         raise ValueError(_NO_SOCKETS)
-    backlog = _c_int(backlog)
+    _check_c_int(backlog)
     node = node or await current_node(region, name, listening=True)
     several = isinstance(host, Iterable) and not isinstance(host, str)
     server = Server(
@@ -205,7 +203,6 @@ async def create_server(
         list(host) if several else [host],
         port_number(port),
         protocol_factory,
-        backlog=backlog,
         reuse_port=bool(reuse_port),
         reuse_address=reuse_address is None or bool(reuse_address),
         keep_alive=bool(keep_alive),

@@ -20,7 +20,6 @@ from shmsock.engine import layout as lay
 from shmsock.engine.connection import Connection
 from shmsock.engine.datagrams import Endpoint
 from shmsock.engine.engine import Engine
-from shmsock.engine.handshake import MESSAGES_PER_PASS
 from shmsock.engine.listeners import Listener
 from shmsock.engine.peers import Peer
 from shmsock.errors import NodeClosedError, address_unavailable, forked, wrong_thread
@@ -143,13 +142,12 @@ class Node:
         """Listen at `port` (0: one is chosen) for all peers, or for those of this machine when every one of
         `hosts` is a loopback.
 
-        `backlog`: how many connections may be accepted and not yet handled. `reuse_port`: several processes
-        may share the port. Raises OSError: EADDRNOTAVAIL for a host that is not this node, EADDRINUSE.
+        `backlog`: how many connections may be accepted before Listener.taken() is called for one; 0: they are
+        taken at once. `reuse_port`: several processes may share the port. Raises OSError: EADDRNOTAVAIL for a
+        host that is not this node, EADDRINUSE.
         """
         self.check()
         local_only = self._local_only(hosts)
-        # Each pass of the pump hands over all that it accepted: connections of one pass are no backlog.
-        backlog = max(backlog, MESSAGES_PER_PASS * self.engine.layout.peers)
         return self.engine.listen(port, backlog=backlog, reuse_port=reuse_port, local_only=local_only)
 
     def bind_datagram(

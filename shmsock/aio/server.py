@@ -41,7 +41,6 @@ class Server(asyncio.AbstractServer):
         port: int,
         factory: Callable[[], asyncio.BaseProtocol],
         *,
-        backlog: int,
         reuse_port: bool,
         reuse_address: bool = True,
         keep_alive: bool = False,
@@ -50,7 +49,8 @@ class Server(asyncio.AbstractServer):
     ) -> None:
         self._node, self._factory, self._tls, self._numeric = node, factory, tls, numeric
         self._context = contextvars.copy_context()
-        self._listener: Listener | None = node.listen(hosts, port, backlog=backlog, reuse_port=reuse_port)
+        # Each pass of the pump hands over all that it accepted: there is no backlog.
+        self._listener: Listener | None = node.listen(hosts, port, backlog=0, reuse_port=reuse_port)
         name = names.names_of(node.loop).address(node.region.url, node.name) if numeric else node.name
         #: Options of its pseudo-socket, which connections inherit.
         self.inherited: dict[tuple[int, int], Any] = {

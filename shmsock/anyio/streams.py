@@ -237,12 +237,11 @@ class _ListenerEnd(End):
         listener.handler = self._accepted
 
     def _accepted(self, conn: Connection) -> None:
-        self.listener.pending += 1  # until accept() takes it
         self.queue.append(conn)
         self.wake(RECEIVER)
 
     def take(self) -> Connection:
-        self.listener.pending -= 1
+        self.listener.taken()
         return self.queue.popleft()
 
     def end(self) -> None:
@@ -257,7 +256,7 @@ class ShmListener(Resource, Listener[ShmStream]):
     _end: _ListenerEnd
 
     def __init__(self, node: Node, hosts: list[Any], port: int, backlog: int, reuse_port: bool) -> None:
-        below = node.listen(hosts, port, backlog=min(backlog, 65536), reuse_port=reuse_port)
+        below = node.listen(hosts, port, backlog=min(max(backlog, 1), 65536), reuse_port=reuse_port)
         super().__init__(_ListenerEnd(node, below), (node.name, below.port), None, lambda: -1)
         self._accepting = anyio.ResourceGuard("accepting connections from")
 

@@ -72,7 +72,7 @@ static void connect_slots(uint32_t ring_bytes, sh_ep *pair[2])
     int64_t slots[2];
 
     for (uint32_t i = 0; i < 2; i++) {
-        sh_ring_sizes(nodes[i], ring_bytes, ring_bytes, 0);
+        sh_limits(nodes[i], ring_bytes, ring_bytes, 0, 0);
         if ((slots[i] = sh_ep_new(nodes[i], !i, (int)i, 0)) < 0)
             fail("no slot", slots[i]);
         pair[i] = sh_ep_at(nodes[i], (uint32_t)slots[i]);

@@ -10,7 +10,8 @@ store, generation + 1, after which slot and ring are free for reuse, and which t
     ACCEPT, stale            notify the slot that it names: its owner polls, and finds what became of this one
     ACCEPT, its slot gone    release, fail            as stale                               as stale
     ACCEPT, impossible slot  the same, and violation  as stale                               as stale
-    REFUSE                   release, fail            ignore                                 ignore
+    REFUSE, backlog full     CONNECT again, later     ignore                                 ignore
+    REFUSE, else             release, fail            ignore                                 ignore
     cancel, timeout          release at once          abort                                  -
     write_eof                -                        FIN                                    -
     close                    = cancel                 FIN+DONE -> CLOSING, poll once         -
@@ -27,7 +28,8 @@ it saw the ACCEPT.
 
 A release leads to FREE. From OPEN it notifies the peer; from CLOSING it does not, as the peer already has our
 DONE. An orphan (its peer is gone) is released by close, cut and abort. The credit of a cancelled CONNECT
-comes back with its answer.
+comes back with its answer. What is in OPENING waits, in the core, for a credit, for its answer, or for the
+time to ask again (enum sh_ep_state); the rows of ACCEPT and REFUSE are its own (native/connect.c).
 """
 
 from __future__ import annotations
@@ -90,7 +92,7 @@ MOVED: int = lib.SH_POLL_MOVED
 COPY_MAX: int = lib.SH_COPY_MAX  # bytes of one read
 MIN_RING: int = lib.SH_MIN_RING
 MAX_FORMER: int = lib.SH_EPOCH_LEAD
-VIOLATIONS = 3
+VIOLATIONS: int = lib.SH_VIOLATIONS
 ADOPTIONS_PER_S = 10
 IMPOSSIBLE = "an impossible position, epoch or flag in a slot"
 
@@ -110,20 +112,16 @@ class Link:
 
     def __init__(self, home: Home, section: int) -> None:
         self.home, self.section = home, section
-        self.connections: dict[int, Connection] = {}  # by the peer's slot
-        self.waiting: deque[Connection] = deque()  # CONNECTs that wait for a credit
-        self.answers: deque[tuple[int, ...]] = deque()  # ACCEPT and REFUSE that found the message ring full
-        self.credits = home.settings.max_connects
         self.violations = 0
         self.backoff_s = 1
         self.ignore_until_ns = 0
         self.adoptions: deque[int] = deque(maxlen=ADOPTIONS_PER_S)  # when, by the pump's clock
 
-    def offence(self) -> None:
-        """Count a violation. After three the pump drops the link; not at once, as the caller is in the middle
+    def offence(self, violations: int = 1) -> None:
+        """Count violations. After three the pump drops the link; not at once, as the caller is in the middle
         of using it."""
         self.home.counts["violations"] += 1
-        self.violations += 1
+        self.violations += violations
         if self.violations >= VIOLATIONS:
             self.home.condemned.add(self.section)
             self.home.stir()
@@ -147,7 +145,6 @@ class Connection(Held):
         "local",
         "orphaned_ns",
         "peer",
-        "peer_slot",
         "remote",
         "slots",
         "state",
@@ -165,7 +162,6 @@ class Connection(Held):
         self.handler: Any = None
         self.local: tuple[str, int] = ("", 0)
         self.remote: tuple[str, int] = ("", 0)
-        self.peer_slot = -1
         self.orphaned_ns = 0
         self.error: OSError | None = None
         slots.connections[slot] = self
@@ -217,15 +213,6 @@ class Connection(Held):
             self.handler.silent(self)
 
     # -- moves of the peer
-
-    def open(self, peer_slot: int, peer_gen: int) -> int:
-        """Go from OPENING to OPEN, with that slot of the peer. Returns bits of a poll, RESET (that slot is
-        gone) or VIOLATION."""
-        bits: int = self.home.lib.sh_ep_open(self.ep, self.peer, peer_slot, peer_gen)
-        if bits >= 0:
-            self.peer_slot, self.state = peer_slot, OPEN
-            self.link.connections[peer_slot] = self
-        return bits
 
     def poll(self) -> None:
         """See what the peer did, and tell the handler."""
@@ -314,19 +301,12 @@ class Connection(Held):
         """Go to FREE: slot and ring can be given to another connection."""
         if self.state is FREE:
             return
-        notify = self.state is not OPENING
         self.state = FREE
         if self.handler is not None:
             self.handler.freed()  # `ep` may be another connection's after this
-        home, link = self.home, self.link
         self.slots.free(self)
-        home.lib.sh_ep_release(self.ep, int(notify))
-        home.stir()
-        if self.peer_slot < 0:
-            if self in link.waiting:
-                link.waiting.remove(self)
-        elif link.connections.get(self.peer_slot) is self:
-            del link.connections[self.peer_slot]
+        self.home.lib.sh_ep_release(self.ep)
+        self.home.stir()
 
     # -- bytes
 

@@ -12,7 +12,6 @@ OF_CORE = tuple(_elements[i].removeprefix("SH_N_").lower() for i in range(lib.SH
 OF_ENGINE = (
     "accepted",
     "connected",
-    "refused",
     "violations",
     "adoptions",
     "peers_lost",

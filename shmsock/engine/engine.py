@@ -40,6 +40,9 @@ __all__ = ["Engine"]
 
 EV_SLOT: int = lib.SH_EV_SLOT
 EV_ADOPT: int = lib.SH_EV_ADOPT
+EV_ACCEPTED: int = lib.SH_EV_ACCEPTED
+EV_CONNECTED: int = lib.SH_EV_CONNECTED
+EV_REFUSED: int = lib.SH_EV_REFUSED
 SAMPLE_NS = 75_000_000  # a bit less than a beat, which is what wakes a sleeping loop for it
 SAFETY_NS = 1_000_000_000
 COMING_NS = 5_000_000_000
@@ -224,22 +227,8 @@ class Engine:
             if self.home.alive:
                 self._down(self.failure())
             return
-        mail, condemned = self.home.mail, self.home.condemned
-        newcomers = False
-        for word in words:
-            kind, what = word >> 24 & 0xFF, word & 0xFFFFFF
-            if kind == EV_SLOT:
-                if conn := self.connections.get(what):
-                    conn.inspect(word >> 32)
-            elif kind == EV_ADOPT:
-                newcomers = True
-                self.links.tag_changed(what, now_ns)
-            else:
-                mail.add(what)
-        if mail:
-            for section in list(mail):
-                self.handshake.messages(section, now_ns)
-        if newcomers:  # one may succeed another that was killed: who waits for that one is to know now
+        condemned = self.home.condemned
+        if self._act(words, now_ns):  # one may succeed a killed one: who waits for that is to know now
             unlocked |= self.peers.fallen()
         if unlocked:
             self._lost_locks(unlocked, now_ns)
@@ -248,6 +237,28 @@ class Engine:
         if condemned:
             for section in list(condemned):
                 self.links.punish(section, now_ns)
+
+    def _act(self, words: list[int], now_ns: int) -> bool:
+        """Do what follows from events of the core (enum sh_event). Returns whether a peer began anew."""
+        newcomers = False
+        for word in words:
+            kind, what, more = word >> 24 & 0xFF, word & 0xFFFFFF, word >> 32
+            if kind == EV_SLOT:
+                conn = self.connections.get(what)
+                if conn and conn.gen == more >> 8:
+                    conn.inspect(more & 0xFF)
+            elif kind == EV_ACCEPTED:
+                self.handshake.accepted(what, more, now_ns)
+            elif kind == EV_CONNECTED:
+                self.handshake.answered(what, more >> 8, more & 0xFF, 0)
+            elif kind == EV_REFUSED:
+                self.handshake.answered(what, more >> 8, -1, more & 0xFF)
+            elif kind == EV_ADOPT:
+                newcomers = True
+                self.links.tag_changed(what, now_ns)
+            else:
+                self.links[what].offence(more)
+        return newcomers
 
     @property
     def quiet(self) -> bool:
@@ -274,8 +285,7 @@ class Engine:
             self.once_a_second()
             if self.peers.alone:
                 self._note_alone(now_ns)
-            if self.lib.sh_safety(self.nd):
-                self.home.mail.update(range(self.layout.peers))
+            self.lib.sh_safety(self.nd)
 
     def _note_alone(self, now_ns: int) -> None:
         """Notice, once, that this node listens and nobody comes: one on other memory than its peers looks
@@ -306,7 +316,10 @@ class Engine:
     def _lost(self, peer: Peer, now_ns: int) -> None:
         self.counts["peers_lost"] += 1
         if not peer.claim or self.peers.killed(peer):
-            self.handshake.last_messages(peer.section, now_ns)
+            # All of them: one may be the answer to a connection whose bytes are there already.
+            for _ in range(4):
+                n = self.lib.sh_messages(self.nd, peer.section, self._out, EVENTS_PER_PASS)
+                self._act(self._out[0:n], now_ns)
         self.links.drop(peer.section, now_ns)
 
     def _sample(self, now_ns: int) -> None:

@@ -45,10 +45,9 @@ class Home:
         self.hint: Callable[[], str] = str
         #: Events, oldest first: a function and its argument, called after the pass and not in it.
         self.events: deque[tuple[Callable[[Any], object], Any]] = deque()
-        self.mail: set[int] = set()  # peers whose messages are to be read
         self.condemned: set[int] = set()  # peers that broke the rules too often: the pump drops them
         #: While one of these is not empty, a pass is owed.
-        self.owed: tuple[Any, ...] = (self.events, self.mail, self.condemned)
+        self.owed: tuple[Any, ...] = (self.events, self.condemned)
         #: Ends all that there is; called once, when the section turns out to be lost.
         self.down: Callable[[OSError], object] = self.end
         #: Why this node is over; None while it is not.

@@ -78,7 +78,6 @@ class Links:
         self._end(section, now_ns)
         home.counts["adoptions"] += 1
         home.lib.sh_adopt(home.nd, section)
-        home.mail.add(section)
         self.peers.refresh(peer, now_ns)
         self.watch_lock(peer)
         if not peer.live:  # its tag may come before its state says that it is there
@@ -116,7 +115,7 @@ class Links:
     def _end(self, section: int, now_ns: int) -> None:
         """End all connections with the peer: those that wait for an answer fail, open ones become orphans, of
         which what is there can still be read."""
-        home, link, peer = self.home, self.all[section], self.peers[section]
+        home, peer = self.home, self.peers[section]
         for conn in [c for c in self.slots.connections.values() if c.peer == section]:
             opening = conn.state is OPENING
             conn.gone(now_ns)
@@ -125,8 +124,3 @@ class Links:
                 home.emit(conn.failed, went_away(peer.name) if peer.seen else silent)
             elif conn.state is OPEN:
                 home.emit(conn.ready, conn.settle(home.lib.sh_poll(conn.ep)))
-        link.connections.clear()
-        link.waiting.clear()
-        link.answers.clear()
-        link.credits = home.settings.max_connects
-        home.mail.discard(section)

@@ -46,19 +46,36 @@ class Listener:
 
     def __init__(self, owner: Listeners, index: int, port: int, backlog: int, flags: int) -> None:
         self.owner, self.index, self.port, self.flags = owner, index, port, flags
-        self.backlog = max(backlog, 1)
-        self.pending = 0  # connections that were accepted, and the handler was not told of yet
         self.handler: Any = None
-        self.closed = False
-        self.serving = True  # False: the port is occupied, and a CONNECT is refused
+        self.closed = self._serving = False
+        if not flags & DATAGRAM:
+            home = owner.home
+            home.lib.sh_listen(home.nd, index, port, backlog, bool(flags & LOCAL))
+        self.serving = True
 
     @property
-    def full(self) -> bool:
-        return self.pending >= self.backlog
+    def serving(self) -> bool:
+        """False: the port is occupied, and a CONNECT is refused."""
+        return self._serving
+
+    @serving.setter
+    def serving(self, serves: bool) -> None:
+        self._serving = serves
+        home = self.owner.home
+        home.lib.sh_listen_serve(home.nd, self.index, serves)
+
+    @property
+    def pending(self) -> int:
+        """How many connections were accepted, and taken() was not called yet."""
+        return int(self.owner.home.lib.sh_listen_pending(self.owner.home.nd, self.index))
+
+    def taken(self) -> None:
+        """Let another connection into the backlog, as one was taken out of it."""
+        if not self.closed:
+            self.owner.home.lib.sh_listen_taken(self.owner.home.nd, self.index)
 
     def accepted(self, conn: Any) -> None:
         """Hand a connection to the handler. (An event.)"""
-        self.pending -= 1
         if self.handler is None or self.closed:
             conn.abort()
         else:
@@ -82,6 +99,7 @@ class Listeners:
         """`used`: returns the own ports of connections."""
         self.home, self.peers, self._used = home, peers, used
         self.mine: dict[int, list[Listener]] = {}  # by port, those of datagrams under _key(port, True)
+        self.by_index: list[Listener | None] = [None] * lay.LISTENERS
         self._free = list(range(lay.LISTENERS - 1, -1, -1))
         slice_size = (65536 - EPHEMERAL) // home.layout.peers
         first = EPHEMERAL + home.section * slice_size
@@ -134,7 +152,7 @@ class Listeners:
             others = [p for p in self._namesakes() if self.entry(p, port, datagram) and p.who]
             raise port_taken(self.home.name, port, *(f"process {p.who.pid}" for p in others[:1] if p.who))
         self._store(index, port | flags << 16)
-        listener = Listener(self, index, port, backlog, flags)
+        listener = self.by_index[index] = Listener(self, index, port, backlog, flags)
         self.mine.setdefault(_key(port, datagram), []).append(listener)
         return listener
 
@@ -199,7 +217,9 @@ class Listeners:
         self.mine[key].remove(listener)
         if not self.mine[key]:
             del self.mine[key]
+        self.by_index[listener.index] = None
         self._store(listener.index, 0)
+        self.home.lib.sh_listen(self.home.nd, listener.index, 0, 0, 0)
         self._free.append(listener.index)
 
     def _store(self, index: int, entry: int) -> None:
@@ -213,17 +233,10 @@ class Listeners:
 
     def serving(self, port: int, peer: Peer, datagram: bool = False) -> list[Listener]:
         """List the listeners of this node on `port` that serve that peer."""
-        return [
-            x
-            for x in self.mine.get(_key(port, datagram), ())
-            if x.serving and (not x.flags & LOCAL or self.peers.same_kernel(peer))
-        ]
+        return [x for x in self.mine.get(_key(port, datagram), ()) if self.serves(x, peer)]
 
-    def accepting(self, port: int, peer: Peer) -> Listener | None:
-        """Choose the listener that answers a CONNECT to `port` from that peer; several (reuse_port) take
-        turns, but those whose backlog is full."""
-        group = self.serving(port, peer)
-        return self.in_turn([x for x in group if not x.full] or group) if group else None
+    def serves(self, listener: Listener, peer: Peer) -> bool:
+        return listener.serving and (not listener.flags & LOCAL or self.peers.same_kernel(peer))
 
     def in_turn(self, group: list[Listener]) -> Listener:
         """Choose of several listeners of one port the one whose turn was longest ago."""

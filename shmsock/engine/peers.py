@@ -55,6 +55,7 @@ class Peers:
         self.dead_after_ns = int(home.settings.dead_after_s * 1e9)
         #: Told of each peer that came, went or changed its doorbell.
         self.changed: Callable[[Peer], None] = lambda peer: None
+        self._here = 0  # mask of sections whose owners may be under this kernel, as the core knows it
         self._unread = 0  # mask of sections that looked different and were not read yet
         self.all = [Peer(i) for i in range(self.layout.peers)]
         self._survey, self._beat = self.layout.survey()
@@ -92,6 +93,10 @@ class Peers:
             peer.live = peer.here = True
             if peer.section != self.own:
                 self.alone = False
+        here = self._may_be_here(peer)
+        if here != bool(self._here >> section & 1):
+            self._here ^= 1 << section
+            self.home.lib.sh_here(self.home.nd, self._here)
         self.note(peer)
         self._tell(peer)
 

@@ -11,13 +11,11 @@ from shmsock.engine.layout import Layout, default_slots, region_for
 from shmsock.errors import no_buffers
 from shmsock.native._core import lib
 
-__all__ = ["NO_MEMORY", "NO_SLOT", "NO_SLOTS", "Held", "Slots", "Storage"]
+__all__ = ["Held", "Slots", "Storage"]
 
 NO_SLOTS: int = lib.SH_NO_SLOTS
 NO_ROOM: int = lib.SH_NO_ROOM
 NO_STORAGE: int = lib.SH_NO_STORAGE
-NO_SLOT: int = lib.SH_NO_SLOT
-NO_MEMORY: int = lib.SH_NO_MEMORY
 MIN_RING: int = lib.SH_MIN_RING
 STORAGE: int = lib.SH_STORAGE
 DATAGRAM_RING = 256 << 10  # at best; a quarter of it holds the largest datagram
@@ -50,20 +48,14 @@ class Slots(Generic[H]):
         self.home, self._storage, lib = home, storage, home.lib
         self.connections: dict[int, H] = {}
         self.orphans: set[H] = set()  # their peer is gone, and bytes may still be read
-        sizes = home.settings.first_ring_bytes, home.settings.ring_bytes, DATAGRAM_RING
-        lib.sh_ring_sizes(home.nd, *sizes)
+        us = home.settings
+        lib.sh_limits(home.nd, us.first_ring_bytes, us.ring_bytes, DATAGRAM_RING, us.max_connects)
         if storage:
             storage.ensure(home.layout.section(home.section), home.layout.geometry.slot_off)
             lib.sh_storage(home.nd, storage.fd, storage.fallocate)
 
-    def take(self, peer: int, *, accepted: bool, datagrams: bool = False) -> int:
-        """Take a slot and a ring for a connection with the peer of that section. Returns the slot, or a
-        negative status."""
-        slot: int = self.home.lib.sh_ep_new(self.home.nd, peer, accepted, datagrams)
-        return slot
-
     def no_room(self, status: int) -> OSError:
-        """Build the error for a status that take() gave."""
+        """Build the error for a status of the core, when it had no slot or ring to give."""
         if status == NO_STORAGE and self._storage:
             at = self.home.lib.sh_storage_missing(self.home.nd)
             try:

@@ -19,6 +19,8 @@ enum sh_limit {
     SH_MAX_SLOTS = 65536,
     SH_MESSAGES = 64,    /* in the ring of one direction */
     SH_LOG = 16,         /* slots in the log of a pair */
+    SH_CREDITS = 32,     /* CONNECTs of one direction that are not answered, at most */
+    SH_VIOLATIONS = 3,   /* so many are too many */
     SH_LISTENERS = 448,  /* of a section */
     SH_MIN_RING = 512,
     SH_MAX_RING = 1 << 30,
@@ -95,13 +97,16 @@ enum sh_status {
 enum sh_bits {
     SH_POLL_DATA = 1, SH_POLL_FIN = 2, SH_POLL_DONE = 4, SH_POLL_RESET = 8, SH_POLL_BAD = 16, SH_POLL_SPACE = 32, SH_POLL_MOVED = 64
 };
-enum sh_event { SH_EV_SLOT = 0, SH_EV_ADOPT = 1, SH_EV_MESSAGE = 2 };
+/* What sh_pump() returns: kind << 24 | slot, and above that: SLOT: generation << 40 | bits of a poll << 32; CONNECTED: the same; REFUSED: generation << 40 |
+ * reason << 32; ACCEPTED: peer << 16, entry of the port << 55 (SH_LISTENERS: for datagrams) | the peer's port << 39 | bits of a poll << 32. OFFENCE: how
+ * many violations << 32; it and ADOPT have a peer for the slot. */
+enum sh_event { SH_EV_SLOT, SH_EV_ADOPT, SH_EV_ACCEPTED, SH_EV_CONNECTED, SH_EV_REFUSED, SH_EV_OFFENCE };
 enum sh_how { SH_MAY_SPIN = 1, SH_YIELDED = 2 }; /* a read: nothing else is to be run, so it may spin; its caller has just let the loop turn */
 enum sh_survey { SH_SURVEY_CLAIM, SH_SURVEY_INCARNATION, SH_SURVEY_STATE, SH_SURVEY_DOORBELL, SH_SURVEY_BEAT, SH_SURVEY }; /* words per section */
 enum sh_counter { /* statistics() has them by these names, in lower case */
     SH_N_PUMPS, SH_N_READS, SH_N_WRITES, SH_N_BYTES_IN, SH_N_BYTES_OUT, SH_N_NOTIFIES, SH_N_NOTIFIES_PENDING, SH_N_SPIN_HITS, SH_N_SPIN_MISSES,
     SH_N_HEALED, SH_N_NOTIFICATIONS, SH_N_DATAGRAMS_IN, SH_N_DATAGRAMS_OUT, SH_N_KICKS, SH_N_SUPPRESSED,
-    SH_N_RECEIVED, SH_N_SPURIOUS, SH_N_RATE_LIMITED, SH_N_COUNTERS
+    SH_N_RECEIVED, SH_N_SPURIOUS, SH_N_RATE_LIMITED, SH_N_REFUSED, SH_N_COUNTERS
 };
 
 /* memory, for the cold paths; offsets in bytes from base, 8-byte aligned */
@@ -154,17 +159,23 @@ void sh_restart(sh_node *nd, uint32_t peer, uint32_t pair_inc);
 uint32_t sh_adopt(sh_node *nd, uint32_t peer);
 int sh_adopted(sh_node *nd, uint32_t peer);
 void sh_notify(sh_node *nd, uint32_t peer, uint32_t slot);
-int sh_connect(sh_ep *ep, uint32_t peer, uint32_t port, uint32_t src_port);
-int sh_answer(sh_node *nd, uint32_t peer, int reason, uint32_t slot, uint32_t gen, uint32_t dst_slot, uint32_t dst_gen);
-int sh_message_recv(sh_node *nd, uint32_t peer, uint32_t *note);
-void sh_message_done(sh_node *nd, uint32_t peer);
+
+/* connections that come to be */
+int64_t sh_connect(sh_node *nd, uint32_t peer, uint32_t port, uint32_t src_port);
+int sh_messages(sh_node *nd, uint32_t peer, uint64_t *out, int max);
+void sh_listen(sh_node *nd, uint32_t index, uint32_t port, uint32_t backlog, int local);
+void sh_listen_serve(sh_node *nd, uint32_t index, int serve);
+void sh_listen_taken(sh_node *nd, uint32_t index);
+uint32_t sh_listen_pending(const sh_node *nd, uint32_t index);
+void sh_here(sh_node *nd, uint64_t peers);
 
 /* endpoints */
 sh_ep *sh_ep_at(sh_node *nd, uint32_t slot);
 uint32_t sh_ep_gen(const sh_ep *ep);
 uint64_t sh_ep_ring(const sh_ep *ep, uint32_t which);
 int sh_ep_open(sh_ep *ep, uint32_t peer, uint32_t peer_slot, uint32_t peer_gen);
-void sh_ep_release(sh_ep *ep, int notify);
+int sh_ep_is_open(const sh_ep *ep);
+void sh_ep_release(sh_ep *ep);
 void sh_ep_orphan(sh_ep *ep);
 int sh_ep_shut(sh_ep *ep, int fin, int done, int rst);
 uint64_t sh_ep_unsent(sh_ep *ep);
@@ -178,7 +189,7 @@ int sh_poll(sh_ep *ep);
 int sh_arm(sh_ep *ep);
 
 /* what the own section has to give: slots, and ring memory */
-void sh_ring_sizes(sh_node *nd, uint32_t first, uint32_t largest, uint32_t datagrams);
+void sh_limits(sh_node *nd, uint32_t first, uint32_t largest, uint32_t datagrams, uint32_t connects);
 void sh_others(sh_node *nd, uint32_t others);
 void sh_storage(sh_node *nd, int fd, int falloc);
 uint64_t sh_storage_missing(const sh_node *nd);
@@ -221,6 +232,7 @@ void sh_fake_bury(int cpu);
 void sh_fake_omit(const char *function);
 int sh_fake_any_notified(sh_node *nd);
 uint32_t sh_fake_rx_bytes(sh_ep *ep);
+uint32_t sh_fake_asks(sh_node *nd, uint32_t peer, int which);
 uint64_t sh_fake_share(sh_node *nd, uint32_t peer, int bytes);
 /* cdef-fake-end */
 #endif

@@ -150,6 +150,15 @@ int sh_fake_any_notified(sh_node *nd)
 /* The size of the ring that is read. */
 uint32_t sh_fake_rx_bytes(sh_ep *ep) { return ep->rx_bytes; }
 /* Slots, or bytes of rings, of what that peer opened. */
+/* CONNECTs that wait to be sent, or sent again; answers that do; CONNECTs without an answer. */
+uint32_t sh_fake_asks(sh_node *nd, uint32_t peer, int which)
+{
+    uint32_t n = 0;
+
+    for (uint32_t s = 0; which == 0 && s < nd->books->begun; s++)
+        n += nd->eps[s].peer == peer && (nd->eps[s].state == SH_EP_WAITS || nd->eps[s].state == SH_EP_LATER);
+    return which == 0 ? n : which == 1 ? nd->books->asks[peer].kept : nd->links[peer].asked;
+}
 uint64_t sh_fake_share(sh_node *nd, uint32_t peer, int bytes) { return bytes ? nd->books->share[peer].bytes : nd->books->share[peer].slots; }
 #else
 typedef int sh_fake_is_for_tests; /* ISO C wants a declaration */

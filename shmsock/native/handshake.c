@@ -1,4 +1,4 @@
-/* handshake.c - how connections begin and end: CONNECT and its answers; slots allocated, opened and released. */
+/* handshake.c - messages; slots allocated, opened and released. What they say is acted on in connect.c. */
 #include "foreign.h"
 
 /* ---- messages ---- */
@@ -15,7 +15,7 @@ static void acknowledge(sh_node *nd, struct sh_link *l)
 }
 
 /* Send a message. 0; SH_FULL; SH_UNADOPTED; SH_VIOLATION when the peer's head is impossible. */
-static int post(sh_node *nd, uint32_t peer, struct sh_message m)
+int sh_post(sh_node *nd, uint32_t peer, struct sh_message m)
 {
     struct sh_link *l = &nd->links[peer];
     uint32_t waiting;
@@ -37,28 +37,9 @@ static int post(sh_node *nd, uint32_t peer, struct sh_message m)
     return 0;
 }
 
-/* Send CONNECT, for a slot that was allocated. */
-int sh_connect(sh_ep *ep, uint32_t peer, uint32_t port, uint32_t src_port)
-{
-    int status = post(ep->nd, peer, (struct sh_message){.kind = SH_CONNECT, .slot = (uint16_t)ep->slot, .gen = ep->gen,
-                                                        .port = (uint16_t)port, .src_port = (uint16_t)src_port});
-
-    if (!status)
-        ep->nd->links[peer].asked++;
-    return status;
-}
-
-/* Send REFUSE, for that reason; reason 0: ACCEPT. */
-int sh_answer(sh_node *nd, uint32_t peer, int reason, uint32_t slot, uint32_t gen, uint32_t dst_slot, uint32_t dst_gen)
-{
-    return post(nd, peer, (struct sh_message){.kind = reason ? SH_REFUSE : SH_ACCEPT, .reason = (uint8_t)reason, .slot = (uint16_t)slot,
-                                              .gen = gen, .dst_slot = (uint16_t)dst_slot, .dst_gen = dst_gen});
-}
-
-/* Receive a message. 1: its fields are in note[]: kind, reason, slot, gen, dst_slot, dst_gen, port, src_port. 2: the same, and more messages are
- * there. 0: there is none. SH_VIOLATION: nonsense, unless a restart explains it (the caller loads the tag again). When the caller has acted on
+/* Receive a message. 1: it is in *m. 2: the same, and more messages are there. 0: there is none. SH_VIOLATION: nonsense, unless a restart explains it (the caller loads the tag again). When the caller has acted on
  * the message it posts its answer, receives the next message, or calls sh_message_done(). */
-int sh_message_recv(sh_node *nd, uint32_t peer, uint32_t *note)
+int sh_message_recv(sh_node *nd, uint32_t peer, struct sh_message *m)
 {
     struct sh_link *l = &nd->links[peer];
     struct sh_message in;
@@ -78,7 +59,7 @@ int sh_message_recv(sh_node *nd, uint32_t peer, uint32_t *note)
         || in.kind > SH_REFUSE || in.slot >= nd->g.slots || in.dst_slot >= nd->g.slots || in.gen > SH_GEN_MASK
         || in.dst_gen > SH_GEN_MASK)
         return SH_VIOLATION;
-    memcpy(note, (uint32_t[]){in.kind, in.reason, in.slot, in.gen, in.dst_slot, in.dst_gen, in.port, in.src_port}, 8 * sizeof *note);
+    *m = in;
     l->msg_head++;
     l->unread = waiting > 1;
     if (in.kind == SH_CONNECT)
@@ -107,6 +88,31 @@ void sh_notify(sh_node *nd, uint32_t peer, uint32_t slot)
 /* ---- slots ---- */
 
 uint32_t sh_ep_gen(const sh_ep *ep) { return ep->gen; }
+
+static uint64_t life_of(const struct sh_link *l) { return SH_PACK(l->my_inc, l->peer_inc); }
+
+/* Is it open in the present life of the link? */
+int sh_ep_is_open(const sh_ep *ep) { return ep->state == SH_EP_OPEN && !ep->orphan && ep->life == life_of(ep->link); }
+
+/* Its CONNECT waits for a credit: it is the last to be sent. */
+void sh_ask_queue(sh_ep *ep)
+{
+    struct sh_queue *q = &ep->nd->books->asks[ep->peer];
+
+    ep->state = SH_EP_WAITS;
+    ep->next = 0;
+    ep->prev = q->last;
+    *(q->last ? &sh_ep_at(ep->nd, q->last - 1)->next : &q->first) = ep->slot + 1;
+    q->last = ep->slot + 1;
+}
+
+void sh_ask_dequeue(sh_ep *ep)
+{
+    struct sh_queue *q = &ep->nd->books->asks[ep->peer];
+
+    *(ep->prev ? &sh_ep_at(ep->nd, ep->prev - 1)->next : &q->first) = ep->next;
+    *(ep->next ? &sh_ep_at(ep->nd, ep->next - 1)->prev : &q->last) = ep->prev;
+}
 
 /* FREE -> allocated: take a slot and a ring for a connection with that peer, and publish the ring. Returns the slot, or what sh_slot_take() does. */
 int64_t sh_ep_new(sh_node *nd, uint32_t peer, int accepted, int datagrams)
@@ -172,6 +178,9 @@ int sh_ep_open(sh_ep *ep, uint32_t peer, uint32_t peer_slot, uint32_t peer_gen)
     ep->peer_gen = peer_gen;
     ep->tx_last = (uint64_t)peer_gen << SH_GEN_SHIFT;
     ep->theirs = theirs;
+    ep->state = SH_EP_OPEN;
+    ep->life = life_of(ep->link);
+    *sh_by_theirs(nd, peer, peer_slot) = (uint16_t)ep->slot;
     sh_set_add(&nd->open, ep->slot);
     sh_put(&ep->mine->link, (uint64_t)ep->gen << SH_GEN_SHIFT | (uint64_t)peer << 32 | (uint64_t)peer_slot << 16 | 1u << 8);
     count_users(nd, peer, 1);
@@ -186,12 +195,16 @@ void sh_ep_orphan(sh_ep *ep)
 }
 
 /* -> FREE: one store ends this generation, for both directions. Slot and ring are free after the fence. */
-void sh_ep_release(sh_ep *ep, int notify)
+void sh_ep_release(sh_ep *ep)
 {
     sh_node *nd = ep->nd;
 
     if (!sh_may_write(nd))
         return;
+    if (ep->state == SH_EP_WAITS)
+        sh_ask_dequeue(ep);
+    sh_set_remove(&nd->books->later, ep->slot);
+    ep->state = SH_EP_FREE;
     ep->gen = (ep->gen + 1) & SH_GEN_MASK;
     sh_store(&ep->mine->tx_word, (uint64_t)ep->gen << SH_GEN_SHIFT, nd->wc);
     sh_put(&ep->mine->link, 0);
@@ -201,7 +214,7 @@ void sh_ep_release(sh_ep *ep, int notify)
     if (ep->theirs) {
         sh_set_remove(&nd->open, ep->slot);
         /* A peer that was told DONE waits for nothing more, and one that has released needs no news: neither is notified. */
-        if (notify && !ep->orphan && !(ep->flags & SH_DONE) && sh_same_life(ep))
+        if (!ep->orphan && !(ep->flags & SH_DONE) && sh_same_life(ep))
             sh_notify_slot(nd, ep->link, ep->peer_slot);
         count_users(nd, ep->peer, -1);
     }

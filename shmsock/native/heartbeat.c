@@ -29,6 +29,7 @@ struct sh_heartbeat {
     int armed, stop;   /* atomic */
     int ended;         /* the thread was joined, or (in a forked child) never existed */
     uint64_t deadline; /* atomic: the first beat after this wakes the loop */
+    uint64_t retry;    /* atomic: this moment wakes it */
     uint64_t moved;    /* sh_moved() when the loop last fell asleep */
     int fresh;         /* atomic: something has moved since: poll often at first */
     uint64_t watched;  /* peers whose section lock lives under this kernel */
@@ -225,7 +226,7 @@ static void *run(void *arg)
             stranger |= woke == (uintptr_t)k->nd->sleep_seq_at;
             continue;
         }
-        found = kicked_for_this(k, w, n, woke) | sh_any_notified(k->nd, GET(k->nd->known_peers)); /* a level, not an edge: this finds what came before arming, too */
+        found = (now >= GET(k->retry)) | kicked_for_this(k, w, n, woke) | sh_any_notified(k->nd, GET(k->nd->known_peers)); /* a level, not an edge: this finds what came before arming, too */
         /* A stranger's wake of sleep_seq is lost if we were not waiting just then, be it for having been woken by another. */
         if (!found && (stranger || k->futexes) && sh_any_notified(k->nd, SH_ALL)) {
             SET(k->nd->strangers, 1);
@@ -250,6 +251,8 @@ static void *run(void *arg)
             if (pause_ns > cap)
                 pause_ns = cap;
         }
+        if (GET(k->retry) < until)
+            until = GET(k->retry);
         woke = sleep_until(k, w, n, until);
         stranger = woke == (uintptr_t)k->nd->sleep_seq_at;
     }
@@ -300,12 +303,13 @@ int sh_heartbeat_arm(sh_heartbeat *k, int hurry)
         SET(k->fresh, 1);
     }
     SET(k->deadline, hurry ? 0 : k->nd->due_ns);
+    SET(k->retry, k->nd->retry_ns);
     SET(k->armed, 1);
     if (!sh_sleep(k->nd)) {
         SET(k->armed, 0);
         return 0;
     }
-    if (GET(k->nd->must_poll) || k->nd->kick)
+    if (GET(k->nd->must_poll) || k->nd->kick || k->nd->retry_ns != UINT64_MAX)
         wake(k); /* it sleeps until the next beat, but is to poll more often, or to watch others */
     k->nd->kick = 0;
     return 1;

@@ -235,7 +235,7 @@ void sh_restart(sh_node *nd, uint32_t peer, uint32_t pair_inc)
     if (!l->users) /* else count and tag stay: what the peer left is still being read */
         sh_put(&l->out->users, 0);
     l->my_inc = pair_inc;
-    l->peer_inc = l->msg_tail = l->msg_head = l->msg_acked = l->asked = 0;
+    l->peer_inc = l->msg_tail = l->msg_head = l->msg_acked = l->asked = nd->books->asks[peer].kept = 0;
     l->news = l->suspected = l->unread = 0;
     l->count = SH_LOW(sh_peek(&l->out->notify_seq)); /* continue the count, so that both halves of the word change */
     sh_notify_peer(nd, l); /* last: whoever sees the tag sees the cleared words */
@@ -257,7 +257,7 @@ uint32_t sh_adopt(sh_node *nd, uint32_t peer)
     l->moved++;
     sh_know_peer(nd, peer, 1);
     l->users_tag = l->peer_inc;
-    l->msg_tail = l->msg_head = l->msg_acked = l->asked = 0;
+    l->msg_tail = l->msg_head = l->msg_acked = l->asked = nd->books->asks[peer].kept = 0;
     l->news = l->suspected = l->unread = 0;
     __atomic_store_n(&l->last, notify_seq, __ATOMIC_RELAXED);
     for (uint32_t w = 0; w < nd->words; w++) {

@@ -27,8 +27,9 @@ struct sh_link { /* towards one peer */
     uint32_t msg_acked;        /* head as published: behind msg_head while what the last message asked for is being done */
     uint32_t users, users_tag; /* connections that may still read the peer's rings, and the tag under which they are published */
     uint64_t last;             /* the peer's notify_seq as the pump last saw it; the heartbeat reads it too, hence atomic */
-    int news;                  /* SH_NEWS_*: what the pump has yet to report */
-    int unread;                /* mail was reported, and the caller has not read all of it yet */
+    int news;                  /* SH_NEWS_*: what the pump has yet to report, or to act on */
+    uint32_t offences;         /* violations that it has yet to report */
+    int unread;                /* there are messages that were not acted on yet */
     uint64_t suspect;          /* notify_seq at a safety poll that found something; still the same at the next: healed */
     int suspected;
     uint64_t weighed_ns;       /* when sh_weigh() weighed last; since then: */
@@ -65,6 +66,12 @@ struct sh_ep {
     uint64_t flags;               /* epoch and FIN RST DONE WANT as published in P */
     uint64_t tx_last;             /* the peer's P as sh_refresh() last took it over */
     uint32_t peer, peer_slot, slot;
+    uint8_t state;                /* SH_EP_* */
+    uint8_t tries;                /* how often the peer's backlog was full */
+    uint16_t port, src_port;      /* of the CONNECT that is to be sent */
+    uint64_t life;                /* of the link, when it was opened: both sides' pair_inc */
+    uint32_t next, prev;          /* in the queue of those: slot + 1, 0: none */
+    uint64_t retry_ns;            /* when it is to be sent again */
     uint8_t orphan;               /* the peer is gone: what it published may still be read */
     uint8_t accepted;             /* the peer opened the connection */
     uint8_t may_grow;             /* a write that does not fit tries a larger ring */
@@ -86,6 +93,21 @@ struct sh_ep {
     uint32_t drains;              /* calls of drain() that had nothing to wait for */
 };
 
+/* of an endpoint: its CONNECT waits for a credit; for a while; for its answer; it is open; it was refused, and its owner is yet to release it */
+enum sh_ep_state { SH_EP_FREE, SH_EP_WAITS, SH_EP_LATER, SH_EP_ASKED, SH_EP_OPEN, SH_EP_OVER };
+
+struct sh_queue { /* what is to be sent to one peer, as soon as there is room */
+    uint32_t first, last;         /* slots + 1: CONNECTs */
+    uint32_t kept, first_kept;
+    struct sh_message answer[SH_MESSAGES];
+};
+
+struct sh_listener { /* a port that is listened on (connect.c) */
+    uint16_t port, next;          /* of the others of that port, in a circle */
+    uint8_t serves, local;
+    uint32_t backlog, pending;    /* accepted, and not taken yet */
+};
+
 #define SH_RING_SIZES 22 /* from SH_MIN_RING on */
 
 struct sh_arena {
@@ -104,6 +126,13 @@ struct sh_books { /* what the own section has to give (slots.c) */
     struct sh_share { uint32_t slots; uint64_t bytes; } share[SH_MAX_PEERS]; /* of what each peer opened; the own: of what we did */
     int storage_fd, storage_falloc;
     uint64_t storage_missing;
+    uint32_t most_asked;          /* CONNECTs without an answer, of a peer */
+    uint64_t here;                /* peers under this kernel */
+    struct sh_queue asks[SH_MAX_PEERS];
+    sh_set later;                 /* slots whose CONNECT met a full backlog */
+    struct sh_listener listener[SH_LISTENERS];
+    uint16_t port[65536];         /* index + 1 of the listener whose turn was last */
+    uint16_t *by_theirs;          /* by peer and its slot: our slot that is open with it, if that says so, too */
     sh_set backed;                /* pieces of the section that have storage, of SH_STORAGE bytes */
 };
 
@@ -126,6 +155,7 @@ struct sh_node {
     uint64_t n[SH_N_COUNTERS];
     uint64_t moved_messages, moved_space; /* writes that went on where there had been no space */
     uint64_t due_ns;              /* when the engine wants a pass at the latest */
+    uint64_t retry_ns;            /* when the next CONNECT is to be sent again */
     uint64_t hot_ns, hot_turns;   /* how long the pump stays hot after something moved: time, and passes in vain */
     uint64_t pumped_ns, hit_ns;   /* when the last pass was; and the last hit: a pass that found that something had moved */
     uint64_t hit_moved, gap_ns;   /* sh_moved() at hit_ns; time between the last two hits */
@@ -166,6 +196,7 @@ struct sh_node {
 
 #define SH_NEWS_TAG 1  /* notify_seq carries another pair_inc than the adopted one */
 #define SH_NEWS_MAIL 2 /* messages wait */
+#define SH_NEWS_OFFENCE 4 /* it broke a rule */
 
 #define SH_WORD(slot) ((slot) >> 6)
 
@@ -232,6 +263,16 @@ int sh_space_came(const sh_ep *ep);
 void sh_rearm_touched(sh_node *nd);
 int sh_poll_at(sh_ep *ep, uint64_t now);
 
+/* ---- handshake.c ---- */
+int sh_post(sh_node *nd, uint32_t peer, struct sh_message m);
+int sh_message_recv(sh_node *nd, uint32_t peer, struct sh_message *m);
+void sh_message_done(sh_node *nd, uint32_t peer);
+void sh_ask_queue(sh_ep *ep);
+void sh_ask_dequeue(sh_ep *ep);
+
+/* ---- connect.c ---- */
+void sh_ask_again(sh_node *nd, uint64_t now);
+
 /* ---- grow.c ---- */
 void sh_grow(sh_ep *ep, uint64_t need);
 
@@ -252,6 +293,9 @@ static inline void sh_take_back(const sh_node *nd, void *held)
     if (held)
         nd->take_back(held);
 }
+
+/* Where is noted which slot of ours is open with that one of the peer? */
+static inline uint16_t *sh_by_theirs(const sh_node *nd, uint32_t peer, uint32_t theirs) { return &nd->books->by_theirs[peer * nd->g.slots + theirs]; }
 
 static inline uint64_t sh_tx_word(const sh_ep *ep)
 {

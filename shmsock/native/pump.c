@@ -8,8 +8,8 @@
 
 /* ---- a pass ---- */
 
-/* Collect from the peers in the mask `of`, and poll the ready slots. Fills out[] with what a poll of the slot found << 32 | kind << 24 |
- * (slot or peer), at most max of them; what does not fit is kept for the next pass. Returns how many. */
+/* Collect from the peers in the mask `of`, act on their messages, and poll the ready slots. Fills out[] with events (enum sh_event), at most max of
+ * them; what does not fit is kept for the next pass. Returns how many. */
 static int pass(sh_node *nd, uint64_t *out, int max, uint64_t of, uint64_t now)
 {
     int n = 0;
@@ -27,13 +27,22 @@ static int pass(sh_node *nd, uint64_t *out, int max, uint64_t of, uint64_t now)
         }
         if (!l->news)
             continue;
-        if (n == max) {
+        if (n >= max / 2) { /* the rest is for slots */
             nd->attention = 1;
             continue;
         }
-        out[n++] = (uint64_t)(l->news & SH_NEWS_TAG ? SH_EV_ADOPT : SH_EV_MESSAGE) << 24 | j;
-        l->unread = !(l->news & SH_NEWS_TAG);
-        l->news = 0; /* sh_message_recv's caller reads until there is no more mail */
+        if (l->news & SH_NEWS_TAG) {
+            out[n++] = (uint64_t)SH_EV_ADOPT << 24 | j;
+            l->news = 0;
+        } else if (l->news & SH_NEWS_MAIL) {
+            l->news &= ~SH_NEWS_MAIL;
+            n += sh_messages(nd, j, out + n, max / 2 - n);
+        }
+        if (l->news & SH_NEWS_OFFENCE) {
+            out[n++] = (uint64_t)l->offences << 32 | SH_EV_OFFENCE << 24 | j;
+            l->news &= ~SH_NEWS_OFFENCE;
+            l->offences = 0;
+        }
     }
     nd->woke = 0;
     nd->start = nd->start + 1 < nd->g.peers ? nd->start + 1 : 0;
@@ -44,7 +53,7 @@ static int pass(sh_node *nd, uint64_t *out, int max, uint64_t of, uint64_t now)
         if (slot == SH_NOBODY)
             continue;
         sh_set_remove(&nd->ready, (uint64_t)slot);
-        out[n++] = (uint64_t)sh_poll_at(&nd->eps[slot], now) << 32 | SH_EV_SLOT << 24 | (uint64_t)slot;
+        out[n++] = (uint64_t)nd->eps[slot].gen << 40 | (uint64_t)sh_poll_at(&nd->eps[slot], now) << 32 | SH_EV_SLOT << 24 | (uint64_t)slot;
     }
     return n;
 }
@@ -80,6 +89,7 @@ int sh_pump(sh_node *nd, uint64_t *out, int max)
         of = nd->known_peers; /* each notify_seq is on a page of its own, and loading cold ones would cost more than all the rest */
     else
         __atomic_store_n(&nd->strangers, 0, __ATOMIC_RELAXED);
+    sh_ask_again(nd, now);
     queue_later(nd);
     sh_rearm_touched(nd);
     return pass(nd, out, max, of, now);

@@ -7,7 +7,7 @@
 /* How much memory the books take: all zeros at first. */
 uint64_t sh_books_bytes(const sh_geometry *g)
 {
-    return sizeof(struct sh_books) + 3 * sh_set_bytes(g->slots) + sh_set_bytes(g->section_bytes / SH_STORAGE + 1) + sh_arena_bytes(g->arena_bytes);
+    return sizeof(struct sh_books) + 4 * sh_set_bytes(g->slots) + sizeof(uint16_t) * g->peers * g->slots + sh_set_bytes(g->section_bytes / SH_STORAGE + 1) + sh_arena_bytes(g->arena_bytes);
 }
 
 /* Nothing is in use. Returns what follows the books. */
@@ -18,16 +18,23 @@ void *sh_books_init(sh_node *nd, void *memory)
     memory = sh_set_init(&b->free, b + 1, nd->g.slots);
     memory = sh_set_init(&b->outgrown, memory, nd->g.slots);
     memory = sh_set_init(&b->starved, memory, nd->g.slots);
+    memory = sh_set_init(&b->later, memory, nd->g.slots);
     memory = sh_set_init(&b->backed, memory, nd->g.section_bytes / SH_STORAGE + 1);
     b->arena = sh_arena_new(memory, nd->g.arena_off, nd->g.arena_bytes);
+    memory = (uint8_t *)memory + sh_arena_bytes(nd->g.arena_bytes);
+    b->by_theirs = memory;
     b->storage_fd = -1;
+    b->most_asked = SH_CREDITS;
+    nd->retry_ns = UINT64_MAX;
     b->first_ring = b->largest_ring = b->datagram_ring = SH_MIN_RING;
-    return (uint8_t *)memory + sh_arena_bytes(nd->g.arena_bytes);
+    return b->by_theirs + nd->g.peers * nd->g.slots;
 }
 
-/* Rings begin with `first` bytes, and grow up to `largest`; those of links for datagrams have `datagrams` at best. */
-void sh_ring_sizes(sh_node *nd, uint32_t first, uint32_t largest, uint32_t datagrams)
+/* Rings begin with `first` bytes, and grow up to `largest`; those of links for datagrams have `datagrams` at best. So many CONNECTs of a peer may lack an
+ * answer. */
+void sh_limits(sh_node *nd, uint32_t first, uint32_t largest, uint32_t datagrams, uint32_t connects)
 {
+    nd->books->most_asked = connects;
     nd->books->datagram_ring = datagrams;
     nd->books->first_ring = first < largest ? first : largest;
     nd->books->largest_ring = largest;

@@ -138,7 +138,7 @@ class Scene:
         assert len(events) <= EVENTS, len(events)
         for event in events:
             if event.kind == "accepted":
-                event.target.pending -= 1
+                event.target.taken()
             if event.kind in ("failed", "down"):
                 assert isinstance(event.arg, OSError)
         node.events.clear()

@@ -219,7 +219,7 @@ def test_one_that_holds_much_leaves_an_eighth_of_the_arena() -> None:
     assert free(b) - claims >= layout.arena_bytes // 8
     held = sum(e.ring[1] + sum(n for _, n in e.outgrown) for e in ends)
     assert b.held_by(a.section) == (len(ends), held)
-    assert b.engine.slots.take(a.section, accepted=True) == world.lib.SH_NO_SLOTS
+    assert b.call(world.lib.sh_ep_new, b.engine.nd, a.section, 1, 0) == world.lib.SH_NO_SLOTS
     _, s = world.open(c, b)
     b.write(s, bytes(1 << 14))
     assert s.ring[1] > 512

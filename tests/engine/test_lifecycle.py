@@ -43,17 +43,51 @@ def test_refused_when_the_listener_was_closed(world: World) -> None:
     assert isinstance(a.failed(c), ConnectionRefusedError)
 
 
-def test_refused_when_the_backlog_is_full(world: World) -> None:
+def test_a_full_backlog_is_waited_for(world: World) -> None:
     a, b = world.pair()
-    listener = b.listen(backlog=2)
+    listener, other = b.listen(backlog=2), b.listen(7001)
+    tries = [a.connect(b) for _ in range(7)]
+    world.quiet()
+    assert (listener.pending, a.asks(b.section)) == (2, (5, 0, 0))
+    there = a.connect(b, 7001)  # is not kept waiting
+    world.quiet()
+    assert there.state is State.OPEN
+    assert b.accepted(other).state is State.OPEN
+    world.advance(1.0)
+    assert sum(c.state is State.OPEN for c in tries) == 2
+    waiting = [c for c in tries if c.state is State.OPENING]
+    a.close(waiting.pop())
+    for left in (4, 3, 2, 1):
+        assert sum(c.state is State.OPENING for c in tries) == left
+        b.accepted(listener)
+        world.advance(0.8)
+    b.accepted(listener)
+    assert {c.state for c in waiting} == {State.OPEN}
+    assert a.take("failed") == []
+    assert a.statistic("refused") == 0
+
+
+def test_who_waits_for_a_backlog_is_told_when_nobody_listens_any_more(world: World) -> None:
+    a, b = world.pair()
+    listener = b.listen(backlog=1)
+    a.connect(b)
+    world.quiet()
     tries = [a.connect(b) for _ in range(3)]
     world.quiet()
-    assert [c.state for c in tries] == [State.OPEN, State.OPEN, State.FREE]
-    assert isinstance(a.failed(tries[2]), ConnectionRefusedError)
-    b.accepted(listener)
-    again = a.connect(b)
+    b.call(listener.close)
+    world.advance(0.5)
+    assert {type(a.failed(c)) for c in tries} == {ConnectionRefusedError}
+
+
+def test_a_peer_that_dies_while_it_is_waited_for(world: World) -> None:
+    a, b = world.pair()
+    b.listen(backlog=1)
+    tries = [a.connect(b) for _ in range(3)]
     world.quiet()
-    assert again.state is State.OPEN
+    world.kill(b)
+    world.advance(0.3)
+    assert {c.state for c in tries[1:]} == {State.FREE}
+    assert {type(a.failed(c)) for c in tries[1:]} == {ConnectionResetError}
 
 
 def test_refused_for_want_of_a_slot(world: World) -> None:
@@ -138,7 +172,7 @@ def test_cancel_with_accept_on_its_way(world: World) -> None:
     world.quiet()
     assert s.state is State.FREE
     assert b.read(s) == EOF  # it wrote nothing, and ended
-    assert a.link(b).credits == 32
+    assert a.asks(b.section) == (0, 0, 0)
 
 
 def test_cancel_with_refuse_on_its_way(world: World) -> None:
@@ -188,25 +222,23 @@ def test_more_connects_than_credits(world: World) -> None:
     a, b = world.pair()
     b.listen(backlog=1000)
     tries = [a.connect(b) for _ in range(50)]
-    assert a.link(b).credits == 0
-    assert len(a.link(b).waiting) == 18 or world.how == "nested"
+    assert a.asks(b.section) == (18, 0, 32) or world.how == "nested"
     world.quiet()
     assert {c.state for c in tries} == {State.OPEN}
-    assert a.link(b).credits == 32
-    assert not a.link(b).waiting
+    assert a.asks(b.section) == (0, 0, 0)
 
 
 def test_waiting_connects_that_are_cancelled_cost_no_credit(world: World) -> None:
     a, b = world.pair()
     world.stop(b)
     tries = [a.connect(b) for _ in range(40)]
-    assert (a.link(b).credits, len(a.link(b).waiting)) == (0, 8)
+    assert a.asks(b.section) == (8, 0, 32)
     for c in tries[30:]:
         a.close(c)
     world.resume(b)
     world.quiet()
     assert len(a.take("failed")) == 30
-    assert a.link(b).credits == 32
+    assert a.asks(b.section) == (0, 0, 0)
 
 
 def test_both_connect_to_each_other_all_at_once(world: World) -> None:

@@ -208,7 +208,7 @@ class Node:
         """The oldest connection that nobody has taken over yet."""
         event = next(e for e in self.events if e.kind == "accepted" and listener in (None, e.target))
         self.events.remove(event)
-        event.target.pending -= 1
+        event.target.taken()
         assert isinstance(event.arg, Connection)
         return event.arg
 
@@ -249,6 +249,15 @@ class Node:
 
     def statistic(self, name: str) -> int:
         return self.engine.statistics()[name]
+
+    def asks(self, section: int) -> tuple[int, int, int]:
+        """CONNECTs and answers that wait to be sent there, and CONNECTs that have no answer yet."""
+        lib, nd = self.world.lib, self.engine.nd
+        return (
+            lib.sh_fake_asks(nd, section, 0),
+            lib.sh_fake_asks(nd, section, 1),
+            lib.sh_fake_asks(nd, section, 2),
+        )
 
     def held_by(self, section: int) -> tuple[int, int]:
         """Slots and bytes of rings that the connections hold which that section's owner has opened."""
@@ -553,11 +562,10 @@ class World:
         assert engine.slots.free_slots == layout.slots, f"{node} leaked slots"
         assert engine.slots.free_bytes == layout.arena_bytes, f"{node} leaked ring memory"
         for peer in engine.peers.all:
-            link = engine.links[peer.section]
-            held = [*link.connections.values(), *link.waiting, *link.answers]
-            assert held == [], f"{node} holds on to {peer.name}"
+            waiting, kept, asked = node.asks(peer.section)
+            assert (waiting, kept) == (0, 0), f"{node} has something to be sent to {peer.name}"
             assert node.held_by(peer.section) == (0, 0), f"{node}: quota of {peer.name}"
-            assert link.credits == engine.settings.max_connects, f"{node}: credits towards {peer.name}"
+            assert asked == 0, f"{node}: credits towards {peer.name}"
             assert self.users(node, peer.section) == 0, f"{node}: users word of {peer.name}"
         assert not engine.slots.orphans
         for slot in range(layout.slots):

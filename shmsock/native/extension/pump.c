@@ -66,7 +66,7 @@ static int tell(Pump *pump, uint64_t *words, int n, uint64_t now)
     int left = 0, told = 0;
 
     for (int i = 0; i < n; i++) {
-        uint32_t kind = words[i] >> 24 & 0xff, slot = words[i] & 0xffffff, bits = (uint32_t)(words[i] >> 32);
+        uint32_t kind = words[i] >> 24 & 0xff, slot = words[i] & 0xffffff, bits = words[i] >> 32 & 0xff;
         FastPath *p = kind == SH_EV_SLOT && slot < pump->slots ? pump->fast_paths[slot] : NULL;
         DatagramIn *in = kind == SH_EV_SLOT && slot < pump->slots ? pump->datagram_ins[slot] : NULL;
         PyObject *whose = in ? (PyObject *)in : (PyObject *)p;
