@@ -72,6 +72,8 @@ class Measure:
     arguments: tuple[object, ...] = ()
     placement: str = "two"
     """Both processes on "two" cores, on "one", or "free" to move."""
+    hogs: bool = False
+    """With a process beside each end that wants the same CPU all the time."""
     own_loop: bool = False
     """The ratio is taken beside the kernel's network on the same loop, not beside uvloop's TCP."""
     region_bytes: int = 64 << 20
@@ -127,6 +129,18 @@ IDLE = (Measure("idle", "Ten idle connections", "idle", over.streams, QUIET, ("-
 ONE = (
     replace(ECHO, name="one-core", placement="one", variants=over.variants, floor=False),
     replace(BULK, name="one-core-bulk", placement="one", variants=over.variants, floor=False),
+)
+HOGS = tuple(
+    replace(measure, name=f"hogs{end}", title=f"{measure.title} beside CPU hogs", hogs=True, own_loop=True)
+    for end, measure in (
+        ("", replace(ECHO, variants=over.streams, floor=False)),
+        ("-one-core", replace(ONE[0], variants=over.streams)),
+        ("-protocol", Measure("", "64 B round trip of protocols", "protocol-echo", over.streams)),
+        (
+            "-protocol-one-core",
+            Measure("", "64 B round trip of protocols", "protocol-echo", over.streams, placement="one"),
+        ),
+    )
 )
 PLAIN = (
     replace(ECHO, variants=over.variants, floor=False),
@@ -193,6 +207,7 @@ SUITE = (
         region_bytes=256 << 20,
     ),
     *ONE,
+    *HOGS,
     *(m for m in SPORADIC if m.name in ("think-1ms", "think-10ms")),
     Measure(
         "peers",

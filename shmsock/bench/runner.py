@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from shmsock.bench import floor
 from shmsock.bench.child import cpus
+from shmsock.bench.hogs import hogs
 from shmsock.bench.machine import describe, machine, note_load
 from shmsock.bench.marks import judge
 from shmsock.bench.measures import Measure, Sweep
@@ -88,7 +89,8 @@ class Host:
             each = [measure.figures(client) for client in found]
             return each[0] if measure.clients == 1 else of_peers(each)
 
-        with private_region(self.prefix, measure.region_bytes, measure.sections) as region:
+        beside = {cpu for cpu in cpus if measure.hogs and cpu is not None}
+        with private_region(self.prefix, measure.region_bytes, measure.sections) as region, hogs(beside):
             yield take
 
     def cache_line_ns(self) -> float | None:
