@@ -27,7 +27,7 @@ from shmsock.aio.flow import FlowControl
 from shmsock.aio.pseudosocket import Duplicate, PollFd, fileno_of, stream_socket
 from shmsock.aio.pump import FastPath
 from shmsock.aio.tls import flushes, tell_above
-from shmsock.aio.write_buffer import PIECE, OutgoingFile, WriteBuffer, flat
+from shmsock.aio.write_buffer import PIECE, OutgoingFile, WriteBuffer, flat, gathered
 from shmsock.engine.connection import CLOSED, DATA, DONE, EMPTY, EOF, SPACE, STALE, YIELD, Connection, State
 from shmsock.errors import forked, wrong_thread
 
@@ -433,7 +433,8 @@ class ShmTransport(FlowControl, asyncio.Transport):
         self._maybe_pause_protocol()
 
     def writelines(self, list_of_data: Any) -> None:
-        self.write(b"".join(list_of_data))
+        for data in gathered(list_of_data):
+            self.write(data)
 
     def _after_loss(self) -> None:
         self._writes_after_loss += 1

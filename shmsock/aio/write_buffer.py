@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 from shmsock.engine.connection import COPY_MAX, EOF, Connection
 
-__all__ = ["PIECE", "OutgoingFile", "WriteBuffer", "flat"]
+__all__ = ["PIECE", "OutgoingFile", "WriteBuffer", "flat", "gathered"]
 
 BLOCK = 1 << 16  # bytes from which on a piece is not gathered with others
 PIECE = (
@@ -31,6 +32,20 @@ def flat(data: Any) -> bytes | bytearray | memoryview:
     if isinstance(data, memoryview) and not (data.ndim == data.itemsize == 1 and data.c_contiguous):
         return data.cast("B") if data.c_contiguous and data.nbytes else bytes(data)
     return data
+
+
+def gathered(pieces: Iterable[Any]) -> list[bytes]:
+    """Join what is small, and leave what is large and cannot change as it is. Raises TypeError for what has
+    no bytes."""
+    found: list[bytes] = []
+    small: list[Any] = []
+    for data in pieces:
+        if isinstance(data, bytes) and len(data) >= BLOCK:
+            found += [b"".join(small), data] if small else [data]
+            small = []
+        else:
+            small.append(data)
+    return [*found, b"".join(small)] if small or not found else found
 
 
 class OutgoingFile:

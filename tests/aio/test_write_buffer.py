@@ -23,22 +23,15 @@ ROOM = 4 << 20
 
 
 @pytest.fixture
-def traced() -> Iterator[Callable[[], int]]:
-    """Says how many bytes Python took at most since the call before."""
+def traced() -> Iterator[None]:
     tracemalloc.start()
-
-    def since() -> int:
-        before, peak = tracemalloc.get_traced_memory()
-        tracemalloc.reset_peak()
-        return peak - before
-
-    yield since
+    yield
     tracemalloc.stop()
 
 
 @pytest.mark.parametrize("kind", [bytes, memoryview, lambda data: memoryview(data).cast("I")])
 def test_bytes_are_kept_by_reference(
-    run: Run, world: World, traced: Callable[[], int], kind: Callable[[bytes], Any]
+    run: Run, world: World, traced: None, kind: Callable[[bytes], Any]
 ) -> None:
     async def main() -> None:
         async with world.pair() as (c, s):
@@ -58,6 +51,25 @@ def test_bytes_are_kept_by_reference(
             tracemalloc.stop()
             assert await s.reader.readexactly(LARGE) == data
             assert await s.reader.readexactly(LARGE) == data
+
+    run(main())
+
+
+def test_large_lines_are_kept_by_reference(run: Run, world: World, traced: None) -> None:
+    async def main() -> None:
+        async with world.pair() as (c, s):
+            data = pattern(1, 0, LARGE)
+            lines = [b"head", bytearray(b"er"), data, memoryview(b"between"), data, b"", b"end"]
+            held = tracemalloc.get_traced_memory()[0]
+            tracemalloc.reset_peak()
+            with pytest.raises(TypeError):
+                c.transport.writelines([*lines, 1])
+            assert c.transport.get_write_buffer_size() == 0
+            c.transport.writelines(iter(lines))
+            assert tracemalloc.get_traced_memory()[1] - held < ROOM
+            tracemalloc.stop()
+            c.transport.write_eof()
+            assert await s.reader.read() == b"".join(lines)
 
     run(main())
 
@@ -157,7 +169,7 @@ def test_what_is_queued_never_moves(piece: int, count: int, most_blocks: int) ->
     assert len(buffer) == 0
 
 
-def test_a_copy_is_freed_as_it_is_sent(traced: Callable[[], int]) -> None:
+def test_a_copy_is_freed_as_it_is_sent(traced: None) -> None:
     conn = Narrow(1 << 20)
     buffer = WriteBuffer(conn)  # type: ignore[arg-type]
     data = bytearray(LARGE)
