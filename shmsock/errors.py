@@ -52,7 +52,6 @@ __all__ = [
     "node_closed",
     "not_local",
     "other_memory",
-    "peer_full",
     "peer_gone",
     "peer_silent",
     "pinned",
@@ -214,13 +213,6 @@ def peer_gone(remote: object) -> ConnectionResetError:
     )
 
 
-def peer_full(remote: object) -> OSError:
-    """Build ENOBUFS: the section of the peer, (name, port), has no slot or no memory for a connection."""
-    return OSError(
-        errno.ENOBUFS, f"{remote} has no room for another connection: use a larger region, or close some"
-    )
-
-
 def pinned(name: str, section: int, owner: str | None) -> ConnectionRefusedError:
     """Build the error for a name that is believed of that section only, whose owner, if any, has another."""
     seen = "nobody is there" if owner is None else f"who is there calls itself {owner!r}"
@@ -314,16 +306,17 @@ def datagram_too_long(size: int, maximum: int) -> OSError:
     )
 
 
-def no_buffers(what: str, region_size_hint: str = "") -> OSError:
-    """Build ENOBUFS: the own section has no `what` left. `region_size_hint`: a size that would do ("128
-    MiB")."""
-    size = region_size_hint.replace(" ", "") or "SIZE"
-    do = f"make a region of {region_size_hint}" if region_size_hint else "use a larger region"
-    return OSError(
-        errno.ENOBUFS,
-        f"no {what} left in this process's section: close connections, or {do} "
-        f"(`shmsock create /dev/shm/NAME --size {size}`), to be named by SHMSOCK_REGION or region=",
-    )
+def no_buffers(what: str, larger: tuple[str, int] | None = None, peer: str | None = None) -> OSError:
+    """Build ENOBUFS: a section has no `what` left, that of `peer` or the own one. `larger`: size and peers of
+    a region that would do; None: there is none."""
+    whose = "this process's section" if peer is None else f"the section of {peer!r}"
+    if larger is None:
+        do = "let more processes share them: a section cannot have more"
+    else:
+        size, peers = larger
+        create = f"shmsock create /dev/shm/NAME --size {size.replace(' ', '')} --peers {peers}"
+        do = f"make a region of {size} (`{create}`), to be named by SHMSOCK_REGION or region="
+    return OSError(errno.ENOBUFS, f"no {what} left in {whose}: close connections, or {do}")
 
 
 def no_listeners(most: int) -> OSError:

@@ -71,9 +71,9 @@ def test_errors_can_be_pickled() -> None:
         (errors.port_refused("b", 80, hint="why"), ConnectionRefusedError, errno.ECONNREFUSED, "; why"),
         (errors.port_taken("b", 80), OSError, errno.EADDRINUSE, "reuse_port"),
         (errors.address_unavailable("x", ["vm-a"]), OSError, errno.EADDRNOTAVAIL, "vm-a"),
-        (errors.no_buffers("slots", "128M"), OSError, errno.ENOBUFS, "128M"),
-        (errors.no_buffers("slots", "128 MiB"), OSError, errno.ENOBUFS, "--size 128MiB`"),
-        (errors.no_buffers("slots"), OSError, errno.ENOBUFS, "larger region"),
+        (errors.no_buffers("slots", ("128 MiB", 4)), OSError, errno.ENOBUFS, "--size 128MiB --peers 4`"),
+        (errors.no_buffers("slots"), OSError, errno.ENOBUFS, "in this process's section: close"),
+        (errors.no_buffers("slots", peer="b"), OSError, errno.ENOBUFS, "in the section of 'b': close"),
         (errors.sections_full([3, 5], 16), errors.RegionError, errno.ENOSPC, "shmsock reap"),
         (
             errors.sections_full(["3 (a)"], 16, "/r", "file:/r"),

@@ -166,7 +166,7 @@ def content_lines(content: Content) -> Iterator[str]:
     yield (
         f"    format version {content.version}, id {content.region_id}, {human(content.bytes or 0)}: "
         f"{content.peers} sections of {human(content.section_bytes)}, each with "
-        f"{content.connections_per_peer} connections and {human(content.ring_bytes_per_peer)} for rings"
+        f"up to {content.connections_per_peer} connections and {human(content.ring_bytes_per_peer)} for rings"
     )
     count = Counter(section.state for section in content.sections)
     yield "    sections: " + ", ".join(f"{number} {state}" for state, number in count.most_common())

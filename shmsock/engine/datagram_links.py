@@ -105,7 +105,7 @@ class Outgoing:
         home: Home,
         conn: Connection,
         gate: Callable[[Connection, Outgoing], Any],
-        room: Callable[[int], str],
+        room: Callable[[int], tuple[str, int] | None],
         forget: Callable[[Outgoing], Iterable[Sender]],
     ) -> None:
         """Become the handler of `conn`. `gate`: makes what lets datagrams through. `room`: finds the size of

@@ -12,7 +12,7 @@ from shmsock.engine.links import Links
 from shmsock.engine.listeners import Listeners
 from shmsock.engine.peers import Peers
 from shmsock.engine.slots import Slots
-from shmsock.errors import peer_full, violation
+from shmsock.errors import violation
 from shmsock.native._core import lib
 
 __all__ = ["Handshake"]
@@ -111,7 +111,7 @@ class Handshake:
             return
         conn.release()
         if reason in (NO_SLOT, NO_MEMORY):
-            home.emit(conn.failed, peer_full(conn.remote))
+            home.emit(conn.failed, self.slots.none_left(reason == NO_SLOT, conn.remote[0]))
         elif reason:
             home.emit(conn.failed, self.listeners.refused(*conn.remote))
         else:

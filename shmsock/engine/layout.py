@@ -23,8 +23,8 @@ __all__ = [
     "format_region",
     "has_magic",
     "is_blank",
+    "larger",
     "read_layout",
-    "region_for",
     "too_small",
     "version_and_size",
 ]
@@ -64,6 +64,7 @@ USERS: int = lib.SH_PAIR_USERS
 SLOT_LINK: int = lib.SH_SLOT_LINK
 SLOT_TX_WORD: int = lib.SH_SLOT_TX_WORD
 SLOT_BYTES: int = lib.SH_SLOT_SIZE
+KEPT_FOR_LITTLE: int = lib.SH_KEPT_FOR_LITTLE
 LIVE: int = lib.SH_STATE_LIVE
 LEAVING: int = lib.SH_STATE_LEAVING
 GONE: int = lib.SH_STATE_LEFT
@@ -112,6 +113,12 @@ class Layout:
         self.slot_off: int = g.slot_off
         self.arena_off: int = g.arena_off
         self.arena_bytes: int = g.arena_bytes
+
+    @property
+    def connections(self) -> int:
+        """How many connections one peer can open to another, if nobody else has any: an eighth of the slots
+        is kept for those who hold few (native/slots.c)."""
+        return self.slots - self.slots // KEPT_FOR_LITTLE
 
     def section(self, index: int) -> int:
         return HEADER + index * self.section_bytes
@@ -346,8 +353,15 @@ def read_layout(memory: Memory) -> Layout:
     return Layout(memory, memory.load(H_ID), size)
 
 
-def region_for(layout: Layout, factor: int = 2) -> str:
-    """Name a size of region that would have `factor` times the room, for messages."""
+def larger(layout: Layout, enough: Callable[[Layout], bool]) -> tuple[str, int] | None:
+    """Find a larger region, of as many peers, that is `enough`. Returns size and peers, for messages."""
     from shmsock.region.sizes import format_size
 
-    return format_size(layout.region_bytes * factor)
+    for factor in (1 << k for k in range(1, 20)):
+        size = layout.region_bytes * factor
+        slots = default_slots(layout.memory, size, layout.peers)
+        if not slots:
+            break
+        if enough(Layout(layout.memory, (slots.bit_length() - 1) << 8 | layout.peers, size)):
+            return format_size(size), layout.peers
+    return None

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
 
 from shmsock.engine.home import Home
-from shmsock.engine.layout import Layout, default_slots, region_for
+from shmsock.engine.layout import Layout, larger
 from shmsock.errors import no_buffers
 from shmsock.native._core import lib
 
@@ -64,8 +64,15 @@ class Slots(Generic[H]):
                 return error
         elif status not in (NO_SLOTS, NO_ROOM):
             return self.home.failure()
-        what = "connection slots" if status == NO_SLOTS else "ring memory"
-        return no_buffers(what, region_for(self.home.layout))
+        return self.none_left(status == NO_SLOTS)
+
+    def none_left(self, slots: bool, peer: str | None = None) -> OSError:
+        """Build the error for a section, that of `peer` or the own one, without slots or ring memory."""
+        layout = self.home.layout
+        if slots:
+            what = f"connection slots (of {layout.slots}, some are kept for those who hold few)"
+            return no_buffers(what, larger(layout, lambda other: other.slots > layout.slots), peer)
+        return no_buffers("ring memory", larger(layout, lambda other: True), peer)
 
     def free(self, conn: H) -> None:
         """Note that a connection was released."""
@@ -81,18 +88,12 @@ class Slots(Generic[H]):
         """Ring memory that is not in use."""
         return int(self.home.lib.sh_arena_free(self.home.lib.sh_arena_of(self.home.nd)))
 
-    def region_for_link(self, need: int) -> str:
-        """Find a size of region in which a link would get a ring of `need` bytes with as much in use as here;
-        "" when there is none."""
-        layout, lib = self.home.layout, self.home.lib
-        used = layout.arena_bytes - self.free_bytes
-        for factor in (1 << k for k in range(1, 20)):
-            size = layout.region_bytes * factor
-            slots = default_slots(self.home.memory, size, layout.peers)
-            if not slots:
-                break
-            larger = Layout(self.home.memory, (slots.bit_length() - 1) << 8 | layout.peers, size)
-            reserved = (larger.slots - len(self.connections) - 1) * MIN_RING
-            if lib.sh_ring_fit(DATAGRAM_RING, larger.arena_bytes - used, reserved) >= need:
-                return region_for(layout, factor)
-        return ""
+    def region_for_link(self, need: int) -> tuple[str, int] | None:
+        """Find a region in which a link would get a ring of `need` bytes with as much in use as here."""
+        fit, used = self.home.lib.sh_ring_fit, self.home.layout.arena_bytes - self.free_bytes
+
+        def has_room(other: Layout) -> bool:
+            reserved = (other.slots - len(self.connections) - 1) * MIN_RING
+            return bool(fit(DATAGRAM_RING, other.arena_bytes - used, reserved) >= need)
+
+        return larger(self.home.layout, has_room)

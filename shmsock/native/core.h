@@ -21,6 +21,7 @@ enum sh_limit {
     SH_LOG = 16,         /* slots in the log of a pair */
     SH_CREDITS = 32,     /* CONNECTs of one direction that are not answered, at most */
     SH_VIOLATIONS = 3,   /* so many are too many */
+    SH_KEPT_FOR_LITTLE = 8, /* one of so many parts of a section is kept for those who hold little of it */
     SH_LISTENERS = 448,  /* of a section */
     SH_MIN_RING = 512,
     SH_MAX_RING = 1 << 30,

@@ -2,8 +2,6 @@
  * slots, and an eighth of the arena, is for those who hold little. */
 #include "node.h"
 
-#define KEPT_FOR_LITTLE 8 /* one of so many parts */
-
 /* How much memory the books take: all zeros at first. */
 uint64_t sh_books_bytes(const sh_geometry *g)
 {
@@ -61,7 +59,7 @@ sh_ep *sh_ep_at(sh_node *nd, uint32_t slot)
 }
 
 /* Does it hold its part of what is kept for those who hold little? Then it leaves that to them. */
-static int holds_much(const struct sh_books *b, uint64_t held, uint64_t total) { return held * KEPT_FOR_LITTLE * (b->others + 1) >= total; }
+static int holds_much(const struct sh_books *b, uint64_t held, uint64_t total) { return held * SH_KEPT_FOR_LITTLE * (b->others + 1) >= total; }
 
 /* What one peer's connections hold: those that it opened, or our own. */
 static struct sh_share *share_of(const sh_ep *ep) { return &ep->nd->books->share[ep->accepted ? ep->peer : ep->nd->self]; }
@@ -78,7 +76,7 @@ uint32_t sh_ring_fit(uint32_t most, uint64_t free_bytes, uint64_t reserved)
 uint32_t sh_ring_size(const sh_ep *ep, uint32_t most)
 {
     const struct sh_books *b = ep->nd->books;
-    uint64_t bytes = ep->nd->g.arena_bytes, kept = holds_much(b, share_of(ep)->bytes, bytes) ? bytes / KEPT_FOR_LITTLE : 0;
+    uint64_t bytes = ep->nd->g.arena_bytes, kept = holds_much(b, share_of(ep)->bytes, bytes) ? bytes / SH_KEPT_FOR_LITTLE : 0;
 
     return sh_ring_fit(most, b->arena->free_bytes, (uint64_t)sh_free_slots(ep->nd) * SH_MIN_RING + kept);
 }
@@ -131,7 +129,7 @@ int64_t sh_slot_take(sh_node *nd, uint32_t peer, int accepted, int datagrams)
     uint32_t bytes;
     sh_ep *ep;
 
-    if (slot < 0 || (sh_free_slots(nd) <= nd->g.slots / KEPT_FOR_LITTLE && holds_much(b, b->share[accepted ? peer : nd->self].slots, nd->g.slots)))
+    if (slot < 0 || (sh_free_slots(nd) <= nd->g.slots / SH_KEPT_FOR_LITTLE && holds_much(b, b->share[accepted ? peer : nd->self].slots, nd->g.slots)))
         return SH_NO_SLOTS;
     if (sh_back(nd, nd->g.slot_off + (uint64_t)slot * sizeof(struct sh_slot), sizeof(struct sh_slot)))
         return SH_NO_STORAGE;

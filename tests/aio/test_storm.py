@@ -4,7 +4,12 @@ gives up leaves nothing behind."""
 from __future__ import annotations
 
 import asyncio
+import errno
+import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -72,4 +77,43 @@ def test_connects_that_are_given_up_in_the_middle_leave_nothing(run: Run, make: 
             await echoed(node, 1)
             assert node.statistics()["healed"] == 0
 
+    run(main())
+
+
+def test_as_many_as_create_says(run: Run, tmp_path: Path) -> None:
+    """And one more fails with words that say what to do."""
+    path = tmp_path / "region"
+    made = subprocess.run(
+        [sys.executable, "-m", "shmsock", "create", path, "--size", "1M", "--peers", "2"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    found = re.search(r"up to (\d+) connections", made.stdout)
+    assert found is not None
+    most = int(found[1])
+
+    async def main() -> None:
+        region = str(path)
+        async with (
+            Child("serve", region, "server") as child,
+            shmsock.attach(region, name="clients") as node,
+        ):
+            await child.says("ready")
+            streams = [shmsock.open_connection("server", 7000, node=node) for _ in range(most)]
+            ends = await asyncio.gather(*streams)
+            larger = r"shmsock create /dev/shm/NAME --size 2MiB --peers 2"
+            with pytest.raises(
+                OSError, match=f"no connection slots .* this process's section.*{larger}"
+            ) as info:
+                await shmsock.open_connection("server", 7000, node=node)
+            assert info.value.errno == errno.ENOBUFS
+            for i, (_, writer) in enumerate(ends):
+                writer.write(i.to_bytes(4, "little"))
+            for i, (reader, writer) in enumerate(ends):
+                assert await reader.readexactly(4) == i.to_bytes(4, "little")
+                writer.close()
+            await until(lambda: held(node)["connections"] == 0)
+
+    assert most > 100
     run(main())
