@@ -308,6 +308,19 @@ async def _make_implicit(url: str | None, name: str | None, former: Node | None)
     return node
 
 
+def _key(url: str | None) -> str:
+    """Return what an implicit node is kept by: its region, as it was asked for."""
+    return url if url is not None else "\0" + os.environ.get("SHMSOCK_REGION", "")
+
+
+def _known(url: str | None, name: str | None) -> Node | None:
+    """Return what current_node() does where that is plain, as it is for all but the first connection."""
+    mine = None if name is not None else _implicit.get(_running_loop())
+    found = None if mine is None else mine.get(_key(url))
+    node = found() if isinstance(found, weakref.ref) else None
+    return None if node is None or node.closed or not node.engine.alive or node.watch.is_over() else node
+
+
 async def current_node(url: str | None = None, name: str | None = None, *, listening: bool = False) -> Node:
     """The implicit node of the running loop for that region, attached at first use, and again when another
     file has taken the place of the region's. `listening`: it is needed to listen. Raises what attach() does.
@@ -317,7 +330,7 @@ async def current_node(url: str | None = None, name: str | None = None, *, liste
     if url is not None:
         url = os.fspath(url)
     mine = _implicit.setdefault(loop, {})
-    key = url if url is not None else "\0" + os.environ.get("SHMSOCK_REGION", "")
+    key = _key(url)
     node: Node | None = None
     found = mine.get(key)
     if found is None and url is None:
@@ -352,7 +365,7 @@ def on_current_node(
 
 
 async def _on_current_node(url: str | None, name: str | None, use: Callable[[Node], Awaitable[T]]) -> T:
-    node = await current_node(url, name)
+    node = _known(url, name) or await current_node(url, name)
     try:
         return await use(node)
     except OSError:

@@ -68,9 +68,18 @@ def slowness(call: Callable[[], int]) -> int:
 class Opening:
     """A connection that waits for its answer."""
 
-    def __init__(self, waiter: asyncio.Future[None], by_name: bool) -> None:
-        self.waiter, self.by_name = waiter, by_name
+    def __init__(self, by_name: bool) -> None:
+        self.by_name = by_name
+        self.waiter: asyncio.Future[None] | None = None
+        self.error: OSError | None = None
         self.early = False
+
+    async def answered(self, loop: Any) -> None:
+        """Wait until connected() is called. Raises the argument of failed()."""
+        self.waiter = loop.create_future()
+        if self.error is not None:
+            raise self.error
+        await self.waiter
 
     def ready(self, bits: int) -> None:
         """Note that bytes came with the answer: they are read once the waiter has made a transport."""
@@ -80,11 +89,13 @@ class Opening:
         """Do nothing: no transport has the connection yet."""
 
     def connected(self) -> None:
-        if not self.waiter.done():
+        if self.waiter is not None and not self.waiter.done():
             self.waiter.set_result(None)
 
     def failed(self, error: OSError) -> None:
-        if not self.waiter.done():
+        if self.waiter is None:
+            self.error = error
+        elif not self.waiter.done():
             self.waiter.set_exception(error)
 
     def silent(self, conn: Connection) -> None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     class FlowControl(asyncio.BaseTransport):
         _loop: asyncio.AbstractEventLoop
-        _extra: dict[str, Any]
+        _extra: Any
         _protocol_paused: bool
 
         def __init__(self, extra: dict[str, Any], loop: asyncio.AbstractEventLoop) -> None: ...
@@ -22,4 +22,8 @@ if TYPE_CHECKING:
         def _maybe_pause_protocol(self) -> None: ...
         def _maybe_resume_protocol(self) -> None: ...
 else:
-    FlowControl = _transports._FlowControlMixin
+
+    class FlowControl(_transports._FlowControlMixin):
+        """The values that asyncio's constructors set for each transport are the class's here."""
+
+        _extra, _protocol_paused, _high_water, _low_water = None, False, 64 << 10, 16 << 10

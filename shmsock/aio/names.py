@@ -23,7 +23,18 @@ from shmsock.address import SUFFIX, is_local
 if TYPE_CHECKING:
     from shmsock.aio.node import Node
 
-__all__ = ["ANY", "SCOPE", "Names", "host_of", "is_address", "is_any_shm", "is_shm", "known", "names_of"]
+__all__ = [
+    "ANY",
+    "SCOPE",
+    "Names",
+    "address_of",
+    "host_of",
+    "is_address",
+    "is_any_shm",
+    "is_shm",
+    "known",
+    "names_of",
+]
 
 ANY = "*" + SUFFIX
 """To listen on, where a name ending in `.shm` must be given: all peers."""
@@ -102,6 +113,11 @@ def names_of(loop: Any) -> Names:
     if found is None:
         found = _of_loops[loop] = Names()
     return found
+
+
+def address_of(node: Any, name: str, port: int) -> tuple[str, int]:
+    """Return the internet address that stands for a peer's name in the region of that node, and the port."""
+    return names_of(node.loop).address(node.region.url, name), port
 
 
 def is_address(host: Any) -> bool:

@@ -100,6 +100,9 @@ class PlainPump:
         """Say no: it is not known what else is to be run."""
         return False
 
+    def spin_for_mail(self, section: int) -> None:
+        """Leave messages to the next pass."""
+
     def will_run(self) -> None:
         """Note that the pump woke a task; here nobody asks."""
 
@@ -144,6 +147,7 @@ class NoFastPath:
     """Stands in for the extension's FastPath: every call takes the ordinary way."""
 
     can_read = property(lambda self: False, lambda self, may: None)
+    reader, used, direct = None, False, False
 
     def __init__(self, pump: Any, conn: Any, transport: Any) -> None:
         self.can_write = False
@@ -161,8 +165,11 @@ class NoFastPath:
         """Put nothing into the ring."""
         return 0
 
-    def attach(self, reader: Any) -> None:
+    def attach(self, reader: Any, is_open: bool) -> None:
         """Do nothing: the transport feeds that reader."""
+
+    def forget(self) -> None:
+        """Do nothing: there is no reader."""
 
     def receive(self, protocol: Any, context: contextvars.Context, buffered: bool = False) -> None:
         """Do nothing: the transport delivers."""

@@ -51,7 +51,8 @@ class Server(asyncio.AbstractServer):
         self._context = contextvars.copy_context()
         # Each pass of the pump hands over all that it accepted: there is no backlog.
         self._listener: Listener | None = node.listen(hosts, port, backlog=0, reuse_port=reuse_port)
-        name = names.names_of(node.loop).address(node.region.url, node.name) if numeric else node.name
+        port = self._listener.port
+        address = names.address_of(node, node.name, port) if numeric else (node.name, port)
         #: Options of its pseudo-socket, which connections inherit.
         self.inherited: dict[tuple[int, int], Any] = {
             (socket.SOL_SOCKET, socket.SO_REUSEADDR): int(reuse_address),
@@ -59,7 +60,7 @@ class Server(asyncio.AbstractServer):
             (socket.SOL_SOCKET, socket.SO_KEEPALIVE): int(keep_alive),
         }
         options = {**self.inherited, (socket.SOL_SOCKET, socket.SO_ACCEPTCONN): 1}
-        self._socket = PseudoSocket((name, self._listener.port), None, lambda: -1, options=options)
+        self._socket = PseudoSocket(address, None, lambda: -1, options=options)
         self._serving = self._listener.serving = False
         self._listener.handler = self._accept
         self._forever: asyncio.Future[None] | None = None

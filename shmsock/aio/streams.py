@@ -16,6 +16,7 @@ from errno import ECONNRESET
 from types import SimpleNamespace, coroutine
 from typing import Any
 
+from shmsock.aio.direct import resume
 from shmsock.aio.node import Node
 from shmsock.aio.pump import extension
 from shmsock.aio.tls import start_tls
@@ -60,7 +61,7 @@ class ShmStreamReader(asyncio.StreamReader):
         """Begin direct mode. (A method and not __init__: stock readers are adopted by changing their
         class.)"""
         self._fast_path = transport.fast_path
-        transport.direct.begin(self, transport.conn.state is not State.FREE)
+        transport.fast_path.attach(self, transport.conn.state is not State.FREE)
 
     def _maybe_resume_transport(self) -> None:
         """Called by asyncio whenever bytes were taken out of the buffer."""
@@ -112,7 +113,7 @@ class ShmStreamReader(asyncio.StreamReader):
             if not self._eof and len(self._buffer) == had and self._exception is None:
                 await super()._wait_for_data(func_name)  # type: ignore[misc]
         finally:
-            transport.direct.resume(self)
+            resume(transport.fast_path, self)
         self._check()
 
     def _on_ready(self) -> None:

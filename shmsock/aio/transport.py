@@ -19,10 +19,10 @@ import warnings
 from asyncio.constants import _SendfileMode
 from asyncio.sslproto import SSLProtocol
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from shmsock.aio import names
-from shmsock.aio.direct import DirectMode, fill
+from shmsock.aio.direct import fill, read_ahead, take, wanted
 from shmsock.aio.flow import FlowControl
 from shmsock.aio.pseudosocket import Duplicate, PollFd, fileno_of, stream_socket
 from shmsock.aio.pump import FastPath
@@ -38,16 +38,6 @@ __all__ = ["ShmTransport"]
 
 NO_LINGER = struct.pack("ii", 1, 0)
 _get_ident = threading.get_ident
-
-
-class Acceptor(Protocol):
-    """A server, as the transports of its connections know it. `inherited`: options of its socket that theirs
-    have too."""
-
-    inherited: dict[tuple[int, int], Any]
-
-    def _attach(self, transport: Any) -> None: ...
-    def _detach(self, transport: Any) -> None: ...
 
 
 def _set_result(waiter: asyncio.Future[None]) -> None:
@@ -76,6 +66,9 @@ class ShmTransport(FlowControl, asyncio.Transport):
     _read_eof = False
     _unread = b""  # taken from the ring already, for the next protocol
     _poll: PollFd | None = None  # what the pseudo-socket's fileno() gives
+    _reading = False  # it has begun
+    _closing = True  # or not started yet
+    _lost = True  # connection_lost() is on its way, or was called; or this has not started
 
     def __init__(
         self,
@@ -83,23 +76,16 @@ class ShmTransport(FlowControl, asyncio.Transport):
         conn: Connection,
         protocol: asyncio.BaseProtocol,
         context: contextvars.Context,
-        server: Acceptor | None = None,
+        server: Any = None,
         *,
         numeric: bool = False,
     ) -> None:
-        local, remote = conn.local, conn.remote
-        if numeric:
-            address, url = names.names_of(node.loop).address, node.region.url
-            local, remote = (address(url, local[0]), local[1]), (address(url, remote[0]), remote[1])
-        super().__init__({"peername": remote, "sockname": local, "shmsock_node": node}, node.loop)
-        self.node, self.conn, self.context, self._protocol = node, conn, context, protocol
-        self.fast_path = FastPath(node.pump, conn, self)
-        self.write = self.fast_path.write  # type: ignore[method-assign]
-        self._server = server
-        self.direct = DirectMode(self.fast_path)
-        self._reading = False  # it has begun
-        self._closing = True  # or not started yet
-        self._lost = True  # connection_lost() is on its way, or was called; or this has not started
+        # Not by asyncio's constructors, which take longer than all the rest.
+        self._loop, self.node, self.conn = node.loop, node, conn
+        self.context, self._protocol = context, protocol
+        self.fast_path = fast_path = FastPath(node.pump, conn, self)
+        self.write = fast_path.write  # type: ignore[method-assign]
+        self._server, self._numeric = server, numeric
 
     def __repr__(self) -> str:
         state = "closed" if self._lost else "closing" if self._closing else "open"
@@ -145,9 +131,17 @@ class ShmTransport(FlowControl, asyncio.Transport):
         self.ready(DATA | SPACE)  # also what came before
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        if name == "socket" and name not in self._extra:
-            self._extra[name] = stream_socket(self, self._server.inherited if self._server else {})
-        return self._extra.get(name, default)
+        if name == "sslcontext":  # asyncio's streams ask for it each time
+            return default
+        if self._extra is None:
+            local, remote = self.conn.local, self.conn.remote
+            if self._numeric:
+                local, remote = (names.address_of(self.node, *end) for end in (local, remote))
+            self._extra = {"peername": remote, "sockname": local, "shmsock_node": self.node}
+        extra = self._extra
+        if name == "socket" and name not in extra:
+            extra[name] = stream_socket(self, self._server.inherited if self._server else {})
+        return extra.get(name, default)
 
     # -- events of the engine
 
@@ -180,10 +174,13 @@ class ShmTransport(FlowControl, asyncio.Transport):
         if self.conn.error is not None and not self._lost:
             self._read_in_vain()
 
+    def connected(self) -> None:
+        """Do nothing: that was seen before this was made."""
+
     def freed(self) -> None:
         """Let go of slot and ring: they are the engine's again, and soon another connection's."""
         self.fast_path.can_write = False
-        self.direct.end()
+        self.fast_path.detach()
 
     def _ended(self) -> None:
         """End, as the engine released the connection: a reset, or the peer closed and all of it was read."""
@@ -195,7 +192,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
             return
         if self._pending:
             self._write_failed()
-        if not (self._lost or self._closing) and (self.direct.used or not self._reading_paused):
+        if not (self._lost or self._closing) and (self.fast_path.used or not self._reading_paused):
             self.got_eof()
 
     # -- reading
@@ -206,11 +203,12 @@ class ShmTransport(FlowControl, asyncio.Transport):
         if getattr(before, "_fast_path", None) is self.fast_path:
             del before._fast_path  # a writer of streams, which drains into another transport now
         self._protocol = protocol
-        reader = self.direct.end()
+        self.fast_path.detach()
+        reader = self.fast_path.reader
         if reader is not None and isinstance(protocol, SSLProtocol):
             # What the pump moved there begins the handshake. (A buffer that is viewed cannot be emptied.)
             self._unread, reader._buffer = bytes(reader._buffer), bytearray()
-        self.direct.forget()
+        self.fast_path.forget()
         self._read_eof = False  # it was told to the one before
         if not self._lost:
             self._loop.call_soon(self._resumed, context=self.node.context)
@@ -218,16 +216,16 @@ class ShmTransport(FlowControl, asyncio.Transport):
     def feed(self, reader: Any) -> None:
         """Give the reader what is there, maybe after a spin, or have what comes delivered to it until direct
         mode is resumed: a coroutine of asyncio's is about to wait. An end is told at once."""
-        if self._lost or self.direct.reader is not reader:  # another protocol's bytes are not for it
+        if self._lost or self.fast_path.reader is not reader:  # another protocol's bytes are not for it
             return
         protocol: Any = self._protocol
         try:
-            if self.direct.take(reader, protocol.data_received):
+            if take(self.fast_path, reader, protocol.data_received):
                 return
         except BaseException as error:
             self._raised(error, "data_received")
             raise
-        self.direct.suspend()
+        self.fast_path.can_read = False
         status = self.conn.available()
         if status == EOF or self.conn.error is not None:
             self._delivered(status)
@@ -248,8 +246,8 @@ class ShmTransport(FlowControl, asyncio.Transport):
         self._check_thread()
         if self._poll is None:
             self._poll = PollFd()
-            self.direct.end()  # the short cuts tell nobody that they have emptied the ring
-            if self.direct.used:
+            self.fast_path.detach()  # the short cuts tell nobody that they have emptied the ring
+            if self.fast_path.used:
                 self._loop.call_soon(self._resumed, context=self.node.context)
         self.update_poll()
         return self._poll.fd
@@ -257,14 +255,14 @@ class ShmTransport(FlowControl, asyncio.Transport):
     def update_poll(self) -> None:
         """Called whenever what fileno() tells may have changed."""
         if self._poll is not None and not self._lost:
-            reader = self.direct.reader
+            reader = self.fast_path.reader
             taken = reader is not None and (reader._buffer or reader._eof)
             self._poll.update(bool(taken) or self._read_eof or self.conn.available() not in (EMPTY, 0))
 
     def pause_reading(self) -> None:
         self._reading_paused = True
         self.fast_path.receive(None, self.context)
-        if self.broken is not None and not self.direct.used:
+        if self.broken is not None and not self.fast_path.used:
             self.force_close(self.broken)
 
     def resume_reading(self) -> None:
@@ -283,7 +281,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
 
     def _deliver(self) -> None:
         """Hand over what is there, within the turn's budget, and come again if more is."""
-        over, nd, left = self.node.lib.sh_over, self.node.nd, self.direct.wanted()
+        over, nd, left = self.node.lib.sh_over, self.node.nd, wanted(self.fast_path)
         self._let_through()
         while left > 0 and self._receiving():
             protocol: Any = self._protocol
@@ -311,7 +309,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
 
     def _let_through(self) -> None:
         """Let the pump give bytes to the protocol itself, as long as nothing unusual is asked for."""
-        if self._poll is None and not self._unread and not self.direct.used and self._receiving():
+        if self._poll is None and not self._unread and not self.fast_path.used and self._receiving():
             buffered = isinstance(self._protocol, asyncio.BufferedProtocol)
             self.fast_path.receive(self._protocol, self.context, buffered)
 
@@ -364,7 +362,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
         """End, as the connection broke and all that had come was read. A peer that died counts as EOF, as
         when the kernel of a killed process closes its sockets: at an error, TLS and stock readers would
         forget what they still hold."""
-        if self.conn.orphaned_ns and not self.direct.used:
+        if self.conn.orphaned_ns and not self.fast_path.used:
             self.got_eof()
         else:
             self.force_close(self.conn.error)
@@ -375,7 +373,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
         if self._read_eof or protocol is None:
             return
         self._read_eof = True
-        if self.direct.used:  # called by a reader, maybe from within this very context (an eager task)
+        if self.fast_path.used:  # called by a reader, maybe from within this very context (an eager task)
             keep = protocol.eof_received()
         else:
             keep = self._guarded("eof_received", protocol.eof_received)
@@ -460,7 +458,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
             error = BrokenPipeError(
                 errno.EPIPE, f"{self.conn.remote} closed the connection and reads no more"
             )
-        unread = not self.direct.used and self._reading_paused  # nobody is going to read to the end
+        unread = not self.fast_path.used and self._reading_paused  # nobody is going to read to the end
         if self._closing or self._read_eof or unread or self.conn.error is not None or status == STALE:
             self.force_close(error)
         else:
@@ -575,11 +573,13 @@ class ShmTransport(FlowControl, asyncio.Transport):
         if self._read_eof or isinstance(self._protocol, SSLProtocol):
             left = False
         else:
-            try:
-                self.direct.read_ahead(self.conn)
-            except Exception as error:
-                self._raised(error, "data_received")
             left = self.conn.available() > 0
+            if left:
+                try:
+                    read_ahead(self.fast_path, self.conn)
+                except Exception as error:
+                    self._raised(error, "data_received")
+                left = self.conn.available() > 0
         if left:
             self.conn.cut()
         else:
@@ -599,7 +599,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
         self._closing, self.fast_path.can_write = True, False
         self._drop(error)
         if self.node.engine.alive and not self._duplicates:
-            sock = self._extra.get("socket")
+            sock = self._extra and self._extra.get("socket")
             if sock and sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8) == NO_LINGER:
                 self.conn.abort()
             else:
@@ -616,11 +616,11 @@ class ShmTransport(FlowControl, asyncio.Transport):
         node = self.node
         if self._poll is not None:
             self._poll.close()
-        self.direct.end()
+        self.fast_path.detach()
         node.transports.discard(self)
         node.flushed()
-        if not self._loop.is_closed():
-            self._loop.call_soon(self._call_connection_lost, error, context=self.context)
+        if not node.loop.is_closed():
+            node.loop.call_soon(self._call_connection_lost, error, context=self.context)
 
     def _call_connection_lost(self, error: BaseException | None) -> None:
         self.just_lost = False
@@ -668,14 +668,15 @@ class ShmTransport(FlowControl, asyncio.Transport):
     def supersede(self, before: ShmTransport) -> None:
         """Go on with the connection of `before`, which ends: with what it took from the ring and nobody has
         read, and with what waits to be written. To be called ahead of start()."""
-        reader = before.direct.end()
+        before.fast_path.detach()
+        reader = before.fast_path.reader
         self._unread, before._unread = before._unread, b""
         if reader is not None:
             self._unread = bytes(reader._buffer) + self._unread
             reader._buffer.clear()
         self._pending, before._pending = before._pending, None
         self._eof_wanted, self.broken = before._eof_wanted, before.broken
-        self._extra.update({name: before._extra[name] for name in ("peername", "sockname")})
+        self._numeric = before._numeric
         self.get_extra_info("socket")._options = before.get_extra_info("socket")._options
         before.superseded, before._closing, before.fast_path.can_write = True, True, False
         before._end(None)

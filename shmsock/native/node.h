@@ -24,6 +24,7 @@ struct sh_link { /* towards one peer */
     uint64_t log[SH_LOG / 4];  /* as published */
     uint32_t msg_tail, msg_head;
     uint32_t asked;            /* CONNECTs that the peer has not answered: each gets exactly one answer */
+    uint32_t mail_misses;      /* spins for a message, in a row, that were in vain */
     uint32_t msg_acked;        /* head as published: behind msg_head while what the last message asked for is being done */
     uint32_t users, users_tag; /* connections that may still read the peer's rings, and the tag under which they are published */
     uint64_t last;             /* the peer's notify_seq as the pump last saw it; the heartbeat reads it too, hence atomic */
@@ -240,6 +241,7 @@ int sh_asked(sh_node *nd, uint64_t now);
 
 /* ---- spin.c ---- */
 int sh_spin_on(sh_ep *ep, const uint64_t *word, uint64_t seen, uint64_t now);
+int sh_spin_for_mail(sh_node *nd, uint32_t peer);
 uint64_t sh_gather(sh_ep *ep, uint64_t now);
 uint64_t sh_clock_and_yield(sh_node *nd, uint64_t *yield_at);
 uint64_t sh_yield_at(const sh_node *nd, uint64_t now);

@@ -25,14 +25,14 @@ uint64_t sh_clock_and_yield(sh_node *nd, uint64_t *yield_at)
 uint64_t sh_yield_at(const sh_node *nd, uint64_t now) { return now + (nd->alone ? YIELD_NS : nd->spin_yield_ns); }
 
 /* Make one step of a spin. Returns the clock; 0: other slots or messages have news, which ends the spin. */
-static uint64_t spin_step(sh_ep *ep, uint64_t *yield_at)
+static uint64_t spin_step(sh_node *nd, uint64_t *yield_at)
 {
-    for (uint64_t m = ep->nd->known_peers; m; m &= m - 1) {
-        struct sh_link *l = &ep->nd->links[__builtin_ctzll(m)];
-        if (sh_has_news(l) && sh_collect(ep->nd, l))
+    for (uint64_t m = nd->known_peers; m; m &= m - 1) {
+        struct sh_link *l = &nd->links[__builtin_ctzll(m)];
+        if (sh_has_news(l) && sh_collect(nd, l))
             return 0;
     }
-    return sh_clock_and_yield(ep->nd, yield_at);
+    return sh_clock_and_yield(nd, yield_at);
 }
 
 static int nothing_ready(const sh_node *nd)
@@ -82,7 +82,7 @@ int sh_spin_on(sh_ep *ep, const uint64_t *word, uint64_t seen, uint64_t now)
             sh_pause();
             continue;
         }
-        now = spin_step(ep, &yield_at);
+        now = spin_step(nd, &yield_at);
         if ((sh_peek(word) ^ seen) & ~SH_IDLE_BITS)
             break;
         if (!now)
@@ -103,6 +103,35 @@ int sh_spin_on(sh_ep *ep, const uint64_t *word, uint64_t seen, uint64_t now)
     nd->n[SH_N_SPIN_HITS]++;
     ep->window_ns = window * 2 < nd->spin_max_ns ? window * 2 : nd->spin_max_ns;
     return 1;
+}
+
+/* Busy-poll for a message of that peer: the answer to a CONNECT comes within microseconds where its loop is awake. 1: there are some, for
+ * sh_message_recv(). 0: they are left to the pump. A spin in vain makes the next one shorter, but for every 16th. */
+int sh_spin_for_mail(sh_node *nd, uint32_t peer)
+{
+    struct sh_link *l = &nd->links[peer];
+    uint64_t now = sh_clock(), end = now + (nd->spin_max_ns >> (l->mail_misses % 16 < 6 ? l->mail_misses % 16 : 6)), yield_at = sh_yield_at(nd, now);
+
+    if (!sh_may_write(nd) || peer == nd->self || !nd->spin_max_ns || has_to_wake(nd, l, now))
+        return 0;
+    for (uint32_t k = 1; nothing_ready(nd); k++) {
+        sh_pause();
+        if (k % 8 && !sh_has_news(l))
+            continue;
+        now = spin_step(nd, &yield_at);
+        if (l->news == SH_NEWS_MAIL) {
+            l->news = 0;
+            l->mail_misses = 0;
+            nd->attention = 0;
+            for (uint64_t m = nd->known_peers; m; m &= m - 1)
+                nd->attention |= nd->links[__builtin_ctzll(m)].news != 0;
+            return 1;
+        }
+        if (now >= end || sh_over_at(nd, now))
+            break;
+    }
+    l->mail_misses += now >= end;
+    return 0;
 }
 
 /* Bytes flow one way, in small pieces: polling P for each of them takes its line away from the writer each time, which slows down both sides.

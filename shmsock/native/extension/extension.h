@@ -36,12 +36,14 @@ struct fast_path {
     PyObject_HEAD
     Pump *pump;
     PyObject *transport; /* weak: once the transport is gone, writes are dropped */
+    PyObject *reader; /* weak: the one in direct mode, which is or was used; NULL: there was none */
     PyObject *buffer, *waiter;
     PyObject *protocol, *context; /* set while the pump hands bytes straight to the protocol */
     sh_ep *ep;
     uint32_t slot;
     Py_ssize_t limit; /* of a line */
     char can_write, can_read, wake_pending;
+    char direct; /* the reader may take bytes, unless can_read says otherwise for a while */
     char buffered; /* the protocol has a buffer of its own */
 };
 

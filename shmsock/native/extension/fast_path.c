@@ -319,11 +319,19 @@ static PyObject *fast_path_put(FastPath *p, PyObject *data)
     return PyLong_FromLongLong(taken < 0 ? 0 : taken);
 }
 
-/* attach(reader): it reads in direct mode, and the pump may wake it from C. */
-static PyObject *fast_path_attach(FastPath *p, PyObject *reader)
+/* attach(reader, is_open): it reads in direct mode, if there is still a ring, and the pump may wake it from C. */
+static PyObject *fast_path_attach(FastPath *p, PyObject *const *args, Py_ssize_t n)
 {
-    PyObject *limit = PyObject_GetAttr(reader, s_limit), *buffer = PyObject_GetAttr(reader, s_buffer);
+    PyObject *reader = n == 2 ? args[0] : NULL, *limit, *buffer;
 
+    if (!reader)
+        return PyErr_Format(PyExc_TypeError, "attach() takes a reader, and whether the connection is open");
+    Py_XSETREF(p->reader, PyWeakref_NewRef(reader, NULL));
+    if (!p->reader || args[1] != Py_True)
+        return p->reader ? Py_NewRef(Py_None) : NULL;
+    p->direct = p->can_read = 1;
+    limit = PyObject_GetAttr(reader, s_limit);
+    buffer = PyObject_GetAttr(reader, s_buffer);
     if (limit && buffer && PyByteArray_CheckExact(buffer)) {
         p->limit = PyLong_AsSsize_t(limit);
         Py_XSETREF(p->buffer, Py_NewRef(buffer));
@@ -361,8 +369,28 @@ static void let_go(FastPath *p)
 static PyObject *fast_path_detach(FastPath *p, PyObject *unused)
 {
     (void)unused;
+    p->direct = 0;
     let_go(p);
     Py_CLEAR(p->protocol);
+    Py_RETURN_NONE;
+}
+
+static PyObject *fast_path_reader(FastPath *p, void *unused)
+{
+    (void)unused;
+    return Py_NewRef(p->reader ? PyWeakref_GetObject(p->reader) : Py_None);
+}
+
+static PyObject *fast_path_used(FastPath *p, void *unused)
+{
+    (void)unused;
+    return PyBool_FromLong(p->reader != NULL);
+}
+
+static PyObject *fast_path_forget(FastPath *p, PyObject *unused)
+{
+    (void)unused;
+    Py_CLEAR(p->reader);
     Py_RETURN_NONE;
 }
 
@@ -411,6 +439,7 @@ static int fast_path_traverse(FastPath *p, visitproc visit, void *arg)
     Py_VISIT(Py_TYPE(p));
     Py_VISIT(p->pump);
     Py_VISIT(p->transport);
+    Py_VISIT(p->reader);
     Py_VISIT(p->buffer);
     Py_VISIT(p->waiter);
     Py_VISIT(p->protocol);
@@ -423,6 +452,7 @@ static int fast_path_clear(FastPath *p)
     let_go(p);
     p->can_write = 0;
     Py_CLEAR(p->transport);
+    Py_CLEAR(p->reader);
     Py_CLEAR(p->buffer);
     Py_CLEAR(p->waiter);
     Py_CLEAR(p->protocol);
@@ -445,17 +475,25 @@ static PyMethodDef methods[] = {
     {"write", (PyCFunction)(void (*)(void))fast_path_write, METH_O, "write($self, data, /)\n--\n\nAs ShmTransport.write."},
     {"take", (PyCFunction)(void (*)(void))fast_path_take, METH_O, "Read 1 to so many bytes, for a receive() that has let the loop turn. None: the slow way."},
     {"put", (PyCFunction)(void (*)(void))fast_path_put, METH_O, "Write, for a send(). How many bytes went into the ring; None: all, and the loop need not turn yet."},
-    {"attach", (PyCFunction)(void (*)(void))fast_path_attach, METH_O, "Note that this reader is in direct mode."},
+    {"attach", (PyCFunction)(void (*)(void))fast_path_attach, METH_FASTCALL, "Let this reader take bytes from the ring, if the connection is open."},
     {"receive", (PyCFunction)(void (*)(void))fast_path_receive, METH_VARARGS, "Set the protocol that bytes are given to, its context, and whether it has a buffer of its own."},
     {"detach", (PyCFunction)(void (*)(void))fast_path_detach, METH_NOARGS, "Note that no reader and no protocol takes bytes any more."},
+    {"forget", (PyCFunction)(void (*)(void))fast_path_forget, METH_NOARGS, "Forget the reader: the connection has another protocol now."},
     {NULL, NULL, 0, NULL},
 };
 
 static PyMemberDef members[] = {
     {"can_write", T_BOOL, offsetof(FastPath, can_write), 0, "writes go straight to the ring, and drain() has nothing to wait for"},
     {"can_read", T_BOOL, offsetof(FastPath, can_read), 0, "a reader takes its bytes from the ring, no exception is set, and nobody waits in Python"},
+    {"direct", T_BOOL, offsetof(FastPath, direct), READONLY, "its reader takes bytes from the ring, but for a while in which can_read says otherwise"},
     {"wake_pending", T_BOOL, offsetof(FastPath, wake_pending), 0, "the pump has woken the waiting reader, which has not run yet"},
     {NULL, 0, 0, 0, NULL},
+};
+
+static PyGetSetDef getters[] = {
+    {"reader", (getter)fast_path_reader, NULL, "The reader; None when there was none, or its owner has dropped it.", NULL},
+    {"used", (getter)fast_path_used, NULL, "It has, or had, a reader in direct mode.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
 };
 
 static PyType_Slot slots[] = {
@@ -466,6 +504,7 @@ static PyType_Slot slots[] = {
     {Py_tp_dealloc, fast_path_dealloc},
     {Py_tp_methods, methods},
     {Py_tp_members, members},
+    {Py_tp_getset, getters},
     {0, NULL},
 };
 

@@ -30,23 +30,30 @@ static int owed(Pump *pump)
     return 0;
 }
 
+static PyObject *list_of(const uint64_t *words, int n)
+{
+    PyObject *list = PyList_New(n);
+
+    for (int i = 0; list && i < n; i++) {
+        PyObject *word = PyLong_FromUnsignedLongLong(words[i]);
+        if (word)
+            PyList_SET_ITEM(list, i, word);
+        else
+            Py_CLEAR(list);
+    }
+    return list;
+}
+
 /* Have Python attend to its part of a pass. n < 0: this node has ended. 1: somebody was told something. */
 static int attend(Pump *pump, const uint64_t *words, int n, uint64_t now)
 {
-    PyObject *list = n < 0 ? Py_NewRef(Py_None) : PyList_New(n), *clock = list ? PyLong_FromUnsignedLongLong(now) : NULL, *r = NULL;
+    PyObject *list = n < 0 ? Py_NewRef(Py_None) : list_of(words, n), *clock = list ? PyLong_FromUnsignedLongLong(now) : NULL, *r = NULL;
     int told = -1;
 
-    for (int i = 0; clock && i < n; i++) {
-        PyObject *word = PyLong_FromUnsignedLongLong(words[i]);
-        if (!word)
-            goto out;
-        PyList_SET_ITEM(list, i, word);
-    }
     if (clock)
         r = ask_owner(pump, s_attend, list, clock);
     if (r)
         told = PyObject_IsTrue(r);
-out:
     Py_XDECREF(list);
     Py_XDECREF(clock);
     Py_XDECREF(r);
@@ -181,6 +188,23 @@ static PyObject *none_unless(int failed) { return failed < 0 ? NULL : Py_NewRef(
 static PyObject *pump_begin_turn(Pump *pump, PyObject *unused) { (void)unused; return none_unless(sh_begin_turn(pump)); }
 static PyObject *pump_check(Pump *pump, PyObject *unused) { (void)unused; return ask_owner(pump, s_check, NULL, NULL); }
 static PyObject *pump_stir(Pump *pump, PyObject *unused) { (void)unused; return pump->scheduled || pump->closed ? Py_NewRef(Py_None) : ask_owner(pump, s_pump_follows, NULL, NULL); }
+/* spin_for_mail(section): busy-poll for messages of that peer, if nothing else is to be run. Returns what they said, words for the engine; None: leave them
+ * to the next pass. */
+static PyObject *pump_spin_for_mail(Pump *pump, PyObject *section)
+{
+    unsigned long peer = PyLong_AsUnsignedLong(section);
+    uint64_t words[EVENTS];
+    int n = -1;
+
+    if (PyErr_Occurred() || pump->closed || peer >= pump->nd->g.peers || !sh_may_spin(pump))
+        return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
+    Py_BEGIN_ALLOW_THREADS
+    if (sh_spin_for_mail(pump->nd, (uint32_t)peer))
+        n = sh_messages(pump->nd, (uint32_t)peer, words, EVENTS);
+    Py_END_ALLOW_THREADS
+    return n < 0 ? Py_NewRef(Py_None) : list_of(words, n);
+}
+
 static PyObject *pump_may_spin(Pump *pump, PyObject *unused) { (void)unused; return PyBool_FromLong(sh_may_spin(pump)); }
 static PyObject *pump_will_run(Pump *pump, PyObject *unused) { (void)unused; return none_unless(sh_will_run(pump)); }
 static PyObject *pump_runs(Pump *pump, PyObject *unused) { (void)unused; return none_unless(sh_runs(pump)); }
@@ -320,6 +344,7 @@ static PyMethodDef methods[] = {
     {"begin_turn", METHOD(pump_begin_turn, "Give this turn of the loop a budget of its own, and have a pass follow it.")},
     {"stir", METHOD(pump_stir, "Have a pass follow what the engine has done.")},
     {"may_spin", METHOD(pump_may_spin, "Is nothing else to be run by this loop, as far as can be known?")},
+    {"spin_for_mail", (PyCFunction)(void (*)(void))pump_spin_for_mail, METH_O, "Busy-poll for messages of that peer: what they said, or None."},
     {"will_run", METHOD(pump_will_run, "Note that the pump woke a task.")},
     {"runs", METHOD(pump_runs, "Note that the task runs.")},
     {"woken", METHOD(pump_woken, "Make a pass, as a doorbell came.")},
