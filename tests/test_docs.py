@@ -1,6 +1,6 @@
 """The documents: their links lead somewhere, their commands and names exist, and what can be generated was.
 
-`python -m tests.test_docs` (`make docs`) writes the generated part of docs/tuning.md.
+`python -m tests.test_docs` (`make docs`) writes what is generated (GENERATED).
 """
 
 from __future__ import annotations
@@ -17,15 +17,19 @@ from typing import Any
 
 import click
 import pytest
+from shmsock.native._core import lib
 
 import shmsock
 from shmsock.cli import cli
 from shmsock.engine import counters
-from shmsock.engine.memory import native_core
+from shmsock.engine.layout import default_slots
+from shmsock.engine.memory import Memory, native_core
 from shmsock.engine.settings import Settings
+from shmsock.region.sizes import format_size
 
 ROOT = Path(__file__).resolve().parent.parent
 TUNING = ROOT / "docs" / "tuning.md"
+LIMITS = ROOT / "docs" / "limits.md"
 DOCUMENTS = sorted(
     [
         *ROOT.glob("*.md"),
@@ -220,7 +224,9 @@ def test_names_of_the_core_are_those_of_the_core() -> None:
 
 # -- what is generated or said twice -----------------------------------------------------------------------
 
-BETWEEN = re.compile(r"(?<=<!-- settings -->\n).*?(?=<!-- /settings -->)", re.DOTALL)
+
+def between(what: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<=<!-- {what} -->\n).*?(?=<!-- /{what} -->)", re.DOTALL)
 
 
 def shown(default: object) -> str:
@@ -238,10 +244,50 @@ def settings_table() -> str:
     return "\n".join(["| setting | default | what |", "|---|---|---|", *rows]) + "\n"
 
 
-def test_settings_are_those_of_the_code() -> None:
-    found = BETWEEN.search(read(TUNING))
+def connections_table() -> str:
+    """By the size of a region and its peers: what one program gets."""
+    rows, peers = [], (2, 4, 16, 64)
+    memory = Memory(native_core(), bytearray(lib.SH_HEADER_SIZE))
+    for size in (1 << 20, 16 << 20, 64 << 20, 256 << 20, 1 << 30, 2 << 30, 8 << 30):
+        slots = [default_slots(memory, size, n) for n in peers]
+        rows.append(
+            f"| {format_size(size)} | " + " | ".join(f"{n * 7 // 8:,}" if n else "-" for n in slots) + " |"
+        )
+    head = "| region | " + " | ".join(f"{n} peers" for n in peers) + " |"
+    return "\n".join([head, "|---" * (len(peers) + 1) + "|", *rows]) + "\n"
+
+
+#: What is generated: in which document, between which marks, and by what.
+GENERATED = {
+    "settings": (TUNING, settings_table),
+    "connections": (LIMITS, connections_table),
+}
+
+
+@pytest.mark.parametrize("what", GENERATED)
+def test_tables_are_those_of_the_code(what: str) -> None:
+    document, table = GENERATED[what]
+    found = between(what).search(read(document))
     assert found is not None
-    assert found[0] == settings_table(), "run `make docs`"
+    assert found[0] == table(), "run `make docs`"
+
+
+def test_bounds_are_those_of_the_code() -> None:
+    rows = dict(re.findall(r"^\| (.*?) \| (.*?) \|", read(LIMITS), re.MULTILINE))
+    defaults = Settings()
+    for what, most in {
+        "peers of a region": lib.SH_MAX_PEERS,
+        "slots of a section": lib.SH_MAX_SLOTS,
+        "the smallest ring": lib.SH_MIN_RING,
+        "the largest ring": lib.SH_MAX_RING >> 30,
+        "a section": lib.SH_MIN_RING,
+        "listening ports, and ports of datagrams, of a peer": lib.SH_LISTENERS,
+        "connects towards one peer that have no answer": defaults.max_connects,
+        "messages on their way between two peers": lib.SH_MESSAGES,
+        "a datagram": lib.SH_DATAGRAM_MAX,
+        "datagrams that wait in an endpoint": defaults.datagram_queue_bytes >> 20,
+    }.items():
+        assert re.match(rf"{most:,}\b", rows[what]), what
 
 
 def test_environment_variables_are_those_of_the_code() -> None:
@@ -374,5 +420,12 @@ def test_a_word_that_came_back_is_found(tmp_path: Path, monkeypatch: pytest.Monk
     assert given_up(OLD_WORDS, tmp_path / "a.c", re.IGNORECASE) == ["a.c:3: Bell"]
 
 
+def generate(what: str) -> None:
+    document, table = GENERATED[what]
+    text = between(what).sub(lambda _: table(), read(document))
+    document.write_text(text, encoding="utf-8")
+
+
 if __name__ == "__main__":
-    TUNING.write_text(BETWEEN.sub(lambda _: settings_table(), read(TUNING)), encoding="utf-8")
+    for what in GENERATED:
+        generate(what)
