@@ -74,13 +74,20 @@ MARKS = (
     ),
     Mark("drain", "per_s", least=12),
     Mark("connect", "per_s", least=4),
+    Mark("storm", "per_s", least=1),
     Mark("beside", "p50_us", than=(OURS,), than_key="alone_p50_us", most=1.1),
     Mark("many", "per_s", least=4),
     Mark("one-core", "p50_us", most=1),
     Mark("readline", "p50_us", most=1 / 40),
     *(Mark(f"think-{think}", key, most=1) for think in ("1ms", "10ms") for key in ("p50_us", "cpu")),
-    Mark("memory", "arena_bytes", than=(), most=8192),
-    Mark("memory", "beyond_bytes", than=(), most=4096),
+    Mark("memory", "arena_bytes", than=(), most=512),
+    Mark("memory", "beyond_bytes", than=(), most=2500),
+    *(
+        Mark(f"hogs{end}", key, f"shmsock, {loop}", (f"{loop} TCP",), most=1)
+        for end in ("", "-one-core", "-protocol", "-protocol-one-core")
+        for key in ("p50_us", "p99_us")
+        for loop in ("uvloop", "asyncio")
+    ),
     Mark("peers", "slowest_of_mean", than=(), least=1 / 3),
     # No pause makes shmsock slower than TCP.
     *(Mark(f"think-{think}", "p50_us", most=1) for think in ("none", "100us", "100ms")),
@@ -88,7 +95,8 @@ MARKS = (
     # Percent of one CPU, for ten idle connections: futexes and doorbells cost next to nothing, polling, as
     # plain guests have to, a little.
     *(
-        Mark("idle", f"{side}_cpu", who, (), most=0.5)
+        Mark(idle, f"{side}_cpu", who, (), most=0.5)
+        for idle in ("idle", "idle-10000")
         for who in (OURS, ASYNCIO)
         for side in ("client", "server")
     ),

@@ -125,7 +125,18 @@ SPORADIC = tuple(
     for placement in ("two", "free")
     for us in THINKS
 )
-IDLE = (Measure("idle", "Ten idle connections", "idle", over.streams, QUIET, ("--connections", 10)),)
+IDLE = tuple(
+    Measure(
+        name,
+        f"{told} idle connections",
+        "idle",
+        over.streams,
+        QUIET,
+        ("--connections", count),
+        region_bytes=256 << 20,
+    )
+    for name, told, count in (("idle", "Ten", 10), ("idle-10000", "Ten thousand", 10_000))
+)
 ONE = (
     replace(ECHO, name="one-core", placement="one", variants=over.variants, floor=False),
     replace(BULK, name="one-core-bulk", placement="one", variants=over.variants, floor=False),
@@ -195,15 +206,24 @@ SUITE = (
     Measure(
         "drain", "64 B writes one way, each with drain()", "write", over.with_unix, MESSAGES, ("--block", 64)
     ),
+    Measure(
+        "storm",
+        "10,000 connects at once, a byte each way",
+        "storm",
+        over.short,
+        RATE,
+        ("--connections", 10_000),
+        region_bytes=256 << 20,
+    ),
     Measure("connect", "Connect, one byte each way, close", "connect", over.with_unix, RATE),
     MANY,
     Measure(
         "beside",
-        "64 B round trip beside 900 idle connections",
+        "64 B round trip beside 10,000 idle connections",
         "beside",
         over.short,
         BESIDE,
-        ("--connections", 900),
+        ("--connections", 10_000),
         region_bytes=256 << 20,
     ),
     *ONE,

@@ -188,7 +188,7 @@ def _plan(options: dict[str, Any]) -> tuple[list[Any], list[Any], int, float]:
     from shmsock.bench.results import need_histograms
 
     if options["sporadic"] or options["idle"]:
-        measures = [*(known.SPORADIC if options["sporadic"] else known.IDLE)]
+        measures = [*(known.SPORADIC if options["sporadic"] else known.IDLE[:1])]
         if options["one_core"]:
             measures = [replace(m, placement="one") for m in measures if m.placement == "two"]
         elif options["vm"]:

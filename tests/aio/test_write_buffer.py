@@ -59,7 +59,7 @@ def test_large_lines_are_kept_by_reference(run: Run, world: World, traced: None)
     async def main() -> None:
         async with world.pair() as (c, s):
             data = pattern(1, 0, LARGE)
-            lines = [b"head", bytearray(b"er"), data, memoryview(b"between"), data, b"", b"end"]
+            lines: list[Any] = [b"head", bytearray(b"er"), data, memoryview(b"between"), data, b"", b"end"]
             held = tracemalloc.get_traced_memory()[0]
             tracemalloc.reset_peak()
             with pytest.raises(TypeError):

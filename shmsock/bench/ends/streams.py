@@ -146,6 +146,25 @@ async def connections(network: Network, options: argparse.Namespace, times: list
     return percentiles(times)
 
 
+async def storm(network: Network, options: argparse.Namespace, times: list[int]) -> dict[str, Any]:
+    """Connects that are all started at once, and a byte each way on each: how many a second."""
+    await disconnect((await connect(network, b"c"))[1])
+
+    async def one() -> Pair:
+        begin = time.perf_counter_ns()
+        reader, writer = await connect(network, b"c")
+        same(b"c", await reader.readexactly(1))
+        times.append(time.perf_counter_ns() - begin)
+        return reader, writer
+
+    count = options.connections
+    begin = time.perf_counter()
+    pairs = await asyncio.gather(*(one() for _ in range(count)))
+    took = time.perf_counter() - begin
+    await let_go(pairs)
+    return {**percentiles(times), "per_s": count / took, "connections": count}
+
+
 async def many(network: Network, options: argparse.Namespace, times: list[int]) -> dict[str, Any]:
     """Echoes on several connections at once: how many in all."""
     pairs = await held(network, options.connections)
@@ -193,5 +212,6 @@ CLIENTS = {
     "write": write,
     "connect": connections,
     "many": many,
+    "storm": storm,
     "beside": beside,
 }
