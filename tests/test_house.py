@@ -493,7 +493,7 @@ C_LOADERS = {
     "handshake.c": {"sh_message_recv", "sh_ep_open"},
     "heartbeat.c": {"beat", "load_kicks", "sh_heartbeat_start"},
     "pump.c": {"is_suspicious", "sh_safety", "news"},
-    "memory.c": {"sh_load64", "sh_read_bytes", "sh_listen_find", "sh_survey"},
+    "memory.c": {"sh_load64", "sh_read_bytes", "sh_listen_find", "sh_listen_still", "sh_survey"},
     "node.h": {"sh_holds"},
 }
 RAW_LOAD = {"sh_load", "sh_peek", "sh_copy_in"}

@@ -343,11 +343,16 @@ class Listeners:
     def _still(self, key: Any) -> Peer | None:
         """Return the peer that was found before, if it still has the port and beats. While its beat stands, a
         namesake may have taken its place, and all have to be compared."""
-        peer, life, entry = self._found[key]
-        peers = self.peers
-        peers.refresh_all(self.home.now())
-        same = peer.incarnation == life and self.entry(peer, key[1], False) == entry
-        if same and peer.live and not peer.samples and not peers.killed(peer):
+        (peer, life, entry), home, locks = self._found[key], self.home, self.peers.locks
+        lock_fd = locks.lock_fd if locks is not None and peer.locked else -1
+        geometry = home.layout.geometry
+        if (
+            peer.live
+            and not peer.samples
+            and peer.incarnation == life
+            and home.memory.still_listens(geometry, peer.section, life, key[1], entry, lock_fd)
+            and (lock_fd >= 0 or not self.peers.killed(peer))
+        ):
             return peer
         del self._found[key]
         return None

@@ -80,6 +80,14 @@ class Memory:
         entry: int = self.core.lib.sh_listen_find(self._base, geometry, section, port, datagram, self.wc)
         return entry
 
+    def still_listens(
+        self, geometry: Any, section: int, life: int, port: int, entry: int, lock_fd: int
+    ) -> bool:
+        """Does the section's owner, in that life, still have the port at that entry? `lock_fd`: and does it
+        hold its lock; negative: that is not asked."""
+        lib = self.core.lib
+        return bool(lib.sh_listen_still(self._base, geometry, section, life, port, entry, lock_fd, self.wc))
+
     def has_futex(self, offset: int) -> bool:
         """Can this process wait for a change of that word by a futex?"""
         return bool(self.core.lib.sh_futex_works(self._base, offset) == 0)

@@ -5,7 +5,6 @@
 #include "foreign.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
@@ -55,17 +54,14 @@ static void wake_owner(sh_heartbeat *k)
         ;
 }
 
-/* Locks are bytes of the region file, one per section, taken by its owner on its own open file description: the kernel drops
- * them when the process dies, however it dies. Returns whether one fell. */
+/* Returns whether a lock fell. */
 static int poll_locks(sh_heartbeat *k)
 {
     uint64_t gone = 0;
 
-    for (uint64_t m = GET(k->watched); m; m &= m - 1) {
-        struct flock fl = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = __builtin_ctzll(m), .l_len = 1};
-        if (fcntl(k->lock_fd, F_OFD_GETLK, &fl) == 0 && fl.l_type == F_UNLCK)
+    for (uint64_t m = GET(k->watched); m; m &= m - 1)
+        if (sh_lock_fell(k->lock_fd, (uint32_t)__builtin_ctzll(m)))
             gone |= m & -m;
-    }
     __atomic_fetch_or(&k->unlocked, gone, __ATOMIC_ACQ_REL);
     return gone != 0;
 }

@@ -1,6 +1,7 @@
 /* memory.c - plain access for the cold paths (format, claim, identity), the clock, and where everything lies. */
 #include "node.h"
 
+#include <fcntl.h>
 #include <time.h>
 
 /* ---- memory for the cold paths ---- */
@@ -78,6 +79,25 @@ int sh_listen_find(const void *base, const sh_geometry *g, uint32_t section, uin
             return (int)(i << 8 | (e >> 16 & 0xff));
     }
     return 0;
+}
+
+/* Is nobody there who holds the lock of that section? Locks are bytes of the region file, one per section, taken by its owner on its own open file
+ * description: the kernel drops them when the process dies, however it dies. */
+int sh_lock_fell(int fd, uint32_t section)
+{
+    struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = section, .l_len = 1};
+
+    return fcntl(fd, F_OFD_GETLK, &lock) == 0 && lock.l_type == F_UNLCK;
+}
+
+/* Does the owner of that section, in that life, still listen to the port by that entry (index << 8 | flags)? lock_fd: not if the section's lock fell;
+ * negative: that is not known. */
+int sh_listen_still(const void *base, const sh_geometry *g, uint32_t section, uint64_t life, uint32_t port, uint32_t entry, int lock_fd, int wc)
+{
+    const struct sh_section *s = (const struct sh_section *)sh_section_at(base, g, section);
+
+    return sh_load(&s->claim, wc) && sh_load(&s->incarnation, wc) == life && sh_load(&s->state, wc) == SH_STATE_LIVE && entry >> 8 < SH_LISTENERS
+        && sh_load(&s->listener[entry >> 8], wc) == ((uint64_t)(entry & 0xff) << 16 | port) && (lock_fd < 0 || !sh_lock_fell(lock_fd, section));
 }
 
 /* Survey all sections: load SH_SURVEY words of each into words[]: claim, incarnation, state, doorbell, beat. Returns a mask of the sections where a

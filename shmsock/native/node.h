@@ -205,6 +205,7 @@ struct sh_node {
 
 /* ---- memory.c ---- */
 uint8_t *sh_section_at(const void *base, const sh_geometry *g, uint32_t section);
+int sh_lock_fell(int fd, uint32_t section);
 struct sh_pair *sh_pair_at(const void *base, const sh_geometry *g, uint32_t of, uint32_t towards);
 
 /* ---- arena.c ---- */

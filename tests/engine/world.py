@@ -70,6 +70,7 @@ class FakeLocks:
     """Section locks of one process, in the table of its kernel."""
 
     identity = FILE
+    lock_fd = -1
     can_lock = True
 
     def __init__(self, table: dict[int, FakeLocks]) -> None:
