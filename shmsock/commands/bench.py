@@ -159,9 +159,9 @@ def _list() -> None:
     from shmsock.bench.measures import MEASURES, SUITE, SWEEPS
 
     for measure in MEASURES.values():
-        click.echo(f"{measure.name:<18}{measure.title}" + ("" if measure in SUITE else " (not in --all)"))
+        click.echo(f"{measure.name:<24}{measure.title}" + ("" if measure in SUITE else " (not in --all)"))
     for sweep in SWEEPS:
-        click.echo(f"{sweep.name:<18}{sweep.title}")
+        click.echo(f"{sweep.name:<24}{sweep.title}")
 
 
 def _refuse(asked: set[str]) -> None:

@@ -67,7 +67,7 @@ def test_marks_of_bulk_take_the_best_of_the_others() -> None:
 
 
 def test_marks_without_others() -> None:
-    assert judged("memory", {OURS: {"arena_bytes": 8192, "beyond_bytes": 4097}}) == [
+    assert judged("memory", {OURS: {"arena_bytes": 512, "beyond_bytes": 2501}}) == [
         (OURS, True),
         (OURS, False),
     ]
@@ -102,7 +102,7 @@ def test_mark_table() -> None:
     assert "1/30" in said
     assert "missed" in said
     assert "its p50_us" in said
-    assert "at most 8,192" in told(mark_table(judge({"memory": figures(**{OURS: {"arena_bytes": 1.0}})})))
+    assert "at most 2,500" in told(mark_table(judge({"memory": figures(**{OURS: {"beyond_bytes": 1.0}})})))
 
 
 def test_measure_table() -> None:
