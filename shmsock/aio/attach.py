@@ -317,8 +317,8 @@ def _known(url: str | None, name: str | None) -> Node | None:
     """Return what current_node() does where that is plain, as it is for all but the first connection."""
     mine = None if name is not None else _implicit.get(_running_loop())
     found = None if mine is None else mine.get(_key(url))
-    node = found() if isinstance(found, weakref.ref) else None
-    return None if node is None or node.closed or not node.engine.alive or node.watch.is_over() else node
+    node = found() if type(found) is weakref.ref else None
+    return None if node is None or not node.pump.fit() or node.watch.lost == "replaced" else node
 
 
 async def current_node(url: str | None = None, name: str | None = None, *, listening: bool = False) -> Node:

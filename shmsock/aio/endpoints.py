@@ -239,7 +239,7 @@ async def open_connection(
         protocol = ShmStreamReaderProtocol(reader, loop=loop)
         transport, _ = await create_connection(lambda: protocol, host, port, **kwds)
         if isinstance(transport, ShmTransport):
-            return reader, ShmStreamWriter(transport, protocol, reader, loop)._attach()
+            return reader, ShmStreamWriter(transport, protocol, reader, loop)
         return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
     made: list[Any] = []
     number = port_number(port)
@@ -251,7 +251,7 @@ async def open_connection(
             protocol = ShmStreamReaderProtocol(reader, loop=loop)
             transport = ShmTransport(node, conn, protocol, contextvars.copy_context())
             protocol.connection_made(transport)  # the protocol is ours alone
-            made[:] = reader, ShmStreamWriter(transport, protocol, reader, loop)._attach(), transport
+            made[:] = reader, ShmStreamWriter(transport, protocol, reader, loop), transport
 
         return node.connect(host, number, 0, make)
 

@@ -74,7 +74,8 @@ class Node:
     def check(self) -> None:
         """Raise ForkedError, WrongThreadError or NodeClosedError if the node may not be used here; asked
         before anything in C is touched."""
-        self._driver.check()
+        if not self.pump.fit():
+            self._driver.check()
 
     # -- names
 
@@ -124,6 +125,7 @@ class Node:
             try:
                 meanwhile(conn)
                 if not self._is_answered(conn):
+                    self.check()
                     await opening.answered(self.loop)
                 self.engine.check()  # closed just now?
                 return conn
@@ -141,8 +143,11 @@ class Node:
     def _is_answered(self, conn: Connection) -> bool:
         """Is the connection open, maybe after a spin? A peer whose loop is awake answers before ours has
         turned. (What else its messages ask for is an event, and left to the next pass.)"""
+        handler = conn.handler
         while conn.state is State.OPENING and (words := self.pump.spin_for_mail(conn.peer)):
+            conn.handler = None  # it need not be told: it is us
             self.engine.attend(words, self.engine.home.now())
+            conn.handler = handler
         return conn.state is State.OPEN
 
     def listen(self, hosts: list[Any], port: int, *, backlog: int, reuse_port: bool) -> Listener:

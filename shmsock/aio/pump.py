@@ -91,6 +91,10 @@ class PlainPump:
         self._loop.call_soon(self._pump, context=self.context)
         self.scheduled = True
 
+    def fit(self) -> bool:
+        """Leave it to check() whether the node may be used."""
+        return False
+
     def stir(self) -> None:
         """Have a pass scheduled, after what the engine has done, unless one is."""
         if not (self.scheduled or self.closed):
@@ -173,6 +177,9 @@ class NoFastPath:
 
     def receive(self, protocol: Any, context: contextvars.Context, buffered: bool = False) -> None:
         """Do nothing: the transport delivers."""
+
+    def hang_up(self) -> None:
+        """Do nothing: Connection.close() does it."""
 
     def detach(self) -> None:
         """Do nothing."""

@@ -11,7 +11,11 @@ from __future__ import annotations
 import asyncio
 import ssl
 import warnings
+import weakref
+from asyncio.streams import _DEFAULT_LIMIT  # type: ignore[attr-defined]
+from collections import deque
 from collections.abc import Generator
+from dis import get_instructions
 from errno import ECONNRESET
 from types import SimpleNamespace, coroutine
 from typing import Any
@@ -47,15 +51,22 @@ class ShmStreamReader(asyncio.StreamReader):
     readline() take bytes from the ring as long as the buffer is empty; all else waits to be fed, as asyncio's
     does."""
 
-    _transport: Any
+    # What asyncio's constructor sets for each is the class's: connecting is little more than making objects.
+    _transport: Any = None
     _buffer: bytearray
-    _eof: bool
-    _exception: BaseException | None
-    _waiter: asyncio.Future[None] | None
+    _eof = _paused = False
+    _exception: BaseException | None = None
+    _waiter: asyncio.Future[None] | None = None
     _loop: asyncio.AbstractEventLoop
 
     _fast_path: Any = SimpleNamespace(can_read=False, take=lambda most: None)  # what the calls in C ask
     _late: BaseException | None = None  # raised when the buffer has been read
+
+    def __init__(self, limit: int = _DEFAULT_LIMIT, loop: Any = None) -> None:
+        if limit <= 0 or loop is None or loop.get_debug():
+            super().__init__(limit, loop)
+        else:
+            self._limit, self._loop, self._buffer = limit, loop, bytearray()
 
     def _attach(self, transport: ShmTransport) -> None:
         """Begin direct mode. (A method and not __init__: stock readers are adopted by changing their
@@ -130,17 +141,23 @@ class ShmStreamWriter(asyncio.StreamWriter):
     _reader: Any
     _fast_path: Any = SimpleNamespace(can_write=False)
 
-    def _attach(self) -> ShmStreamWriter:
+    def __init__(self, transport: ShmTransport, protocol: Any, reader: Any, loop: Any) -> None:
+        # asyncio's makes a future, too, that nobody uses
+        self._transport, self._protocol, self._reader, self._loop = transport, protocol, reader, loop
+        self._attach()
+
+    def _attach(self) -> None:
         self.write = self._transport.write  # type: ignore[method-assign]  # one call less on the way
         self._fast_path = self._transport.fast_path
-        return self
 
     async def wait_closed(self) -> None:
         """Wait as asyncio's does. A task that has just closed waits for the turn of the loop in which
         connection_lost() is called, and not for another one to be woken in."""
         if getattr(self._transport, "just_lost", False):
             await yield_once()
-        await self._protocol._get_close_waiter(self)  # type: ignore[attr-defined]
+        protocol: Any = self._protocol
+        if not protocol._connection_lost or getattr(protocol, "_closed", self) is not None:  # else it is over
+            await protocol._get_close_waiter(self)
 
     async def start_tls(
         self,
@@ -152,11 +169,11 @@ class ShmStreamWriter(asyncio.StreamWriter):
     ) -> None:
         """Begin TLS as asyncio's does from Python 3.11 on, here on every loop and version: from here on all
         is encrypted, and this writer is a plain asyncio.StreamWriter."""
-        protocol: Any = self._protocol  # type: ignore[attr-defined]
+        protocol: Any = self._protocol
         if not self._fast_path.can_write:
             await self.drain()  # not otherwise: it may let the loop turn, and the peer's handshake come early
         transport = await start_tls(
-            self._loop,  # type: ignore[attr-defined]
+            self._loop,
             self._transport,
             protocol,
             sslcontext,
@@ -187,10 +204,45 @@ class ShmStreamReaderProtocol(asyncio.StreamReaderProtocol):
     """Puts its reader into direct mode as soon as there is a transport, and waits for space as reads wait for
     bytes."""
 
-    _transport: Any
-    _paused: bool
-    _connection_lost: bool
+    # As of the reader; and these two are made when they are needed.
+    _closed: Any = None
+    _drain_waiters: Any = ()
+    _transport: Any = None
+    _client_connected_cb: Any = None
+    _stream_reader_wr: Any = None
+    _stream_writer: Any = None
+    _task: Any = None
+    _paused = _connection_lost = _reject_connection = _over_ssl = False
     _fast_path: Any = None  # the FastPath
+
+    def __init__(self, stream_reader: Any, client_connected_cb: Any = None, loop: Any = None) -> None:
+        if stream_reader is None or loop is None or loop.get_debug():
+            super().__init__(stream_reader, client_connected_cb, loop)
+            return
+        self._loop, self._stream_reader_wr = loop, weakref.ref(stream_reader)
+        if client_connected_cb is not None:
+            self._client_connected_cb, self._strong_reader = client_connected_cb, stream_reader
+
+    def _get_close_waiter(self, stream: Any) -> Any:
+        if self._closed is None:
+            self._closed = self._loop.create_future()
+            if self._connection_lost:
+                self._closed.set_result(None)
+        return self._closed
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if exc is not None or self._paused or self._closed is not None:
+            self._get_close_waiter(None)
+            super().connection_lost(exc)
+            return
+        self._connection_lost = True
+        if (reader := self._stream_reader) is not None:  # type: ignore[attr-defined]
+            reader.feed_eof()
+        self._stream_reader_wr = self._stream_writer = self._task = self._transport = None
+
+    def __del__(self) -> None:
+        if self._closed is not None:
+            super().__del__()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         reader = self._stream_reader  # type: ignore[attr-defined]
@@ -198,6 +250,9 @@ class ShmStreamReaderProtocol(asyncio.StreamReaderProtocol):
             self._fast_path = transport.fast_path
             if extension is not None and isinstance(reader, ShmStreamReader):
                 reader._attach(transport)
+            if reader is not None and self._client_connected_cb is None and not self._reject_connection:
+                self._transport = reader._transport = transport  # which is all that asyncio's does then
+                return
         super().connection_made(transport)
 
     async def _drain_helper(self) -> None:
@@ -207,6 +262,7 @@ class ShmStreamReaderProtocol(asyncio.StreamReaderProtocol):
         if isinstance(transport, ShmTransport):
             transport._check_thread()
             await _share_turn(transport.node)
+        self._drain_waiters = self._drain_waiters or deque()
         await super()._drain_helper()  # type: ignore[misc]
         if isinstance(transport, ShmTransport):
             if transport.broken is not None:
@@ -223,6 +279,20 @@ async def _share_turn(node: Node) -> None:
         if node.lib.sh_over(node.nd):
             await yield_once()
 
+
+def _sets(*kinds: Any) -> set[str]:
+    """Return the attributes that their constructors set."""
+    return {x.argval for kind in kinds for x in get_instructions(kind.__init__) if x.opname == "STORE_ATTR"}
+
+
+_bases = asyncio.StreamReader, *asyncio.StreamReaderProtocol.__mro__[:2]
+if (
+    _sets(*_bases)
+    - {"_source_traceback"}
+    - {*dir(ShmStreamReader), *dir(ShmStreamReaderProtocol)}
+    - _sets(ShmStreamReader, ShmStreamReaderProtocol)
+):  # a later Python's set something that ours know nothing of
+    del ShmStreamReader.__init__, ShmStreamReaderProtocol.__init__
 
 if extension is not None:
     method, reader, writer = extension.method, asyncio.StreamReader, asyncio.StreamWriter

@@ -52,8 +52,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
     _start_tls_compatible = True
     _sendfile_compatible = _SendfileMode.FALLBACK
 
-    # Values that most transports never change are the class's, which saves time in __init__. All others are
-    # made there: an attribute that is added later, when there are many such objects, costs a dict each.
+    # Values that most transports never change are the class's, which saves time in __init__.
     just_lost = False  # connection_lost() comes in the next turn of the loop
     _pending: WriteBuffer | None = None  # what the ring had no room for
     _eof_wanted = False  # write_eof() was called: FIN follows _pending
@@ -62,11 +61,9 @@ class ShmTransport(FlowControl, asyncio.Transport):
     broken: OSError | None = None  # the peer takes no more; what it wrote is still to be read
     _duplicates = 0  # of the pseudo-socket: they keep the connection open
     superseded = False  # the connection is another transport's
-    _reading_paused = False
-    _read_eof = False
+    _reading = _reading_paused = _read_eof = False  # whether it has begun, is paused, came to an end
     _unread = b""  # taken from the ring already, for the next protocol
     _poll: PollFd | None = None  # what the pseudo-socket's fileno() gives
-    _reading = False  # it has begun
     _closing = True  # or not started yet
     _lost = True  # connection_lost() is on its way, or was called; or this has not started
 
@@ -551,7 +548,8 @@ class ShmTransport(FlowControl, asyncio.Transport):
     def close(self) -> None:
         """Flush, then FIN: what was written arrives. connection_lost(None) follows, not from within this
         call."""
-        self._check_thread()
+        if not self.node.pump.fit():
+            self._check_thread()
         if self._closing:
             return
         self._closing, self.fast_path.can_write = True, False
@@ -570,6 +568,8 @@ class ShmTransport(FlowControl, asyncio.Transport):
         asked for, session tickets say, for which the peer's program shall not lose what it has not read."""
         if self._duplicates:
             return
+        if self.conn.state is State.OPEN and (bits := self.fast_path.hang_up()) is not None:
+            return self.conn.closed(bits)
         if self._read_eof or isinstance(self._protocol, SSLProtocol):
             left = False
         else:

@@ -297,6 +297,11 @@ class Connection(Held):
             self.home.stir()
             self.settle(bits)
 
+    def closed(self, bits: int) -> None:
+        """Note that FIN and DONE were published; `bits`: of the poll that followed."""
+        self.state = CLOSING
+        self.settle(bits)
+
     def release(self) -> None:
         """Go to FREE: slot and ring can be given to another connection."""
         if self.state is FREE:

@@ -105,7 +105,8 @@ class Handshake:
             conn.state = OPEN
             self.peers.met(peer)
             home.counts["connected"] += 1
-            home.emit(conn.connected)
+            if conn.handler is not None:
+                home.emit(conn.connected)
             if bits != SPACE:
                 conn.inspect(bits)
             return

@@ -185,6 +185,13 @@ static int run(Pump *pump)
 
 static PyObject *none_unless(int failed) { return failed < 0 ? NULL : Py_NewRef(Py_None); }
 
+/* Never in a forked child, where the pump is closed. */
+static PyObject *pump_fit(Pump *pump, PyObject *unused)
+{
+    (void)unused;
+    return PyBool_FromLong(!pump->closed && PyThread_get_thread_ident() == pump->ident && sh_may_write(pump->nd));
+}
+
 static PyObject *pump_begin_turn(Pump *pump, PyObject *unused) { (void)unused; return none_unless(sh_begin_turn(pump)); }
 static PyObject *pump_check(Pump *pump, PyObject *unused) { (void)unused; return ask_owner(pump, s_check, NULL, NULL); }
 static PyObject *pump_stir(Pump *pump, PyObject *unused) { (void)unused; return pump->scheduled || pump->closed ? Py_NewRef(Py_None) : ask_owner(pump, s_pump_follows, NULL, NULL); }
@@ -341,6 +348,7 @@ static void pump_dealloc(Pump *pump)
 
 static PyMethodDef methods[] = {
     {"check", METHOD(pump_check, "Raises when the node may not be used here (any more).")},
+    {"fit", METHOD(pump_fit, "May the node be used here? If not, check() says why, if anything is wrong.")},
     {"begin_turn", METHOD(pump_begin_turn, "Give this turn of the loop a budget of its own, and have a pass follow it.")},
     {"stir", METHOD(pump_stir, "Have a pass follow what the engine has done.")},
     {"may_spin", METHOD(pump_may_spin, "Is nothing else to be run by this loop, as far as can be known?")},
