@@ -143,12 +143,13 @@ class Node:
     def _is_answered(self, conn: Connection) -> bool:
         """Is the connection open, maybe after a spin? A peer whose loop is awake answers before ours has
         turned. (What else its messages ask for is an event, and left to the next pass.)"""
-        handler = conn.handler
+        engine = self.engine
         while conn.state is State.OPENING and (words := self.pump.spin_for_mail(conn.peer)):
-            conn.handler = None  # it need not be told: it is us
-            self.engine.attend(words, self.engine.home.now())
-            conn.handler = handler
-        return conn.state is State.OPEN
+            engine.attend(words, engine.home.now())
+            if conn.state is State.OPEN:  # type: ignore[comparison-overlap]  # attend() changed it
+                engine.events.remove((conn.connected, None))  # the handler is us
+                return True
+        return False
 
     def listen(self, hosts: list[Any], port: int, *, backlog: int, reuse_port: bool) -> Listener:
         """Listen at `port` (0: one is chosen) for all peers, or for those of this machine when every one of

@@ -292,14 +292,12 @@ class Connection(Held):
         if self.state is OPENING or (self.state is OPEN and self.orphaned_ns):
             self.release()
         elif self.state is not FREE and (self.state is OPEN or rst):
-            bits = self.home.lib.sh_ep_shut(self.ep, fin and 1 - rst, 1, rst)
-            self.state = CLOSING
-            self.home.stir()
-            self.settle(bits)
+            self.closed(self.home.lib.sh_ep_shut(self.ep, fin and 1 - rst, 1, rst))
 
     def closed(self, bits: int) -> None:
-        """Note that FIN and DONE were published; `bits`: of the poll that followed."""
+        """Note that DONE was published; `bits`: of the poll that followed."""
         self.state = CLOSING
+        self.home.stir()
         self.settle(bits)
 
     def release(self) -> None:

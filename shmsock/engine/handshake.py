@@ -105,8 +105,7 @@ class Handshake:
             conn.state = OPEN
             self.peers.met(peer)
             home.counts["connected"] += 1
-            if conn.handler is not None:
-                home.emit(conn.connected)
+            home.emit(conn.connected)
             if bits != SPACE:
                 conn.inspect(bits)
             return

@@ -327,7 +327,7 @@ static PyObject *fast_path_hang_up(FastPath *p, PyObject *unused)
     (void)unused;
     if (there != SH_EMPTY && there != SH_EOF)
         Py_RETURN_NONE;
-    return sh_schedule_pump(p->pump) < 0 ? NULL : PyLong_FromLong(sh_ep_shut(p->ep, 1, 1, 0));
+    return PyLong_FromLong(sh_ep_shut(p->ep, 1, 1, 0));
 }
 
 /* attach(reader, is_open): it reads in direct mode, if there is still a ring, and the pump may wake it from C. */
