@@ -17,7 +17,13 @@ from shmsock.aio.attach import current_node, on_current_node
 from shmsock.aio.node import Node
 from shmsock.aio.pseudosocket import Duplicate
 from shmsock.aio.server import Server
-from shmsock.aio.streams import ShmStreamReader, ShmStreamReaderProtocol, ShmStreamWriter, adopt
+from shmsock.aio.streams import (
+    ShmServerProtocol,
+    ShmStreamReader,
+    ShmStreamReaderProtocol,
+    ShmStreamWriter,
+    adopt,
+)
 from shmsock.aio.tls import Tls, client_tls, server_tls, without_transport
 from shmsock.aio.transport import ShmTransport
 from shmsock.engine.connection import Connection
@@ -261,16 +267,6 @@ async def open_connection(
     return reader, writer
 
 
-def _with_fast_writer(callback: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Any:
-        if isinstance(writer.transport, ShmTransport):
-            writer.__class__ = ShmStreamWriter
-            writer._attach()  # type: ignore[attr-defined]
-        return callback(reader, writer)
-
-    return accept
-
-
 async def start_server(
     client_connected_cb: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None] | None],
     host: Any = None,
@@ -289,9 +285,8 @@ async def start_server(
         kwds.pop("region", None), kwds.pop("name", None), listening=True
     )
     loop = node.loop
-    callback = _with_fast_writer(client_connected_cb)
 
     def factory() -> asyncio.StreamReaderProtocol:
-        return ShmStreamReaderProtocol(ShmStreamReader(limit=limit, loop=loop), callback, loop=loop)
+        return ShmServerProtocol(ShmStreamReader(limit, loop), client_connected_cb, loop)
 
     return await create_server(factory, host, port, node=node, **kwds)

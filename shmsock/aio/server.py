@@ -93,7 +93,7 @@ class Server(asyncio.AbstractServer):
             conn.close()
             raise
         transport = ShmTransport(self._node, conn, protocol, context, self, numeric=self._numeric)
-        if type(protocol) is ShmStreamReaderProtocol:
+        if isinstance(protocol, ShmStreamReaderProtocol):
             transport.start_streams()  # the engine tells right after this what is there already
             protocol.connection_made(transport)
         else:

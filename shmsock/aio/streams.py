@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import sys
 import warnings
 import weakref
 from asyncio.streams import _DEFAULT_LIMIT  # type: ignore[attr-defined]
@@ -17,7 +18,8 @@ from collections import deque
 from collections.abc import Generator
 from dis import get_instructions
 from errno import ECONNRESET
-from types import SimpleNamespace, coroutine
+from functools import partial
+from types import CoroutineType, SimpleNamespace, coroutine
 from typing import Any
 
 from shmsock.aio.direct import resume
@@ -27,7 +29,9 @@ from shmsock.aio.tls import start_tls
 from shmsock.aio.transport import ShmTransport
 from shmsock.engine.connection import DATA, State
 
-__all__ = ["ShmStreamReader", "ShmStreamReaderProtocol", "ShmStreamWriter", "adopt"]
+__all__ = ["ShmServerProtocol", "ShmStreamReader", "ShmStreamReaderProtocol", "ShmStreamWriter", "adopt"]
+
+_KEEPS_WRITERS = sys.version_info < (3, 13)  # later ones let writers that their owners have dropped close
 
 # What this module relies on inside asyncio. A Python that renames one of these must fail at import, not in
 # the field.
@@ -269,6 +273,37 @@ class ShmStreamReaderProtocol(asyncio.StreamReaderProtocol):
                 raise transport.broken
             if self._paused and self._connection_lost:
                 raise ConnectionResetError(ECONNRESET, "Connection lost")  # and not all of it was written
+
+
+class ShmServerProtocol(ShmStreamReaderProtocol):
+    """That of start_server(): begins the handler of a connection as asyncio's does in Python 3.13."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        callback, reader = self._client_connected_cb, self._stream_reader  # type: ignore[attr-defined]
+        if not isinstance(transport, ShmTransport):  # TLS is between
+            super().connection_made(transport)
+            return
+        self._client_connected_cb = None
+        super().connection_made(transport)
+        self._client_connected_cb = callback
+        writer = ShmStreamWriter(transport, self, reader, self._loop)
+        if _KEEPS_WRITERS:
+            self._stream_writer = writer
+        handling = callback(reader, writer)
+        if type(handling) is CoroutineType or asyncio.iscoroutine(handling):
+            self._task = self._loop.create_task(handling)
+            self._task.add_done_callback(partial(_handled, transport))
+        self._strong_reader = None
+
+
+def _handled(transport: ShmTransport, task: asyncio.Task[None]) -> None:
+    """Close the connection if its handler failed, or was cancelled."""
+    error = None if task.cancelled() else task.exception()
+    if error is not None:
+        what = {"message": "Unhandled exception in client_connected_cb", "exception": error}
+        transport.node.loop.call_exception_handler({**what, "transport": transport})
+    if error is not None or task.cancelled():
+        transport.close()
 
 
 async def _share_turn(node: Node) -> None:
