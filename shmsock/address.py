@@ -102,6 +102,8 @@ def port_number(port: object) -> int:
 
     Raises TypeError and OverflowError as check_port() does, socket.gaierror for a name that is no service's.
     """
+    if type(port) is int and 0 <= port <= 65535:
+        return port
     if isinstance(port, (bytes, bytearray)):
         port = port.decode("ascii", "replace")
     if isinstance(port, str):
