@@ -126,7 +126,7 @@ static void take_all_toggles(sh_node *nd, struct sh_link *l, struct found *f)
 {
     uint32_t words = (uint32_t)sh_set_words(nd->used);
 
-    sh_caused(nd, l, words / SH_LOG); /* that much is paid by the notifications that made it necessary, unless the peer only counts on */
+    sh_caused(nd, l, words / (8 * SH_LOG)); /* two lines of words cost about as much as a poll does, and who notified honestly moved SH_LOG things */
     for (uint32_t w = 0; w < words; w++)
         for (uint64_t m = sh_toggled(nd, l, w); m; m &= m - 1)
             take_toggle(nd, l, w * 64 + (uint32_t)__builtin_ctzll(m), f);

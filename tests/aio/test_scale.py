@@ -10,7 +10,9 @@ from contextlib import AsyncExitStack
 import pytest
 
 import shmsock
+from shmsock.engine.layout import SLOTS_USED
 from tests.aio.conftest import Run, held, until
+from tests.aio.liars import memory_of
 from tests.aio.processes import Child
 from tests.aio.roles import Clients
 
@@ -87,5 +89,38 @@ def test_many_processes_with_one(
                     await child.says("as before")
                 handled.clear()
                 await until(lambda: held(node) == before)
+
+    run(main())
+
+
+def test_bursts_beside_many_slots_are_no_lie(run: Run, make: Callable[..., str]) -> None:
+    """One more notification than the log has room for makes the other side look at all toggles: of all slots
+    that any owner of its section ever used. Still each of these notifications tells of something."""
+
+    async def main() -> None:
+        region = make(size=256 << 20, peers=2)
+        with memory_of(region) as layout:
+            assert layout.slots == 65536
+            for section in range(2):
+                layout.memory.store(layout.section(section) + SLOTS_USED, layout.slots)
+        came: asyncio.Queue[int] = asyncio.Queue()
+
+        class Receiver(asyncio.Protocol):
+            def data_received(self, data: bytes) -> None:
+                came.put_nowait(len(data))
+
+        async with (
+            shmsock.attach(region, name="a") as a,
+            shmsock.attach(region, name="b") as b,
+            await shmsock.create_server(Receiver, None, 7000, node=b),
+        ):
+            ends = [await shmsock.open_connection("b", 7000, node=a) for _ in range(16)]
+            for _ in range(100):
+                for _, writer in ends:
+                    writer.write(b"burst")
+                assert [await came.get() for _ in ends] == [5] * 16
+            assert a.statistics()["rate_limited"] == b.statistics()["rate_limited"] == 0
+            for _, writer in ends:
+                writer.close()
 
     run(main())
