@@ -236,8 +236,10 @@ class ShmStreamReaderProtocol(asyncio.StreamReaderProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         if exc is not None or self._paused or self._closed is not None:
-            self._get_close_waiter(None)
+            closed = self._get_close_waiter(None)
             super().connection_lost(exc)
+            if exc is not None and not closed.cancelled():
+                closed.exception()  # nobody need ask for it, and the collector may finalize it before __del__
             return
         self._connection_lost = True
         if (reader := self._stream_reader) is not None:  # type: ignore[attr-defined]
@@ -245,8 +247,7 @@ class ShmStreamReaderProtocol(asyncio.StreamReaderProtocol):
         self._stream_reader_wr = self._stream_writer = self._task = self._transport = None
 
     def __del__(self) -> None:
-        if self._closed is not None:
-            super().__del__()
+        """Do nothing: asyncio's does here what connection_lost() has done."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         reader = self._stream_reader  # type: ignore[attr-defined]

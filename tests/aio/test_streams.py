@@ -708,6 +708,26 @@ def test_a_close_of_the_peer_ends_a_drain(run: Run, world: World, unread: int) -
     run(main())
 
 
+def test_a_reset_is_told_to_those_that_ask(run: Run, world: World) -> None:
+    """A handler that has seen it need not ask wait_closed() as well, and no loop is told of an exception that
+    nobody retrieved: not even when the collector finalizes the future ahead of the protocol."""
+
+    async def main() -> None:
+        async with world.pair() as (c, s):
+            told: list[Any] = []
+            asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+            reset(c.transport)
+            with pytest.raises(ConnectionResetError):
+                await s.reader.read()
+            protocol: Any = s.writer._protocol  # type: ignore[attr-defined]
+            await until(lambda: protocol._closed is not None)
+            closed, protocol._closed = protocol._closed, None
+            del closed  # the collector came
+            assert told == []
+
+    run(main())
+
+
 def test_late_writes(run: Run, world: World, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         async with world.pair() as (c, s):
