@@ -110,9 +110,9 @@ static void take_toggle(sh_node *nd, struct sh_link *l, uint32_t slot, struct fo
 
     if (!(sh_toggled(nd, l, w) & SH_BIT(slot)))
         return;
-    f->open += (uint32_t)open;
     if (open && sh_set_has(&nd->touched, slot))
-        return;
+        return; /* and is not counted: it would be again and again, while many are */
+    f->open += (uint32_t)open;
     l->a[w] ^= SH_BIT(slot);
     sh_put(&l->a_out[w], l->a[w]);
     f->acked++;

@@ -139,6 +139,24 @@ def test_many_slots_at_once_are_no_lie(world: World) -> None:
     assert a.statistic("rate_limited") == b.statistic("rate_limited") == 0
 
 
+def test_slots_that_were_read_count_no_more(world: World) -> None:
+    """Their toggles stay until the turn ends, and are seen whenever so many others notify that all are looked
+    at."""
+    a, b = world.pair()
+    read, told = ([world.open(a, b) for _ in range(count)] for count in (70, 20))
+    b.pump()
+    for conn, end in read:
+        assert a.write(conn, b"read") > 0
+        world.drain()
+        assert b.read_all(end)[0] == b"read"
+    for _ in range(100):
+        for conn, _ in told:
+            assert a.write(conn, b"?") > 0
+        world.drain()
+        b.pump_on()
+        assert b.statistic("rate_limited") == 0
+
+
 def test_answers_that_nobody_waits_for_any_more_are_no_lie(world: World) -> None:
     """Who asked has given up meanwhile; and each question was answered once, which is all that counts."""
     a, b = world.pair()
