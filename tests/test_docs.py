@@ -283,7 +283,7 @@ def test_bounds_are_those_of_the_code() -> None:
         "a section": lib.SH_MIN_RING,
         "listening ports, and ports of datagrams, of a peer": lib.SH_LISTENERS,
         "connects towards one peer that have no answer": defaults.max_connects,
-        "messages on their way between two peers": lib.SH_MESSAGES,
+        "messages on their way between two peers": lib.SH_MAX_MESSAGES,
         "a datagram": lib.SH_DATAGRAM_MAX,
         "datagrams that wait in an endpoint": defaults.datagram_queue_bytes >> 20,
     }.items():

@@ -40,8 +40,8 @@ class Settings:
     `datagram_queue_bytes`: What an endpoint for datagrams keeps at most, of those that wait to be sent
     and of those that wait while it is paused; each counts 64 bytes more than it has. At least 2**18: more
     than pause_writing lets come up.
-    `max_connects`: CONNECTs per peer without an answer; more wait here. At most 32 (two directions share
-    64 messages).
+    `max_connects`: CONNECTs per peer without an answer, 1 to 128; more wait here. Never more than half of the
+    messages that a pair has room for: 64 of them, and more from 16,384 slots on, up to 256.
     `pin`: Names that are believed of one section only, {"vm-b": 3}: a peer elsewhere that says this is its
     name goes by "section-N" here. A program asks for its section with attach(section=). None: SHMSOCK_PIN
     ("vm-b=3,vm-c=5"), else none.
@@ -59,7 +59,7 @@ class Settings:
     ring_bytes: int = 1 << 20
     first_ring_bytes: int = 512
     datagram_queue_bytes: int = 4 << 20
-    max_connects: int = 32
+    max_connects: int = 128
     pin: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
@@ -73,8 +73,8 @@ class Settings:
             raise ValueError(
                 f"datagram_queue_bytes is {self.datagram_queue_bytes}, expected {1 << 18} or more"
             )
-        if not 1 <= self.max_connects <= 32:
-            raise ValueError(f"max_connects is {self.max_connects}, expected 1 to 32")
+        if not 1 <= self.max_connects <= 128:
+            raise ValueError(f"max_connects is {self.max_connects}, expected 1 to 128")
         for name, least in (("busy_poll_us", 0), ("hot_us", 0), ("look_cap_us", 0), ("hold_us", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {least} or more")

@@ -1,6 +1,6 @@
 /* connect.c - how connections come to be: CONNECT, ACCEPT, REFUSE. Everything after that is bits in the slots.
  *
- * A CONNECT takes a credit (SH_CREDITS a direction at most), and each gets exactly one answer: honest message rings cannot overflow. One that meets a full backlog
+ * A CONNECT takes a credit (half as many a direction as there can be messages), and each gets exactly one answer: honest message rings cannot overflow. One that meets a full backlog
  * is sent again later, as TCP's SYN is. */
 #include "foreign.h"
 
@@ -92,7 +92,7 @@ static void send_waiting(sh_node *nd, uint32_t peer)
     struct sh_link *l = &nd->links[peer];
     struct sh_queue *q = &nd->books->asks[peer];
 
-    for (; q->kept; q->kept--, q->first_kept = (q->first_kept + 1) % SH_MESSAGES)
+    for (; q->kept; q->kept--, q->first_kept = (q->first_kept + 1) % SH_MAX_MESSAGES)
         if (!sent(nd, l, sh_post(nd, peer, q->answer[q->first_kept])))
             return;
     while (q->first && l->asked < nd->books->most_asked) {
@@ -191,10 +191,10 @@ static void answer(sh_node *nd, uint32_t peer, int reason, sh_ep *ep, const stru
     }
     if (!q->kept && sent(nd, &nd->links[peer], sh_post(nd, peer, m)))
         return;
-    if (q->kept == SH_MESSAGES) /* an honest peer has at most SH_CREDITS CONNECTs on the way */
+    if (q->kept == SH_MAX_MESSAGES) /* an honest peer has at most half as many CONNECTs on the way */
         offend(nd, &nd->links[peer], 1);
     else
-        q->answer[(q->first_kept + q->kept++) % SH_MESSAGES] = m;
+        q->answer[(q->first_kept + q->kept++) % SH_MAX_MESSAGES] = m;
 }
 
 /* Act on a CONNECT. Returns the event, 0 if there is none. */

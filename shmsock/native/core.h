@@ -17,9 +17,9 @@ enum sh_limit {
     SH_MAX_PEERS = 64,
     SH_MIN_SLOTS = 16,
     SH_MAX_SLOTS = 65536,
-    SH_MESSAGES = 64,    /* in the ring of one direction */
+    SH_MIN_MESSAGES = 64, /* in the ring of one direction: the more, the more slots there are */
+    SH_MAX_MESSAGES = 256,
     SH_LOG = 16,         /* slots in the log of a pair */
-    SH_CREDITS = 32,     /* CONNECTs of one direction that are not answered, at most */
     SH_VIOLATIONS = 3,   /* so many are too many */
     SH_KEPT_FOR_LITTLE = 8, /* one of so many parts of a section is kept for those who hold little of it */
     SH_LISTENERS = 448,  /* of a section */
@@ -57,7 +57,7 @@ typedef struct sh_arena sh_arena;
 typedef struct {
     uint64_t section_bytes, pair_off, pair_bytes, toggle_off, ack_off, message_off;
     uint64_t slot_off, arena_off, arena_bytes;
-    uint32_t peers, slots;
+    uint32_t peers, slots, messages;
 } sh_geometry;
 
 enum sh_state { SH_STATE_NONE, SH_STATE_LIVE, SH_STATE_LEAVING, SH_STATE_LEFT };

@@ -16,7 +16,7 @@ static inline uint32_t sh_inc_now(const sh_node *nd, const struct sh_link *l) { 
 /* How often it has notified in this life of the link, modulo 2^32. */
 static inline uint32_t sh_count_now(const sh_node *nd, const struct sh_link *l) { return SH_LOW(sh_load(&l->in->notify_seq, nd->wc)); }
 
-/* Messages of the peer that we have not received; more than SH_MESSAGES: a violation. What carries another life's tag is not for us. */
+/* Messages of the peer that we have not received; more than there can be: a violation. What carries another life's tag is not for us. */
 static inline uint32_t sh_mail(const sh_node *nd, const struct sh_link *l)
 {
     uint64_t box = sh_load(&l->in->outbox, nd->wc);
@@ -24,7 +24,7 @@ static inline uint32_t sh_mail(const sh_node *nd, const struct sh_link *l)
     return SH_HIGH(box) == l->my_inc ? SH_LOW(box) - l->msg_head : 0;
 }
 
-/* Messages of ours that the peer has not received; more than SH_MESSAGES: a violation. */
+/* Messages of ours that the peer has not received; more than there can be: a violation. */
 static inline uint32_t sh_mail_out(const sh_node *nd, const struct sh_link *l)
 {
     uint64_t box = sh_load(&l->in->inbox, nd->wc);

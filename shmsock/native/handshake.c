@@ -25,12 +25,12 @@ int sh_post(sh_node *nd, uint32_t peer, struct sh_message m)
     if (!l->peer_inc)
         return SH_UNADOPTED;
     acknowledge(nd, l); /* free the CONNECT's cell before answering it: so honest rings cannot overflow */
-    if ((waiting = sh_mail_out(nd, l)) >= SH_MESSAGES)
-        return waiting > SH_MESSAGES ? SH_VIOLATION : SH_FULL;
+    if ((waiting = sh_mail_out(nd, l)) >= nd->g.messages)
+        return waiting > nd->g.messages ? SH_VIOLATION : SH_FULL;
     m.src_inc = l->my_inc;
     m.dst_inc = l->peer_inc;
     m.seq = l->msg_tail;
-    sh_copy_out(&l->m_out[l->msg_tail % SH_MESSAGES], &m, sizeof m);
+    sh_copy_out(&l->m_out[l->msg_tail % nd->g.messages], &m, sizeof m);
     l->msg_tail++;
     sh_store(&l->out->outbox, SH_PACK(l->peer_inc, l->msg_tail), nd->wc);
     sh_notify_peer(nd, l);
@@ -52,9 +52,9 @@ int sh_message_recv(sh_node *nd, uint32_t peer, struct sh_message *m)
     if (!l->peer_inc || !(waiting = sh_mail(nd, l)) || sh_rate_limited(l))
         return 0;
     sh_caused(nd, l, 1);
-    if (waiting > SH_MESSAGES)
+    if (waiting > nd->g.messages)
         return SH_VIOLATION;
-    sh_copy_in(&in, &l->m_in[l->msg_head % SH_MESSAGES], sizeof in);
+    sh_copy_in(&in, &l->m_in[l->msg_head % nd->g.messages], sizeof in);
     if (in.src_inc != l->peer_inc || in.dst_inc != l->my_inc || in.seq != l->msg_head || in.kind < SH_CONNECT
         || in.kind > SH_REFUSE || in.slot >= nd->g.slots || in.dst_slot >= nd->g.slots || in.gen > SH_GEN_MASK
         || in.dst_gen > SH_GEN_MASK)

@@ -46,7 +46,8 @@ int sh_geometry_of(uint64_t region_id, uint64_t region_bytes, sh_geometry *out)
     g.toggle_off = sizeof(struct sh_pair);
     g.ack_off = g.toggle_off + lines(g.slots / 8);
     g.message_off = g.ack_off + lines(g.slots / 8);
-    g.pair_bytes = g.message_off + SH_MESSAGES * sizeof(struct sh_message);
+    g.messages = g.slots / 128 < SH_MIN_MESSAGES ? SH_MIN_MESSAGES : g.slots / 128 > SH_MAX_MESSAGES ? SH_MAX_MESSAGES : g.slots / 128;
+    g.pair_bytes = g.message_off + g.messages * sizeof(struct sh_message);
     g.slot_off = g.pair_off + peers * g.pair_bytes;
     g.arena_off = (g.slot_off + g.slots * sizeof(struct sh_slot) + SH_PAGE - 1) & ~(uint64_t)(SH_PAGE - 1);
     if (g.section_bytes < g.arena_off + 2 * SH_PAGE || g.section_bytes > (uint64_t)SH_MIN_RING << 30)

@@ -100,7 +100,7 @@ enum sh_ep_state { SH_EP_FREE, SH_EP_WAITS, SH_EP_LATER, SH_EP_ASKED, SH_EP_OPEN
 struct sh_queue { /* what is to be sent to one peer, as soon as there is room */
     uint32_t first, last;         /* slots + 1: CONNECTs */
     uint32_t kept, first_kept;
-    struct sh_message answer[SH_MESSAGES];
+    struct sh_message answer[SH_MAX_MESSAGES];
 };
 
 struct sh_listener { /* a port that is listened on (connect.c) */

@@ -22,7 +22,7 @@ void *sh_books_init(sh_node *nd, void *memory)
     memory = (uint8_t *)memory + sh_arena_bytes(nd->g.arena_bytes);
     b->by_theirs = memory;
     b->storage_fd = -1;
-    b->most_asked = SH_CREDITS;
+    b->most_asked = nd->g.messages / 2;
     nd->retry_ns = UINT64_MAX;
     b->first_ring = b->largest_ring = b->datagram_ring = SH_MIN_RING;
     return b->by_theirs + nd->g.peers * nd->g.slots;
@@ -32,7 +32,7 @@ void *sh_books_init(sh_node *nd, void *memory)
  * answer. */
 void sh_limits(sh_node *nd, uint32_t first, uint32_t largest, uint32_t datagrams, uint32_t connects)
 {
-    nd->books->most_asked = connects;
+    nd->books->most_asked = connects < nd->g.messages / 2 ? connects : nd->g.messages / 2; /* its answers, and ours to it, share the ring */
     nd->books->datagram_ring = datagrams;
     nd->books->first_ring = first < largest ? first : largest;
     nd->books->largest_ring = largest;
