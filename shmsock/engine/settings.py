@@ -22,7 +22,8 @@ class Settings:
     measured at attach; so are hot_us and look_cap_us.
     `hot_us`: How long the pump re-schedules itself after bytes moved, before it lets the loop sleep.
     `hold_us`: Longest time that reads and drains that need not wait may hold one turn of the loop. On
-    asyncio's and uvloop's a turn ends within 50 us when another descriptor is ready.
+    asyncio's and uvloop's a turn ends within 50 us when another descriptor is ready; beside a processor
+    hog, within 4 ms.
     `look_cap_us`: The heartbeat's longest sleep between two polls, while the loop sleeps and there is a peer
     that can kick this node neither by a doorbell nor by a futex: the worst wakeup, and its CPU cost.
     Four times that after a second in which nothing came.

@@ -42,6 +42,8 @@ void sh_fake_fence(const char *function);
 void sh_fake_copy_out(void *to, const void *from, uint32_t n);
 void sh_fake_copy_in(void *to, const void *from, uint32_t n);
 int sh_fake_cas(uint64_t *p, uint64_t old, uint64_t new_);
+int sh_fake_yield(void);
+#define sched_yield sh_fake_yield
 static inline uint64_t sh_load(const uint64_t *p, int wc) { (void)wc; return sh_fake_load(p); }
 static inline uint64_t sh_peek(const uint64_t *p) { return sh_fake_load(p); }
 static inline void sh_store(uint64_t *p, uint64_t v, int wc) { (void)wc; sh_fake_store(p, v); }

@@ -27,8 +27,10 @@ int sh_asked(sh_node *nd, uint64_t now)
     if (!nd->ask_ns || now >= nd->turn_end_ns)
         return 1;
     ask_later(nd, now);
-    if (poll(&(struct pollfd){.fd = nd->loop_fd, .events = POLLIN}, 1, 0) == 1)
+    if (poll(&(struct pollfd){.fd = nd->loop_fd, .events = POLLIN}, 1, 0) == 1) {
         nd->ask_ns = 0;
+        nd->vain_ns = now;
+    }
     return !nd->ask_ns;
 }
 

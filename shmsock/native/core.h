@@ -39,7 +39,7 @@ enum sh_section_at {
     SH_SECTION_DEV = 0x168, SH_SECTION_INO = 0x170, SH_SECTION_LEFT = 0x178, SH_SECTION_DOORBELL = 0x180,
     SH_SECTION_RESERVED = 0x188, SH_SECTION_OWNER = 0x190, SH_SECTION_LISTENER = 0x200, SH_SECTION_SIZE = 4096
 };
-enum sh_pair_at { SH_PAIR_NOTIFY_SEQ = 0x00, SH_PAIR_KICKED_FOR = 0x08, SH_PAIR_LOG = 0x10, SH_PAIR_OUTBOX = 0x40, SH_PAIR_INBOX = 0x80, SH_PAIR_USERS = 0xc0, SH_PAIR_SIZE = 0x100 };
+enum sh_pair_at { SH_PAIR_NOTIFY_SEQ = 0x00, SH_PAIR_KICKED_FOR = 0x08, SH_PAIR_LOG = 0x10, SH_PAIR_ENDED_NAP = 0x30, SH_PAIR_OUTBOX = 0x40, SH_PAIR_INBOX = 0x80, SH_PAIR_USERS = 0xc0, SH_PAIR_SIZE = 0x100 };
 enum sh_slot_at { SH_SLOT_LINK = 0x00, SH_SLOT_RING = 0x08, SH_SLOT_TX_WORD = 0x40, SH_SLOT_RX_WORD = 0x80, SH_SLOT_SIZE = 192 };
 enum sh_message_at {
     SH_MESSAGE_SRC_INC = 0, SH_MESSAGE_DST_INC = 4, SH_MESSAGE_SEQ = 8, SH_MESSAGE_KIND = 12, SH_MESSAGE_REASON = 13,
@@ -107,7 +107,7 @@ enum sh_survey { SH_SURVEY_CLAIM, SH_SURVEY_INCARNATION, SH_SURVEY_STATE, SH_SUR
 enum sh_counter { /* statistics() has them by these names, in lower case */
     SH_N_PUMPS, SH_N_READS, SH_N_WRITES, SH_N_BYTES_IN, SH_N_BYTES_OUT, SH_N_NOTIFIES, SH_N_NOTIFIES_PENDING, SH_N_SPIN_HITS, SH_N_SPIN_MISSES,
     SH_N_HEALED, SH_N_NOTIFICATIONS, SH_N_DATAGRAMS_IN, SH_N_DATAGRAMS_OUT, SH_N_KICKS, SH_N_SUPPRESSED,
-    SH_N_RECEIVED, SH_N_SPURIOUS, SH_N_RATE_LIMITED, SH_N_REFUSED, SH_N_COUNTERS
+    SH_N_RECEIVED, SH_N_NAPS, SH_N_SPURIOUS, SH_N_RATE_LIMITED, SH_N_REFUSED, SH_N_COUNTERS
 };
 
 /* memory, for the cold paths; offsets in bytes from base, 8-byte aligned */
@@ -229,6 +229,7 @@ int sh_fake_pending(int cpu);
 int sh_fake_drain(int cpu, int stores);
 void sh_fake_hook(void (*hook)(void), int steps);
 void sh_fake_time(uint64_t now_ns);
+int sh_fake_yields(uint64_t ns);
 void sh_fake_cut(int cpu);
 void sh_fake_bury(int cpu);
 void sh_fake_omit(const char *function);

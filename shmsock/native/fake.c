@@ -15,7 +15,8 @@ struct cpu { struct pending *q; uint32_t first, last, end; int cut; }; /* cut: w
 
 static struct cpu cpus[CPUS];
 static int current;
-static uint64_t now_ns;
+static uint64_t now_ns, away_ns, yield_ns;
+static int yields;
 static void (*step_hook)(void);
 static int step_left;
 static char omitted[64];
@@ -93,7 +94,7 @@ int sh_fake_cas(uint64_t *p, uint64_t old, uint64_t new_)
     return 1;
 }
 
-uint64_t sh_clock(void) { return now_ns; }
+uint64_t sh_clock(void) { return now_ns + away_ns; }
 
 void sh_fake_reset(void)
 {
@@ -103,7 +104,7 @@ void sh_fake_reset(void)
     omitted[0] = 0;
     step_hook = NULL;
     step_left = 0;
-    now_ns = 0;
+    now_ns = away_ns = yield_ns = 0;
 }
 
 void sh_fake_cpu(int cpu) { current = cpu; }
@@ -116,6 +117,23 @@ int sh_fake_drain(int cpu, int stores)
 }
 void sh_fake_hook(void (*hook)(void), int steps) { step_hook = hook; step_left = steps; }
 void sh_fake_time(uint64_t ns) { now_ns = ns; }
+
+/* From here on each sched_yield() takes so long. Returns how many there were since the last call. */
+int sh_fake_yields(uint64_t ns)
+{
+    int before = yields;
+
+    yield_ns = ns;
+    yields = 0;
+    return before;
+}
+
+int sh_fake_yield(void)
+{
+    yields++;
+    away_ns += yield_ns;
+    return 0;
+}
 
 /* From here on nothing that this CPU stores reaches memory: its process dies now, in the middle of whatever it does. */
 void sh_fake_cut(int cpu)

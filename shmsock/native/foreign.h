@@ -47,7 +47,17 @@ static inline uint32_t sh_logged(const sh_node *nd, const struct sh_link *l, uin
 /* The sleep of ours that the peer last kicked for; only compared. */
 static inline uint64_t sh_kicked_for(const sh_node *nd, const struct sh_link *l) { return sh_load(&l->in->kicked_for, nd->wc); }
 
+/* The same of a nap. */
+static inline uint64_t sh_ended_nap(const sh_node *nd, const struct sh_link *l) { return sh_load(&l->in->ended_nap, nd->wc); }
+
+/* The peer's sleep_seq; only compared. */
+static inline uint64_t sh_sleep_of(const sh_node *nd, const struct sh_link *l) { return sh_load(l->sleep_seq, nd->wc); }
+
 /* ---- of a slot ---- */
+
+/* Did the peer publish anything that was not taken over yet? */
+static inline int sh_published(const sh_ep *ep) { return sh_load(&ep->theirs->tx_word, ep->nd->wc) != ep->tx_last; }
+
 
 /* Is it still the life of the slot that we are connected to? */
 static inline int sh_same_life(const sh_ep *ep) { return SH_GEN(sh_load(&ep->theirs->tx_word, ep->nd->wc)) == ep->peer_gen; }

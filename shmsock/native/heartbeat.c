@@ -7,7 +7,6 @@
 #include <errno.h>
 #include <linux/futex.h>
 #include <pthread.h>
-#include <sched.h>
 #include <signal.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
@@ -86,40 +85,26 @@ static void beat(sh_heartbeat *k, uint64_t now, uint64_t tenths)
 
 /* ---- kicks by futex ---- */
 
-/* As in linux/futex.h since 5.16, which may be newer than the headers here. */
-struct waiter {
-    uint64_t val, uaddr;
-    uint32_t flags, reserved;
-};
-#define SYS_FUTEX_WAITV 449
-#define WAIT_32 2u
 #define WAIT_PRIVATE 128u
 
 static void count(sh_heartbeat *k, int which) { __atomic_fetch_add(&k->nd->n[which], 1, __ATOMIC_RELAXED); }
-
-static long wait_for_any(const struct waiter *w, uint32_t n, uint64_t until)
-{
-    struct timespec t = {.tv_sec = (time_t)(until / 1000000000u), .tv_nsec = (long)(until % 1000000000u)};
-
-    return syscall(SYS_FUTEX_WAITV, w, n, 0, &t, CLOCK_MONOTONIC);
-}
 
 /* Can words of the region be waited for? 0; or SH_NO_FUTEX: before Linux 5.16, in a container that forbids it, or in memory of a device. */
 int sh_futex_works(void *base, uint64_t offset)
 {
     uint64_t word = (uint64_t)(uintptr_t)base + offset;
-    struct waiter w = {.val = *(volatile uint32_t *)(uintptr_t)word + 1u, .uaddr = word, .flags = WAIT_32};
+    struct sh_waiter w = {.val = *(volatile uint32_t *)(uintptr_t)word + 1u, .uaddr = word, .flags = SH_WAIT_32};
 
-    return wait_for_any(&w, 1, sh_clock() + 1) == 0 || errno == EAGAIN || errno == ETIMEDOUT ? 0 : SH_NO_FUTEX;
+    return sh_wait_for_any(&w, 1, sh_clock() + 1) == 0 || errno == EAGAIN || errno == ETIMEDOUT ? 0 : SH_NO_FUTEX;
 }
 
 /* Fill in what to wait for: the owner's wake, the own sleep_seq word, by which strangers wake us, and the kicked_for of others as it is now. */
-static uint32_t load_kicks(sh_heartbeat *k, uint32_t seen, struct waiter *w)
+static uint32_t load_kicks(sh_heartbeat *k, uint32_t seen, struct sh_waiter *w)
 {
-    uint32_t n = 2, sleeps = (uint32_t)(GET(k->nd->sleep) - k->slept) / 2;
+    uint32_t n = 2, sleeps = (uint32_t)(GET(k->nd->sleep) - k->slept) / 4;
 
-    w[0] = (struct waiter){.val = seen, .uaddr = (uintptr_t)&k->wake, .flags = WAIT_32 | WAIT_PRIVATE};
-    w[1] = (struct waiter){.val = SH_LOW(sh_peek(k->nd->sleep_seq_at)), .uaddr = (uintptr_t)k->nd->sleep_seq_at, .flags = WAIT_32};
+    w[0] = (struct sh_waiter){.val = seen, .uaddr = (uintptr_t)&k->wake, .flags = SH_WAIT_32 | WAIT_PRIVATE};
+    w[1] = (struct sh_waiter){.val = SH_LOW(sh_peek(k->nd->sleep_seq_at)), .uaddr = (uintptr_t)k->nd->sleep_seq_at, .flags = SH_WAIT_32};
     for (uint64_t m = GET(k->nd->by_futex); k->futexes && m; m &= m - 1) {
         struct sh_link *l = &k->nd->links[__builtin_ctzll(m)];
         struct kicks *r = &k->kicks[__builtin_ctzll(m)];
@@ -132,7 +117,7 @@ static uint32_t load_kicks(sh_heartbeat *k, uint32_t seen, struct waiter *w)
         r->kicked_for = kicked_for;
         if (r->changes > sleeps + FLOOD / 2) /* before it makes vain reach FLOOD, after which nobody could wake us */
             sh_rate_limit(k->nd, l);
-        w[n++] = (struct waiter){.val = kicked_for, .uaddr = (uintptr_t)&l->in->kicked_for, .flags = WAIT_32};
+        w[n++] = (struct sh_waiter){.val = kicked_for, .uaddr = (uintptr_t)&l->in->kicked_for, .flags = SH_WAIT_32};
     }
     return n;
 }
@@ -140,7 +125,7 @@ static uint32_t load_kicks(sh_heartbeat *k, uint32_t seen, struct waiter *w)
 /* Has anybody kicked for this sleep, by the values in w? Each such kick is counted as received; that of a peer with a doorbell only if its
  * kicked_for is the word that woke us (`woke`), as it may have stored that and then written the doorbell. A peer that kicks for nothing a
  * thousand times a second is rate-limited until the next safety poll. */
-static int kicked_for_this(sh_heartbeat *k, const struct waiter *w, uint32_t n, uint64_t woke)
+static int kicked_for_this(sh_heartbeat *k, const struct sh_waiter *w, uint32_t n, uint64_t woke)
 {
     uint32_t sleep = SH_LOW(GET(k->nd->sleep));
     int found = 0;
@@ -165,12 +150,12 @@ static int kicked_for_this(sh_heartbeat *k, const struct waiter *w, uint32_t n, 
 }
 
 /* Sleep until that time, until the owner wakes us, or until a peer kicks us by a futex. Returns the word that did. */
-static uint64_t sleep_until(sh_heartbeat *k, const struct waiter *w, uint32_t n, uint64_t until)
+static uint64_t sleep_until(sh_heartbeat *k, const struct sh_waiter *w, uint32_t n, uint64_t until)
 {
     struct timespec t = {.tv_sec = (time_t)(until / 1000000000u), .tv_nsec = (long)(until % 1000000000u)};
 
     if (k->futexes) {
-        long woken = wait_for_any(w, n, until);
+        long woken = sh_wait_for_any(w, n, until);
         k->vain += woken != 0 && (woken > 0 || errno != ETIMEDOUT); /* a peer woke us: in vain, unless something is found */
         return woken > 0 ? w[woken].uaddr : 0;
     }
@@ -194,7 +179,7 @@ static void *run(void *arg)
 
     prctl(PR_SET_TIMERSLACK, 1);
     for (;;) {
-        struct waiter w[2 + SH_MAX_PEERS];
+        struct sh_waiter w[2 + SH_MAX_PEERS];
         uint32_t seen = GET(k->wake), n;
         uint64_t now = sh_clock(), until, cap;
 
@@ -234,7 +219,7 @@ static void *run(void *arg)
             k->vain = 0;
             SET(k->armed, 0);
             wake_owner(k);
-            sched_yield(); /* on one CPU: whoever kicked us waits for the loop, not for this thread */
+            sh_offer(k->nd, sh_clock()); /* on one CPU: whoever kicked us waits for the loop, not for this thread */
             continue;
         }
         until = n == 1 && now + k->cap_ns < next_beat ? now + k->cap_ns : next_beat;

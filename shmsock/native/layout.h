@@ -29,7 +29,7 @@ struct sh_section { /* first page of a section */
     uint64_t beat;  /* heartbeat: +1 for each tenth of a second */
     uint64_t pumps; /* heartbeat: copy of the owner's pump counter */
     uint8_t pad1[48];
-    uint64_t sleep_seq; /* +1 at each change; odd: the owner's loop sleeps: kick it */
+    uint64_t sleep_seq; /* grows at each change; odd: the owner sleeps: kick it; its bit 1 says by which word */
     uint8_t pad2[56];
     uint64_t incarnation; /* random, nonzero: one life of one owner */
     uint64_t state;       /* enum sh_state, stored last at attach */
@@ -55,7 +55,8 @@ struct sh_pair { /* what i says to j: in section i, one for every j, i included 
     uint64_t notify_seq; /* pair_inc of i towards j : 32 | count : 32 */
     uint64_t kicked_for; /* the value of j's sleep_seq that i last kicked for */
     uint64_t log[SH_LOG / 4]; /* 16 bits for each of the last counts (modulo 16): the slot of j that was notified with it */
-    uint8_t pad0[16];
+    uint64_t ended_nap;  /* the same as kicked_for, for a nap */
+    uint8_t pad0[8];
     uint64_t outbox; /* adopted pair_inc of j : 32 | message tail : 32 */
     uint8_t pad1[56];
     uint64_t inbox; /* adopted pair_inc of j : 32 | message head : 32 */
@@ -127,6 +128,7 @@ SH_SIZE(section, SECTION_SIZE);
 SH_AT(pair, notify_seq, PAIR_NOTIFY_SEQ);
 SH_AT(pair, kicked_for, PAIR_KICKED_FOR);
 SH_AT(pair, log, PAIR_LOG);
+SH_AT(pair, ended_nap, PAIR_ENDED_NAP);
 SH_AT(pair, outbox, PAIR_OUTBOX);
 SH_AT(pair, inbox, PAIR_INBOX);
 SH_AT(pair, users, PAIR_USERS);

@@ -75,7 +75,7 @@ void sh_node_claim(sh_node *nd, uint64_t claim)
         sh_put(&slot->tx_word, gen);
         sh_put(&slot->rx_word, gen);
     }
-    nd->sleep = (sh_peek(nd->sleep_seq_at) + 2) & ~1ull; /* awake; and larger than any sleep for which a former owner was kicked */
+    nd->sleep = (sh_peek(nd->sleep_seq_at) + 4) & ~3ull; /* awake; and larger than any sleep for which a former owner was kicked */
     sh_put(nd->sleep_seq_at, nd->sleep);
     sh_fence(nd->wc);
     __atomic_store_n(&nd->inert, 0, __ATOMIC_RELEASE);
@@ -180,6 +180,19 @@ int sh_collect(sh_node *nd, struct sh_link *l) { return collect(nd, l, 0); }
 
 /* The same, looking at all toggles, be they notified or not. */
 int sh_collect_all(sh_node *nd, struct sh_link *l) { return collect(nd, l, 1); }
+
+/* Acknowledge this slot's toggle without polling: the caller fences, and polls then. 1: there was one. */
+int sh_acknowledge(sh_ep *ep)
+{
+    struct sh_link *l = ep->link;
+    uint32_t w = SH_WORD(ep->slot);
+
+    if (!((sh_peek(&l->t_in[w]) ^ l->a[w]) & SH_BIT(ep->slot)))
+        return 0;
+    l->a[w] ^= SH_BIT(ep->slot);
+    sh_put(&l->a_out[w], l->a[w]);
+    return 1;
+}
 
 /* Ignore this peer's words until the next safety poll. */
 void sh_rate_limit(sh_node *nd, struct sh_link *l)

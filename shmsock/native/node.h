@@ -163,6 +163,9 @@ struct sh_node {
     uint64_t credit_ns, idle_turns; /* how long passes may still be in vain; how many were, since the last hit */
     int one_cpu;
     int alone;                    /* nobody else wanted this CPU when a spin last offered it */
+    int quick;                    /* where it is not offered, a short spin was enough for the last wait */
+    uint64_t vain_ns;             /* when a nap was in vain, or another of the loop's descriptors was ready, for the last time */
+    uint64_t crowded_ns;          /* somebody did, and kept it for long: until then it is not offered again; atomic */
     int attention;                /* a notification spoke of a message or a new life: the pump must run */
     uint32_t start;               /* the peer that the next pass begins with, so that nobody is always last */
     uint64_t *sleep_seq_at;
@@ -170,6 +173,7 @@ struct sh_node {
     uint64_t known_peers;         /* peers that each pass polls; the others, strangers, every 16th one does; written by the owner alone; atomic */
     int strangers;                /* a stranger has moved its notify_seq, or may have: the next pass polls all; atomic */
     int losses;                   /* links with a suspected loss */
+    uint64_t end_no_naps;         /* peers that are there, and kick otherwise than by a futex alone; atomic */
     uint64_t by_futex;            /* peers that wake us by a futex; atomic */
     int kick;                     /* wake the heartbeat before the loop sleeps: whom it watches has changed */
     int woke;                     /* slept since the last pump */
@@ -230,10 +234,20 @@ void sh_suspect_loss(sh_node *nd, struct sh_link *l, uint64_t now);
 int sh_any_notified(const sh_node *nd, uint64_t of);
 uint64_t sh_drain(int fd);
 void sh_know_peer(sh_node *nd, uint32_t peer, int known);
+struct sh_waiter { /* as in linux/futex.h since 5.16, which may be newer than the headers here */
+    uint64_t val, uaddr;
+    uint32_t flags, reserved;
+};
+#define SH_WAIT_32 2u
+#define SH_SLEEPS 1 /* in sleep_seq; alone: it naps */
+#define SH_SLEEPS_LONG 2
+long sh_wait_for_any(const struct sh_waiter *w, uint32_t n, uint64_t until);
+int sh_nap(sh_node *nd, uint64_t until);
 
 /* ---- link.c ---- */
 int sh_collect(sh_node *nd, struct sh_link *l);
 int sh_collect_all(sh_node *nd, struct sh_link *l);
+int sh_acknowledge(sh_ep *ep);
 void sh_weigh(sh_node *nd, struct sh_link *l);
 void sh_rate_limit(sh_node *nd, struct sh_link *l);
 
@@ -244,8 +258,12 @@ int sh_asked(sh_node *nd, uint64_t now);
 int sh_spin_on(sh_ep *ep, const uint64_t *word, uint64_t seen, uint64_t now);
 int sh_spin_for_mail(sh_node *nd, uint32_t peer);
 uint64_t sh_gather(sh_ep *ep, uint64_t now);
-uint64_t sh_clock_and_yield(sh_node *nd, uint64_t *yield_at);
-uint64_t sh_yield_at(const sh_node *nd, uint64_t now);
+uint64_t sh_clock_and_yield(sh_node *nd, uint64_t *yield_at, uint64_t end);
+int sh_is_crowded(const sh_node *nd, uint64_t now);
+uint64_t sh_offer(sh_node *nd, uint64_t now);
+#define SH_NAP_MAX_NS 4000000u /* longer than a slice of the hog */
+uint64_t sh_nap_ns(const sh_node *nd, uint64_t now);
+uint64_t sh_yield_at(sh_node *nd, uint64_t now);
 
 /* ---- ring.c; more in ring.h ---- */
 void sh_notify_slot(sh_node *nd, struct sh_link *l, uint32_t slot);
@@ -261,7 +279,6 @@ int sh_take_plain(sh_taker *to, const sh_ep *ep, uint32_t at, uint32_t n);
 int sh_empty(const sh_ep *ep);
 int sh_see_head(sh_ep *ep);
 int sh_room(sh_ep *ep, uint32_t need, uint64_t wish);
-int sh_acknowledge(sh_ep *ep);
 int sh_space_came(const sh_ep *ep);
 void sh_rearm_touched(sh_node *nd);
 int sh_poll_at(sh_ep *ep, uint64_t now);

@@ -254,14 +254,16 @@ int sh_pump_more(sh_node *nd, uint64_t *out, int max, uint64_t now, uint64_t ns)
     if (!sh_may_write(nd))
         return SH_STALE;
     queue_later(nd); /* no task is about to read them, or it would run first */
-    for (uint32_t k = 1; now < end && !sh_over_at(nd, now); k++) {
-        if (news(nd) && (n = pass(nd, out, max, nd->known_peers, now))) /* 0: the notification spoke of what was read already */
+    for (uint32_t k = 1; now && now < end && !sh_over_at(nd, now); k++) {
+        if (news(nd) && (n = pass(nd, out, max, nd->known_peers, now))) { /* 0: the notification spoke of what was read already */
+            nd->quick |= k > 1 && now < yield_at;
             return n;
+        }
         if ((nd->spin_yield_ns || nd->alone) && k % 8) {
             sh_pause();
             continue;
         }
-        now = sh_clock_and_yield(nd, &yield_at);
+        now = sh_clock_and_yield(nd, &yield_at, end);
     }
-    return 0;
+    return !now && news(nd) ? pass(nd, out, max, nd->known_peers, sh_clock()) : 0;
 }

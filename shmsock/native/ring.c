@@ -231,19 +231,6 @@ int sh_poll_at(sh_ep *ep, uint64_t now)
 
 int sh_poll(sh_ep *ep) { return sh_poll_at(ep, sh_clock()); }
 
-/* Acknowledge this slot's toggle without polling: the caller fences, and polls then. 1: there was one. */
-int sh_acknowledge(sh_ep *ep)
-{
-    struct sh_link *l = ep->link;
-    uint32_t w = SH_WORD(ep->slot);
-
-    if (!((sh_peek(&l->t_in[w]) ^ l->a[w]) & SH_BIT(ep->slot)))
-        return 0;
-    l->a[w] ^= SH_BIT(ep->slot);
-    sh_put(&l->a_out[w], l->a[w]);
-    return 1;
-}
-
 /* Has a writer that waits for space been given some? Whoever acknowledges a toggle must check for space as well as for bytes. Space that is
  * known already counts: sh_see_head() may have been called by somebody who did not wake the writer. */
 int sh_space_came(const sh_ep *ep)

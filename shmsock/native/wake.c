@@ -9,6 +9,7 @@
 #include <sched.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 #define FLOOD 1000           /* times within a second that the doorbell was heard and nothing had moved */
@@ -62,12 +63,12 @@ void sh_unstick(sh_node *nd, uint64_t *seen)
     *seen = kicking;
 }
 
-static void send_kick(sh_node *nd, struct sh_link *l)
+static void send_kick(sh_node *nd, struct sh_link *l, uint64_t *word)
 {
     ssize_t done = 0;
 
     if (l->wake_out == SH_WAKE_OUT_FUTEX) { /* the low half, as we are little-endian */
-        done = syscall(SYS_futex, &l->out->kicked_for, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+        done = syscall(SYS_futex, word, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
         if (!sh_knows_us(l)) /* the peer does not know us yet, so it does not wait for our kicked_for */
             done = syscall(SYS_futex, l->sleep_seq, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
     } else if (l->wake_out == SH_WAKE_OUT_EVENTFD)
@@ -81,20 +82,21 @@ static void send_kick(sh_node *nd, struct sh_link *l)
  * kicked_for and not notify_seq: a pass may see notify_seq before the FUTEX_WAKE for it comes, which would then be lost. */
 static void kick(sh_node *nd, struct sh_link *l)
 {
-    uint64_t sleep;
+    uint64_t sleep, *word;
 
     if (l->wake_out == SH_WAKE_OUT_NONE)
         return;
     sh_fence(nd->wc); /* SYNC F2: notify_seq before the load of sleep_seq; partner: R2, sleep_seq before the loads of notify_seq */
-    sleep = sh_load(l->sleep_seq, nd->wc);
-    if (!(sleep & 1) || sleep == l->kicked) {
+    sleep = sh_sleep_of(nd, l);
+    if (!(sleep & SH_SLEEPS) || sleep == l->kicked) {
         nd->n[SH_N_SUPPRESSED]++;
         return;
     }
     l->kicked = sleep; /* SYNC WAKE: no other kick for this sleep; partner: sh_wake_up, which ends it */
-    sh_store(&l->out->kicked_for, sleep, nd->wc); /* SYNC KICK: kicked_for before the futex; partner: heartbeat.c, run */
+    word = sleep & SH_SLEEPS_LONG ? &l->out->kicked_for : &l->out->ended_nap;
+    sh_store(word, sleep, nd->wc); /* SYNC KICK, SYNC NAP: the word before its futex; partners: heartbeat.c, run; sh_nap */
     nd->n[SH_N_KICKS]++;
-    send_kick(nd, l);
+    send_kick(nd, l, word);
 }
 
 /* From here on the peer is kicked in this way; at once, if it was notified while there was none. */
@@ -150,6 +152,7 @@ void sh_set_wake_in(sh_node *nd, uint32_t peer, int wake_in, int there)
     l->loss_sleep = 0;
     sh_know_peer(nd, peer, there);
     set_bit(&nd->must_poll, peer, there && wake_in == SH_WAKE_IN_NOT);
+    set_bit(&nd->end_no_naps, peer, there && wake_in != SH_WAKE_IN_FUTEX);
     set_bit(&nd->by_futex, peer, there && (wake_in & SH_WAKE_IN_FUTEX));
     nd->kick = 1;
 }
@@ -166,12 +169,19 @@ int sh_any_notified(const sh_node *nd, uint64_t of)
     return 0;
 }
 
-static void change_sleep(sh_node *nd)
+static void set_sleep(sh_node *nd, uint64_t sleep)
 {
-    uint64_t next = nd->sleep + 1;
+    __atomic_store_n(&nd->sleep, sleep, __ATOMIC_RELEASE); /* before others can kick for it, as the heartbeat compares their kicked_for with it */
+    sh_store(nd->sleep_seq_at, sleep, nd->wc);
+}
 
-    __atomic_store_n(&nd->sleep, next, __ATOMIC_RELEASE); /* before others can kick for it, as the heartbeat compares their kicked_for with it */
-    sh_store(nd->sleep_seq_at, next, nd->wc);
+static int wake(sh_node *nd)
+{
+    int slept = nd->sleep & SH_SLEEPS;
+
+    if (slept)
+        set_sleep(nd, (nd->sleep | SH_SLEEPS_LONG) + 1);
+    return slept;
 }
 
 /* The loop is about to wait, and nothing is owed a pass. 1: wait; a peer with news kicks from here on. 0: somebody was quicker. */
@@ -179,9 +189,9 @@ int sh_sleep(sh_node *nd)
 {
     if (!sh_may_write(nd))
         return 1; /* the pump reports it (SH_STALE) */
-    if (!(nd->sleep & 1)) {
+    if (!(nd->sleep & SH_SLEEPS)) {
         nd->slept_received = __atomic_load_n(&nd->n[SH_N_RECEIVED], __ATOMIC_RELAXED);
-        change_sleep(nd);
+        set_sleep(nd, nd->sleep | SH_SLEEPS | SH_SLEEPS_LONG);
     }
     sh_fence(nd->wc); /* SYNC R2: sleep_seq before the loads of notify_seq; partner: F2, notify_seq before the load of sleep_seq */
     if (!sh_any_notified(nd, SH_ALL))
@@ -194,10 +204,67 @@ int sh_sleep(sh_node *nd)
  * notify_seq (sh_sleep); partner: kick, once per sleep. */
 void sh_wake_up(sh_node *nd)
 {
-    if ((nd->sleep & 1) && sh_may_write(nd)) {
-        change_sleep(nd);
+    if ((nd->sleep & SH_SLEEPS) && sh_may_write(nd)) {
+        wake(nd);
         nd->woke = 1;
     }
+}
+
+#define SYS_FUTEX_WAITV 449
+
+long sh_wait_for_any(const struct sh_waiter *w, uint32_t n, uint64_t until)
+{
+    struct timespec t = {.tv_sec = (time_t)(until / 1000000000u), .tv_nsec = (long)(until % 1000000000u)};
+
+    if (n == 1) /* the older call is quicker; it, too, takes an absolute time */
+        return syscall(SYS_futex, w->uaddr, FUTEX_WAIT_BITSET, (uint32_t)w->val, &t, NULL, FUTEX_BITSET_MATCH_ANY);
+    return syscall(SYS_FUTEX_WAITV, w, n, 0, &t, CLOCK_MONOTONIC);
+}
+
+/* Is one of those peers awake, or about to be, as it was kicked? The others say nothing by themselves. */
+static int is_any_awake(const sh_node *nd, uint64_t of)
+{
+    int awake = 0;
+
+    for (; of; of &= of - 1) {
+        const struct sh_link *l = &nd->links[__builtin_ctzll(of)];
+        uint64_t sleep = sh_sleep_of(nd, l);
+
+        awake |= !(sleep & SH_SLEEPS) || sleep == l->kicked;
+    }
+    return awake;
+}
+
+/* Sleep, with neither the loop nor the heartbeat, until a known peer kicks us, but not beyond that time. Nothing is owed a pass. 0: the time is over, or
+ * no peer is awake. */
+int sh_nap(sh_node *nd, uint64_t until)
+{
+    struct sh_waiter w[SH_MAX_PEERS];
+    uint64_t there = 0;
+    uint32_t n = 0;
+    int woken = 1;
+
+    for (uint64_t m = nd->known_peers; m; m &= m - 1) {
+        struct sh_link *l = &nd->links[__builtin_ctzll(m)];
+
+        if (!l->there)
+            continue;
+        there |= m & -m;
+        w[n++] = (struct sh_waiter){.val = SH_LOW(sh_ended_nap(nd, l)), .uaddr = (uintptr_t)&l->in->ended_nap, .flags = SH_WAIT_32};
+    }
+    if (!is_any_awake(nd, there) || (nd->sleep & SH_SLEEPS) || !sh_may_write(nd))
+        return 0;
+    nd->n[SH_N_NAPS]++;
+    set_sleep(nd, nd->sleep | SH_SLEEPS); /* SYNC NAP: ended_nap before the loads of notify_seq; partner: kick */
+    sh_fence(nd->wc); /* SYNC R2: sleep_seq before the loads of notify_seq; partner: F2 */
+    if (!sh_any_notified(nd, nd->known_peers)) {
+        woken = sh_wait_for_any(w, n, until) >= 0 || errno == EAGAIN;
+        __atomic_fetch_add(&nd->n[SH_N_RECEIVED], (uint64_t)woken, __ATOMIC_RELAXED);
+    }
+    wake(nd);
+    if (!woken && !is_any_awake(nd, there))
+        nd->vain_ns = sh_clock();
+    return woken;
 }
 
 /* Our doorbell was written `times` times since it was last heard. 1: too often nothing had moved when it was heard: do not listen to it for a while. */

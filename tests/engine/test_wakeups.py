@@ -18,6 +18,7 @@ import pytest
 
 from shmsock.engine.connection import EMPTY, EOF, RESET, YIELD, Connection, State
 from shmsock.engine.settings import Settings
+from tests.engine.test_naps import by_futexes
 from tests.engine.world import FakeDoorbell, Node, World
 
 SMALL = Settings(ring_bytes=4096, busy_poll_us=100)
@@ -160,9 +161,12 @@ READERS = {
     "spinning": touching_reader(1),
     "greedy": greedy_reader,
     "hot": patient_reader,
+    "napping": touching_reader(1),
+    "hot, napping": patient_reader,
 }
 
-SPINS = ("spinning", "hot")  # only where the clock goes on meanwhile
+NAPS = ("napping", "hot, napping")  # each yield takes long
+SPINS = ("spinning", "hot", *NAPS)  # only where the clock goes on meanwhile
 
 
 def until_done(
@@ -188,7 +192,7 @@ def play(world: World, a: Node, b: Node, kind: str, rng: random.Random, conns: i
     sides = {a: Sleeper(world, a), b: Sleeper(world, b)}
     reader = READERS[kind]
     for side in sides.values():
-        side.hot = kind == "hot"
+        side.hot = kind.startswith("hot")
     jobs: list[tuple[bytes, bytearray]] = []
     ends: list[tuple[Node, Connection]] = []
     for _ in range(conns):
@@ -289,11 +293,14 @@ def rounds(how: str, kind: str, seed: int, count: int, omit: str = "", rung: boo
     world.lib.sh_fake_omit(omit.encode())
     if kind in SPINS:
         tick(world)
+    world.lib.sh_fake_yields(200_000 if kind in NAPS else 0)
     board: dict[int, FakeDoorbell] = {}
     bells = [FakeDoorbell(board, number) if rung else None for number in (0, 7)]
     a, b = (world.attach(n, settings=SMALL, doorbell=d) for n, d in zip("ab", bells, strict=True))
     world.quiet()
     b.listen(backlog=1000)
+    if kind in NAPS and not rung:
+        by_futexes(world, a, b)
     for i in range(count):
         rng = random.Random(f"{how} {kind} {seed} {i}")
         if kind.startswith("echo"):
@@ -312,7 +319,9 @@ CASES = [(how, kind) for how in ("lazy", "nested") for kind in KINDS if how == "
 @pytest.mark.parametrize(("how", "kind"), CASES)
 def test_nobody_sleeps_forever(how: str, kind: str) -> None:
     for seed in range(10):
-        rounds(how, kind, seed, 12).check()
+        world = rounds(how, kind, seed, 12)
+        world.check()
+        assert sum(node.statistic("naps") for node in world.nodes) > 0 or kind not in NAPS
 
 
 @pytest.mark.parametrize(("how", "kind"), CASES)

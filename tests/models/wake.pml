@@ -9,6 +9,8 @@
  *   TIMERS    how often application code wakes the loop by itself, which the heartbeat does not see
  *   RESTARTS  how often the futex's sender is killed in kick(), or attaches again
  *   DEATHS    how often the receiver is killed in its sleep, and attaches again
+ *   NAPS      how often the loop naps: then the futex's sender stores ENDED_NAP instead, and wakes a futex there, on which the
+ *             loop's own thread waits. TIMERS end naps, too
  *
  * Right: when nothing can move any more, the loop has seen every notify_seq. Nothing but what is here wakes it, no beat and
  * no safety poll. And no sender kicks twice for one sleep.
@@ -29,7 +31,10 @@
  *   ARM_LATE         the loop arms after its loads of notify_seq
  *   FILL_FIRST       the heartbeat fills the eventfd before it takes armed back
  *   NO_WAKE          with peers that cannot kick, arming does not wake the heartbeat
- *   LATE_SEEN        the heartbeat loads `wake` after it loaded armed */
+ *   LATE_SEEN        the heartbeat loads `wake` after it loaded armed
+ *   NAP_FIRST        the loop stores that it naps before it loads ENDED_NAP
+ *   NO_NAP_R2        it does not load notify_seq in between
+ *   ONE_WORD         the sender stores KICKED_FOR, be it a nap or not */
 #ifndef DOORBELLS
 #define DOORBELLS 0
 #endif
@@ -48,6 +53,9 @@
 #ifndef DEATHS
 #define DEATHS 0
 #endif
+#ifndef NAPS
+#define NAPS 0
+#endif
 
 #define CPUS 4
 #define DOOR 0 /* the sender with the doorbell, and the eventfd that it fills */
@@ -61,14 +69,19 @@
 #define SLEEP 7 /* nd->sleep, its copy for the heartbeat */
 #define ARMED 8 /* the one word that two write, loop and heartbeat */
 #define KICKED_FOR 9 /* of the sender with the futex */
-#define WORDS 10
+#define ENDED_NAP 10 /* the same of a nap */
+#define WORDS 11
 #include "memory.h"
+
+#define NAPPING 1 /* in sleep_seq; awake: 0 */
+#define SLEEPING 3
 
 #define NEVER 255 /* a notify_seq that no sender can have */
 
 bit eventfd[2];
 byte wake; /* `wake` in struct sh_heartbeat: added to by a locked instruction, so never in a buffer */
 bit queued; /* the kernel has the heartbeat's thread in futex_waitv */
+bit napping; /* and the loop's, in that of a nap */
 byte last[3];
 
 /* ---- a sender ---- */
@@ -89,7 +102,12 @@ inline kick(who) {
 			assert(kicked != seen);
 			kicked = seen;
 			if
+#ifndef ONE_WORD
+			:: who == FUTEX && (seen & SLEEPING) == NAPPING -> STORE(FUTEX, ENDED_NAP, seen)
+			:: who == FUTEX && (seen & SLEEPING) == SLEEPING -> STORE(FUTEX, KICKED_FOR, seen)
+#else
 			:: who == FUTEX -> STORE(FUTEX, KICKED_FOR, seen)
+#endif
 			:: else
 			fi
 		:: else -> seen = 0
@@ -100,11 +118,16 @@ inline kick(who) {
 	:: seen ->
 		atomic {
 			FENCE(who);
-			seen = 0;
 			if
 			:: who == DOOR -> eventfd[DOOR] = 1
+#ifndef ONE_WORD
+			:: who == FUTEX && (seen & SLEEPING) == NAPPING -> napping = 0
+			:: who == FUTEX && (seen & SLEEPING) == SLEEPING -> queued = 0
+#else
 			:: who == FUTEX -> queued = 0
-			fi
+#endif
+			fi;
+			seen = 0
 		}
 	:: else
 	fi
@@ -173,11 +196,11 @@ inline poll(who) {
 #endif
 #define poll_all() AT_DOOR(poll); AT_FUTEX(poll); AT_PLAIN(poll)
 
-inline change_sleep() {
+inline set_sleep(how) {
 #ifdef NO_COUNTER
-	sleep = 3 - sleep;
+	sleep = 4 + how;
 #else
-	sleep++;
+	sleep = (how -> sleep + how : (sleep | SLEEPING) + 1);
 #endif
 #ifdef SLEEP_SEQ_FIRST
 	STORE(LOOP, SLEEP_SEQ, sleep);
@@ -192,7 +215,7 @@ inline change_sleep() {
 inline wake_up() {
 	atomic {
 		if
-		:: sleep & 1 -> change_sleep()
+		:: sleep & 1 -> set_sleep(0)
 		:: else
 		fi
 	}
@@ -200,13 +223,17 @@ inline wake_up() {
 
 active proctype loop()
 {
-	byte sleep, seq, timers, deaths;
+	byte sleep, seq, timers, deaths, naps, ended;
 	bit readable[2]; /* what epoll reported and this turn of the loop has not handled yet */
 
 	goto attach;
 turn: /* sh_pump */
 	wake_up();
 	poll_all();
+	if
+	:: naps < NAPS -> naps++; goto nap
+	:: true
+	fi;
 arm: /* sh_heartbeat_arm, sh_sleep */
 	atomic {
 #ifndef ARM_LATE
@@ -214,7 +241,7 @@ arm: /* sh_heartbeat_arm, sh_sleep */
 #endif
 		if
 		:: sleep & 1 /* only with the flags that leave out wake_up */
-		:: else -> change_sleep()
+		:: else -> set_sleep(SLEEPING)
 		fi
 	};
 	atomic {
@@ -268,6 +295,40 @@ end:		if
 #endif
 	goto turn;
 
+nap: /* sh_nap */
+#ifdef NAP_FIRST
+	atomic { set_sleep(NAPPING) };
+	FENCE(LOOP);
+	ended = LOAD(ENDED_NAP);
+#else
+	ended = LOAD(ENDED_NAP);
+	atomic { set_sleep(NAPPING) };
+#endif
+	atomic {
+#ifndef NO_R2
+		FENCE(LOOP); /* R2 */
+#endif
+		if
+#ifndef NO_NAP_R2
+		:: NOTIFIED -> ended = 0; goto turn
+#endif
+		:: else
+		fi
+	};
+	atomic {
+		FENCE(LOOP); /* the system call's */
+		if
+		:: LOAD(ENDED_NAP) == ended -> napping = 1
+		:: else
+		fi;
+		ended = 0
+	};
+end3:	if
+	:: !napping
+	:: atomic { napping && timers < TIMERS -> timers++; napping = 0 }
+	fi;
+	goto turn;
+
 die: /* descriptors and the heartbeat are new; a heartbeat that is not queued is no other case: it does nothing that outlives it */
 	deaths++;
 attach: /* sh_node_claim */
@@ -283,9 +344,9 @@ attach: /* sh_node_claim */
 		LOAD(ARMED) = 0;
 		queued = 0;
 #ifdef SLEEP_FROM_0
-		sleep = 2;
+		sleep = 4;
 #else
-		sleep = (LOAD(SLEEP_SEQ) + 2) & 254; /* awake, and no sleep that anybody kicked a former owner for */
+		sleep = (LOAD(SLEEP_SEQ) + 4) & 252; /* awake, and no sleep that anybody kicked a former owner for */
 #endif
 		LOAD(SLEEP) = sleep;
 		LOAD(SLEEP_SEQ) = sleep /* and a fence */

@@ -1,7 +1,6 @@
 /* pump.c - when the pump runs, and whom it tells what it found. */
 #include "extension.h"
 
-#include <sched.h>
 #include <stdlib.h>
 
 #define EVENTS 64
@@ -117,6 +116,17 @@ static int tell(Pump *pump, uint64_t *words, int n, uint64_t now)
 /* Is nothing else to be run, so that the pump may go on in this turn? */
 static int is_alone(Pump *pump, int owes) { return !owes && pump->queue_visible && PyObject_Size(pump->queue) == 0; }
 
+/* Busy-poll, or nap, for up to `ns` while other threads run. Returns what sh_pump_more() does. */
+static int wait_for_more(Pump *pump, uint64_t *words, uint64_t now)
+{
+    int n;
+
+    Py_BEGIN_ALLOW_THREADS
+    n = sh_pump_more(pump->nd, words, EVENTS, now, SPIN_NS);
+    Py_END_ALLOW_THREADS
+    return n;
+}
+
 /* Make the next pass. 1: words[] has what it found. 0: there was none; *again: schedule one, else the loop may sleep. */
 static int next_pass(Pump *pump, uint64_t *words, int *n, uint64_t now, int told, int *again)
 {
@@ -127,6 +137,12 @@ static int next_pass(Pump *pump, uint64_t *words, int *n, uint64_t now, int told
     if (told && !alone) /* those who were told something run first: falling asleep can wait */
         return 0;
     hot = sh_stay_hot(pump->nd, now, owes);
+    if (pump->nd->hot_ns && sh_is_crowded(pump->nd, now)) {
+        /* they may have written to sockets, and uvloop holds such writes back until the turn ends: wait only if no nap was in vain lately */
+        if (alone && (!told || sh_nap_ns(pump->nd, now) == SH_NAP_MAX_NS) && (*n = wait_for_more(pump, words, now)))
+            return 1;
+        hot = owes || !sh_quiet(pump->nd);
+    }
     if (!hot)
         *again = told || !fall_asleep(pump);
     if (hot < 2 || (!alone && hot == 2))
@@ -135,12 +151,13 @@ static int next_pass(Pump *pump, uint64_t *words, int *n, uint64_t now, int told
         return 1;
     if (told) /* it may have written to sockets, and uvloop holds such writes back until the turn ends */
         return 0;
-    Py_BEGIN_ALLOW_THREADS
     if (alone)
-        *n = sh_pump_more(pump->nd, words, EVENTS, now, SPIN_NS);
-    else
-        sched_yield();
-    Py_END_ALLOW_THREADS
+        *n = wait_for_more(pump, words, now);
+    else {
+        Py_BEGIN_ALLOW_THREADS
+        sh_offer(pump->nd, now);
+        Py_END_ALLOW_THREADS
+    }
     return *n != 0;
 }
 
