@@ -87,6 +87,8 @@ class Handshake:
         if index == DATAGRAMS:
             self.accept(conn)
         elif listener is None or not self.listeners.serves(listener, peer):
+            if listener is not None:  # the core took its peer for one of this machine, and that was killed
+                listener.taken()
             conn.abort()
         else:
             home.emit(listener.accepted, conn)

@@ -152,6 +152,25 @@ def test_local_listeners(world: World) -> None:
     assert isinstance(far.failed(away), ConnectionRefusedError)
 
 
+def test_a_local_backlog_keeps_no_place_for_who_was_killed(world: World) -> None:
+    """Its lock has fallen, so nothing proves that it is of this machine: what it asked for is ended."""
+    a = world.attach("host")
+    listener = a.listen(80, local_only=True, backlog=1)
+    b = world.attach("neighbour")
+    world.quiet()
+    b.connect(a, 80)
+    world.drain()
+    world.kill(b)
+    world.quiet()
+    assert not [event for event in a.events if event.kind == "accepted"]
+    assert listener.pending == 0
+    c = world.attach("other")
+    world.quiet()
+    conn = c.connect(a, 80)
+    world.quiet()
+    assert conn.state is State.OPEN
+
+
 def test_who_was_found_is_found_again_only_as_long_as_it_has_the_port(world: World) -> None:
     a, b, c = (world.attach(name) for name in ("a", "host", "host"))
     world.quiet()
