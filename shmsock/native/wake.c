@@ -95,7 +95,7 @@ static void kick(sh_node *nd, struct sh_link *l)
     l->kicked = sleep; /* SYNC WAKE: no other kick for this sleep; partner: sh_wake_up, which ends it */
     word = sleep & SH_SLEEPS_LONG ? &l->out->kicked_for : &l->out->ended_nap;
     sh_store(word, sleep, nd->wc); /* SYNC KICK, SYNC NAP: the word before its futex; partners: heartbeat.c, run; sh_nap */
-    nd->n[SH_N_KICKS]++;
+    nd->n[sleep & SH_SLEEPS_LONG ? SH_N_KICKS : SH_N_ENDED_NAPS]++;
     send_kick(nd, l, word);
 }
 
@@ -257,10 +257,8 @@ int sh_nap(sh_node *nd, uint64_t until)
     nd->n[SH_N_NAPS]++;
     set_sleep(nd, nd->sleep | SH_SLEEPS); /* SYNC NAP: ended_nap before the loads of notify_seq; partner: kick */
     sh_fence(nd->wc); /* SYNC R2: sleep_seq before the loads of notify_seq; partner: F2 */
-    if (!sh_any_notified(nd, nd->known_peers)) {
+    if (!sh_any_notified(nd, nd->known_peers))
         woken = sh_wait_for_any(w, n, until) >= 0 || errno == EAGAIN;
-        __atomic_fetch_add(&nd->n[SH_N_RECEIVED], (uint64_t)woken, __ATOMIC_RELAXED);
-    }
     wake(nd);
     if (!woken && !is_any_awake(nd, there))
         nd->vain_ns = sh_clock();
