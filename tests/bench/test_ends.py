@@ -82,7 +82,7 @@ def test_quiet(variant: Variant) -> None:
         assert found["sporadic"]["client"]["counters"]["bytes_out"] == 64 * found["sporadic"]["count"]
     memory = found["memory"]
     assert memory["heap_bytes"] - memory["own_bytes"] == memory["beyond_bytes"]
-    assert 500 < memory["own_bytes"] < memory["heap_bytes"]
+    assert min(memory["own_bytes"], memory["heap_bytes"]) > 500
     assert (memory["arena_bytes"] > 0) == variant.is_shmsock
 
 
