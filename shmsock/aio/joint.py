@@ -108,25 +108,25 @@ class JointTransport(asyncio.DatagramTransport, asyncio.DatagramProtocol):
             self._pause("waiting")
 
     async def _make(self, region: str | None) -> None:
-        try:
-            node = await current_node(region, listening=True)
-            wide = self.get_extra_info("socket").family == socket.AF_INET6
-            self._shm, _ = await create_datagram_endpoint(
-                lambda: _Behind(self), node=node, numeric=True, wide=wide
-            )
-            node.engine.counts["datagrams_dropped_unsent"] += self._dropped
-            self._dropped = 0
-            self._shm.set_write_buffer_limits(*self._limits)
-            while self._waiting:
-                self._guarded(self._shm.sendto, *self._waiting.popleft())
-        except Exception as error:
-            self._guarded(self._protocol.error_received, error)
+        node = await current_node(region, listening=True)
+        wide = self.get_extra_info("socket").family == socket.AF_INET6
+        self._shm, _ = await create_datagram_endpoint(
+            lambda: _Behind(self), node=node, numeric=True, wide=wide
+        )
+        node.engine.counts["datagrams_dropped_unsent"] += self._dropped
+        self._dropped = 0
+        self._shm.set_write_buffer_limits(*self._limits)
+        while self._waiting:
+            self._guarded(self._shm.sendto, *self._waiting.popleft())
 
     def _made(self, making: asyncio.Task[None]) -> None:
-        """Send what waited, as the other endpoint was made; if it could not be, drop it."""
+        """Tell why if the other endpoint could not be made, and what waited for it is dropped. Not before:
+        who is told may send again at once."""
         self._making, self._waiting_bytes = None, 0
         self._waiting.clear()
         self._resume("waiting")
+        if not making.cancelled() and isinstance(error := making.exception(), Exception):
+            self._guarded(self._protocol.error_received, error)
         if self._shm is not None and self._closing:
             self._shm.close()
         self._end()

@@ -181,6 +181,27 @@ def test_a_region_that_cannot_be_used(run_shm: Run, monkeypatch: pytest.MonkeyPa
     run_shm(main())
 
 
+def test_who_is_told_of_a_failure_may_send_again(run_shm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From error_received() itself: that datagram has its own error, and is not dropped with those before."""
+
+    async def main() -> None:
+        monkeypatch.setenv("SHMSOCK_REGION", "/dev/shm/there-is-none/of-that-name")
+        network, outside = await datagrams(local_addr=("127.0.0.1", 0))
+        told: list[Exception] = []
+
+        def error_received(error: Exception) -> None:
+            told.append(error)
+            if len(told) < 3:
+                network.sendto(b"again", ("me.shm", 9))
+
+        outside.error_received = error_received  # type: ignore[method-assign]
+        network.sendto(b"x", ("me.shm", 9))
+        await until(lambda: len(told) == 3)
+        network.close()
+
+    run_shm(main())
+
+
 def test_the_node_ends_before_the_endpoint(run_shm: Run) -> None:
     """The next datagram finds another."""
 
