@@ -189,12 +189,12 @@ def test_who_is_told_of_a_failure_may_send_again(run_shm: Run, monkeypatch: pyte
         network, outside = await datagrams(local_addr=("127.0.0.1", 0))
         told: list[Exception] = []
 
-        def error_received(error: Exception) -> None:
-            told.append(error)
+        def error_received(exc: Exception) -> None:
+            told.append(exc)
             if len(told) < 3:
                 network.sendto(b"again", ("me.shm", 9))
 
-        outside.error_received = error_received  # type: ignore[method-assign]
+        monkeypatch.setattr(outside, "error_received", error_received)
         network.sendto(b"x", ("me.shm", 9))
         await until(lambda: len(told) == 3)
         network.close()
