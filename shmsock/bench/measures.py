@@ -37,6 +37,7 @@ SPEED = (
 )
 MESSAGES = (Column("messages", "per_s", count, less=False, beside=True),)
 RATE = (Column("rate", "per_s", count, less=False, beside=True), *(replace(c, beside=False) for c in LATENCY))
+OF_MEAN = Column("slowest of the mean", "slowest_of_mean", share, less=False)
 BESIDE = (*LATENCY, Column("p50 alone", "alone_p50_us", microseconds))
 SIDES = tuple(Column(f"CPU of {side}", f"{side}_cpu", percent) for side in ("client", "server"))
 QUIET = tuple(
@@ -57,7 +58,7 @@ MEMORY = (
 FAIR = (
     Column("all together", "per_s", count, less=False, beside=True),
     Column("slowest", "slowest_s", count, less=False),
-    Column("of the mean", "slowest_of_mean", share, less=False),
+    replace(OF_MEAN, heading="of the mean"),
 )
 
 
@@ -217,6 +218,24 @@ SUITE = (
     ),
     Measure("connect", "Connect, one byte each way, close", "connect", over.with_unix, RATE),
     MANY,
+    Measure(
+        "many-1000",
+        "Echoes on 1,000 connections at once",
+        "many",
+        over.short,
+        (*RATE, OF_MEAN),
+        ("--connections", 1000),
+        region_bytes=256 << 20,
+    ),
+    Measure(
+        "many-1000-protocol",
+        "Echoes on 1,000 connections of protocols at once",
+        "protocol-many",
+        over.short,
+        (*RATE, OF_MEAN),
+        ("--connections", 1000),
+        region_bytes=256 << 20,
+    ),
     Measure(
         "beside",
         "64 B round trip beside 10,000 idle connections",

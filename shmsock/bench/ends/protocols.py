@@ -12,7 +12,7 @@ from typing import Any
 
 from .networks import Network
 from .streams import rates
-from .timing import batches, percentiles, same, trips
+from .timing import batches, percentiles, same, shared, trips
 
 __all__ = ["CLIENTS", "SERVERS"]
 
@@ -84,6 +84,7 @@ class Client(asyncio.Protocol):
     """Plays ball: what comes back goes out again, for as long as `steps` has steps."""
 
     send: Callable[[bytes], None]
+    transport: Any
 
     def __init__(self, size: int, steps: Iterator[bool]) -> None:
         self.data, self.steps = os.urandom(size), steps
@@ -91,7 +92,7 @@ class Client(asyncio.Protocol):
         self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: Any) -> None:
-        self.send = transport.write
+        self.transport, self.send = transport, transport.write
 
     def data_received(self, data: bytes) -> None:
         self.back = self.back + data if self.back else data
@@ -161,6 +162,24 @@ async def echo(network: Network, options: argparse.Namespace, times: list[int]) 
     await client.play(b"e", LOST_S + 2 * options.seconds)
     transport.close()
     return percentiles(times)
+
+
+async def many(network: Network, options: argparse.Namespace, times: list[int]) -> dict[str, Any]:
+    """Echoes on several connections at once: how many in all."""
+    clients: list[Client] = []
+    each: list[list[int]] = []
+    for _ in range(options.connections):
+        _, client = await network.create_connection(lambda: Client(options.echo, iter(())))
+        clients.append(client)
+        each.append([])
+    begin = time.perf_counter_ns()
+    for client, taken in zip(clients, each, strict=True):
+        client.steps = trips(taken, options.seconds, begin)
+    await asyncio.gather(*(client.play(b"e", LOST_S + 2 * options.seconds) for client in clients))
+    found = shared(each, times, options.seconds, begin)
+    for client in clients:
+        client.transport.close()
+    return found
 
 
 async def datagrams(network: Network, options: argparse.Namespace, times: list[int]) -> dict[str, Any]:
@@ -249,6 +268,7 @@ async def serve_datagrams(network: Network) -> Any:
 
 CLIENTS = {
     "protocol-echo": echo,
+    "protocol-many": many,
     "protocol-write": write,
     "buffered-write": write,
     "one-write": one_write,

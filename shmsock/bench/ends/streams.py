@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 from .networks import Network
-from .timing import WARM_UP, batches, percentiles, same, trips
+from .timing import batches, percentiles, same, shared, trips
 from .usage import usage
 
 __all__ = ["BLOCK", "CLIENTS", "connect", "disconnect", "handle", "held", "let_go", "rates"]
@@ -180,13 +180,9 @@ async def many(network: Network, options: argparse.Namespace, times: list[int]) 
 
     begin = time.perf_counter_ns()
     await asyncio.gather(*(echoes(*pair, taken) for pair, taken in zip(pairs, each, strict=True)))
-    # One clock for all: rates of each, added up, would count who came late as if it were served all the time.
-    took = (time.perf_counter_ns() - begin) / 1e9 - options.seconds * WARM_UP
-    total = sum(map(len, each)) / took
+    found = shared(each, times, options.seconds, begin)
     await let_go(pairs)
-    for taken in each:
-        times += taken
-    return {**percentiles(times), "per_s": total, "connections": len(pairs)}
+    return found
 
 
 async def beside(network: Network, options: argparse.Namespace, times: list[int]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["HIGHEST_NS", "LEAST", "WARM_UP", "batches", "encoded", "percentiles", "same", "trips"]
+__all__ = ["HIGHEST_NS", "LEAST", "WARM_UP", "batches", "encoded", "percentiles", "same", "shared", "trips"]
 
 WARM_UP = 0.2  # of the seconds of a measure
 LEAST = 30  # echoes for a median, however long the pauses between them
@@ -30,6 +30,23 @@ def trips(times: list[int], seconds: float, begin: int = 0) -> Iterator[bool]:
         now = clock()
         if start >= warm:
             times.append(now - start)
+
+
+def shared(each: list[list[int]], times: list[int], seconds: float, begin: int) -> dict[str, Any]:
+    """Sum up what `each` of several took who began at once: how many trips in all, and how many the slowest
+    of them made. One clock for all: rates of each, added up, would count who came late as if it were served
+    all the time."""
+    took = (time.perf_counter_ns() - begin) / 1e9 - seconds * WARM_UP
+    counts = [len(taken) for taken in each]
+    for taken in each:
+        times += taken
+    total = sum(counts)
+    return {
+        **percentiles(times),
+        "per_s": total / took,
+        "slowest_of_mean": min(counts) * len(counts) / total,
+        "connections": len(each),
+    }
 
 
 def batches(seconds: float) -> Iterator[int]:
