@@ -389,7 +389,7 @@ static PyObject *fast_path_detach(FastPath *p, PyObject *unused)
 static PyObject *fast_path_reader(FastPath *p, void *unused)
 {
     (void)unused;
-    return Py_NewRef(p->reader ? PyWeakref_GetObject(p->reader) : Py_None);
+    return p->reader ? PyObject_CallNoArgs(p->reader) : Py_NewRef(Py_None); /* its referent, or None */
 }
 
 static PyObject *fast_path_used(FastPath *p, void *unused)
