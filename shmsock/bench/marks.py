@@ -74,7 +74,7 @@ MARKS = (
     ),
     Mark("drain", "per_s", least=12),
     Mark("connect", "per_s", least=4),
-    Mark("storm", "per_s", least=1),
+    Mark("connect-10000", "per_s", least=1),
     Mark("beside", "p50_us", than=(OURS,), than_key="alone_p50_us", most=1.1),
     Mark("many", "per_s", least=4),
     Mark("many-1000", "per_s", least=4),

@@ -208,9 +208,9 @@ SUITE = (
         "drain", "64 B writes one way, each with drain()", "write", over.with_unix, MESSAGES, ("--block", 64)
     ),
     Measure(
-        "storm",
+        "connect-10000",
         "10,000 connects at once, a byte each way",
-        "storm",
+        "connect-at-once",
         over.short,
         RATE,
         ("--connections", 10_000),

@@ -139,6 +139,10 @@ async def memory(network: Network, options: argparse.Namespace, _: list[int]) ->
         reader, writer = await connect(network, b"e")
         node = writer.get_extra_info("shmsock_node")
         free: Callable[[], int] = (lambda: node.statistics()["arena_free_bytes"]) if node else (lambda: 0)
+        for _wait in range(500):  # those that were closed are released when the server has seen it
+            if node is None or node.statistics()["connections"] <= 1:
+                break
+            await asyncio.sleep(0.01)
         before, arena = heap(), free()
         pairs = await held(network, count)
         await asyncio.sleep(options.seconds)

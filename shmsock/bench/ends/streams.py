@@ -146,7 +146,7 @@ async def connections(network: Network, options: argparse.Namespace, times: list
     return percentiles(times)
 
 
-async def storm(network: Network, options: argparse.Namespace, times: list[int]) -> dict[str, Any]:
+async def all_at_once(network: Network, options: argparse.Namespace, times: list[int]) -> dict[str, Any]:
     """Connects that are all started at once, and a byte each way on each: how many a second."""
     await disconnect((await connect(network, b"c"))[1])
 
@@ -208,6 +208,6 @@ CLIENTS = {
     "write": write,
     "connect": connections,
     "many": many,
-    "storm": storm,
+    "connect-at-once": all_at_once,
     "beside": beside,
 }
