@@ -62,7 +62,7 @@ sh_node *sh_node_new(void *memory, void *base, const sh_geometry *g, uint32_t se
 void sh_node_claim(sh_node *nd, uint64_t claim)
 {
     struct sh_slot *slot = (struct sh_slot *)(sh_section_at(nd->base, &nd->g, nd->self) + nd->g.slot_off);
-    uint64_t used = sh_peek(nd->used_at); /* SYNC USED: partner: sh_ep_alloc */
+    uint64_t used = sh_peek(nd->used_at); /* SYNC USED: partner: sh_ep_new */
 
     nd->claim = claim;
     nd->owner = sh_thread();
