@@ -277,25 +277,25 @@ class ShmTransport(FlowControl, asyncio.Transport):
         return not (self._reading_paused or self._closing or self._lost)
 
     def _deliver(self) -> None:
-        """Hand over what is there, within the turn's budget, and come again if more is."""
-        over, nd, left = self.node.lib.sh_over, self.node.nd, wanted(self.fast_path)
+        """Hand over what is there, within the turn's budget. Whom that wakes runs before more is taken."""
+        left = min(wanted(self.fast_path), max(self._there(), 1))
         self._let_through()
         while left > 0 and self._receiving():
             protocol: Any = self._protocol
-            if isinstance(protocol, asyncio.BufferedProtocol):
-                n = self._deliver_buffered(protocol)
-            else:
-                n = self._deliver_bytes(protocol, left)
-            if n <= 0:
-                self._delivered(n)
-                return
+            buffered = isinstance(protocol, asyncio.BufferedProtocol)
+            n = self._deliver_buffered(protocol) if buffered else self._deliver_bytes(protocol, left)
             left -= n
-            if over(nd):
+            if n <= 0 or self.node.lib.sh_over(self.node.nd):
                 break
-        if self._receiving() and not self.fast_path.can_read:
-            self._loop.call_soon(self._resumed, context=self.node.context)
-        elif left <= 0 and self._receiving() and not self._unread and self.conn.available() == EOF:
-            self.got_eof()  # the buffer is full, and the ring is empty: at_eof() is to be true in time
+        if self._receiving():
+            if (there := self._there()) <= 0:
+                self._delivered(there)
+            elif not self.fast_path.can_read:
+                self._loop.call_soon(self._resumed, context=self.node.context)
+
+    def _there(self) -> int:
+        """Count the bytes that can be delivered; or return a status."""
+        return len(self._unread) or self.conn.available()
 
     def _delivered(self, status: int) -> None:
         """Act on a status that says there was nothing to deliver: is that the end?"""
@@ -320,7 +320,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
 
     def _deliver_buffered(self, protocol: Any) -> int:
         """Put bytes into the protocol's own buffer. Returns how many, or a status."""
-        there = len(self._unread) or self.conn.available()
+        there = self._there()
         if there <= 0:
             return there
         buffer = self._guarded("get_buffer", protocol.get_buffer, there)

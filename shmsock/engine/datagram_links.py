@@ -261,15 +261,19 @@ class Incoming:
         recv, arm, over = home.lib.sh_recv, home.lib.sh_arm, home.lib.sh_over
         room, bytes_of = home.room
         records = given = 0
+        there = home.lib.sh_available(ep)  # what comes meanwhile waits until those have run whom this woke
         while conn.state is State.OPEN:
-            if records and (records == RECORDS_PER_PASS or given >= BYTES_PER_PASS or over(home.nd)):
-                home.emit(conn.ready, DATA)
+            if records and (
+                records == RECORDS_PER_PASS or given >= min(there, BYTES_PER_PASS) or over(home.nd)
+            ):
+                if arm(ep):
+                    home.emit(conn.ready, DATA)
                 return
             size = recv(ep, room, ports)
             if size >= 0:
                 data = bytes_of[:size]
                 records += 1
-                given += len(data)
+                given += HEADER + len(data)
                 flow = flows.get(ports[0]) or self._flow(ports[0])
                 if flow is None:
                     home.counts["datagrams_unreachable"] += 1

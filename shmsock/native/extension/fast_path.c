@@ -159,7 +159,7 @@ static int64_t give_buffered(FastPath *p, int *all)
     Py_DECREF(hint);
     n = !buffer ? 0 : p->protocol == protocol && p->can_write ? fill_buffer(p, buffer) : SH_SLOW;
     Py_XDECREF(buffer);
-    *all = n == there;
+    *all = n >= there;
     if (n == 0)
         n = raised(p, s_get_buffer);
     else if (n > 0 && tell(p, protocol, s_buffer_updated, PyLong_FromLongLong(n)) < 0)
