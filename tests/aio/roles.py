@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import random
+import resource
 import signal
 import socket
 import ssl
@@ -486,6 +487,44 @@ async def stress(region: str, seed: int, count: int) -> None:
             await asyncio.sleep(0.001)
         say(json.dumps(left))
         await hear()
+
+
+class Gatherer(asyncio.Protocol):
+    """Keeps all that comes until it has so many bytes."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.pieces = size, list[bytes]()
+        self.has_all = asyncio.Event()
+
+    def data_received(self, data: bytes) -> None:
+        self.pieces.append(data)
+        if sum(map(len, self.pieces)) == self.size:
+            self.has_all.set()
+
+
+async def gather(region: str, kind: str, size: int) -> None:
+    """Ask "test" for so many bytes ten times, keep them until they are all there, and tell how many page
+    faults the last five took."""
+    async with shmsock.attach(region, name="gatherer") as node:
+        if kind == "streams":
+            reader, writer = await shmsock.open_connection("test", 7000, node=node)
+        else:
+            transport, protocol = await shmsock.create_connection(
+                lambda: Gatherer(size), "test", 7000, node=node
+            )
+        for turn in range(10):
+            if turn == 5:
+                before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            if kind == "streams":
+                writer.write(b"?")
+                pieces = [await reader.readexactly(size // 16) for _ in range(16)]
+            else:
+                transport.write(b"?")
+                await protocol.has_all.wait()
+                protocol.has_all.clear()
+                pieces = protocol.pieces
+            pieces.clear()
+        say(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 class Datagrams(asyncio.DatagramProtocol):

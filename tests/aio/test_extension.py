@@ -19,6 +19,7 @@ from shmsock import attach, open_connection, start_server
 from shmsock.aio.pump import extension
 from shmsock.aio.streams import ShmStreamReader
 from tests.aio.conftest import Run, World, until
+from tests.aio.processes import Child
 
 KINDS = ("read", "readexactly", "readline")
 
@@ -300,3 +301,27 @@ async def play(region: str, seed: int) -> int:
 def test_no_byte_is_lost_or_changed(run: Run, region: str, seed: int) -> None:
     """Random calls, some cancelled before they begin, while they wait, and when they are woken."""
     run(play(region, seed))
+
+
+@pytest.mark.parametrize("kind", ["streams", "protocol"])
+def test_pieces_that_are_kept_for_a_while_take_no_page_faults(run: Run, region: str, kind: str) -> None:
+    """malloc does not give their memory back to the kernel each time."""
+    size = 1 << 22
+    data = bytes(size)
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(1):
+            writer.write(data)
+        writer.close()
+
+    async def main() -> None:
+        async with (
+            attach(region, name="test") as node,
+            await start_server(handle, None, 7000, node=node),
+            Child("gather", region, kind, size) as child,
+        ):
+            faults = int(await child.line())
+            assert faults < 5 * size // 4096 // 4
+            assert await child.ended() == 0
+
+    run(main())

@@ -9,6 +9,7 @@
 
 #include "../ring.h"
 
+#define SH_LARGE (1u << 17) /* bytes from which on malloc takes a block from the kernel, at first */
 #define KEEP_GIL_MAX (1u << 15) /* bytes that are copied without letting other threads run */
 
 typedef struct fast_path FastPath;
@@ -29,7 +30,7 @@ typedef struct {
     unsigned long ident;
     unsigned long long unlocked;
     int polled;
-    char scheduled, closed, hurry, listens, queue_visible, pumping;
+    char scheduled, closed, hurry, listens, queue_visible, pumping, keeps;
 } Pump;
 
 struct fast_path {
@@ -92,6 +93,7 @@ void sh_poll_again(Pump *pump, uint32_t slot);
 long sh_slot_of(PyObject *conn, Pump *pump);
 int sh_hand_over(PyObject *context, PyObject *protocol, PyObject *method, PyObject *data, PyObject *source, PyObject **error);
 int sh_tell_of(PyObject *whom, PyObject *method, PyObject *error, PyObject *about);
+void sh_keep_memory(Pump *pump);
 int sh_fast_path_wake(FastPath *p);
 int sh_fast_path_deliver(FastPath *p);
 int sh_datagram_in_drain(DatagramIn *in);

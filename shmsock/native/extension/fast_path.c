@@ -1,6 +1,8 @@
 /* fast_path.c - reads and writes of one connection that need no Python. */
 #include "extension.h"
 
+#include <stdlib.h>
+
 PyTypeObject *sh_fast_path_type;
 /* Interned: CPython's cache of lookups goes by the address of a name, and keeps each name that it was asked for. */
 static PyObject *s_done, *s_set_result, *s_write_rest, *s_slot, *s_limit, *s_buffer, *s_raised, *s_data_received, *s_get_buffer, *s_buffer_updated;
@@ -9,10 +11,22 @@ static PyObject *s_done, *s_set_result, *s_write_rest, *s_slot, *s_limit, *s_buf
  * the kernel each time, and the next take page faults (measured: a third of the throughput). */
 #define PIECE (1u << 18)
 #define DELIVER_MAX (1u << 18) /* bytes that are given to a protocol in one pass */
+#define KEPT (16u << 20)
 #define LINE 256u /* bytes in which a line is first searched for */
 
 /* Have the next pass poll this slot. */
 void sh_poll_again(Pump *pump, uint32_t slot) { sh_set_add(&pump->nd->ready, slot); }
+
+/* A large piece was taken. Who gathers such pieces frees megabytes of them together; malloc would give those back to the kernel, and the next ones take
+ * page faults, for several times as long as the copies take. glibc learns how much to keep from the largest block that was freed: twice as much. One
+ * that nobody has touched costs nothing. */
+void sh_keep_memory(Pump *pump)
+{
+    void *volatile block = pump->keeps ? NULL : malloc(KEPT);
+
+    pump->keeps = 1;
+    free(block);
+}
 
 /* Wake the reader that waits. */
 int sh_fast_path_wake(FastPath *p)
@@ -176,6 +190,8 @@ static int64_t give_bytes(FastPath *p, int *all)
     PyObject *data = sh_taken(&taken, n);
 
     *all = n < PIECE;
+    if (n >= (int64_t)SH_LARGE)
+        sh_keep_memory(p->pump);
     return data && tell(p, p->protocol, s_data_received, data) < 0 ? SH_SLOW : n;
 }
 

@@ -40,6 +40,8 @@ static PyObject *take(Op *op, int64_t *status)
     if (sh_may_spin(p->pump))
         how |= SH_MAY_SPIN;
     *status = sh_read_step(p->ep, &taken.taker, most, op->kind == SH_OP_EXACTLY ? most : 1, how);
+    if (*status >= (int64_t)SH_LARGE)
+        sh_keep_memory(p->pump);
     return sh_taken(&taken, *status);
 }
 
