@@ -106,6 +106,8 @@ def unknown_options(words: list[str]) -> list[str]:
     context = click.Context(cli)
     given = iter(words[1:])
     for word in given:
+        if word == "--":  # the rest is another program's
+            break
         if word.startswith("-"):
             options = {option for p in command.params for option in (*p.opts, *p.secondary_opts)}
             if word.partition("=")[0] not in options | {"--help", "-h"}:

@@ -26,6 +26,7 @@ FLOORS = {
     "testing": 4,
     "server": 4,
     "guests": 4,
+    "run": 4,
     "bench": 5,
     "commands": 6,
     "public": 4,

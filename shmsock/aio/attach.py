@@ -123,7 +123,7 @@ async def _make(
     cancelled."""
     explicit = name is not None or bool(os.environ.get("SHMSOCK_NAME"))
     own = address.node_name(name) if name is not None else address.default_name()
-    us = settings or Settings()
+    us = settings or Settings.from_environ()
     if us.pin is None:
         us = replace(us, pin=address.default_pin())
     section = address.default_section() if section is None else operator.index(section)

@@ -42,10 +42,15 @@ class ShmDatagramTransport(FlowControl, asyncio.DatagramTransport):
         *,
         numeric: bool = False,
         wide: bool = False,
+        seen_as: Any = None,
     ) -> None:
         local, remote = endpoint.local, endpoint.remote
         if numeric:
             local, remote = _number(node, endpoint, wide)
+        if seen_as is not None:
+            local, remote = names.own_end(seen_as, local[1]), seen_as
+            endpoint.aliases.append(seen_as)
+            endpoint.shown = lambda source, section: seen_as
         self._socket = PseudoSocket(local, remote, lambda: -1, socket.SOCK_DGRAM)
         extra = {"sockname": local, "peername": remote, "socket": self._socket, "shmsock_node": node}
         super().__init__(extra, node.loop)
@@ -336,6 +341,7 @@ async def create_datagram_endpoint(
     node: Node | None = None,
     numeric: bool = False,
     wide: bool = False,
+    seen_as: Any = None,
 ) -> tuple[ShmDatagramTransport, Any]:
     """Take a port for datagrams, as loop.create_datagram_endpoint() does over UDP.
 
@@ -344,7 +350,8 @@ async def create_datagram_endpoint(
     endpoint sends there, and takes only what comes from there. `reuse_port`: several endpoints of one host
     may share the port; a sender stays with one of them as long as that lives. `region`, `name`: see attach();
     the implicit node of this loop is used, unless `node` is given. `numeric`: addresses are told as internet
-    addresses, `wide`: those that datagrams come from as (address, port, flowinfo, scope). `flags` and
+    addresses, `wide`: those that datagrams come from as (address, port, flowinfo, scope), `seen_as`: the
+    remote one as this. `flags` and
     `allow_broadcast` are accepted and mean nothing: ("*", port) is allowed always.
 
     Datagrams have 0 to 65507 bytes, arrive whole, and in order between two peers; engine/datagrams.py says
@@ -366,7 +373,14 @@ async def create_datagram_endpoint(
         protocol = protocol_factory()
         waiter = node.loop.create_future()
         transport = ShmDatagramTransport(
-            node, endpoint, protocol, contextvars.copy_context(), waiter, numeric=numeric, wide=wide
+            node,
+            endpoint,
+            protocol,
+            contextvars.copy_context(),
+            waiter,
+            numeric=numeric,
+            wide=wide,
+            seen_as=seen_as,
         )
     except BaseException:
         endpoint.close()

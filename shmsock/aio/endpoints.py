@@ -57,6 +57,7 @@ async def create_connection(
     name: str | None = None,
     node: Node | None = None,
     numeric: bool = False,
+    seen_as: Any = None,
 ) -> tuple[Any, Any]:
     """Connect to `port` of the peer named `host`, as loop.create_connection() does over TCP.
 
@@ -64,7 +65,8 @@ async def create_connection(
     and port: the dup() of a connection's get_extra_info("socket"); that connection goes on under this
     protocol, and its transport is closed. `local_addr`: only its port counts. `ssl`, `server_hostname` and
     the timeouts, in seconds, are asyncio's. `region`, `name`: see attach(); the implicit node of this loop is
-    used, unless `node` is given. `numeric`: the transport tells internet addresses instead of names.
+    used, unless `node` is given. `numeric`: the transport tells internet addresses instead of names,
+    `seen_as`: this one of the peer.
     `family`, `proto`, `flags` and what is about several addresses are accepted and mean nothing.
 
     Returns (transport, protocol). Raises socket.gaierror (nobody has the name), ConnectionRefusedError
@@ -94,7 +96,7 @@ async def create_connection(
     except BaseException:
         conn.close()
         raise
-    transport = ShmTransport(on, conn, below, contextvars.copy_context(), numeric=numeric)
+    transport = ShmTransport(on, conn, below, contextvars.copy_context(), numeric=seen_as or numeric)
     return await _started(transport, protocol, tls, waiter)
 
 

@@ -33,7 +33,7 @@ from shmsock.aio.tls import start_tls
 from shmsock.aio.transport import ShmTransport
 from shmsock.engine.datagrams import BROADCAST
 
-__all__ = ["loop_factory", "new_event_loop"]
+__all__ = ["ShmLoop", "host_in", "loop_factory", "meant_by", "new_event_loop"]
 
 if TYPE_CHECKING:
     from shmsock.aio.node import Node
@@ -55,12 +55,12 @@ def _all_in_shm(hosts: list[Any], what: str) -> bool:
     return kinds == {True}
 
 
-def _host_in(address: Any) -> Any:
+def host_in(address: Any) -> Any:
     """Return the host of a socket address, if it has one."""
     return address[0] if isinstance(address, tuple) and len(address) in (2, 4) else None
 
 
-def _meant_by(loop: Any, sock: Any) -> Any:
+def meant_by(loop: Any, sock: Any) -> Any:
     """Return the address that a kernel socket was to be connected to; None when there is none, or it is
     closed."""
     mine = _meant.get(loop)
@@ -80,15 +80,15 @@ def _unless_meant(name: str) -> Any:
     name only."""
 
     def method(self: Any, sock: Any, *args: Any, **kwds: Any) -> Any:
-        address = _meant_by(self, sock)
+        address = meant_by(self, sock)
         if address is not None:
             return _not_there(f"{name}()", address)
-        return getattr(super(_ShmLoop, self), name)(sock, *args, **kwds)
+        return getattr(super(ShmLoop, self), name)(sock, *args, **kwds)
 
     return method
 
 
-class _ShmLoop(_Base):
+class ShmLoop(_Base):
     """Methods that come before those of the loop it is mixed with, for hosts in shared memory."""
 
     async def sock_connect(self, sock: Any, address: Any) -> None:
@@ -96,11 +96,15 @@ class _ShmLoop(_Base):
         give such a socket to create_connection() (aiohttp's client) are led to the peer there. The socket
         itself stays unconnected: sock_sendall() and the like raise OSError (EOPNOTSUPP), as this does for a
         socket of datagrams."""
-        host = _host_in(address)
+        host = host_in(address)
         if not names.is_shm(host):
             if isinstance(sock, socket.socket):
                 _meant.get(self, weakref.WeakKeyDictionary()).pop(sock, None)
             return await super().sock_connect(sock, address)
+        return await self._mean(sock, names.host_of(self, host), address)
+
+    async def _mean(self, sock: Any, host: tuple[str | None, Any], address: Any) -> None:
+        """Note that a socket is to be connected to `host`, (region, peer), by that address."""
         if isinstance(sock, ssl.SSLSocket):
             raise TypeError("Socket cannot be of type SSLSocket")
         if self.get_debug() and sock.gettimeout() != 0:
@@ -109,15 +113,13 @@ class _ShmLoop(_Base):
             await _not_there("sock_connect() of datagrams (see create_datagram_endpoint())", address)
         if sock.fileno() < 0:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        region, peer = names.host_of(self, host)
         number = port_number(address[1])
 
         async def find(node: Node) -> object:
-            return node.find(peer, number, (), takes_turn=False)
+            return node.find(host[1], number, (), takes_turn=False)
 
-        await on_current_node(None, region, None, find)  # refused here, where it is expected
-        _meant.setdefault(self, weakref.WeakKeyDictionary())[sock] = address[:2]
-        return None
+        await on_current_node(None, host[0], None, find)  # refused here, where it is expected
+        _meant.setdefault(self, weakref.WeakKeyDictionary())[sock] = address
 
     sock_recv = _unless_meant("sock_recv")
     sock_recv_into = _unless_meant("sock_recv_into")
@@ -125,7 +127,7 @@ class _ShmLoop(_Base):
     sock_sendfile = _unless_meant("sock_sendfile")
 
     async def sock_sendto(self, sock: Any, data: Any, address: Any) -> int:
-        if names.is_shm(_host_in(address)):
+        if names.is_shm(host_in(address)):
             await _not_there("sock_sendto() (see create_datagram_endpoint())", address)
         sent: int = await super().sock_sendto(sock, data, address)  # type: ignore[misc]  # from 3.11 on
         return sent
@@ -136,13 +138,13 @@ class _ShmLoop(_Base):
         sock: Any = kwds.get("sock")
         if isinstance(sock, PseudoSocket):  # a dup() of one
             return await endpoints.create_connection(protocol_factory, host, port, **kwds)
-        address = _meant_by(self, sock) if host is None and port is None else None
+        address = meant_by(self, sock) if host is None and port is None else None
         if address is not None:
             del _meant[self][sock]
             try:
                 if kwds.get("ssl") and kwds.get("server_hostname") is None:
                     raise ValueError("You must set server_hostname when using ssl without a host")
-                return await self.create_connection(protocol_factory, *address, **{**kwds, "sock": None})
+                return await self.create_connection(protocol_factory, *address[:2], **{**kwds, "sock": None})
             finally:
                 sock.close()  # a transport owns its socket, and one that is not made closes it
         if not names.is_shm(host):
@@ -177,7 +179,7 @@ class _ShmLoop(_Base):
     async def create_datagram_endpoint(
         self, protocol_factory: Any, local_addr: Any = None, remote_addr: Any = None, **kwds: Any
     ) -> tuple[Any, Any]:
-        hosts = [_host_in(local_addr), _host_in(remote_addr)]
+        hosts = [host_in(local_addr), host_in(remote_addr)]
         if names.is_shm(hosts[0]) and hosts[1] is not None:
             _all_in_shm(hosts, "make an endpoint of each kind")
         if any(names.is_shm(host) for host in hosts):
@@ -196,7 +198,7 @@ class _ShmLoop(_Base):
 
         def plain(address: Any) -> Any:
             nonlocal region
-            host = _host_in(address)
+            host = host_in(address)
             if not names.is_shm(host):
                 return address if host is None else address[:2]
             found, host = names.host_of(self, host)
@@ -299,7 +301,9 @@ def _is_ours(transport: Any) -> bool:
 @functools.cache
 def _mixed(base: Hashable) -> Callable[[], asyncio.AbstractEventLoop]:
     kind: Any = base
-    return type(f"Shm{kind.__name__}", (_ShmLoop, kind), {"__module__": __name__})
+    if issubclass(kind, ShmLoop):  # under `shmsock run`, all loops are
+        return kind  # type: ignore[no-any-return]
+    return type(f"Shm{kind.__name__}", (ShmLoop, kind), {"__module__": __name__})
 
 
 def loop_factory(

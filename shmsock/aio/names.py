@@ -12,6 +12,7 @@ reserved ones leave by the default route.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -34,6 +35,8 @@ __all__ = [
     "is_shm",
     "known",
     "names_of",
+    "own_end",
+    "shown",
 ]
 
 ANY = "*" + SUFFIX
@@ -118,6 +121,25 @@ def names_of(loop: Any) -> Names:
 def address_of(node: Any, name: str, port: int) -> tuple[str, int]:
     """Return the internet address that stands for a peer's name in the region of that node, and the port."""
     return names_of(node.loop).address(node.region.url, name), port
+
+
+def shown(node: Any, local: tuple[str, int], remote: tuple[str, int], how: Any) -> tuple[Any, Any]:
+    """Return both ends of a connection as internet addresses: those that stand for the names if `how` is
+    True; else it is the address that the connection was asked for by, and led to the peer."""
+    if how is True:
+        return address_of(node, *local), address_of(node, *remote)
+    return own_end(how, local[1]), how
+
+
+def own_end(remote: Any, port: int) -> tuple[Any, ...]:
+    """Return an own address, with `port`, for what is seen as a connection to a kernel's address: the one
+    that the kernel would use."""
+    family = socket.AF_INET6 if ":" in remote[0] else socket.AF_INET
+    host = "::" if family == socket.AF_INET6 else "0.0.0.0"
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.connect(remote)  # no packet
+        host = sock.getsockname()[0]
+    return (host, port, 0, 0) if len(remote) == 4 else (host, port)
 
 
 def is_address(host: Any) -> bool:

@@ -47,7 +47,7 @@ def _set_result(waiter: asyncio.Future[None]) -> None:
 
 class ShmTransport(FlowControl, asyncio.Transport):
     """A stream between two peers of a region. `get_extra_info` knows "peername" and "sockname", as (name,
-    port), and "socket". `numeric`: internet addresses stand for the names."""
+    port), and "socket". `numeric`: internet addresses stand for the names; see names.shown()."""
 
     _start_tls_compatible = True
     _sendfile_compatible = _SendfileMode.FALLBACK
@@ -75,7 +75,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
         context: contextvars.Context,
         server: Any = None,
         *,
-        numeric: bool = False,
+        numeric: Any = False,
     ) -> None:
         # Not by asyncio's constructors, which take longer than all the rest.
         self._loop, self.node, self.conn = node.loop, node, conn
@@ -133,7 +133,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
         if self._extra is None:
             local, remote = self.conn.local, self.conn.remote
             if self._numeric:
-                local, remote = (names.address_of(self.node, *end) for end in (local, remote))
+                local, remote = names.shown(self.node, local, remote, self._numeric)
             self._extra = {"peername": remote, "sockname": local, "shmsock_node": self.node}
         extra = self._extra
         if name == "socket" and name not in extra:

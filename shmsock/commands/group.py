@@ -26,6 +26,7 @@ MODULES = {
     "info": "info",
     "ivshmem-server": "ivshmem_server",
     "reap": "reap",
+    "run": "run",
     "unbind": "bind",
 }
 """The module of shmsock.commands that has the subcommand. There it goes by its name, with underscores."""

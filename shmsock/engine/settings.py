@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from shmsock.address import check_pin
 
@@ -81,3 +83,47 @@ class Settings:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {least} or more")
         if self.dead_after_s <= 0:
             raise ValueError(f"dead_after_s is {self.dead_after_s}, expected more than 0")
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str] | None = None) -> Settings:
+        """Read SHMSOCK_SETTINGS, "busy_poll_us=50,doorbells=false", for nodes that are made without settings.
+        Raises ValueError that names the field."""
+        kinds = {field.name: str(field.type) for field in fields(cls) if field.name != "pin"}
+        found: dict[str, Any] = {}
+        for part in (os.environ if environ is None else environ).get("SHMSOCK_SETTINGS", "").split(","):
+            name, equals, text = (word.strip() for word in part.partition("="))
+            if not part.strip():
+                continue
+            if name not in kinds or not equals:
+                raise ValueError(f"SHMSOCK_SETTINGS: {part.strip()!r} is not FIELD=VALUE with a field of "
+                                 f"{', '.join(kinds)}")  # fmt: skip
+            try:
+                found[name] = _value(text, kinds[name])
+            except ValueError:
+                raise ValueError(f"SHMSOCK_SETTINGS: {name} is {text!r}, expected {kinds[name]}") from None
+        try:
+            return cls(**found)
+        except ValueError as error:
+            raise ValueError(f"SHMSOCK_SETTINGS: {error}") from None
+
+
+_WORDS = {
+    "true": True,
+    "yes": True,
+    "on": True,
+    "1": True,
+    "false": False,
+    "no": False,
+    "off": False,
+    "0": False,
+}
+
+
+def _value(text: str, kind: str) -> Any:
+    if kind == "bool":
+        if text.lower() not in _WORDS:
+            raise ValueError(text)
+        return _WORDS[text.lower()]
+    if kind.endswith("None") and text.lower() == "none":
+        return None
+    return int(text) if kind == "int" else float(text)

@@ -1,0 +1,1 @@
+"""What `shmsock run` puts into a program that knows nothing of shared memory."""
