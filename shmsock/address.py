@@ -6,6 +6,8 @@ and the suffix `.shm` are taken off first. A name of digits alone is refused, si
 
 from __future__ import annotations
 
+import functools
+import ipaddress
 import operator
 import os
 import re
@@ -16,21 +18,31 @@ from typing import SupportsIndex, cast
 __all__ = [
     "NAME_BYTES",
     "SUFFIX",
+    "Address",
+    "Ranges",
     "boot_id",
     "check_pin",
     "check_port",
+    "check_ranges",
     "default_name",
     "default_pin",
+    "default_publish",
     "default_region",
     "default_section",
     "is_any",
     "is_local",
     "machine_id",
+    "may_be_published",
     "node_name",
     "normalize_name",
+    "packed",
+    "parsed_address",
     "port_number",
+    "unpacked",
 ]
 
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Ranges = tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]
 NAME_BYTES = 63
 """The longest name, in bytes (they are ASCII, so in characters as well)."""
 SUFFIX = ".shm"
@@ -192,6 +204,64 @@ def default_section(environ: Mapping[str, str] | None = None) -> int | None:
     if chosen and not (chosen.isascii() and chosen.isdecimal()):
         raise ValueError(f"SHMSOCK_SECTION is {chosen!r}, expected the number of a section")
     return int(chosen) if chosen else None
+
+
+def check_ranges(text: str, what: str) -> Ranges:
+    """Read ranges of internet addresses: "10.0.0.0/24,fd00::/64". Raises ValueError that begins with `what`,
+    and names the part that is no range."""
+    found = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        try:
+            found.append(ipaddress.ip_network(part))
+        except ValueError as error:
+            why = str(error).removeprefix(repr(part)).strip()
+            raise ValueError(
+                f"{what}: {_shown(part)} {why}: expected a range, as in 10.0.0.0/24 or fd00::/64"
+            ) from None
+    return tuple(found)
+
+
+def default_publish(environ: Mapping[str, str] | None = None) -> Ranges:
+    """Read SHMSOCK_PUBLISH: the ranges in which own addresses are published; none: nothing is. Raises
+    ValueError when that is no list of ranges."""
+    return check_ranges(
+        (os.environ if environ is None else environ).get("SHMSOCK_PUBLISH", ""), "SHMSOCK_PUBLISH"
+    )
+
+
+def may_be_published(address: Address) -> bool:
+    """Can this be an address by which other machines know one?"""
+    return not (
+        address.is_loopback
+        or address.is_unspecified
+        or address.is_multicast
+        or address.is_link_local
+        or address == _BROADCAST
+    )
+
+
+_BROADCAST = ipaddress.IPv4Address("255.255.255.255")
+
+
+def packed(address: Address) -> bytes:
+    """Return an address as 16 bytes, one of IPv4 as ::ffff:a.b.c.d."""
+    return address.packed if address.version == 6 else bytes(10) + b"\xff\xff" + address.packed
+
+
+def unpacked(raw: bytes) -> Address:
+    """Undo packed()."""
+    address = ipaddress.IPv6Address(raw)
+    return address.ipv4_mapped or address
+
+
+@functools.lru_cache(maxsize=1024)
+def parsed_address(host: str) -> Address | None:
+    """Return the address that a host is; None for a name. One with a scope (fe80::1%eth0) is nobody else's,
+    and none."""
+    try:
+        return unpacked(packed(ipaddress.ip_address(host))) if "%" not in host else None
+    except ValueError:
+        return None
 
 
 def _trimmed(name: str) -> str:

@@ -51,6 +51,7 @@ __all__ = [
     "no_listeners",
     "node_closed",
     "not_local",
+    "not_published",
     "other_memory",
     "peer_gone",
     "peer_silent",
@@ -234,6 +235,12 @@ def not_local(name: object, port: int, locks: bool) -> ConnectionRefusedError:
         f"proven by locks, and {why}: have it listen for all peers (host None), or attach both to one file "
         "under one kernel",
     )
+
+
+def not_published(address: object, port: int) -> ConnectionRefusedError:
+    """Nobody who publishes that address, or those of several machines, or none of them listens there."""
+    what = f"no peer publishes {address} and listens on port {port} (`shmsock info` shows both)"
+    return ConnectionRefusedError(errno.ECONNREFUSED, what)
 
 
 def name_malformed(why: object) -> socket.gaierror:

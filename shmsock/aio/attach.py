@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import errno
 import logging
 import operator
 import os
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from shmsock import address, region
 from shmsock.aio.driver import Loop, slowness
 from shmsock.aio.node import Node
+from shmsock.aio.publisher import Publisher, own_addresses
 from shmsock.engine import layout as lay
 from shmsock.engine.attach import PATIENCE_S, claim_section, name_taken, release_claim
 from shmsock.engine.engine import Engine
@@ -39,13 +41,16 @@ from shmsock.wakeup import Heartbeat
 if TYPE_CHECKING:
     from shmsock.aio.trio_loop import TrioFuture
 
-__all__ = ["attach", "current_node", "on_current_node", "prepare_region"]
+__all__ = ["attach", "current_node", "node_if_any", "on_current_node", "prepare_region"]
 
 T = TypeVar("T")
 log = logging.getLogger("shmsock")
 # A task while the node is being made, then a weak reference: the loop itself keeps its node alive.
 _Mine = dict[str | bytes, "asyncio.Task[Node] | TrioFuture | weakref.ref[Node]"]
 _implicit: weakref.WeakKeyDictionary[Loop, _Mine] = weakref.WeakKeyDictionary()
+# When it may be tried again to attach for who can do without; 0: at any time, as there was no region.
+_tries: weakref.WeakKeyDictionary[Loop, dict[str | bytes, float]] = weakref.WeakKeyDictionary()
+ATTACH_S, RETRY_S = 2.0, 10.0
 # Loops in several threads share it. A WeakSet cannot be iterated by one thread while another adds to it; a
 # plain set can be copied by list(), during which no other thread runs.
 _nodes: set[weakref.ref[Node]] = set()
@@ -127,6 +132,7 @@ async def _make(
     if us.pin is None:
         us = replace(us, pin=address.default_pin())
     section = address.default_section() if section is None else operator.index(section)
+    ranges = address.default_publish()
     loop, rng = _running_loop(), random.SystemRandom()
     for old in _all_nodes():
         if old.loop.is_closed():
@@ -213,6 +219,7 @@ async def _make(
             locks=opened,
             doorbell=opened.doorbell if us.doorbells else None,
             futex=futex,
+            addresses=own_addresses(ranges) if ranges else (),
             now_ns=memory.core.lib.sh_clock(),
         )
         try:
@@ -226,6 +233,8 @@ async def _make(
                 )
             )
             node = Node(opened, engine, keepers[0], loop, slow)
+            if ranges:
+                node.publisher = Publisher(engine, loop, node.context, ranges)
         except BaseException:
             for heartbeat in keepers:
                 heartbeat.stop()
@@ -357,6 +366,39 @@ async def current_node(url: str | None = None, name: str | None = None, *, liste
             "another"
         )
     return node
+
+
+async def node_if_any(url: str | None = None) -> Node | None:
+    """Return the implicit node of the running loop, for those who can do without. None, and one warning, when
+    there is no region (none is made), no section free, or any other reason that it cannot be attached: later
+    calls try again, and only the first waits for it, up to ATTACH_S."""
+    node = _known(url, None)
+    if node is not None:
+        return node
+    loop = asyncio.get_running_loop()
+    tries, key = _tries.setdefault(loop, {}), _key(url)
+    if loop.time() < tries.get(key, 0):
+        return None
+    first = key not in tries
+    error: BaseException | None
+    if region.is_missing(url):
+        error = region_error(errno.ENOENT, "there is none yet")
+    else:
+        made = asyncio.ensure_future(current_node(url))
+        await asyncio.wait([made], timeout=0 if tries.get(key) else ATTACH_S)
+        if not made.done():
+            made.add_done_callback(lambda made: made.cancelled() or made.exception())
+            error = TimeoutError("attaching takes long: it goes on")
+        elif (error := made.exception()) is None:
+            tries.pop(key, None)
+            return made.result()
+        elif not isinstance(error, OSError):
+            raise error
+        tries[key] = loop.time() + RETRY_S
+    if first:
+        log.warning("region %s: %s; TCP is used", url or region.default_url(), error)
+    tries.setdefault(key, 0)
+    return None
 
 
 def on_current_node(

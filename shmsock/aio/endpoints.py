@@ -12,7 +12,7 @@ from asyncio.streams import _DEFAULT_LIMIT  # type: ignore[attr-defined]
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, SupportsIndex
 
-from shmsock.address import port_number
+from shmsock.address import Address, port_number
 from shmsock.aio.attach import current_node, on_current_node
 from shmsock.aio.node import Node
 from shmsock.aio.pseudosocket import Duplicate
@@ -30,6 +30,7 @@ from shmsock.engine.connection import Connection
 
 __all__ = ["create_connection", "create_server", "open_connection", "start_server"]
 
+Otherwise = Callable[[OSError], Awaitable[tuple[Any, Any]]]
 _NO_SOCKETS = (
     "sock= is for kernel sockets: give host and port, the name of a peer and a port of it; a connection of "
     'this package goes on with the dup() of its get_extra_info("socket")'
@@ -38,7 +39,7 @@ _NO_SOCKETS = (
 
 async def create_connection(
     protocol_factory: Callable[[], asyncio.BaseProtocol],
-    host: str | int | None = None,
+    host: str | int | Address | None = None,
     port: int | None = None,
     *,
     ssl: _ssl.SSLContext | bool | None = None,
@@ -58,15 +59,18 @@ async def create_connection(
     node: Node | None = None,
     numeric: bool = False,
     seen_as: Any = None,
+    otherwise: Otherwise | None = None,
 ) -> tuple[Any, Any]:
     """Connect to `port` of the peer named `host`, as loop.create_connection() does over TCP.
 
-    `host`: a peer's name, a section number, or None or "localhost" for this machine. `sock`, instead of host
+    `host`: a peer's name, a section number, an address that a peer publishes (of the module ipaddress), or
+    None or "localhost" for this machine. `sock`, instead of host
     and port: the dup() of a connection's get_extra_info("socket"); that connection goes on under this
     protocol, and its transport is closed. `local_addr`: only its port counts. `ssl`, `server_hostname` and
     the timeouts, in seconds, are asyncio's. `region`, `name`: see attach(); the implicit node of this loop is
     used, unless `node` is given. `numeric`: the transport tells internet addresses instead of names,
-    `seen_as`: this one of the peer.
+    `seen_as`: this one of the peer. `otherwise`: another way to connect; it is given what this one failed
+    with before any protocol was made, and what it returns is returned.
     `family`, `proto`, `flags` and what is about several addresses are accepted and mean nothing.
 
     Returns (transport, protocol). Raises socket.gaierror (nobody has the name), ConnectionRefusedError
@@ -87,9 +91,14 @@ async def create_connection(
     local_port, number = port_number(local_addr[1]) if local_addr else 0, port_number(port)
 
     async def connect(on: Node) -> tuple[Node, Connection]:
-        return on, await on.connect(host, number, local_port)
+        return on, await on.connect(host, number, local_port, impatient=otherwise is not None)
 
-    on, conn = await on_current_node(node, region, name, connect)
+    try:
+        on, conn = await on_current_node(node, region, name, connect)
+    except OSError as error:
+        if otherwise is None:
+            raise
+        return await otherwise(error)
     waiter = on.loop.create_future()
     try:
         protocol, below = _protocols(protocol_factory, tls, waiter)

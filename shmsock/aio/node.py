@@ -15,6 +15,7 @@ from typing import Any
 
 from shmsock.address import is_any, is_local, normalize_name
 from shmsock.aio.driver import Driver, Loop, Opening
+from shmsock.aio.publisher import Publisher
 from shmsock.aio.watch import Watch
 from shmsock.engine import layout as lay
 from shmsock.engine.connection import Connection, State
@@ -54,6 +55,7 @@ class Node:
         self.servers: set[Any] = set()
         self._flushed: asyncio.Future[None] | None = None
         self.guard: Any = None  # what detaches an implicit node when its loop ends
+        self.publisher: Publisher | None = None
         bell = region.doorbell if engine.settings.doorbells else None
         self._driver = Driver(engine, heartbeat, loop, bell, slow, self, self.flushed)
         self.pump = self._driver.pump
@@ -97,12 +99,15 @@ class Node:
         port: int,
         local_port: int = 0,
         meanwhile: Callable[[Connection], object] = lambda conn: None,
+        *,
+        impatient: bool = False,
     ) -> Connection:
-        """Connect to `port` of `host`: a peer's name, a section number, or None or "localhost" for this
-        machine.
+        """Connect to `port` of `host`: a peer's name, a section number, a published address, or None or
+        "localhost" for this machine.
 
         `local_port`: the own port; 0: one is chosen. `meanwhile` is called with each connection that was
-        asked for, before its answer. Returns an open connection of the engine. Raises what find() does,
+        asked for, before its answer. `impatient`: a peer whose beat stands still for a quarter of a second is
+        not waited for. Returns an open connection of the engine. Raises what find() does,
         OSError (ENOBUFS) when there is no slot or no memory for a ring, ConnectionResetError when the peer
         goes away.
 
@@ -126,6 +131,8 @@ class Node:
                 meanwhile(conn)
                 if not self._is_answered(conn):
                     self.check()
+                    if impatient:
+                        self.engine.hasten(conn)
                     await opening.answered(self.loop)
                 self.engine.check()  # closed just now?
                 return conn
@@ -139,6 +146,9 @@ class Node:
                 if self.engine.alive:
                     conn.close()  # the peer that has accepted it sees an end
                 raise
+            finally:
+                if impatient:
+                    self.engine.impatient.discard(conn)
 
     def _is_answered(self, conn: Connection) -> bool:
         """Is the connection open, maybe after a spin? A peer whose loop is awake answers before ours has
@@ -231,6 +241,8 @@ class Node:
             steps.callback(self._end_transports)
             if not self.loop.is_closed():
                 steps.callback(self._driver.stop)
+            if self.publisher is not None:
+                steps.callback(self.publisher.close)
 
     def _end_transports(self) -> None:
         for transport in list(self.transports):
@@ -282,13 +294,15 @@ class Node:
         or None, `doorbell_lost` why there is none any more.
 
         `names` are those of the peers that are there, `peers` their number, this one included; `alone`:
-        nobody else was ever seen. `region_replaced` says what became of the file or device when a process
-        that attaches now gets another one or none, else "". `state` is "attached", "down" or "closed".
+        nobody else was ever seen. `published`: the own addresses that others may connect to.
+        `region_replaced` says what became of the file or device when a process that attaches now gets
+        another one or none, else "". `state` is "attached", "down" or "closed".
         """
         counts: dict[str, Any] = dict(self.engine.statistics())
         counts["name"], counts["section"], counts["region"] = self.name, self.section, self.region.url
         counts["names"] = sorted(self.engine.peers.names()) if self.engine.alive else []
         counts["alone"] = self.engine.peers.alone
+        counts["published"] = [str(address) for address in self.engine.published]
         self.watch.look()
         counts["region_replaced"] = str(self.watch)
         counts["state"] = "closed" if self.closed else "attached" if self.engine.alive else "down"

@@ -131,10 +131,10 @@ class ShmTransport(FlowControl, asyncio.Transport):
         if name == "sslcontext":  # asyncio's streams ask for it each time
             return default
         if self._extra is None:
-            local, remote = self.conn.local, self.conn.remote
-            if self._numeric:
-                local, remote = names.shown(self.node, local, remote, self._numeric)
-            self._extra = {"peername": remote, "sockname": local, "shmsock_node": self.node}
+            ends = self.conn.local, self.conn.remote
+            local, remote = names.shown(self.node, *ends, self._numeric) if self._numeric else ends
+            self._extra = {"peername": remote, "sockname": local, "shmsock_path": "shm"}
+            self._extra["shmsock_node"] = self.node
         extra = self._extra
         if name == "socket" and name not in extra:
             extra[name] = stream_socket(self, self._server.inherited if self._server else {})

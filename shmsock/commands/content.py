@@ -58,6 +58,8 @@ class Section:
     futex: bool = False
     """Do peers under its kernel kick it by a futex? With neither, it polls."""
     ports: list[int] = field(default_factory=list)
+    addresses: list[str] = field(default_factory=list)
+    """Internet addresses of its machine, as it publishes them."""
     connections: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -182,6 +184,7 @@ def _section(layout: Layout, first: Seen, now: Seen, boot: bytes) -> Section:
         doorbell={"id": bell[0], "vectors": bell[1]} if bell else None,
         futex=shown and who is not None and bool(who.flags & lay.FLAG_FUTEX),
         ports=sorted({port for port, _ in layout.listener_entries(now.section)}) if shown else [],
+        addresses=sorted(map(str, layout.published(now.section, now.life)[1])) if shown else [],
         connections=_connections(layout, now.section) if shown else [],
     )
 

@@ -193,8 +193,11 @@ def section_table(content: Content) -> Table | None:
     names = {section.number: section.name for section in content.sections}
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("    section", justify="right")
+    published = any(section.addresses for section in rows)
     for column in ("state", "name", "pid", "boot", "woken by", "listens on", "connections"):
         table.add_column(column, overflow="fold")
+    if published:
+        table.add_column("publishes", overflow="fold")
     for section in rows:
         state = Text(section.state, style=COLOURS.get(section.state, "dim"))
         boot = (section.boot or "")[:8] + (" (here)" if section.here else "")
@@ -207,6 +210,7 @@ def section_table(content: Content) -> Table | None:
             _woken_by(section),
             _ports(section),
             _connections(section, names),
+            *([", ".join(section.addresses)] if published else []),
         )
     return table
 

@@ -15,9 +15,10 @@ Each part is given those that it uses, and knows none above it.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from shmsock.address import Address
 from shmsock.engine import layout as lay
 from shmsock.engine.attach import Claim, Locks
 from shmsock.engine.connection import STALE, Connection, State
@@ -70,10 +71,11 @@ class Engine:
         locks: Locks | None = None,
         doorbell: Doorbell | None = None,
         futex: bool = False,
+        addresses: Sequence[Address] = (),
         now_ns: int = 0,
     ) -> None:
         """Attach to the section of `claim`. `storage`: of a file with holes. `watch`: see Links. `futex`:
-        words of this mapping can be waited for."""
+        words of this mapping can be waited for. `addresses`: see publish()."""
         us = settings or Settings()
         self.home = home = Home(layout, claim.section, identity.name, us, rng or random.SystemRandom())
         self.claim, self.section, self.name, self.settings = claim, home.section, home.name, us
@@ -111,26 +113,38 @@ class Engine:
         self._told_alone = False
         self._next_safety = now_ns + SAFETY_NS
         self._sample_at(now_ns)
-        self._attach(identity, now_ns)
+        #: Connections that are being opened, and that are not worth waiting for when the peer is silent.
+        self.impatient: set[Connection] = set()
+        self.published: Sequence[Address] = ()
+        self._changes = 0
+        self._attach(identity, addresses, now_ns)
 
     def _ports_of_connections(self) -> set[int]:
         return {conn.local[1] for conn in self.connections.values()}
 
     # -- life
 
-    def _attach(self, identity: Identity, now_ns: int) -> None:
+    def _attach(self, identity: Identity, addresses: Sequence[Address], now_ns: int) -> None:
         lib, us = self.lib, self.settings
         lib.sh_node_claim(self.nd, self.claim.word)
         lib.sh_node_settings(self.nd, us.hold_us * 1000, us.busy_poll_us * 1000, 1000)
         at = self.layout.section(self.section)
         self.memory.store(at + lay.STATE, 0)  # a former life's must not vouch for what is half written
-        life = self.home.rng.getrandbits(63) | 1
+        self._life = life = self.home.rng.getrandbits(63) | 1
         self.layout.write_identity(self.section, replace(identity, claim=self.claim.word), life)
+        self.publish(addresses)
         self.wakes.announce()
         self.links.start()
         self.memory.fence()
         self.memory.store(at + lay.STATE, lay.LIVE)
         self.peers.refresh_all(now_ns)
+
+    def publish(self, addresses: Sequence[Address]) -> None:
+        """Say that these are addresses of this machine: others that know nothing but such an address may
+        connect through memory. Only the first few are told (layout.ADDRESSES)."""
+        self.published, self._changes = addresses[: lay.ADDRESSES], self._changes + 1
+        if self.home.alive and not self.home.is_inert():
+            self.layout.publish(self.section, self._life, self._changes, self.published)
 
     def left_server(self, ids: list[int], now_ns: int) -> None:
         """Take in that the ivshmem server says these peers of it are gone."""
@@ -338,6 +352,7 @@ class Engine:
         self._find_others(now_ns)
         # Each sample wakes a loop that sleeps: often only while somebody is in doubt.
         watchful = orphans or self.links.late or self._strangers(now_ns) or self.peers.doubtful or to_bury
+        watchful = watchful or self.impatient
         self._sample_at(now_ns + (SAMPLE_NS if watchful else self._sample_ns))
 
     def _bury(self, now_ns: int) -> bool:
@@ -351,7 +366,9 @@ class Engine:
 
     def _find_others(self, now_ns: int) -> None:
         """Tell connections that wait for the answer of a peer whose beat stands still, when another of that
-        name has the port and beats: that one can be asked."""
+        name has the port and beats: that one can be asked. Those that are impatient have another way."""
+        for conn in [c for c in self.impatient if self.peers.stale(self.peers[c.peer], now_ns)]:
+            self.home.emit(conn.silent)
         for peer in self.peers.some:
             if not self.peers.stale(peer, now_ns):
                 continue
@@ -387,6 +404,11 @@ class Engine:
         name has it."""
         self.check()
         return self.listeners.open(port, backlog, reuse_port, local_only)
+
+    def hasten(self, conn: Connection) -> None:
+        """Look often whether the peer beats, until the caller takes the connection out of `impatient`."""
+        self.impatient.add(conn)
+        self._sample_soon(self.home.now())
 
     def statistics(self) -> dict[str, int]:
         """Return the counters since attach, and what is held now, by name."""

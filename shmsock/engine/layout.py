@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from shmsock.address import Address, may_be_published, packed, unpacked
 from shmsock.engine.memory import Memory
 from shmsock.errors import format_error, region_error
 from shmsock.native._core import lib
@@ -56,6 +57,10 @@ LEFT: int = lib.SH_SECTION_LEFT
 DOORBELL: int = lib.SH_SECTION_DOORBELL
 RESERVED: int = lib.SH_SECTION_RESERVED
 OWNER: int = lib.SH_SECTION_OWNER
+PUBLISHED: int = lib.SH_SECTION_PUBLISHED
+ADDRESS: int = lib.SH_SECTION_ADDRESS
+ADDRESSES: int = lib.SH_ADDRESSES
+PUBLISHING: int = lib.SH_PUBLISHING
 LISTENER: int = lib.SH_SECTION_LISTENER
 NOTIFY_SEQ: int = lib.SH_PAIR_NOTIFY_SEQ
 OUTBOX: int = lib.SH_PAIR_OUTBOX
@@ -232,6 +237,36 @@ class Layout:
             file=(word(DEV), word(INO)),
             claim=word(OWNER),
         )
+
+    def published_word(self, index: int) -> int:
+        """Return what changes with the addresses that a section publishes: to be compared only."""
+        return self.memory.load(self.section(index) + PUBLISHED)
+
+    def published(self, index: int, life: int) -> tuple[int, frozenset[Address]]:
+        """Return published_word(), and the addresses that the section's owner publishes in that life: none
+        while they are being written, and none that cannot be a machine's for others."""
+        memory, at = self.memory, self.section(index)
+        word = memory.load(at + PUBLISHED)
+        count = word & 0xFF
+        if word >> 32 != life & 0xFFFFFFFF or not 0 < count <= ADDRESSES:
+            return word, frozenset()
+        raw = memory.read(at + ADDRESS, 16 * count)
+        memory.fence()  # the copy, and then the word again
+        if memory.load(at + PUBLISHED) != word:
+            return word, frozenset()
+        found = (unpacked(raw[i : i + 16]) for i in range(0, len(raw), 16))
+        return word, frozenset(filter(may_be_published, found))
+
+    def publish(self, index: int, life: int, changes: int, addresses: Sequence[Address]) -> None:
+        """Publish the first ADDRESSES of these in the own section. `changes`: another number each time."""
+        memory, at, some = self.memory, self.section(index), addresses[:ADDRESSES]
+        word = (life & 0xFFFFFFFF) << 32 | (changes & 0xFFFFFF) << 8
+        memory.store(at + PUBLISHED, word | PUBLISHING)
+        memory.fence()
+        if some:
+            memory.write(at + ADDRESS, b"".join(map(packed, some)))
+        memory.fence()
+        memory.store(at + PUBLISHED, word | len(some))
 
     def write_identity(self, index: int, who: Identity, incarnation: int) -> None:
         memory, at = self.memory, self.section(index)

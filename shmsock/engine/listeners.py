@@ -6,9 +6,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from errno import EADDRINUSE
+from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
-from shmsock.address import is_local, normalize_name
+from shmsock.address import Address, is_local, normalize_name
 from shmsock.engine import layout as lay
 from shmsock.engine.home import Home
 from shmsock.engine.peers import Peer, Peers
@@ -17,6 +18,7 @@ from shmsock.errors import (
     name_unknown,
     no_listeners,
     not_local,
+    not_published,
     pinned,
     port_refused,
     port_taken,
@@ -34,6 +36,9 @@ DATAGRAM: int = lib.SH_LISTEN_DATAGRAM
 EPHEMERAL = 32768
 PATIENCE, PATIENCE_NS = 20000, 3_000_000  # tries, and time: the loop stands still meanwhile
 REMEMBERED = 256
+
+
+_ADDRESSES = (IPv4Address, IPv6Address)
 
 
 def _key(port: int, datagram: bool) -> int:
@@ -109,7 +114,7 @@ class Listeners:
         #: The peer that was found for (host, port, datagram), its incarnation, and the entry of the port.
         self._found: dict[Any, tuple[Peer, int, int]] = {}
         #: The section that was asked last for (name, port), where several have it.
-        self._asked: dict[tuple[str | None, int], int] = {}
+        self._asked: dict[tuple[str | Address | None, int], int] = {}
 
     def __iter__(self) -> Iterator[Listener]:
         return (listener for group in list(self.mine.values()) for listener in group)
@@ -248,14 +253,14 @@ class Listeners:
         return listener
 
     def elsewhere(
-        self, name: str | None, port: int, *, exclude: tuple[int, ...] = (), datagram: bool = False
+        self, name: str | Address | None, port: int, *, exclude: tuple[int, ...] = (), datagram: bool = False
     ) -> tuple[list[Peer], bool]:
-        """List the peers of that name (None: of this machine) that listen on `port`; tell also whether
-        anybody has the name at all."""
+        """List the peers of that name (None: of this machine), or with that published address, that listen on
+        `port`; tell also whether anybody has the name at all."""
         peers, now_ns = self.peers, self.home.now()
         peers.refresh_all(now_ns)
         while True:
-            named = peers.named(name)
+            named = self._published(name, now_ns) if isinstance(name, _ADDRESSES) else peers.named(name)
             found = [p for p in named if p.section not in exclude and self.reachable(p, port, datagram)]
             if found or not peers.came_back(now_ns):
                 break
@@ -263,6 +268,11 @@ class Listeners:
             # whose beat moved last comes first: a dead namesake, until it is known to be dead, is tried last
             found.sort(key=lambda p: min(p.samples, 3))
         return found, bool(named)
+
+    def _published(self, address: Address, now_ns: int) -> list[Peer]:
+        """List the peers that publish the address; none when those of several machines do."""
+        found = self.peers.claiming(address, now_ns)
+        return found if self.peers.of_one_machine(found) else []
 
     def find(
         self,
@@ -273,9 +283,10 @@ class Listeners:
         datagram: bool = False,
         takes_turn: bool = True,
     ) -> Peer:
-        """Find the peer to ask for (host, port): a section's owner, a peer of that name, or (None, localhost)
-        one of this machine. Several that have the port (reuse_port) take turns, unless it is for datagrams
-        or nobody is going to be asked now (`takes_turn`). Raises socket.gaierror, ConnectionRefusedError."""
+        """Find the peer to ask for (host, port): a section's owner, a peer of that name, one that publishes
+        that address, or (None, localhost) one of this machine. Several that have the port (reuse_port) take
+        turns, unless it is for datagrams or nobody is going to be asked now (`takes_turn`). Raises
+        socket.gaierror, ConnectionRefusedError."""
         if isinstance(host, int) and not isinstance(host, bool):
             now_ns = self.home.now()
             self.peers.refresh_all(now_ns)
@@ -291,9 +302,15 @@ class Listeners:
             key = (host, port)
         if key in self._found and (known_peer := self._still(key)):
             return known_peer
-        name = None if self.is_own_machine(host) else self.peer_name(host)
+        name: str | Address | None = None
+        if isinstance(host, _ADDRESSES):
+            name = host
+        elif not self.is_own_machine(host):
+            name = self.peer_name(host)
         found, known = self.elsewhere(name, port, exclude=exclude, datagram=datagram)
         if not found:
+            if isinstance(name, _ADDRESSES):
+                raise not_published(name, port)
             raise self._not_found(host, name, port, known, datagram)
         peer, entry = found[0], self.entry(found[0], port, datagram)
         # Of several another is to be asked next. 0: it stopped listening just now.
@@ -311,7 +328,7 @@ class Listeners:
             return best[0]
         return self.home.rng.choice(best) if datagram or not takes_turn else self._next((name, port), best)
 
-    def _next(self, key: tuple[str | None, int], peers: list[Peer]) -> Peer:
+    def _next(self, key: tuple[str | Address | None, int], peers: list[Peer]) -> Peer:
         """Choose the one behind the last that was asked, in the order of sections; the first time any, or
         all clients would begin with the same."""
         last = self._asked.get(key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from shmsock.address import Address
 from shmsock.engine import layout as lay
 from shmsock.engine.attach import Locks
 from shmsock.engine.home import Home
@@ -34,6 +35,8 @@ class Peer:
         self.here = False  # was live, and sample() has not returned it as gone yet
         self.watched = False  # the heartbeat was asked to watch its lock
         self.doorbell: tuple[int, int] | None = None  # id and vectors, as it says
+        self.addresses: frozenset[Address] = frozenset()  # of its machine, as it says; see Peers.claiming()
+        self.published = (0, 0)  # the life and the word that they were read of
         #: life, live or coming, and its doorbell, as `changed` was last told of
         self.told: tuple[object, ...] = (0, False, None)
         self.forsaken = False  # the server says that its id is gone: dead, if its beat is still as well
@@ -249,6 +252,27 @@ class Peers:
             and (not here or self._may_be_here(p))
             and not self.killed(p)
         ]
+
+    def claiming(self, address: Address, now_ns: int) -> list[Peer]:
+        """List the live peers that publish this address, own section included, but for those whose beat
+        stands still."""
+        return [
+            p
+            for p in self.some
+            if p.live and address in self._addresses(p) and not self.stale(p, now_ns) and not self.killed(p)
+        ]
+
+    def _addresses(self, peer: Peer) -> frozenset[Address]:
+        now = (peer.incarnation, self.layout.published_word(peer.section))
+        if now != peer.published:
+            word, peer.addresses = self.layout.published(peer.section, peer.incarnation)
+            peer.published = peer.incarnation, word
+        return peer.addresses
+
+    def of_one_machine(self, peers: list[Peer]) -> bool:
+        """Do all of these say that they run under one kernel? Several machines may not have one address."""
+        boots = {p.who.boot_id if p.who else b"" for p in peers}
+        return len(peers) < 2 or (len(boots) == 1 and bytes(16) not in boots)
 
     def killed(self, peer: Peer) -> bool:
         """Is it proven dead by its lock, whatever its beat says?"""

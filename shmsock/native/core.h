@@ -23,6 +23,8 @@ enum sh_limit {
     SH_VIOLATIONS = 3,   /* so many are too many */
     SH_KEPT_FOR_LITTLE = 8, /* one of so many parts of a section is kept for those who hold little of it */
     SH_LISTENERS = 448,  /* of a section */
+    SH_ADDRESSES = 6,    /* published in a section, at most */
+    SH_PUBLISHING = 255, /* for their number: they are being written */
     SH_MIN_RING = 512,
     SH_MAX_RING = 1 << 30,
     SH_EPOCH_LEAD = 7, /* how far a ring's epoch may be ahead of what its reader knows, modulo 16: so many rings may be outgrown */
@@ -37,7 +39,8 @@ enum sh_section_at {
     SH_SECTION_INCARNATION = 0x0c0, SH_SECTION_STATE = 0x0c8, SH_SECTION_LISTENERS = 0x0d0, SH_SECTION_FLAGS = 0x0d8, SH_SECTION_SLOTS_USED = 0x0e0,
     SH_SECTION_NAME = 0x100, SH_SECTION_MACHINE_ID = 0x140, SH_SECTION_BOOT_ID = 0x150, SH_SECTION_PID = 0x160,
     SH_SECTION_DEV = 0x168, SH_SECTION_INO = 0x170, SH_SECTION_LEFT = 0x178, SH_SECTION_DOORBELL = 0x180,
-    SH_SECTION_RESERVED = 0x188, SH_SECTION_OWNER = 0x190, SH_SECTION_LISTENER = 0x200, SH_SECTION_SIZE = 4096
+    SH_SECTION_RESERVED = 0x188, SH_SECTION_OWNER = 0x190, SH_SECTION_PUBLISHED = 0x198, SH_SECTION_ADDRESS = 0x1a0,
+    SH_SECTION_LISTENER = 0x200, SH_SECTION_SIZE = 4096
 };
 enum sh_pair_at { SH_PAIR_NOTIFY_SEQ = 0x00, SH_PAIR_KICKED_FOR = 0x08, SH_PAIR_LOG = 0x10, SH_PAIR_ENDED_NAP = 0x30, SH_PAIR_OUTBOX = 0x40, SH_PAIR_INBOX = 0x80, SH_PAIR_USERS = 0xc0, SH_PAIR_SIZE = 0x100 };
 enum sh_slot_at { SH_SLOT_LINK = 0x00, SH_SLOT_RING = 0x08, SH_SLOT_TX_WORD = 0x40, SH_SLOT_RX_WORD = 0x80, SH_SLOT_SIZE = 192 };

@@ -47,7 +47,8 @@ struct sh_section { /* first page of a section */
     uint64_t doorbell; /* id:32 | vectors:32 of the owner's ivshmem doorbell; 0: it has none */
     uint64_t reserved1;
     uint64_t owner; /* claim word under which this identity was written */
-    uint8_t pad4[104];
+    uint64_t published; /* half of the incarnation:32 | changes:24 | addresses that follow:8; SH_PUBLISHING: being written */
+    uint8_t address[SH_ADDRESSES][16]; /* of the owner's machine, IPv4 as ::ffff:a.b.c.d */
     uint64_t listener[SH_LISTENERS]; /* port:16 | SH_LISTEN_* << 16 */
 };
 
@@ -123,6 +124,8 @@ SH_AT(section, left, SECTION_LEFT);
 SH_AT(section, doorbell, SECTION_DOORBELL);
 SH_AT(section, reserved1, SECTION_RESERVED);
 SH_AT(section, owner, SECTION_OWNER);
+SH_AT(section, published, SECTION_PUBLISHED);
+SH_AT(section, address, SECTION_ADDRESS);
 SH_AT(section, listener, SECTION_LISTENER);
 SH_SIZE(section, SECTION_SIZE);
 SH_AT(pair, notify_seq, PAIR_NOTIFY_SEQ);

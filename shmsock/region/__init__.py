@@ -29,6 +29,7 @@ __all__ = [
     "create_file",
     "default_url",
     "find_devices",
+    "is_missing",
     "open",
     "open_default",
     "open_file",
@@ -83,6 +84,12 @@ def default_url(environ: Mapping[str, str] | None = None, *, sysfs: str = pci.SY
     """
     chosen = (os.environ if environ is None else environ).get("SHMSOCK_REGION", "")
     return chosen or ("pci:auto" if find_devices(sysfs) else f"file:{default_region()}")
+
+
+def is_missing(url: Url | None = None) -> bool:
+    """Is it a file, and not there? Then nobody can be in it. Raises RegionUrlError."""
+    kind, argument = parse_url(url) if url is not None else _parse_default(pci.SYSFS)
+    return kind == "file" and not os.path.exists(argument)
 
 
 def open(

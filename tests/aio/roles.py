@@ -61,6 +61,30 @@ async def serve(region: str, name: str, port: int = 7000) -> None:
         server.close()
 
 
+async def both(region: str, name: str, ips: list[str], port: int = 7000) -> None:
+    """Answers each line, over TCP and through memory alike, with the way that it came; until it hears one."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        path = writer.get_extra_info("shmsock_path", "tcp")
+        try:
+            while line := await reader.readline():
+                writer.write(path.encode() + b" " + line)
+                await writer.drain()
+        except ConnectionError:
+            pass
+        writer.close()
+
+    tcp = await asyncio.start_server(answer, ips, port)
+    async with shmsock.attach(region, name=name) as node:
+        server = await shmsock.start_server(answer, None, port, node=node)
+        say("ready")
+        await hear()
+        server.close()
+        say("left")
+    await hear()
+    tcp.close()
+
+
 async def as_before(node: shmsock.Node, before: list[int]) -> None:
     """Say so when nothing of its connections is left (what has no event of its own)."""
     for _ in range(6000):
