@@ -178,8 +178,9 @@ class NoFastPath:
     def receive(self, protocol: Any, context: contextvars.Context, buffered: bool = False) -> None:
         """Do nothing: the transport delivers."""
 
-    def hang_up(self) -> None:
+    def hang_up(self) -> bool:
         """Do nothing: Connection.close() does it."""
+        return False
 
     def detach(self) -> None:
         """Do nothing."""

@@ -568,8 +568,8 @@ class ShmTransport(FlowControl, asyncio.Transport):
         asked for, session tickets say, for which the peer's program shall not lose what it has not read."""
         if self._duplicates:
             return
-        if self.conn.state is State.OPEN and (bits := self.fast_path.hang_up()) is not None:
-            return self.conn.closed(bits)
+        if self.conn.state is State.OPEN and self.fast_path.hang_up():
+            return self.conn.let_go()
         if self._read_eof or isinstance(self._protocol, SSLProtocol):
             left = False
         else:

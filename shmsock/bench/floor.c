@@ -273,7 +273,7 @@ static void echo_client(struct end *e, double seconds)
     }
     if (memcmp(back, data, SMALL))
         fail("the echo differs from what was sent", 0);
-    sh_ep_shut(e->ep, 1, 0, 0);
+    sh_ep_finish(e->ep);
     printf("{\"count\": %u, \"p50_us\": %.3f, \"p99_us\": %.3f, \"p999_us\": %.3f, \"max_us\": %.3f}\n", times,
            percentile(500) / 1e3, percentile(10) / 1e3, percentile(1) / 1e3, (double)longest / 1e3);
 }
@@ -295,7 +295,7 @@ static void write_client(struct end *e, double seconds)
 
     for (; !count || sh_clock() < end; count += BLOCK)
         put(e, data, BLOCK);
-    sh_ep_shut(e->ep, 1, 0, 0);
+    sh_ep_finish(e->ep);
     if (take(e, (uint8_t *)&received, sizeof received, sizeof received) != sizeof received || received != count)
         fail("bytes that were not received", (long long)(count - received));
     printf("{\"bytes\": %llu, \"mb_s\": %.1f}\n", (unsigned long long)count, (double)count * 1e3 / (double)(sh_clock() - start));

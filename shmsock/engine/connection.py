@@ -1,9 +1,10 @@
 """One endpoint of a connection: its state, and the moves that both the user and the peer can make.
 
 Theory. A connection is two slots, one in each peer's section. A slot's owner writes its words, the other only
-reads them, so each side tells its own story and polls the other's. A side that has said DONE ("I will never
-again read your ring or write this connection") waits in CLOSING until the other says so too; a release is one
+reads them, so each side tells its own story and polls the other's. A slot whose side has said DONE ("I will
+never again read your ring or write this connection") is CLOSING until the other says so too; a release is one
 store, generation + 1, after which slot and ring are free for reuse, and which the other side reads as DONE.
+CLOSING is the core's alone (sh_ep_close): the Connection has let go of the slot, and is FREE.
 
     event                    OPENING                  OPEN                                   CLOSING
     ACCEPT, matches          -> OPEN, poll once       as stale                               as stale
@@ -16,7 +17,7 @@ store, generation + 1, after which slot and ring are free for reuse, and which t
     write_eof                -                        FIN                                    -
     close                    = cancel                 FIN+DONE -> CLOSING, poll once         -
     cut                      = cancel                 DONE without FIN -> CLOSING, poll once -
-    abort, violation         = cancel                 RST+DONE -> CLOSING, poll once         add RST
+    abort, violation         = cancel                 RST+DONE -> CLOSING, poll once         -
     peer FIN, all read       -                        EOF                                    -
     peer DONE                -                        writes fail; read to FIN, release      release
     peer RST, generation     -                        release, reset (*)                     release
@@ -101,10 +102,9 @@ class State(Enum):
     FREE = "FREE"
     OPENING = "OPENING"
     OPEN = "OPEN"
-    CLOSING = "CLOSING"
 
 
-FREE, OPENING, OPEN, CLOSING = State  # an attribute of an Enum takes as long as a call, before Python 3.12
+FREE, OPENING, OPEN = State  # an attribute of an Enum takes as long as a call, before Python 3.12
 
 
 class Link:
@@ -230,10 +230,6 @@ class Connection(Held):
             return bits
         if self.state is FREE:
             return 0
-        if self.state is CLOSING:
-            if bits & (RESET_BIT | BAD | DONE):
-                self.release()
-            return 0
         if bits & RESET_BIT:
             self.fail(ConnectionResetError(errno.ECONNRESET, f"connection reset by peer {self.remote}"))
         elif bits & BAD:
@@ -273,7 +269,7 @@ class Connection(Held):
     def finish(self) -> None:
         """Publish FIN behind what was written (write_eof)."""
         if self.state is OPEN:
-            self.home.lib.sh_ep_shut(self.ep, 1, 0, 0)
+            self.home.lib.sh_ep_finish(self.ep)
             self.home.stir()
 
     def close(self) -> None:
@@ -291,24 +287,22 @@ class Connection(Held):
     def _shut(self, rst: int, fin: int = 1) -> None:
         if self.state is OPENING or (self.state is OPEN and self.orphaned_ns):
             self.release()
-        elif self.state is not FREE and (self.state is OPEN or rst):
-            self.closed(self.home.lib.sh_ep_shut(self.ep, fin and 1 - rst, 1, rst))
-
-    def closed(self, bits: int) -> None:
-        """Note that DONE was published; `bits`: of the poll that followed."""
-        self.state = CLOSING
-        self.home.stir()
-        self.settle(bits)
+        elif self.state is OPEN:
+            self.let_go()
+            self.home.lib.sh_ep_close(self.ep, fin and 1 - rst, rst)
 
     def release(self) -> None:
-        """Go to FREE: slot and ring can be given to another connection."""
-        if self.state is FREE:
-            return
+        """Let go, and have slot and ring given to another connection."""
+        if self.state is not FREE:
+            self.let_go()
+            self.home.lib.sh_ep_release(self.ep)
+
+    def let_go(self) -> None:
+        """Go to FREE: the caller has the core close or release the slot."""
         self.state = FREE
         if self.handler is not None:
             self.handler.freed()  # `ep` may be another connection's after this
         self.slots.free(self)
-        self.home.lib.sh_ep_release(self.ep)
         self.home.stir()
 
     # -- bytes

@@ -124,3 +124,4 @@ class Links:
                 home.emit(conn.failed, went_away(peer.name) if peer.seen else silent)
             elif conn.state is OPEN:
                 home.emit(conn.ready, conn.settle(home.lib.sh_poll(conn.ep)))
+        home.lib.sh_end_closing(home.nd, section)

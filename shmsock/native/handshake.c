@@ -126,7 +126,7 @@ int64_t sh_ep_new(sh_node *nd, uint32_t peer, int accepted, int datagrams)
     ep->tail = ep->head_seen = ep->head = ep->tail_seen = 0;
     ep->flags = 0;
     ep->theirs = NULL;
-    ep->orphan = ep->waiting = 0;
+    ep->orphan = ep->waiting = ep->closing = 0;
     ep->outgrown = ep->rx_grown = 0;
     ep->turn_end_ns = 0;
     ep->drains = 0;
@@ -223,4 +223,32 @@ void sh_ep_release(sh_ep *ep)
     sh_set_remove(&nd->touched, ep->slot);
     ep->theirs = NULL;
     sh_slot_give(ep);
+}
+
+/* Publish DONE, with FIN or RST. The owner has let go of the slot: it is released as soon as the peer has said DONE, too, which is now, or in a pass. */
+void sh_ep_close(sh_ep *ep, int fin, int rst)
+{
+    if (!ep->theirs || !sh_may_write(ep->nd))
+        return;
+    sh_shut(ep, SH_DONE | (fin ? SH_FIN : 0) | (rst ? SH_RST : 0));
+    ep->closing = 1;
+    sh_ep_closing(ep, sh_poll(ep));
+}
+
+/* Act on the bits of a poll of a slot that its owner has let go of. */
+void sh_ep_closing(sh_ep *ep, int bits)
+{
+    if (bits & (SH_POLL_DONE | SH_POLL_RESET | SH_POLL_BAD))
+        sh_ep_release(ep);
+}
+
+/* The link to that peer ends: so do the slots that its owner has let go of. */
+void sh_end_closing(sh_node *nd, uint32_t peer)
+{
+    SH_EACH(slot, &nd->open) {
+        sh_ep *ep = &nd->eps[slot];
+
+        if (ep->closing && ep->peer == peer)
+            sh_ep_release(ep);
+    }
 }

@@ -116,7 +116,9 @@ static void take_toggle(sh_node *nd, struct sh_link *l, uint32_t slot, struct fo
     l->a[w] ^= SH_BIT(slot);
     sh_put(&l->a_out[w], l->a[w]);
     f->acked++;
-    if (open) {
+    if (open && nd->eps[slot].closing)
+        sh_set_add(&nd->later, slot); /* nobody waits for it: it ends no spin */
+    else if (open) {
         sh_set_add(&nd->ready, slot);
         f->ready++;
     }

@@ -75,6 +75,7 @@ struct sh_ep {
     uint64_t retry_ns;            /* when it is to be sent again */
     uint8_t orphan;               /* the peer is gone: what it published may still be read */
     uint8_t accepted;             /* the peer opened the connection */
+    uint8_t closing;              /* its owner has let go of it, and the peer has not said DONE yet */
     uint8_t may_grow;             /* a write that does not fit tries a larger ring */
     uint64_t ring_off;            /* where the own ring lies in the section */
     uint8_t outgrown;             /* rings before this one, from which the peer may still read: */
@@ -267,6 +268,7 @@ uint64_t sh_yield_at(sh_node *nd, uint64_t now);
 
 /* ---- ring.c; more in ring.h ---- */
 void sh_notify_slot(sh_node *nd, struct sh_link *l, uint32_t slot);
+void sh_shut(sh_ep *ep, uint64_t flags);
 int sh_refresh(sh_ep *ep);
 int sh_ring_of(sh_ep *ep, uint64_t ring, uint32_t least);
 /* Takes bytes out of a ring: copies what it wants of the n bytes from position `at` on (sh_copy_ring), and returns how many these are; negative:
@@ -289,6 +291,7 @@ int sh_message_recv(sh_node *nd, uint32_t peer, struct sh_message *m);
 void sh_message_done(sh_node *nd, uint32_t peer);
 void sh_ask_queue(sh_ep *ep);
 void sh_ask_dequeue(sh_ep *ep);
+void sh_ep_closing(sh_ep *ep, int bits);
 
 /* ---- connect.c ---- */
 void sh_ask_again(sh_node *nd, uint64_t now);

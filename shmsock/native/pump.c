@@ -48,12 +48,19 @@ static int pass(sh_node *nd, uint64_t *out, int max, uint64_t of, uint64_t now)
     nd->start = nd->start + 1 < nd->g.peers ? nd->start + 1 : 0;
     while (n < max && sh_set_any(&nd->ready)) { /* round and round, so that no slot is always last */
         int64_t slot = sh_set_next(&nd->ready, nd->next_ready);
+        sh_ep *ep;
+        int bits;
 
         nd->next_ready = slot == SH_NOBODY ? 0 : (uint64_t)slot + 1;
         if (slot == SH_NOBODY)
             continue;
         sh_set_remove(&nd->ready, (uint64_t)slot);
-        out[n++] = (uint64_t)nd->eps[slot].gen << 40 | (uint64_t)sh_poll_at(&nd->eps[slot], now) << 32 | SH_EV_SLOT << 24 | (uint64_t)slot;
+        ep = &nd->eps[slot];
+        bits = sh_poll_at(ep, now);
+        if (ep->closing)
+            sh_ep_closing(ep, bits);
+        else
+            out[n++] = (uint64_t)ep->gen << 40 | (uint64_t)bits << 32 | SH_EV_SLOT << 24 | (uint64_t)slot;
     }
     return n;
 }

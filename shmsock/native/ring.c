@@ -66,15 +66,19 @@ int sh_room(sh_ep *ep, uint32_t need, uint64_t wish)
     return r < 0 || (uint32_t)r >= need ? r : 0;
 }
 
-/* Publish FIN, DONE or RST. After DONE, poll once whether the peer has said it, too: returns what sh_poll() does, else 0. */
-int sh_ep_shut(sh_ep *ep, int fin, int done, int rst)
+/* Publish FIN, DONE or RST. */
+void sh_shut(sh_ep *ep, uint64_t flags)
 {
-    if (!ep->theirs || !sh_may_write(ep->nd))
-        return 0;
-    ep->flags = (ep->flags & ~SH_WANT) | (fin ? SH_FIN : 0) | (done ? SH_DONE : 0) | (rst ? SH_RST : 0);
+    ep->flags = (ep->flags & ~SH_WANT) | flags;
     sh_publish(ep);
     sh_notify_slot(ep->nd, ep->link, ep->peer_slot);
-    return done ? sh_poll(ep) : 0;
+}
+
+/* Publish FIN: nothing more is written. */
+void sh_ep_finish(sh_ep *ep)
+{
+    if (ep->theirs && sh_may_write(ep->nd))
+        sh_shut(ep, SH_FIN);
 }
 
 /* Published bytes that the peer has not read; 0 when nobody will ever read them. */

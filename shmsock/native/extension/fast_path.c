@@ -335,15 +335,16 @@ static PyObject *fast_path_put(FastPath *p, PyObject *data)
     return PyLong_FromLongLong(taken < 0 ? 0 : taken);
 }
 
-/* hang_up(): publish FIN and DONE, if all that came was read. Returns the bits of a poll; None: nothing was done. */
+/* hang_up(): publish FIN and DONE, and let go of the slot, if all that came was read. False: nothing was done. */
 static PyObject *fast_path_hang_up(FastPath *p, PyObject *unused)
 {
     int64_t there = p->ep->orphan ? SH_SLOW : sh_available(p->ep);
 
     (void)unused;
     if (there != SH_EMPTY && there != SH_EOF)
-        Py_RETURN_NONE;
-    return PyLong_FromLong(sh_ep_shut(p->ep, 1, 1, 0));
+        Py_RETURN_FALSE;
+    sh_ep_close(p->ep, 1, 0);
+    Py_RETURN_TRUE;
 }
 
 /* attach(reader, is_open): it reads in direct mode, if there is still a ring, and the pump may wake it from C. */
@@ -504,7 +505,7 @@ static PyMethodDef methods[] = {
     {"put", (PyCFunction)(void (*)(void))fast_path_put, METH_O, "Write, for a send(). How many bytes went into the ring; None: all, and the loop need not turn yet."},
     {"attach", (PyCFunction)(void (*)(void))fast_path_attach, METH_FASTCALL, "Let this reader take bytes from the ring, if the connection is open."},
     {"receive", (PyCFunction)(void (*)(void))fast_path_receive, METH_VARARGS, "Set the protocol that bytes are given to, its context, and whether it has a buffer of its own."},
-    {"hang_up", (PyCFunction)(void (*)(void))fast_path_hang_up, METH_NOARGS, "Publish FIN and DONE, if all that came was read. Returns the bits of a poll, or None."},
+    {"hang_up", (PyCFunction)(void (*)(void))fast_path_hang_up, METH_NOARGS, "Publish FIN and DONE, and let go of the slot, if all that came was read. False: nothing was done."},
     {"detach", (PyCFunction)(void (*)(void))fast_path_detach, METH_NOARGS, "Note that no reader and no protocol takes bytes any more."},
     {"forget", (PyCFunction)(void (*)(void))fast_path_forget, METH_NOARGS, "Forget the reader: the connection has another protocol now."},
     {NULL, NULL, 0, NULL},
