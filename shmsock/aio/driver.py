@@ -68,11 +68,10 @@ def slowness(call: Callable[[], int]) -> int:
 class Opening:
     """A connection that waits for its answer."""
 
-    def __init__(self, by_name: bool) -> None:
-        self.by_name = by_name
-        self.waiter: asyncio.Future[None] | None = None
-        self.error: OSError | None = None
-        self.early = False
+    by_name = False
+    waiter: asyncio.Future[None] | None = None
+    error: OSError | None = None
+    early = False
 
     async def answered(self, loop: Any) -> None:
         """Wait until connected() is called. Raises the argument of failed()."""
@@ -179,9 +178,17 @@ class Driver:
     def attend(self, words: list[int] | None, now: int) -> bool:
         """Have the engine take in what the core found in a pass, and make the calls that it left as events.
         Returns whether there were any."""
-        events, pump = self._engine.events, self.pump
-        unlocked, pump.unlocked = pump.unlocked, 0
+        unlocked, self.pump.unlocked = self.pump.unlocked, 0
         self._engine.attend(words, now, unlocked)
+        return self._tell()
+
+    def accepted(self, what: int, more: int, now: int) -> None:
+        """Have the engine take in, outside of attend(), that the core has accepted a connection."""
+        self._engine.handshake.accepted(what, more, now)
+        self._tell()
+
+    def _tell(self) -> bool:
+        events = self._engine.events
         told = len(events)
         for _ in range(told):  # what comes of these is for the next pass
             call, arg = events.popleft()

@@ -116,28 +116,34 @@ class Node:
         tried: tuple[int, ...] = ()
         refused: OSError | None = None
         while True:
-            try:
-                peer = self.find(host, port, tried)
-            except OSError as error:
-                if refused is None or isinstance(error, NodeClosedError):
-                    raise
-                raise refused from None  # the last one there was
-            local = (self.name, local_port or self.engine.listeners.ephemeral())
-            conn = self.engine.connect(peer.section, port, local=local, remote=peer.name)
-            conn.handler = opening = Opening(not isinstance(host, int))
-            if self.closed:  # by a signal handler, under all this: then nobody answers
-                self.check()
+            conn = None if tried or local_port else self.engine.connect_again(host, port)
+            again = conn is not None
+            if conn is None:
+                try:
+                    peer = self.find(host, port, tried)
+                except OSError as error:
+                    if refused is None or isinstance(error, NodeClosedError):
+                        raise
+                    raise refused from None  # the last one there was
+                local = (self.name, local_port or self.engine.listeners.ephemeral())
+                conn = self.engine.connect(peer.section, port, local=local, remote=peer.name)
+            conn.handler = opening = Opening()
             try:
                 meanwhile(conn)
                 if not self._is_answered(conn):
-                    self.check()
+                    self.check()  # closed by a signal handler, say: then nobody answers
+                    opening.by_name = not isinstance(host, int)
+                    if again and self.engine.peers.killed(self.engine.peers[conn.peer]):
+                        self.engine.listeners.forget(host, port)
+                        conn.close()
+                        continue
                     if impatient:
                         self.engine.hasten(conn)
                     await opening.answered(self.loop)
-                self.engine.check()  # closed just now?
+                    self.engine.check()  # closed just now?
                 return conn
             except (ConnectionRefusedError, ConnectionResetError) as error:
-                tried, refused = (*tried, peer.section), error  # another of that name may accept
+                tried, refused = (*tried, conn.peer), error  # another of that name may accept
                 conn.handler = None
                 if self.engine.alive:
                     conn.close()  # it waits for a peer that was silent
@@ -154,7 +160,10 @@ class Node:
         """Is the connection open, maybe after a spin? A peer whose loop is awake answers before ours has
         turned. (What else its messages ask for is an event, and left to the next pass.)"""
         engine = self.engine
-        while conn.state is State.OPENING and (words := self.pump.spin_for_mail(conn.peer)):
+        while conn.state is State.OPENING and (words := self.pump.spin_for_answer(conn.peer, conn.slot)):
+            if words is True:
+                engine.handshake.opened(conn)
+                return True
             engine.attend(words, engine.home.now())
             if conn.state is State.OPEN:  # type: ignore[comparison-overlap]  # attend() changed it
                 engine.events.remove((conn.connected, None))  # the handler is us

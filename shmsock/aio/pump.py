@@ -104,7 +104,7 @@ class PlainPump:
         """Say no: it is not known what else is to be run."""
         return False
 
-    def spin_for_mail(self, section: int) -> None:
+    def spin_for_answer(self, section: int, slot: int) -> None:
         """Leave messages to the next pass."""
 
     def will_run(self) -> None:

@@ -134,41 +134,42 @@ class Connection(Held):
     silent), and freed() in the middle of a release.
     """
 
-    __slots__ = (
-        "accepted",
-        "ep",
-        "error",
-        "gen",
-        "handler",
-        "home",
-        "link",
-        "local",
-        "orphaned_ns",
-        "peer",
-        "remote",
-        "slots",
-        "state",
-    )
+    # Values that most connections never change are the class's, which saves time in __init__.
+    state = OPENING
+    accepted = False
+    handler: Any = None
+    orphaned_ns = 0
+    error: OSError | None = None
 
     def __init__(
-        self, home: Home, slots: Slots[Connection], link: Link, slot: int, *, accepted: bool
+        self,
+        home: Home,
+        slots: Slots[Connection],
+        link: Link,
+        slot: int,
+        local: tuple[str, int],
+        remote: tuple[str, int],
     ) -> None:
-        """In OPENING. `slot` is what Slots.take() gave."""
+        """In OPENING. `slot` is what the core gave."""
         self.home, self.slots, self.link = home, slots, link
-        self.slot, self.peer, self.accepted = slot, link.section, accepted
-        self.ep = home.lib.sh_ep_at(home.nd, slot)
-        self.gen = home.lib.sh_ep_gen(self.ep)
-        self.state = OPENING
-        self.handler: Any = None
-        self.local: tuple[str, int] = ("", 0)
-        self.remote: tuple[str, int] = ("", 0)
-        self.orphaned_ns = 0
-        self.error: OSError | None = None
+        self.slot, self.peer = slot, link.section
+        self.local, self.remote = local, remote
         slots.connections[slot] = self
 
+    def __getattr__(self, name: str) -> Any:
+        """Ask for what few connections need: `ep`, the core's endpoint, and `gen`, the slot's generation. (A
+        connection that is asked has the slot, or was asked while it had it.)"""
+        if name == "ep":
+            value = self.home.lib.sh_ep_at(self.home.nd, self.slot)
+        elif name == "gen":
+            value = self.home.lib.sh_ep_gen(self.ep)
+        else:
+            raise AttributeError(name)
+        setattr(self, name, value)
+        return value
+
     def __repr__(self) -> str:
-        where = f"slot {self.slot} of generation {self.gen}"
-        return f"<Connection {self.state.value} {self.local} - {self.remote} {where}>"
+        return f"<Connection {self.state.value} {self.local} - {self.remote} slot {self.slot}>"
 
     @property
     def ring(self) -> tuple[int, int]:

@@ -100,8 +100,8 @@ class Engine:
         self.listeners = Listeners(home, self.peers, self._ports_of_connections)
         self.links = Links(home, self.peers, self.slots, watch or (lambda peer, on: None), self._sample_soon)
         self.handshake = Handshake(home, self.peers, self.links, self.slots, self.listeners)
-        #: Ask a section for a connection: see Handshake.connect().
-        self.connect = self.handshake.connect
+        #: Ask a section for a connection, or the one that was found before: see Handshake.
+        self.connect, self.connect_again = self.handshake.connect, self.handshake.connect_again
         self.datagrams = Datagrams(home, self.peers, self.listeners, self.slots, self.connect)
         self.handshake.accept = self.datagrams.accept
         home.down = self._down

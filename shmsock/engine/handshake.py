@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from typing import Any
 
 from shmsock.engine.connection import EMPTY, OPEN, OPENING, SPACE, VIOLATIONS, Connection, Link
 from shmsock.engine.home import Home
@@ -47,10 +48,21 @@ class Handshake:
         slot = home.lib.sh_connect(home.nd, section, port, local[1])
         if slot < 0:
             raise self.slots.no_room(slot)
-        conn = Connection(home, self.slots, link, slot, accepted=False)
-        conn.local, conn.remote = local, (remote, port)
         home.stir()
-        return conn
+        return Connection(home, self.slots, link, slot, local, (remote, port))
+
+    def connect_again(self, host: Any, port: int) -> Connection | None:
+        """Ask the peer that was found for (host, port) before. None: it is to be looked up. It may have been
+        killed meanwhile: if no answer comes, Peers.killed() tells."""
+        if (found := self.listeners.known(host, port)) is None:
+            return None
+        home, (peer, life, entry), own = self.home, found, self.listeners.ephemeral()
+        slot = home.lib.sh_connect_again(home.nd, peer.section, life, port, entry, own)
+        if slot < 0:
+            return None
+        home.stir()
+        link = self.links.all[peer.section]
+        return Connection(home, self.slots, link, slot, (home.name, own), (peer.name, port))
 
     def _link_up(self, link: Link, adopted: int, port: int, remote: str) -> None:
         """Adopt a peer that was not adopted yet, or has started anew. Raises the reason when it cannot be."""
@@ -69,16 +81,25 @@ class Handshake:
 
     # -- what the core has done
 
+    def opened(self, conn: Connection) -> None:
+        """Note that the peer has accepted a connection."""
+        conn.state, peer = OPEN, self.peers.all[conn.peer]
+        peer.seen = True
+        if not peer.here:
+            self.peers.met(peer)
+        self.home.counts["connected"] += 1
+
     def accepted(self, what: int, more: int, now_ns: int) -> None:
         """Take over a connection that a peer opened. `what`, `more`: the halves of the event."""
         home, section, slot = self.home, what >> 16, what & 0xFFFF
         index, src_port, bits = more >> 23, more >> 7 & 0xFFFF, more & 0x7F
         peer = self.peers.all[section]
         listener = None if index == DATAGRAMS else self.listeners.by_index[index]
-        conn = Connection(home, self.slots, self.links[section], slot, accepted=True)
-        conn.state, peer.seen = OPEN, True
-        conn.local, conn.remote = (home.name, listener.port if listener else 0), (peer.name, src_port)
-        self.peers.met(peer)
+        local, remote = (home.name, listener.port if listener else 0), (peer.name, src_port)
+        conn = Connection(home, self.slots, self.links.all[section], slot, local, remote)
+        conn.state, conn.accepted, peer.seen = OPEN, True, True
+        if not peer.here:
+            self.peers.met(peer)
         if not peer.live:
             self.peers.heard(peer, now_ns)
         home.counts["accepted"] += 1
@@ -104,9 +125,7 @@ class Handshake:
         peer = self.peers.all[conn.peer]
         peer.seen = True
         if bits >= 0:
-            conn.state = OPEN
-            self.peers.met(peer)
-            home.counts["connected"] += 1
+            self.opened(conn)
             home.emit(conn.connected)
             if bits != SPACE:
                 conn.inspect(bits)

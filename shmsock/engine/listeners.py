@@ -300,18 +300,20 @@ class Listeners:
         key = None  # datagrams remember their addresses themselves
         if not exclude and not datagram and (host is None or type(host) is str):
             key = (host, port)
-        if key in self._found and (known_peer := self._still(key)):
-            return known_peer
+        if key and (known := self.known(*key)):
+            if self._still(port, *known):
+                return known[0]
+            self.forget(*key)
         name: str | Address | None = None
         if isinstance(host, _ADDRESSES):
             name = host
         elif not self.is_own_machine(host):
             name = self.peer_name(host)
-        found, known = self.elsewhere(name, port, exclude=exclude, datagram=datagram)
+        found, named = self.elsewhere(name, port, exclude=exclude, datagram=datagram)
         if not found:
             if isinstance(name, _ADDRESSES):
                 raise not_published(name, port)
-            raise self._not_found(host, name, port, known, datagram)
+            raise self._not_found(host, name, port, named, datagram)
         peer, entry = found[0], self.entry(found[0], port, datagram)
         # Of several another is to be asked next. 0: it stopped listening just now.
         if key and len(found) == 1 and entry and not entry & REUSE:
@@ -357,22 +359,25 @@ class Listeners:
         there = peers[section] if section < len(peers.all) else None
         return pinned(name, section, there.name if there and there.live else None)
 
-    def _still(self, key: Any) -> Peer | None:
-        """Return the peer that was found before, if it still has the port and beats. While its beat stands, a
-        namesake may have taken its place, and all have to be compared."""
-        (peer, life, entry), home, locks = self._found[key], self.home, self.peers.locks
+    def known(self, host: Any, port: int) -> tuple[Peer, int, int] | None:
+        """Return the peer that was found before, its life, and the entry of its port, if it beats. While its
+        beat stands, a namesake may have taken its place, and all have to be compared."""
+        found = self._found.get((host, port)) if host is None or type(host) is str else None
+        if found is None or found[0].samples or not found[0].live or found[0].incarnation != found[1]:
+            return None
+        return found
+
+    def forget(self, host: Any, port: int) -> None:
+        """Have the peer looked up again that was found before."""
+        self._found.pop((host, port), None)
+
+    def _still(self, port: int, peer: Peer, life: int, entry: int) -> bool:
+        """Does a peer that is known still have the port?"""
+        home, locks = self.home, self.peers.locks
         lock_fd = locks.lock_fd if locks is not None and peer.locked else -1
-        geometry = home.layout.geometry
-        if (
-            peer.live
-            and not peer.samples
-            and peer.incarnation == life
-            and home.memory.still_listens(geometry, peer.section, life, key[1], entry, lock_fd)
-            and (lock_fd >= 0 or not self.peers.killed(peer))
-        ):
-            return peer
-        del self._found[key]
-        return None
+        return home.memory.still_listens(home.layout.geometry, peer.section, life, port, entry, lock_fd) and (
+            lock_fd >= 0 or not self.peers.killed(peer)
+        )
 
     @staticmethod
     def is_own_machine(host: Any) -> bool:

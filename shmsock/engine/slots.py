@@ -33,8 +33,6 @@ class Storage(NamedTuple):
 class Held:
     """A slot in use."""
 
-    __slots__ = ("__weakref__", "slot")
-
     slot: int
 
 

@@ -124,6 +124,14 @@ int64_t sh_connect(sh_node *nd, uint32_t peer, uint32_t port, uint32_t src_port)
     return slot;
 }
 
+/* The same, if that peer is what it was when it was found: in that life, with the port at that entry of its table. SH_UNADOPTED: it is to be looked up. */
+int64_t sh_connect_again(sh_node *nd, uint32_t peer, uint64_t life, uint32_t port, uint32_t entry, uint32_t src_port)
+{
+    if (sh_adopted(nd, peer) != 1 || !sh_listen_still(nd->base, &nd->g, peer, life, port, entry, -1, nd->wc))
+        return SH_UNADOPTED;
+    return sh_connect(nd, peer, port, src_port);
+}
+
 /* Its backlog was full: after a while. Those who ask for the same time do so together. */
 static void ask_later(sh_ep *ep, uint64_t now)
 {

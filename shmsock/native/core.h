@@ -167,6 +167,7 @@ void sh_notify(sh_node *nd, uint32_t peer, uint32_t slot);
 
 /* connections that come to be */
 int64_t sh_connect(sh_node *nd, uint32_t peer, uint32_t port, uint32_t src_port);
+int64_t sh_connect_again(sh_node *nd, uint32_t peer, uint64_t life, uint32_t port, uint32_t entry, uint32_t src_port);
 int sh_messages(sh_node *nd, uint32_t peer, uint64_t *out, int max);
 void sh_listen(sh_node *nd, uint32_t index, uint32_t port, uint32_t backlog, int local);
 void sh_listen_serve(sh_node *nd, uint32_t index, int serve);

@@ -44,6 +44,12 @@ static int pass(sh_node *nd, uint64_t *out, int max, uint64_t of, uint64_t now)
             l->offences = 0;
         }
     }
+    SH_EACH(slot, &nd->later) { /* collected just now, and nobody waits for them */
+        if (nd->eps[slot].closing) {
+            sh_set_remove(&nd->later, slot);
+            sh_ep_closing(&nd->eps[slot], sh_poll_at(&nd->eps[slot], now));
+        }
+    }
     nd->woke = 0;
     nd->start = nd->start + 1 < nd->g.peers ? nd->start + 1 : 0;
     while (n < max && sh_set_any(&nd->ready)) { /* round and round, so that no slot is always last */

@@ -9,7 +9,7 @@
 #define UNUSUAL (SH_POLL_FIN | SH_POLL_DONE | SH_POLL_RESET | SH_POLL_BAD)
 
 PyTypeObject *sh_pump_type;
-static PyObject *s_check, *s_heard, *s_attend, *s_pump_follows;
+static PyObject *s_check, *s_accepted, *s_heard, *s_attend, *s_pump_follows;
 
 /* owner.method([first[, second]]). */
 static PyObject *ask_owner(Pump *pump, PyObject *method, PyObject *first, PyObject *second)
@@ -59,6 +59,20 @@ static int attend(Pump *pump, const uint64_t *words, int n, uint64_t now)
     return told;
 }
 
+/* Have Python take over a connection that the core has accepted. 1; or -1: an exception that ends the program. */
+static int accepted(Pump *pump, uint64_t word, uint64_t now)
+{
+    PyObject *what = PyLong_FromUnsignedLong(word & 0xffffff), *more = PyLong_FromUnsignedLong((uint32_t)(word >> 32)), *clock = PyLong_FromUnsignedLongLong(now), *r = NULL;
+
+    if (what && more && clock && pump->owner)
+        r = PyObject_CallMethodObjArgs(pump->owner, s_accepted, what, more, clock, NULL);
+    Py_XDECREF(what);
+    Py_XDECREF(more);
+    Py_XDECREF(clock);
+    Py_XDECREF(r);
+    return r ? 1 : -1;
+}
+
 static int fall_asleep(Pump *pump)
 {
     return __atomic_load_n(&pump->nd->inert, __ATOMIC_ACQUIRE) || sh_heartbeat_arm(pump->heartbeat, pump->hurry);
@@ -78,6 +92,12 @@ static int tell(Pump *pump, uint64_t *words, int n, uint64_t now)
         PyObject *whose = in ? (PyObject *)in : (PyObject *)p;
         int r = 0;
 
+        if (kind == SH_EV_ACCEPTED && !pump->closed && !type) {
+            if ((r = accepted(pump, words[i], now)) < 0)
+                PyErr_Fetch(&type, &value, &trace);
+            told |= r > 0;
+            continue;
+        }
         if (whose && bits && !(bits & UNUSUAL) && (in || p->can_write)) {
             Py_INCREF(whose);
             if (in)
@@ -212,20 +232,22 @@ static PyObject *pump_fit(Pump *pump, PyObject *unused)
 static PyObject *pump_begin_turn(Pump *pump, PyObject *unused) { (void)unused; return none_unless(sh_begin_turn(pump)); }
 static PyObject *pump_check(Pump *pump, PyObject *unused) { (void)unused; return ask_owner(pump, s_check, NULL, NULL); }
 static PyObject *pump_stir(Pump *pump, PyObject *unused) { (void)unused; return pump->scheduled || pump->closed ? Py_NewRef(Py_None) : ask_owner(pump, s_pump_follows, NULL, NULL); }
-/* spin_for_mail(section): busy-poll for messages of that peer, if nothing else is to be run. Returns what they said, words for the engine; None: leave them
- * to the next pass. */
-static PyObject *pump_spin_for_mail(Pump *pump, PyObject *section)
+/* spin_for_answer(section, slot): busy-poll for messages of that peer, if nothing else is to be run. Returns True: it has accepted the connection of that slot,
+ * and that is all; what they said otherwise, words for the engine; None: leave them to the next pass. */
+static PyObject *pump_spin_for_answer(Pump *pump, PyObject *const *args, Py_ssize_t count)
 {
-    unsigned long peer = PyLong_AsUnsignedLong(section);
+    unsigned long peer = count == 2 ? PyLong_AsUnsignedLong(args[0]) : 0, slot = count == 2 ? PyLong_AsUnsignedLong(args[1]) : 0;
     uint64_t words[EVENTS];
     int n = -1;
 
-    if (PyErr_Occurred() || pump->closed || peer >= pump->nd->g.peers || !sh_may_spin(pump))
+    if (PyErr_Occurred() || count != 2 || pump->closed || peer >= pump->nd->g.peers || !sh_may_spin(pump))
         return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
     Py_BEGIN_ALLOW_THREADS
     if (sh_spin_for_mail(pump->nd, (uint32_t)peer))
         n = sh_messages(pump->nd, (uint32_t)peer, words, EVENTS);
     Py_END_ALLOW_THREADS
+    if (n == 1 && (uint32_t)words[0] == (SH_EV_CONNECTED << 24 | slot) && (words[0] >> 32 & 0xff) == SH_POLL_SPACE)
+        Py_RETURN_TRUE;
     return n < 0 ? Py_NewRef(Py_None) : list_of(words, n);
 }
 
@@ -369,7 +391,7 @@ static PyMethodDef methods[] = {
     {"begin_turn", METHOD(pump_begin_turn, "Give this turn of the loop a budget of its own, and have a pass follow it.")},
     {"stir", METHOD(pump_stir, "Have a pass follow what the engine has done.")},
     {"may_spin", METHOD(pump_may_spin, "Is nothing else to be run by this loop, as far as can be known?")},
-    {"spin_for_mail", (PyCFunction)(void (*)(void))pump_spin_for_mail, METH_O, "Busy-poll for messages of that peer: what they said, or None."},
+    {"spin_for_answer", (PyCFunction)(void (*)(void))pump_spin_for_answer, METH_FASTCALL, "Busy-poll for the answer of that peer, for that slot: True, what it said otherwise, or None."},
     {"will_run", METHOD(pump_will_run, "Note that the pump woke a task.")},
     {"runs", METHOD(pump_runs, "Note that the task runs.")},
     {"woken", METHOD(pump_woken, "Make a pass, as a doorbell came.")},
@@ -413,10 +435,11 @@ static PyType_Spec spec = {
 int sh_pump_ready(PyObject *module)
 {
     s_check = PyUnicode_InternFromString("check");
+    s_accepted = PyUnicode_InternFromString("accepted");
     s_heard = PyUnicode_InternFromString("heard");
     s_attend = PyUnicode_InternFromString("attend");
     s_pump_follows = PyUnicode_InternFromString("pump_follows");
     sh_pump_type = (PyTypeObject *)PyType_FromSpec(&spec);
-    return s_check && s_heard && s_attend && s_pump_follows && sh_pump_type
+    return s_check && s_accepted && s_heard && s_attend && s_pump_follows && sh_pump_type
         ? PyModule_AddObjectRef(module, "Pump", (PyObject *)sh_pump_type) : -1;
 }
