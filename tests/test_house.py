@@ -28,6 +28,7 @@ FLOORS = {
     "guests": 4,
     "run": 4,
     "bench": 5,
+    "forward": 5,
     "commands": 6,
     "public": 4,
     "cli": 7,

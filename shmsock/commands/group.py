@@ -23,10 +23,13 @@ MODULES = {
     "create": "create",
     "demo": "demo",
     "demo-vm": "demo_vm",
+    "forward": "forward",
     "info": "info",
     "ivshmem-server": "ivshmem_server",
+    "nc": "nc",
     "reap": "reap",
     "run": "run",
+    "socks5": "socks5",
     "unbind": "bind",
 }
 """The module of shmsock.commands that has the subcommand. There it goes by its name, with underscores."""
