@@ -13,9 +13,10 @@ import os
 import random
 import sys
 import threading
+import time
 import warnings
 import weakref
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Mapping
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -368,37 +369,42 @@ async def current_node(url: str | None = None, name: str | None = None, *, liste
     return node
 
 
-async def node_if_any(url: str | None = None) -> Node | None:
+async def node_if_any(url: str | None = None, name: str | None = None) -> Node | None:
     """Return the implicit node of the running loop, for those who can do without. None, and one warning, when
     there is no region (none is made), no section free, or any other reason that it cannot be attached: later
-    calls try again, and only the first waits for it, up to ATTACH_S."""
-    node = _known(url, None)
+    calls try again, and only the first waits for it, up to ATTACH_S. (On trio each that tries waits.)"""
+    node = _known(url, name)
     if node is not None:
         return node
-    loop = asyncio.get_running_loop()
+    loop = _running_loop()
     tries, key = _tries.setdefault(loop, {}), _key(url)
-    if loop.time() < tries.get(key, 0):
+    if time.monotonic() < tries.get(key, 0):
         return None
-    first = key not in tries
-    error: BaseException | None
-    if region.is_missing(url):
-        error = region_error(errno.ENOENT, "there is none yet")
-    else:
-        made = asyncio.ensure_future(current_node(url))
-        await asyncio.wait([made], timeout=0 if tries.get(key) else ATTACH_S)
-        if not made.done():
-            made.add_done_callback(lambda made: made.cancelled() or made.exception())
-            error = TimeoutError("attaching takes long: it goes on")
-        elif (error := made.exception()) is None:
-            tries.pop(key, None)
-            return made.result()
-        elif not isinstance(error, OSError):
-            raise error
-        tries[key] = loop.time() + RETRY_S
-    if first:
-        log.warning("region %s: %s; TCP is used", url or region.default_url(), error)
-    tries.setdefault(key, 0)
-    return None
+    again = 0.0
+    try:
+        if region.is_missing(url):
+            raise region_error(errno.ENOENT, "there is none yet")
+        again = time.monotonic() + RETRY_S
+        node = await _soon(loop, current_node(url, name), 0 if tries.get(key) else ATTACH_S)
+    except OSError as error:
+        if key not in tries:
+            log.warning("region %s: %s; TCP is used", url or region.default_url(), error)
+        tries[key] = again
+        return None
+    tries.pop(key, None)
+    return node
+
+
+async def _soon(loop: Any, making: Coroutine[Any, Any, T], seconds: float) -> T:
+    """Wait so long, and go on in the background. Raises TimeoutError."""
+    if not isinstance(loop, asyncio.AbstractEventLoop):
+        return await making
+    task = asyncio.ensure_future(making)
+    task.add_done_callback(lambda task: task.cancelled() or task.exception())
+    await asyncio.wait([task], timeout=seconds)
+    if not task.done():
+        raise TimeoutError("attaching takes long, and goes on")
+    return task.result()
 
 
 def on_current_node(

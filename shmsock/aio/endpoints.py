@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import logging
 import operator
 import socket
 import ssl as _ssl
 from asyncio.streams import _DEFAULT_LIMIT  # type: ignore[attr-defined]
 from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 from typing import Any, SupportsIndex
 
 from shmsock.address import Address, port_number
-from shmsock.aio.attach import current_node, on_current_node
+from shmsock.aio.attach import current_node, node_if_any, on_current_node
+from shmsock.aio.fallback import Fallback, TcpStreamWriter, is_answer, over_tcp, targets, uses_hosts
 from shmsock.aio.node import Node
 from shmsock.aio.pseudosocket import Duplicate
 from shmsock.aio.server import Server
@@ -30,7 +33,8 @@ from shmsock.engine.connection import Connection
 
 __all__ = ["create_connection", "create_server", "open_connection", "start_server"]
 
-Otherwise = Callable[[OSError], Awaitable[tuple[Any, Any]]]
+log = logging.getLogger("shmsock")
+Otherwise = Callable[[OSError | None], Awaitable[tuple[Any, Any]]]
 _NO_SOCKETS = (
     "sock= is for kernel sockets: give host and port, the name of a peer and a port of it; a connection of "
     'this package goes on with the dup() of its get_extra_info("socket")'
@@ -60,6 +64,7 @@ async def create_connection(
     numeric: bool = False,
     seen_as: Any = None,
     otherwise: Otherwise | None = None,
+    fallback: Fallback = None,
 ) -> tuple[Any, Any]:
     """Connect to `port` of the peer named `host`, as loop.create_connection() does over TCP.
 
@@ -70,8 +75,11 @@ async def create_connection(
     the timeouts, in seconds, are asyncio's. `region`, `name`: see attach(); the implicit node of this loop is
     used, unless `node` is given. `numeric`: the transport tells internet addresses instead of names,
     `seen_as`: this one of the peer. `otherwise`: another way to connect; it is given what this one failed
-    with before any protocol was made, and what it returns is returned.
-    `family`, `proto`, `flags` and what is about several addresses are accepted and mean nothing.
+    with before any protocol was made, and what it returns is returned. `family`, `proto`, `flags` and what is
+    about several addresses are accepted and mean nothing, over memory.
+
+    `fallback`: a host, or (host, port), to connect to over TCP when the peer is not in the region; None: what
+    SHMSOCK_HOSTS says of the name. Which way it went: get_extra_info("shmsock_path", "tcp").
 
     Returns (transport, protocol). Raises socket.gaierror (nobody has the name), ConnectionRefusedError
     (nobody listens there), ConnectionResetError (the peer went away), OSError (ENOBUFS: no slot or no memory
@@ -90,13 +98,35 @@ async def create_connection(
         raise ValueError(f"no port of {host!r} was given: pass the one that a server of it listens on")
     local_port, number = port_number(local_addr[1]) if local_addr else 0, port_number(port)
 
+    used: Node | None = None
+    where = targets(host, number, fallback)
+    if where:
+        kept: dict[str, Any] = {
+            "ssl": ssl,
+            "family": family,
+            "proto": proto,
+            "flags": flags,
+            "local_addr": local_addr,
+            "server_hostname": tls and tls.server_hostname,
+            "ssl_handshake_timeout": ssl_handshake_timeout,
+            "ssl_shutdown_timeout": ssl_shutdown_timeout,
+            "happy_eyeballs_delay": happy_eyeballs_delay,
+            "interleave": interleave,
+            "all_errors": all_errors,
+        }
+        otherwise = partial(over_tcp, protocol_factory, host, where, kept)
+        if node is None and await node_if_any(region, name) is None:
+            return await otherwise(None)
+
     async def connect(on: Node) -> tuple[Node, Connection]:
+        nonlocal used
+        used = on
         return on, await on.connect(host, number, local_port, impatient=otherwise is not None)
 
     try:
         on, conn = await on_current_node(node, region, name, connect)
     except OSError as error:
-        if otherwise is None:
+        if otherwise is None or (where and is_answer(error, used, host)):
             raise
         return await otherwise(error)
     waiter = on.loop.create_future()
@@ -105,6 +135,8 @@ async def create_connection(
     except BaseException:
         conn.close()
         raise
+    if where:
+        log.info("%r goes through memory, to port %d of section %d", host, number, conn.peer)
     transport = ShmTransport(on, conn, below, contextvars.copy_context(), numeric=seen_as or numeric)
     return await _started(transport, protocol, tls, waiter)
 
@@ -249,7 +281,7 @@ async def open_connection(
     create_connection() does. Cancelling gives up, and leaves nothing behind.
     """
     given = kwds.pop("node", None), kwds.pop("region", None), kwds.pop("name", None)
-    if kwds or port is None:
+    if kwds or port is None or uses_hosts():
         loop: Any = asyncio.get_running_loop()
         kwds.update(zip(("node", "region", "name"), given, strict=True))
         reader = ShmStreamReader(limit=limit, loop=loop)
@@ -257,7 +289,8 @@ async def open_connection(
         transport, _ = await create_connection(lambda: protocol, host, port, **kwds)
         if isinstance(transport, ShmTransport):
             return reader, ShmStreamWriter(transport, protocol, reader, loop)
-        return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+        tcp = transport.get_extra_info("shmsock_path") != "shm"
+        return reader, (TcpStreamWriter if tcp else asyncio.StreamWriter)(transport, protocol, reader, loop)
     made: list[Any] = []
     number = port_number(port)
 

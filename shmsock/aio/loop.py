@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from shmsock.address import SUFFIX, port_number
 from shmsock.aio import endpoints, names
-from shmsock.aio.attach import on_current_node
+from shmsock.aio.attach import node_if_any, on_current_node
 from shmsock.aio.datagram import create_datagram_endpoint
+from shmsock.aio.fallback import targets
 from shmsock.aio.joint import JointTransport
 from shmsock.aio.pseudosocket import PseudoSocket
 from shmsock.aio.sendfile import descriptor_of, send_file
@@ -156,6 +157,10 @@ class ShmLoop(_Base):
             protocol_factory, peer, port_number(port), region=region, numeric=True, **kwds
         )
 
+    def kernel_connection(self, protocol_factory: Any, host: Any, port: Any, **kwds: Any) -> Any:
+        """Connect over TCP, as the loop that this one is made of does."""
+        return super().create_connection(protocol_factory, host, port, **kwds)
+
     async def connect_accepted_socket(self, protocol_factory: Any, sock: Any, **kwds: Any) -> tuple[Any, Any]:
         if isinstance(sock, PseudoSocket):
             return await endpoints.connect_accepted_socket(protocol_factory, sock, **kwds)
@@ -231,11 +236,25 @@ class ShmLoop(_Base):
             raise socket.gaierror(socket.EAI_NONAME, f"{host!r} is a name, and AI_NUMERICHOST was asked for")
         else:
             region, peer = names.host_of(self, host)
+            where = targets(peer, number, None)
 
             async def known(node: Node) -> Any:
                 return table.address(node.region.url, names.known(node, peer))
 
-            address = await on_current_node(None, region, None, known)
+            try:
+                if where and await node_if_any(region) is None:
+                    raise socket.gaierror(socket.EAI_NONAME, "there is no region")
+                address = await on_current_node(None, region, None, known)
+            except socket.gaierror:
+                if not where:
+                    raise
+                look_up: Any = super().getaddrinfo
+                return [
+                    info
+                    for ip, _ in where
+                    if family in (0, socket.AF_INET6 if ":" in ip else socket.AF_INET)
+                    for info in await look_up(ip, port, family=family, type=type, proto=proto, flags=flags)
+                ]
         # Python's AF_INET sockets refuse such a string themselves.
         found = (address, number) if family == socket.AF_INET else (address, number, 0, names.SCOPE)
         canonical = f"{table.meant(address)[1]}{SUFFIX}" if flags & socket.AI_CANONNAME else ""

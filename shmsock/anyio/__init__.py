@@ -15,11 +15,12 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import Literal, overload
 
 import anyio
-from anyio.abc import ByteStreamConnectable
+from anyio.abc import ByteStream, ByteStreamConnectable
 from anyio.streams.tls import TLSStream
 
 from shmsock.address import check_port
-from shmsock.aio.attach import attach, current_node, on_current_node
+from shmsock.aio.attach import attach, current_node, node_if_any, on_current_node
+from shmsock.aio.fallback import Fallback, is_answer, targets, tell
 from shmsock.aio.node import Node
 from shmsock.anyio.datagrams import ConnectedShmDatagramSocket, ShmDatagramSocket
 from shmsock.anyio.ends import ShmAttribute
@@ -78,6 +79,23 @@ async def connect_shm(
 ) -> ShmStream | TLSStream: ...
 
 
+@overload
+async def connect_shm(
+    remote_host: Host,
+    remote_port: int,
+    *,
+    local_port: int = ...,
+    tls: bool = ...,
+    ssl_context: ssl.SSLContext | None = ...,
+    tls_standard_compatible: bool = ...,
+    tls_hostname: str | None = ...,
+    region: str | None = ...,
+    name: str | None = ...,
+    node: Node | None = ...,
+    fallback: Fallback,
+) -> ByteStream: ...
+
+
 async def connect_shm(
     remote_host: Host,
     remote_port: int,
@@ -90,26 +108,40 @@ async def connect_shm(
     region: str | None = None,
     name: str | None = None,
     node: Node | None = None,
-) -> ShmStream | TLSStream:
+    fallback: Fallback = None,
+) -> ByteStream:
     """Connect to `remote_port` of the peer named `remote_host`, as anyio.connect_tcp() does over TCP, with
     TLS when one of `tls`, `ssl_context` and `tls_hostname` says so.
 
     `remote_host`: a peer's name, a section number, or None or "localhost" for this machine. `local_port`: the
     own port; 0: one is chosen. `tls_hostname`: the name that the certificate must have; None: `remote_host`.
     `tls_standard_compatible`: an end without TLS's own closing is an error. `region`, `name`: see attach();
-    the implicit node of this run is used, unless `node` is given.
+    the implicit node of this run is used, unless `node` is given. `fallback`: a host, or (host, port), to
+    connect to over TCP when the peer is not in the region; None: what SHMSOCK_HOSTS says of the name.
 
-    Returns a stream. Raises socket.gaierror (nobody has the name), ConnectionRefusedError (nobody listens
-    there), ConnectionResetError (the peer went away), OSError (ENOBUFS: no slot or no memory for a ring),
+    Returns a stream; `stream.extra(ShmAttribute.peer, None)` is None of one over TCP. Raises
+    socket.gaierror (nobody has the name), ConnectionRefusedError (nobody listens there),
+    ConnectionResetError (the peer went away), OSError (ENOBUFS: no slot or no memory for a ring),
     ssl.SSLError, and what attach() raises. There is no timeout; cancelling gives up, and leaves nothing
     behind.
     """
-    port, local_port = check_port(remote_port), check_port(local_port)
+    port, local_port, host = check_port(remote_port), check_port(local_port), _host(remote_host)
+    where, used = targets(host, port, fallback), node
 
-    async def connect(on: Node) -> ShmStream:
-        return ShmStream(on, await on.connect(_host(remote_host), port, local_port))
+    async def connect(on: Node) -> ByteStream:
+        nonlocal used
+        used = on
+        return ShmStream(on, await on.connect(host, port, local_port, impatient=bool(where)))
 
-    stream = await on_current_node(node, region, name, connect)
+    if where and node is None and await node_if_any(region, name) is None:
+        stream = await _over_tcp(host, where, None)
+    else:
+        try:
+            stream = await on_current_node(node, region, name, connect)
+        except OSError as error:
+            if not where or is_answer(error, used, host):
+                raise
+            stream = await _over_tcp(host, where, error)
     if not (tls or tls_hostname or ssl_context):
         return stream
     try:
@@ -123,6 +155,18 @@ async def connect_shm(
     except BaseException:
         await anyio.aclose_forcefully(stream)
         raise
+
+
+async def _over_tcp(host: Host, where: list[tuple[str, int]], why: OSError | None) -> ByteStream:
+    """Connect to the first of `where` that answers. Raises what the last attempt did."""
+    for number, (address, port) in enumerate(where, 1):
+        tell(host, address, port, why)
+        try:
+            return await anyio.connect_tcp(address, port)
+        except OSError as error:
+            if number == len(where):
+                raise error from why
+    raise AssertionError("there is an address")
 
 
 async def create_shm_listener(

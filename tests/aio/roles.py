@@ -80,7 +80,7 @@ async def both(region: str, name: str, ips: list[str], port: int = 7000) -> None
         say("ready")
         await hear()
         server.close()
-        say("left")
+    say("left")
     await hear()
     tcp.close()
 
