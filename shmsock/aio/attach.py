@@ -42,7 +42,7 @@ from shmsock.wakeup import Heartbeat
 if TYPE_CHECKING:
     from shmsock.aio.trio_loop import TrioFuture
 
-__all__ = ["attach", "current_node", "node_if_any", "on_current_node", "prepare_region"]
+__all__ = ["attach", "current_node", "environ", "node_if_any", "on_current_node", "prepare_region"]
 
 T = TypeVar("T")
 log = logging.getLogger("shmsock")
@@ -319,12 +319,12 @@ async def _make_implicit(url: str | None, name: str | None, former: Node | None)
 
 
 #: What os.environ looks into: bytes, in a tenth of the time.
-_environ: Mapping[Any, Any] = getattr(os.environ, "_data", os.environb)
+environ: Mapping[Any, Any] = getattr(os.environ, "_data", os.environb)
 
 
 def _key(url: str | None) -> str | bytes:
     """Return what an implicit node is kept by: its region, as it was asked for."""
-    return url if url is not None else _environ.get(b"SHMSOCK_REGION", b"")
+    return url if url is not None else environ.get(b"SHMSOCK_REGION", b"")
 
 
 def _known(url: str | None, name: str | None) -> Node | None:

@@ -17,16 +17,24 @@ import functools
 import ipaddress
 import logging
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from shmsock.address import SUFFIX, is_any, is_local, normalize_name
+from shmsock.aio.attach import environ
 from shmsock.aio.node import Node
 from shmsock.errors import NodeClosedError
 
 __all__ = ["Fallback", "TcpStreamWriter", "is_answer", "over_tcp", "targets", "tell", "uses_hosts"]
 
 Fallback = str | tuple[str, int] | None
+_OF_SEVERAL = {"happy_eyeballs_delay", "interleave", "all_errors"}  # uvloop tries one after the other
+_NOT_YET = {
+    name
+    for name, since in (("ssl_shutdown_timeout", (3, 11)), ("all_errors", (3, 12)))
+    if sys.version_info < since
+}
 log = logging.getLogger("shmsock")
 
 
@@ -39,7 +47,7 @@ class TcpStreamWriter(asyncio.StreamWriter):
 
 def uses_hosts() -> bool:
     """Is there a hosts file?"""
-    return bool(os.environ.get("SHMSOCK_HOSTS"))
+    return bool(environ.get(b"SHMSOCK_HOSTS"))
 
 
 @functools.lru_cache(maxsize=8)
@@ -61,9 +69,9 @@ def _addresses(path: str, stamp: object) -> dict[str, list[str]]:
 
 
 def _in_hosts(host: object) -> list[str]:
-    path = os.environ.get("SHMSOCK_HOSTS")
-    if not path or not isinstance(host, str) or is_any(host) or is_local(host):
+    if not uses_hosts() or not isinstance(host, str) or is_any(host) or is_local(host):
         return []
+    path = os.environ["SHMSOCK_HOSTS"]
     try:
         seen = os.stat(path)
         found = _addresses(path, (seen.st_mtime_ns, seen.st_size, seen.st_ino))
@@ -117,7 +125,8 @@ async def over_tcp(
     those arguments. `why` it is not the peer named `host`. Raises what the last attempt did."""
     loop: Any = asyncio.get_running_loop()
     connect = getattr(loop, "kernel_connection", loop.create_connection)
-    kwds = {key: value for key, value in given.items() if value}
+    unknown = set() if isinstance(loop, asyncio.BaseEventLoop) else _OF_SEVERAL
+    kwds = {key: value for key, value in given.items() if value and key not in _NOT_YET | unknown}
     local = kwds.get("local_addr")
     for number, (address, port) in enumerate(where, 1):
         tell(host, address, port, why)

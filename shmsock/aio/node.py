@@ -107,9 +107,8 @@ class Node:
 
         `local_port`: the own port; 0: one is chosen. `meanwhile` is called with each connection that was
         asked for, before its answer. `impatient`: a peer whose beat stands still for a quarter of a second is
-        not waited for. Returns an open connection of the engine. Raises what find() does,
-        OSError (ENOBUFS) when there is no slot or no memory for a ring, ConnectionResetError when the peer
-        goes away.
+        not waited for. Returns an open connection of the engine. Raises what find() does, OSError (ENOBUFS)
+        when there is no slot or no memory for a ring, ConnectionResetError when the peer goes away.
 
         Cancelling takes the request back; nothing is left.
         """
@@ -132,7 +131,7 @@ class Node:
                 meanwhile(conn)
                 if not self._is_answered(conn):
                     self.check()  # closed by a signal handler, say: then nobody answers
-                    opening.by_name = not isinstance(host, int)
+                    opening.by_name = impatient or not isinstance(host, int)
                     if again and self.engine.peers.killed(self.engine.peers[conn.peer]):
                         self.engine.listeners.forget(host, port)
                         conn.close()
@@ -273,6 +272,8 @@ class Node:
         for transport in self.transports:
             transport.freed()  # so that all calls take the slow way, where they find out
         self.heartbeat.forget()
+        if self.publisher is not None:
+            self.publisher.inherited()
         self.region.drop_inherited()
 
     def __del__(self, _warn: Any = warnings.warn) -> None:

@@ -70,23 +70,14 @@ def _machines_addresses() -> Iterator[Address]:
 
 
 def own_addresses(ranges: Ranges) -> list[Address]:
-    """List the addresses of this machine (of this process's network namespace) in these ranges, as many as a
-    section has room for. Warns when there are more, or when the kernel does not tell."""
+    """List the addresses of this machine (of this process's network namespace) in these ranges; none, and a
+    warning, when the kernel does not tell."""
     try:
         every = dict.fromkeys(filter(may_be_published, _machines_addresses()))
     except OSError as error:
         log.warning("SHMSOCK_PUBLISH: the kernel does not tell the addresses of this machine: %s", error)
         return []
-    found = [a for a in every if any(a in some for some in ranges)]
-    if len(found) > ADDRESSES:
-        log.warning(
-            "SHMSOCK_PUBLISH: %d addresses of this machine lie in its ranges, and %d can be published: %s "
-            "are; name narrower ranges",
-            len(found),
-            ADDRESSES,
-            ", ".join(map(str, found[:ADDRESSES])),
-        )
-    return found[:ADDRESSES]
+    return [address for address in every if any(address in some for some in ranges)]
 
 
 class Publisher:
@@ -95,6 +86,7 @@ class Publisher:
     def __init__(self, engine: Engine, loop: Any, context: Any, ranges: Ranges) -> None:
         self._engine, self._loop, self._ranges = engine, loop, ranges
         self._sock: socket.socket | None = None
+        self._told = False  # that there are too many
         try:
             self._sock = _netlink(_GROUPS)
         except OSError:
@@ -107,16 +99,29 @@ class Publisher:
         try:
             while self._sock is not None:
                 self._sock.recv(1 << 16)
-        except BlockingIOError:
-            pass
         except OSError:
-            pass  # more changes than its buffer holds: that is one too
+            pass  # there is no more; or there was more than the socket's buffer holds: it has changed, too
         self._publish()
 
     def _publish(self) -> None:
         found = own_addresses(self._ranges)
-        if found != list(self._engine.published):
-            self._engine.publish(found)
+        some = found[:ADDRESSES]
+        if len(found) > len(some) and not self._told:
+            self._told = True
+            log.warning(
+                "SHMSOCK_PUBLISH: %d addresses of this machine lie in its ranges, and %d can be published: "
+                "%s are; name narrower ranges",
+                len(found),
+                ADDRESSES,
+                ", ".join(map(str, some)),
+            )
+        if some != list(self._engine.published):
+            self._engine.publish(some)
+
+    def inherited(self) -> None:
+        """Close the socket in a forked child; the loop is the parent's."""
+        if self._sock is not None:
+            self._sock.close()
 
     def close(self) -> None:
         """Let go of the socket; called again, do nothing."""

@@ -22,10 +22,12 @@ from shmsock.aio.attach import current_node, node_if_any
 from shmsock.aio.endpoints import create_connection
 from shmsock.aio.published import peer_of
 from shmsock.engine import layout as lay
+from shmsock.engine.memory import Memory
 from tests.aio.conftest import Run, until
 from tests.aio.liars import memory_of
 from tests.aio.networks import Change, network_of_its_own
 from tests.aio.processes import Child
+from tests.anyio_face.conftest import until as anyio_until
 
 ADDRESS, OTHER, SIX = "10.77.0.5", "10.77.0.6", "fd77::5"
 RANGES = "10.77.0.0/24,fd77::/64"
@@ -445,6 +447,31 @@ def test_nonsense_is_not_believed(run: Run, region: str, network: Change, lie: L
     run(main())
 
 
+def test_a_list_that_changes_while_it_is_read(
+    run: Run, region: str, network: Change, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with shmsock.attach(region, name="b") as b, shmsock.attach(region, name="a") as a:
+            await shmsock.start_server(lambda r, w: None, None, 7000, node=b)
+            layout = a.engine.layout
+            life = layout.life(b.section)
+            before, read = layout.published(b.section, life)[1], Memory.read
+            assert before == {ip_address(ADDRESS), ip_address(SIX)}
+
+            def read_slowly(memory: Memory, offset: int, n: int) -> bytes:
+                found = read(memory, offset, n)
+                b.engine.publish([ip_address(OTHER), ip_address(SIX)])
+                return found
+
+            with monkeypatch.context() as patch:
+                patch.setattr(Memory, "read", read_slowly)
+                assert layout.published(b.section, life)[1] == frozenset()
+            assert layout.published(b.section, life)[1] == {ip_address(OTHER), ip_address(SIX)}
+            assert section_of(a, OTHER) == b.section
+
+    run(main())
+
+
 def test_left_over_words_are_nobodys(
     run: Run, region: str, network: Change, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -481,3 +508,30 @@ def test_a_kernel_that_tells_nothing(
 
     run(main())
     assert "does not tell the addresses" in caplog.text
+
+
+def test_on_trio(region: str, network: Change) -> None:
+    import trio
+
+    async def main() -> None:
+        async with shmsock.attach(region, name="a") as a:
+            assert section_of(a, OTHER) is None
+            a.listen([None], 7000, backlog=0, reuse_port=False)
+            network("add", f"{OTHER}/32")
+            await anyio_until(lambda: section_of(a, OTHER) is not None)
+
+    trio.run(main)
+
+
+def test_a_forked_child_leaves_the_parents_alone(run: Run, region: str, network: Change) -> None:
+    async def main() -> None:
+        async with shmsock.attach(region, name="a") as a:
+            await shmsock.start_server(lambda r, w: None, None, 7000, node=a)
+            child = os.fork()
+            if not child:
+                os._exit(a.publisher is None or a.publisher._sock is None or a.publisher._sock.fileno() >= 0)
+            assert os.waitpid(child, 0)[1] == 0
+            network("add", f"{OTHER}/32")
+            await until(lambda: section_of(a, OTHER) is not None)
+
+    run(main())
