@@ -24,7 +24,11 @@ PROXY_PROTOCOLS = ("v1", "v2")
 
 
 class RuleError(ValueError):
-    """A rule that cannot be: the message says where and why, in one line."""
+    """A rule that cannot be: the message says where and why, in one line. `key`: what is wrong with it."""
+
+    def __init__(self, message: str, key: str = "listen") -> None:
+        super().__init__(message)
+        self.key = key
 
 
 @dataclass(frozen=True)
@@ -70,11 +74,16 @@ class Rule:
         if target == SOCKS5 and listen not in (TCP, UNIX):
             raise RuleError(f"{self}: socks5 is listened for on tcp: or unix:")
         if self.proxy_protocol and (datagrams or target == SOCKS5):
-            raise RuleError(f"{self}: proxy_protocol is for streams to a target of one's own")
+            raise RuleError(
+                f"{self}: proxy_protocol is for streams to a target of one's own", "proxy_protocol"
+            )
         if self.source_per_peer and not (listen == SHM and target == TCP and _is_loopback(self.target.host)):
-            raise RuleError(f"{self}: source_per_peer needs listen = 'shm:...', target = 'tcp:127...:PORT'")
+            raise RuleError(
+                f"{self}: source_per_peer needs listen = 'shm:...', target = 'tcp:127...:PORT'",
+                "source_per_peer",
+            )
         if self.mode and listen != UNIX:
-            raise RuleError(f"{self}: mode is for listen = 'unix:...'")
+            raise RuleError(f"{self}: mode is for listen = 'unix:...'", "mode")
 
 
 def _is_loopback(host: str) -> bool:
@@ -190,9 +199,7 @@ def _rule(text: str, number: int, table: Mapping[str, Any], types: Mapping[str, 
     try:
         return Rule(**values)
     except RuleError as error:
-        message = str(error)
-        key = next((k for k in values if k in message.removeprefix(f"{values['listen']}")), "listen")
-        raise RuleError(f"line {_line(text, key, number)}, {key}: {message}") from None
+        raise RuleError(f"line {_line(text, error.key, number)}, {error.key}: {error}") from None
 
 
 def _checked(text: str, number: int, table: Mapping[str, Any], types: Mapping[str, str]) -> dict[str, Any]:

@@ -103,11 +103,14 @@ class Forwarder(Process):
 
     def __init__(self, *args: str, name: str, rules: int = 1, command: str = "forward") -> None:
         super().__init__(*SHMSOCK, command, *args, name=name)
-        for _ in range(rules):
-            self.said(r"listening on", self._listening())
+        with self._news:
+            self._news.wait_for(lambda: self._listens() >= rules or self._over, PATIENCE_S)
+        if self._listens() < rules:
+            self.stop()
+            raise AssertionError(self.lines)
 
-    def _listening(self) -> int:
-        return max((n + 1 for n, line in enumerate(self.lines) if "listening on" in line), default=0)
+    def _listens(self) -> int:
+        return sum("listening on" in line for line in self.lines)
 
     @property
     def port(self) -> int:
