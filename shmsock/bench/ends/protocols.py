@@ -155,6 +155,12 @@ class Writer(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.over.set_result(None)
 
+    async def counted(self) -> int:
+        """End what is written, and wait until the other end has all of it: how many bytes it counted."""
+        self.transport.write_eof()
+        await self.over
+        return int.from_bytes(self.back, "big")
+
 
 async def echo(network: Network, options: argparse.Namespace, times: list[int]) -> dict[str, Any]:
     client = Client(options.echo, trips(times, options.seconds))
@@ -203,10 +209,8 @@ async def write(network: Network, options: argparse.Namespace, times: list[int])
         transport.write(data)
         if writer.resumed is not None:
             await writer.resumed
-    transport.write_eof()
-    await writer.over
-    took = time.perf_counter() - start
-    return rates(count, size, int.from_bytes(writer.back, "big"), took)
+    received = await writer.counted()
+    return rates(count, size, received, time.perf_counter() - start)
 
 
 async def one_write(network: Network, options: argparse.Namespace, times: list[int]) -> dict[str, Any]:
@@ -219,11 +223,9 @@ async def one_write(network: Network, options: argparse.Namespace, times: list[i
         transport.write(b"s")
         start = time.perf_counter()
         transport.write(data)
-        transport.write_eof()
-        await writer.over
+        received += await writer.counted()
         took += time.perf_counter() - start
         count += 1
-        received += int.from_bytes(writer.back, "big")
     return rates(count, options.block, received, took)
 
 
@@ -245,10 +247,9 @@ async def sendfile(network: Network, options: argparse.Namespace, times: list[in
                     transport.write(data)
                     if writer.resumed is not None:
                         await writer.resumed
-        transport.write_eof()
-        await writer.over
+        received = await writer.counted()
         took = time.perf_counter() - start
-    return rates(count, options.block, int.from_bytes(writer.back, "big"), took)
+    return rates(count, options.block, received, took)
 
 
 async def serve_streams(network: Network) -> Any:
