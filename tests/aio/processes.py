@@ -9,13 +9,11 @@ import random
 import signal
 import socket
 import struct
-import subprocess
-import sys
 from collections.abc import Callable, Coroutine
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.forked import Forked
+
 PATIENCE = 60.0
 """Seconds that anything may take on a busy machine."""
 
@@ -71,14 +69,7 @@ class Child:
     def __init__(
         self, role: str, *args: Any, loop: str = "asyncio", env: dict[str, str] | None = None
     ) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-m", "tests.aio.roles", loop, role, json.dumps(args)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            cwd=ROOT,
-            env={**os.environ, **(env or {})},
-        )
-        assert self.process.stdout is not None
+        self.process = Forked(["tests.aio.roles", loop, role, json.dumps(args)], env)
         self._lines = Lines(self.process.stdout.fileno())
 
     @property
@@ -95,7 +86,6 @@ class Child:
         )
 
     def tell(self, line: str = "go") -> None:
-        assert self.process.stdin is not None
         self.process.stdin.write(line.encode() + b"\n")
         self.process.stdin.flush()
 
@@ -124,8 +114,6 @@ class Child:
     def close(self) -> None:
         if self.process.poll() is None:
             self.kill()
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
         try:
             self.process.stdin.close()
         except BrokenPipeError:

@@ -11,8 +11,9 @@ import pytest
 import shmsock
 from tests.aio.afterlife import ON_TRIO, WAYS
 from tests.aio.conftest import Run
-from tests.aio.processes import PATIENCE, ROOT
+from tests.aio.processes import PATIENCE
 from tests.aio.roles import echo
+from tests.forked import ROOT
 
 CALLS = {"trio": 1500, "by_signal": 100}
 

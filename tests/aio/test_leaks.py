@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from tests.aio.processes import ROOT
+from tests.forked import ROOT
 
 
 @pytest.mark.slow

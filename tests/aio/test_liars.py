@@ -20,9 +20,10 @@ from shmsock.aio.datagram import create_datagram_endpoint
 from shmsock.engine import layout as lay
 from tests.aio.conftest import Run, until
 from tests.aio.liars import ALWAYS, FLOODS, ONCE_A_SLEEP, SENT, SILENT, compiled, memory_of
-from tests.aio.processes import ROOT, Child, Lines, runner
+from tests.aio.processes import Child, Lines, runner
 from tests.aio.roles import Datagrams
 from tests.aio.test_doorbells import STILL, ping
+from tests.forked import ROOT
 
 
 def is_locked(path: Path) -> bool:
@@ -111,6 +112,9 @@ PASSES = 4000
 """A second, of the pump: a thousand for nothing, and what goes with each where a loop stays awake for it."""
 CPU = 0.4
 """Of one. It takes 0.03 where nobody else wants it; 0.2 to 1 when nothing is done about it."""
+SETTLE, WATCHED = 0.2, 0.6
+"""Seconds: until a liar is muted, and of counting. It keeps a processor busy all along."""
+
 SOME = ("bell", "tag", "open toggle", "want", "rings", "names", "messages", "everything")
 """The others take too long for each time."""
 HOW = {"silent": SILENT, "rings": ONCE_A_SLEEP, "rings always": ALWAYS}
@@ -144,9 +148,9 @@ def test_what_costs_a_store_has_a_bounded_cost(region: str, kind: str, rings: in
             reader, writer = await shmsock.open_connection("honest", 7000, node=node)
             await ping(reader, writer)
             async with liar(region, kind, rings):
-                await asyncio.sleep(0.5)
+                await asyncio.sleep(SETTLE)
                 passes, cpu, start = node.statistics()["pumps"], time.process_time(), time.monotonic()
-                await asyncio.sleep(1.5)
+                await asyncio.sleep(WATCHED)
                 seconds = time.monotonic() - start
                 passes = node.statistics()["pumps"] - passes
                 cpu = time.process_time() - cpu

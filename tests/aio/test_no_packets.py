@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.aio.processes import PATIENCE, ROOT
+from tests.aio.processes import PATIENCE
+from tests.forked import ROOT
 
 ALONE = ["unshare", "--net", *([] if os.geteuid() == 0 else ["--user", "--map-root-user"])]
 # Without a scope the kernel takes it, and drops it: it is for this host only, where nobody can have it.

@@ -18,8 +18,9 @@ import pytest
 
 import shmsock
 from tests.aio.conftest import Run, World, held, keepers, until
-from tests.aio.processes import PATIENCE, ROOT, Child, Lines, runner
+from tests.aio.processes import PATIENCE, Child, Lines, runner
 from tests.aio.roles import echo, receive
+from tests.forked import ROOT
 
 
 async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, text: bytes = b"hello\n") -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.aio.processes import ROOT
 from tests.aio.stuck import held, let_go
+from tests.forked import ROOT
 from tests.region.fake_ivshmem import FakeServer
 
 SECONDS = 20.0

@@ -17,8 +17,9 @@ import pytest
 import shmsock
 from shmsock.aio.datagram import create_datagram_endpoint
 from tests.aio.conftest import Run, until
-from tests.aio.processes import ROOT, Child, Lines
+from tests.aio.processes import Child, Lines
 from tests.aio.roles import Datagrams, echo
+from tests.forked import ROOT
 
 FAR = """
 import asyncio, sys, shmsock

@@ -4,30 +4,24 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from typing import Any
 
 import anyio
 
 import shmsock.anyio as shm
-from tests.aio.processes import PATIENCE, ROOT
+from tests.aio.processes import PATIENCE
 from tests.anyio_face.conftest import receive_pattern, run_on, send_pattern
+from tests.forked import Forked
 
 
 class Child:
     """A process that runs a role, or with `module` one of tests.aio.roles. It ends with its block."""
 
     def __init__(self, *args: object, module: str = "tests.anyio_face.processes") -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-m", module, *map(str, args)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            cwd=ROOT,
-        )
+        self.process = Forked([module, *map(str, args)])
 
     async def says(self, expected: str) -> None:
-        assert self.process.stdout is not None
         fd, line = self.process.stdout.fileno(), b""
         with anyio.fail_after(PATIENCE):
             while not line.endswith(b"\n"):
@@ -52,8 +46,6 @@ class Child:
     async def __aexit__(self, *exc: object) -> None:
         self.process.kill()
         self.process.wait(PATIENCE)
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
         self.process.stdin.close()
         self.process.stdout.close()
 
