@@ -10,7 +10,7 @@ BIN := .venv/bin
 AT_ONCE := -n $(shell expr $$(nproc) + 1)
 QUICK := $(AT_ONCE) -m "not vm and not slow"
 # The tests of a file share guests, and so does one process. Files in their order: the long ones are not the last.
-GUESTS := -n 2 --dist loadfile --no-loadscope-reorder -m "vm or slow" \
+GUESTS := $(AT_ONCE) --dist loadfile --no-loadscope-reorder -m "vm or slow" \
 	$(shell grep -lrE 'mark\.(vm|slow)\b' tests --include='test_*.py' | sort)
 # What depends on the Python version: asyncio's contract, its loops, anyio. The rest runs on one.
 ACROSS := -n $(shell nproc) -m "not vm and not slow and not control" tests/conformance tests/anyio_face \

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -150,9 +151,12 @@ LARGE = {
 }
 
 COMPILED_QUICKLY = ("clang", "-O0")
+WHOLE = ("-m1000000", "-w22")
+FIRST = ("-m100000", "-w18")
+"""Depth and table of a search: its memory is got first, and the first error comes soon."""
 
 
-def search(case: str, where: Path, *compiler: str) -> str:
+def search(case: str, where: Path, compiler: Sequence[str], limits: Sequence[str]) -> str:
     """Everything that can happen in a model, or the first error. Returns what the search says."""
     for tool in ("spin", compiler[0]):
         assert shutil.which(tool), f"{tool} is missing: .ci/setup test installs it (Debian package {tool})"
@@ -168,12 +172,12 @@ def search(case: str, where: Path, *compiler: str) -> str:
     said = run("spin", "-a", *(f"-D{define}" for define in defines), f"{model}.pml")
     assert "error" not in said.lower(), said
     run(*compiler, "-w", "-DSAFETY", "-DNOCLAIM", "-DCOLLAPSE", "-DVECTORSZ=2048", "-o", "pan", "pan.c")
-    return run("./pan", "-m1000000", "-w22")
+    return run("./pan", *limits)
 
 
 @pytest.mark.parametrize("case", RIGHT)
 def test_is_right_as_built(case: str, tmp_path: Path) -> None:
-    said = search(case, tmp_path, *(("gcc", "-O1") if case in LARGE else COMPILED_QUICKLY))
+    said = search(case, tmp_path, ("gcc", "-O1") if case in LARGE else COMPILED_QUICKLY, WHOLE)
     assert "errors: 0\n" in said, said
     for incomplete in ("Search not completed", "max search depth too small", "out of memory"):
         assert incomplete not in said, said
@@ -182,7 +186,7 @@ def test_is_right_as_built(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", WRONG)
 def test_is_wrong_without_the_rule(case: str, tmp_path: Path) -> None:
-    said = search(case, tmp_path, *COMPILED_QUICKLY)
+    said = search(case, tmp_path, COMPILED_QUICKLY, FIRST)
     assert "assertion violated" in said, said
     assert "errors: 1\n" in said, said
 

@@ -20,8 +20,6 @@ import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import trustme
-
 import shmsock
 
 STREAM, TLS, PROTOCOL, DATAGRAM = 7000, 7001, 7002, 7003
@@ -86,6 +84,8 @@ async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
 
 
 def server_context() -> tuple[str, ssl.SSLContext]:
+    import trustme  # which takes seconds in a guest that is emulated
+
     ca, context = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     name = socket.gethostname()
     ca.issue_cert(name, f"{name}.shm").configure_cert(context)

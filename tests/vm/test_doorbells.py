@@ -211,9 +211,12 @@ def test_no_spinning(house: House, peers: Peers) -> None:
 def test_trio(house: House) -> None:
     """In both guests, without spinning."""
     a, b = house.get()
-    with b.start(["python", FACES, "calm", "serve", "trio"]) as serving:  # in a guest, pci:auto finds vfio:
+    with b.start(
+        ["python", FACES, "calm", "serve", "trio"], modules=MODULES
+    ) as serving:  # in a guest, pci:auto finds vfio:
         serving.readline(SECONDS)
-        said = a.run(["python", FACES, "calm", "ask", "trio", "vm-b", ""], timeout=SECONDS)
+        ask = ["python", FACES, "calm", "ask", "trio", "vm-b", ""]
+        said = a.run(ask, timeout=SECONDS, modules=MODULES)
         done, asked = json.loads(said.text)
         assert done == ["ShmStream", "datagrams"]
         assert asked["woken_by"] == {"vm-b": "doorbell"}
