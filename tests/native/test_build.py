@@ -36,8 +36,10 @@ def compile_object(compiler: str, source: Path, scratch: Path, *flags: str) -> D
 def test_core_compiles_without_a_warning(compiler: str, defines: list[str], tmp_path: Path) -> None:
     wrapper = tmp_path / "_core.c"
     build.emit("_core", wrapper, fake=bool(defines))
+    # The engine's tests compile fake memory with the optimiser, and the same warnings are errors there.
+    flags = [NOT_OPTIMISED, *(f"-D{name}" for name in defines)] if defines else []
     for source in [*build.sources(), *build.extension(), wrapper]:
-        done = compile_object(compiler, source, tmp_path, *(f"-D{name}" for name in defines))
+        done = compile_object(compiler, source, tmp_path, *flags)
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
 
