@@ -78,6 +78,7 @@ def refused(name: str, *arguments: object) -> str:
 
 EVERY: dict[str, list[object]] = {
     "anyio_echo.py": ["asyncio"],
+    "dask_cluster.py": [],
     "datagrams.py": ["serve"],
     "echo_client.py": ["localhost"],
     "echo_server.py": [],
@@ -156,7 +157,9 @@ def test_datagrams_without_a_server(shm_region: Path) -> None:
     assert refused("datagrams.py", "localhost", "tea").startswith("[Errno 111]")
 
 
-@pytest.mark.parametrize("name", sorted(EVERY.keys() - {"echo_server.py", "port_from_tcp.py"}))
+@pytest.mark.parametrize(
+    "name", sorted(EVERY.keys() - {"dask_cluster.py", "echo_server.py", "port_from_tcp.py"})
+)
 def test_usage(name: str) -> None:
     done = run(name, check=False)
     assert done.returncode == 1
@@ -171,6 +174,13 @@ def test_anyio_echo(shm_region: Path, backend: str) -> None:
 @pytest.mark.parametrize(("host", "address"), [("localhost.shm", "ff01:"), ("127.0.0.1", "127.0.0.1")])
 def test_unmodified_asyncio(shm_region: Path, host: str, address: str) -> None:
     assert run("unmodified_asyncio.py", host).stdout.startswith(f"HELLO from {address}")
+
+
+def test_dask_cluster(shm_region: Path) -> None:
+    said = run("dask_cluster.py", 16).stdout.splitlines()
+    assert said[0].startswith("the scheduler is shm://")
+    assert said[1] == "the sum is 1999999000000, numpy says 1999999000000"
+    assert said[2].endswith("got 16 MB through memory")
 
 
 def test_raw_bar2(tmp_path: Path) -> None:

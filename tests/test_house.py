@@ -27,6 +27,7 @@ FLOORS = {
     "server": 4,
     "guests": 4,
     "run": 4,
+    "integrations": 5,
     "bench": 5,
     "forward": 5,
     "commands": 6,

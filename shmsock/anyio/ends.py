@@ -150,8 +150,12 @@ class Resource(AsyncResource, anyio.TypedAttributeProvider):
             found[SocketAttribute.remote_port] = lambda: remote[1]
         return found
 
+    def close(self) -> None:
+        """Close this end as aclose() does, where nothing can be awaited. Raises WrongThreadError."""
+        self._end.close()
+
     async def aclose(self) -> None:
         """Close this end. What was sent arrives, also when this is cancelled; connections that accept() has
         not returned are reset. Harmless when repeated."""
-        self._end.close()
+        self.close()
         await checkpoint()

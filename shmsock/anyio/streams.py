@@ -10,7 +10,7 @@ import errno
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 from anyio import BrokenResourceError, BusyResourceError, ClosedResourceError, EndOfStream
@@ -35,6 +35,8 @@ from shmsock.engine.listeners import Listener as PortListener
 from shmsock.errors import wrong_thread
 
 __all__ = ["ShmListener", "ShmStream"]
+
+T = TypeVar("T", bytes, int)
 
 
 class _WriteAfterEof(BrokenResourceError, RuntimeError):
@@ -109,6 +111,11 @@ class ShmStream(Resource, ByteStream):
     def extra_attributes(self) -> Mapping[Any, Callable[[], Any]]:
         return {**super().extra_attributes, ShmAttribute.peer: lambda: self._conn.peer}
 
+    @property
+    def ended(self) -> bool:
+        """Whether this end is closed, or the peer is gone, or has closed its own and all it sent was read."""
+        return not self._end.live or bool(self._conn.orphaned_ns)
+
     # -- receiving
 
     async def receive(self, max_bytes: int = 65536) -> bytes:
@@ -122,20 +129,37 @@ class ShmStream(Resource, ByteStream):
         self._receiving = True
         try:
             await self._turn()
-            data = self._fast_path.take(max_bytes)
-            return await self._receive_slowly(max_bytes) if data is None else data
+            data: bytes | None = self._fast_path.take(max_bytes)
+            return await self._receive_slowly(self._conn.read, max_bytes) if data is None else data
         finally:
             self._receiving = False
 
-    async def _receive_slowly(self, max_bytes: int) -> bytes:
+    async def receive_into(self, buffer: Any) -> int:
+        """Wait for bytes, put them into `buffer`, as many as there are and it has room for, and return their
+        number: receive() without a copy. Raises what that does, and BufferError or TypeError for what is no
+        writable buffer. Cancelling loses no byte."""
+        room = memoryview(buffer).cast("B")
+        if room.readonly or not room:
+            raise TypeError("the buffer must be writable, and not empty")
+        if self._receiving:
+            raise BusyResourceError("reading from")
+        self._receiving = True
+        try:
+            await self._turn()
+            with self._node.engine.ffi.from_buffer(room) as to:
+                return await self._receive_slowly(self._conn.read_into, to, len(room))
+        finally:
+            self._receiving = False
+
+    async def _receive_slowly(self, read: Callable[..., T | int], *where: Any) -> T:
         end, node, conn = self._end, self._node, self._conn
         while end.live:
             if not node.pump.scheduled:
                 node.pump.begin_turn()
-            data = conn.read(max_bytes)
-            if isinstance(data, bytes):
+            data: Any = read(*where)
+            if isinstance(data, bytes) or data > 0:
                 end.update_poll()
-                return data
+                return data  # type: ignore[no-any-return]
             if data == EOF:
                 raise EndOfStream
             if data not in (EMPTY, YIELD):

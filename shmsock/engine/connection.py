@@ -334,19 +334,27 @@ class Connection(Held):
 
     def read(self, want: int) -> bytes | int:
         """Take out 1 to `want` bytes that are there, or return a status. Does not wait."""
-        if self.state is not OPEN:
-            return self.ended()
         room, bytes_of = self.home.room
-        n = self.home.lib.sh_read(self.ep, room, min(want, COPY_MAX))
+        n = self.read_into(room, want)
         if n <= 0:
-            return self.ended_by(n)
-        self.home.stir()
+            return n
         try:
             data: bytes = bytes_of[:n]
         except BaseException as error:  # they have left the ring: what is read next would follow a gap
             self.broke(error)
             raise
         return data
+
+    def read_into(self, to: Any, want: int) -> int:
+        """Put 1 to `want` bytes that are there into `to`, and return how many; or return a status. Does not
+        wait."""
+        if self.state is not OPEN:
+            return self.ended()
+        n: int = self.home.lib.sh_read(self.ep, to, min(want, COPY_MAX))
+        if n <= 0:
+            return self.ended_by(n)
+        self.home.stir()
+        return n
 
     def available(self) -> int:
         """Count the bytes that are there, without taking any; or return a status."""

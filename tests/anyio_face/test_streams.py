@@ -256,6 +256,49 @@ def test_arguments(run: Run, world: World) -> None:
     run(main)
 
 
+def test_receive_into(run: Run, world: World) -> None:
+    async def main() -> None:
+        async with world.pair() as (c, s), anyio.create_task_group() as tg:
+            for wrong in (b"abc", bytearray()):
+                with pytest.raises(TypeError):
+                    await s.receive_into(wrong)
+            room = memoryview(bytearray(BIG))
+            got = anyio.Event()
+
+            async def receive() -> None:
+                assert await s.receive_into(room[:10]) == 10
+                got.set()
+
+            tg.start_soon(receive)
+            await anyio.wait_all_tasks_blocked()
+            with pytest.raises(anyio.BusyResourceError):
+                await s.receive_into(room)
+            await c.send(b"0123456789")
+            await got.wait()
+            assert bytes(room[:11]) == b"0123456789\0"
+            data, at = bytes(range(256)) * (BIG // 256), 0
+            tg.start_soon(c.send, data)
+            while at < BIG:
+                at += await s.receive_into(room[at : at + 100_000])
+            assert bytes(room) == data
+            with anyio.move_on_after(0.001):
+                await s.receive_into(room)
+            await c.send(b"x")
+            assert (await s.receive_into(room), room[0]) == (1, ord("x"))
+            await c.send(b"last")
+            c.close()
+            assert c.ended
+            assert not s.ended
+            assert await s.receive() == b"last"
+            with pytest.raises(anyio.EndOfStream):
+                await s.receive_into(room)
+            await until(lambda: s.ended)
+            with pytest.raises(anyio.ClosedResourceError):
+                await c.receive_into(room)
+
+    run(main)
+
+
 def test_a_receive_lets_others_run_though_its_bytes_are_there(run: Run, world: World) -> None:
     async def main() -> None:
         async with world.pair() as (c, s):
