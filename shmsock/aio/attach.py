@@ -369,7 +369,9 @@ async def current_node(url: str | None = None, name: str | None = None, *, liste
     return node
 
 
-async def node_if_any(url: str | None = None, name: str | None = None) -> Node | None:
+async def node_if_any(
+    url: str | None = None, name: str | None = None, *, warn: Callable[[str], object] = log.warning
+) -> Node | None:
     """Return the implicit node of the running loop, for those who can do without. None, and one warning, when
     there is no region (none is made), no section free, or any other reason that it cannot be attached: later
     calls try again, and only the first waits for it, up to ATTACH_S. (On trio each that tries waits.)"""
@@ -388,7 +390,7 @@ async def node_if_any(url: str | None = None, name: str | None = None) -> Node |
         node = await _soon(loop, current_node(url, name), 0 if tries.get(key) else ATTACH_S)
     except OSError as error:
         if key not in tries:
-            log.warning("region %s: %s; TCP is used", url or region.default_url(), error)
+            warn(f"region {url or region.default_url()}: {error}; TCP is used")
         tries[key] = again
         return None
     tries.pop(key, None)

@@ -227,7 +227,7 @@ async def create_server(
     region: str | None = None,
     name: str | None = None,
     node: Node | None = None,
-    numeric: bool = False,
+    numeric: Any = False,
 ) -> Server:
     """Listen at `port`, and make a protocol for each connection to it, as loop.create_server() does over TCP.
 
@@ -235,8 +235,8 @@ async def create_server(
     these. `port`: None or 0: one is chosen. `backlog`: how many connections may be accepted and not yet
     handled. `reuse_port`: several processes of one host may share the port. `ssl` and the timeouts, in
     seconds, are asyncio's. `start_serving`: accept at once. `region`, `name`, `node`: as for
-    create_connection(). `numeric`: addresses are told as internet addresses. `family`, `flags`,
-    `reuse_address` and `keep_alive` are accepted and mean nothing.
+    create_connection(). `numeric`: addresses are told as internet addresses, see names.shown(). `family`,
+    `flags`, `reuse_address` and `keep_alive` are accepted and mean nothing.
 
     Returns a Server. Raises OSError (EADDRINUSE; EADDRNOTAVAIL: `host` is not this node), TypeError and
     OverflowError (`backlog` is no C int), and what attach() raises. Cancelling leaves nothing behind.

@@ -92,6 +92,8 @@ def _unless_meant(name: str) -> Any:
 class ShmLoop(_Base):
     """Methods that come before those of the loop it is mixed with, for hosts in shared memory."""
 
+    _shown: Any = True  # how servers are told who connects: see names.shown()
+
     async def sock_connect(self, sock: Any, address: Any) -> None:
         """Connect as asyncio's method does; to a peer in shared memory only note the address. Programs that
         give such a socket to create_connection() (aiohttp's client) are led to the peer there. The socket
@@ -178,7 +180,7 @@ class ShmLoop(_Base):
         found = [names.host_of(self, h) for h in several]
         hosts, region = [h for _, h in found], found[0][0]
         return await endpoints.create_server(
-            protocol_factory, hosts, port, region=region, numeric=True, **kwds
+            protocol_factory, hosts, port, region=region, numeric=self._shown, **kwds
         )
 
     async def create_datagram_endpoint(

@@ -123,12 +123,15 @@ def address_of(node: Any, name: str, port: int) -> tuple[str, int]:
     return names_of(node.loop).address(node.region.url, name), port
 
 
-def shown(node: Any, local: tuple[str, int], remote: tuple[str, int], how: Any) -> tuple[Any, Any]:
-    """Return both ends of a connection as internet addresses: those that stand for the names if `how` is
-    True; else it is the address that the connection was asked for by, and led to the peer."""
+def shown(node: Any, conn: Any, how: Any) -> tuple[Any, Any]:
+    """Return both ends of a connection as internet addresses. `how` True: those that stand for the names; an
+    address: the one that it was asked for by, and led to the peer; else how(node, conn) tells them."""
     if how is True:
-        return address_of(node, *local), address_of(node, *remote)
-    return own_end(how, local[1]), how
+        return address_of(node, *conn.local), address_of(node, *conn.remote)
+    if isinstance(how, tuple):
+        return own_end(how, conn.local[1]), how
+    ends: tuple[Any, Any] = how(node, conn)
+    return ends
 
 
 def own_end(remote: Any, port: int) -> tuple[Any, ...]:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import logging
 import weakref
 
-from shmsock.address import Address, parsed_address
+from shmsock.address import Address, packed, parsed_address
 from shmsock.aio.node import Node
 
-__all__ = ["peer_of"]
+__all__ = ["peer_of", "published_by"]
 
 log = logging.getLogger("shmsock")
 _told: weakref.WeakKeyDictionary[Node, set[Address]] = weakref.WeakKeyDictionary()
@@ -35,6 +35,13 @@ def peer_of(node: Node, ip: str, port: int) -> Address | None:
         _warn_of_dispute(node, address)
         return None
     return address
+
+
+def published_by(node: Node, section: int) -> list[Address]:
+    """List the addresses that the peer in a section publishes, without those that another machine claims."""
+    peers, now = node.engine.peers, node.engine.home.now()
+    mine = peers.addresses_of(peers[section])
+    return [a for a in sorted(mine, key=packed) if peers.of_one_machine(peers.claiming(a, now))]
 
 
 def _warn_of_dispute(node: Node, address: Address) -> None:

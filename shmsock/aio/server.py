@@ -45,7 +45,7 @@ class Server(asyncio.AbstractServer):
         reuse_address: bool = True,
         keep_alive: bool = False,
         tls: Tls | None = None,
-        numeric: bool = False,
+        numeric: Any = False,
     ) -> None:
         self._node, self._factory, self._tls, self._numeric = node, factory, tls, numeric
         self._context = contextvars.copy_context()

@@ -132,7 +132,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
             return default
         if self._extra is None:
             ends = self.conn.local, self.conn.remote
-            local, remote = names.shown(self.node, *ends, self._numeric) if self._numeric else ends
+            local, remote = names.shown(self.node, self.conn, self._numeric) if self._numeric else ends
             self._extra = {"peername": remote, "sockname": local, "shmsock_path": "shm"}
             self._extra["shmsock_node"] = self.node
         extra = self._extra

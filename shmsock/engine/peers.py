@@ -259,10 +259,11 @@ class Peers:
         return [
             p
             for p in self.some
-            if p.live and address in self._addresses(p) and not self.stale(p, now_ns) and not self.killed(p)
+            if p.live and address in self.addresses_of(p) and not self.stale(p, now_ns) and not self.killed(p)
         ]
 
-    def _addresses(self, peer: Peer) -> frozenset[Address]:
+    def addresses_of(self, peer: Peer) -> frozenset[Address]:
+        """Return the addresses that a peer publishes."""
         now = (peer.incarnation, self.layout.published_word(peer.section))
         if now != peer.published:
             word, peer.addresses = self.layout.published(peer.section, peer.incarnation)

@@ -8,27 +8,25 @@ import contextlib
 import errno
 import socket
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
+from shmsock.address import Address, parsed_address
 from shmsock.aio import endpoints, names
-from shmsock.aio.attach import current_node
+from shmsock.aio.attach import current_node, node_if_any
 from shmsock.aio.datagram import create_datagram_endpoint
 from shmsock.aio.loop import ShmLoop, host_in, meant_by
 from shmsock.aio.node import Node
+from shmsock.aio.published import peer_of, published_by
 from shmsock.aio.server import Server
+from shmsock.engine.connection import Connection
 from shmsock.run.notices import warn
-from shmsock.run.rules import Rules, canonical
-from shmsock.run.server import PATIENCE_S, RETRY_S, JointServer
+from shmsock.run.rules import Rules
+from shmsock.run.server import JointServer
 
 __all__ = ["RunLoop"]
 
-_INTERNET = (socket.AF_INET, socket.AF_INET6)
 _MEANT_FOR_BOTH = ("ssl", "backlog", "keep_alive", "ssl_handshake_timeout", "ssl_shutdown_timeout")
-
-
-def peer_of(node: Node, address: str, port: int) -> str | int | None:
-    """Return the peer that publishes an address and offers that port; None: nobody does."""
-    return None
 
 
 class _Plain(str):
@@ -71,41 +69,27 @@ class RunLoop(ShmLoop):
     """Methods that come before those of the class of loops that it is made a base of."""
 
     rules = Rules()
-    _attach_again = 0.0  # after an attempt that failed
 
     # -- where does a call lead
 
-    async def _peer(self, host: Any, port: Any) -> Any:
-        """Return the peer that an address leads to: by name, or section; None: it is not a peer's."""
-        address = canonical(host)
+    async def _peer(self, host: Any, port: Any) -> str | Address | None:
+        """Return what leads to the peer whose address that is; None: nobody's, or there is no region to be
+        had."""
+        address = parsed_address(host) if isinstance(host, str) else None
         if address is None or not isinstance(port, int):
             return None
         peer = self.rules.peer(address, port)
-        if peer is None and not self.rules.may_be_published(address):
+        if peer is None and not self.rules.trusts(address):
             return None
-        node = await self._node(address)
-        return None if node is None else peer or peer_of(node, address, port)
-
-    async def _node(self, address: str) -> Node | None:
-        """Return the node of this loop; None while there is none to be had, and after a warning."""
-        if self.time() < self._attach_again:
-            return None
-        try:
-            return await asyncio.wait_for(current_node(), PATIENCE_S)
-        except (OSError, ValueError, asyncio.TimeoutError) as error:
-            self._attach_again = self.time() + RETRY_S
-            why = str(error) or "it takes too long to get a section of the region"
-            warn(
-                "region", f"connections to {address} go over TCP alone: {why} (tried again from time to time)"
-            )
-            return None
+        node = await node_if_any(warn=partial(warn, "region"))
+        return None if node is None else peer or peer_of(node, host, port)
 
     async def _resolved(
         self, host: Any, port: Any, kwds: dict[str, Any], kind: int = socket.SOCK_STREAM
     ) -> tuple[list[Any], Any, Any]:
         """Look a host up, unless it is an address. Returns what was found, the first address of it that is a
         peer's, and that peer."""
-        if isinstance(host, str) and isinstance(port, int) and canonical(host):
+        if isinstance(host, str) and isinstance(port, int) and parsed_address(host):
             infos, addresses = [], [(host, port)]
         else:
             given = {key: kwds.get(key, 0) for key in ("family", "proto", "flags")}
@@ -132,17 +116,33 @@ class RunLoop(ShmLoop):
         infos, address, peer = await self._resolved(host, port, kwds)
         if kwds.get("ssl") and kwds.get("server_hostname") is None:
             kwds["server_hostname"] = host
-        if address is not None:
-            with _mapped(address, peer):
-                return await endpoints.create_connection(
-                    protocol_factory, peer, address[1], numeric=True, seen_as=address, **kwds
-                )
+        if address is None:
+            return await self._by_tcp(protocol_factory, host, port, infos, kwds)
+
+        async def otherwise(error: OSError | None) -> tuple[Any, Any]:
+            return await self._by_tcp(protocol_factory, host, port, infos, kwds)
+
+        with _mapped(address, peer):
+            return await endpoints.create_connection(
+                protocol_factory,
+                peer,
+                address[1],
+                numeric=True,
+                seen_as=address,
+                otherwise=None if isinstance(peer, str) else otherwise,
+                **kwds,
+            )
+
+    async def _by_tcp(
+        self, factory: Any, host: Any, port: Any, infos: list[Any], kwds: dict[str, Any]
+    ) -> tuple[Any, Any]:
+        """Connect as the loop does, without looking up again what was."""
         if isinstance(self, asyncio.BaseEventLoop):
             host = _plain(host.decode() if isinstance(host, bytes) else host, infos)
         elif infos and kwds.get("local_addr") is None:  # uvloop's would look it up again
             sock = await self._connected(infos)
-            return await super().create_connection(protocol_factory, sock=sock, **_of_sockets(kwds))
-        return await super().create_connection(protocol_factory, host, port, *scope, **kwds)
+            return await super().create_connection(factory, sock=sock, **_of_sockets(kwds))
+        return await super().create_connection(factory, host, port, **kwds)
 
     async def _connected(self, infos: list[Any]) -> socket.socket:
         """Connect a socket to the first address that can be reached, as uvloop does."""
@@ -163,6 +163,10 @@ class RunLoop(ShmLoop):
         if len({str(error) for error in errors}) == 1:
             raise errors[0]
         raise OSError(f"Multiple exceptions: {', '.join(map(str, errors))}")
+
+    def kernel_connection(self, protocol_factory: Any, host: Any, port: Any, **kwds: Any) -> Any:
+        """Connect over TCP, wherever the address leads by the rules."""
+        return super().create_connection(protocol_factory, _plain(host), port, **kwds)
 
     async def sock_connect(self, sock: Any, address: Any) -> None:
         host = host_in(address)
@@ -210,7 +214,8 @@ class RunLoop(ShmLoop):
         own = await super().create_server(protocol_factory, host, port, *scope, **kwds)
         if isinstance(own, Server) or not self.rules.listen:
             return own
-        found = {s.getsockname()[1] for s in own.sockets if s.family in _INTERNET} & self.rules.listen
+        bound = (sock.getsockname() for sock in own.sockets)  # of a family that may not be true (--fd)
+        found = {address[1] for address in bound if isinstance(address, tuple)} & self.rules.listen
         if not found:
             return own
         number = found.pop()  # all sockets of a server have one port
@@ -230,7 +235,7 @@ class RunLoop(ShmLoop):
                 None,
                 number,
                 reuse_port=True,
-                numeric=True,
+                numeric=self._shown,
                 node=node,
                 start_serving=serving,
                 **same,
@@ -239,6 +244,19 @@ class RunLoop(ShmLoop):
         server = JointServer(self, own, number, kwds.get("start_serving", True), offer)
         await server.begin()
         return server
+
+    @property
+    def _shown(self) -> Any:
+        return self._ends if self.rules.auto else True
+
+    def _ends(self, node: Node, conn: Connection) -> tuple[Any, Any]:
+        """Return both ends of a connection as a server sees them: the other by its published address, if that
+        is in a range that is trusted."""
+        for address in published_by(node, conn.peer):
+            if self.rules.trusts(address):
+                remote = str(address), conn.remote[1]
+                return names.shown(node, conn, remote)
+        return names.shown(node, conn, True)
 
 
 def _of_sockets(kwds: dict[str, Any]) -> dict[str, Any]:

@@ -5,23 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 
-from shmsock.address import is_local, normalize_name
+from shmsock.address import Address, Ranges, check_ranges, is_local, normalize_name, parsed_address
 
-__all__ = ["LOOPS", "Rules", "canonical"]
+__all__ = ["LOOPS", "Rules"]
 
 LOOPS = ("asyncio", "uvloop")
-
-
-def canonical(host: object) -> str | None:
-    """Return the one spelling of an internet address, IPv4 for one that is mapped into IPv6; None for what is
-    no address."""
-    try:
-        ip = ip_address(host) if isinstance(host, str) else None
-    except ValueError:
-        return None
-    return None if ip is None else str(getattr(ip, "ipv4_mapped", None) or ip)
 
 
 @dataclass(frozen=True)
@@ -32,8 +21,8 @@ class Rules:
 
     loop: str = ""
     listen: frozenset[int] = frozenset()
-    map: Mapping[tuple[str, int], str] = field(default_factory=dict)
-    auto: tuple[IPv4Network | IPv6Network, ...] = ()
+    map: Mapping[tuple[Address, int], str] = field(default_factory=dict)
+    auto: Ranges = ()
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] | None = None) -> Rules:
@@ -43,7 +32,7 @@ class Rules:
         loop = environ.get("SHMSOCK_LOOP", "").strip()
         if loop and loop not in LOOPS:
             raise ValueError(f"SHMSOCK_LOOP is {loop!r}, expected {' or '.join(LOOPS)}")
-        table: dict[tuple[str, int], str] = {}
+        table: dict[tuple[Address, int], str] = {}
         for part in _parts(environ, "SHMSOCK_MAP"):
             key, peer = _mapped(part)
             if table.setdefault(key, peer) != peer:
@@ -52,17 +41,17 @@ class Rules:
             loop,
             frozenset(_port("SHMSOCK_LISTEN", part, part) for part in _parts(environ, "SHMSOCK_LISTEN")),
             table,
-            tuple(_network(part) for part in _parts(environ, "SHMSOCK_AUTO")),
+            check_ranges(environ.get("SHMSOCK_AUTO", ""), "SHMSOCK_AUTO"),
         )
 
-    def peer(self, address: str, port: int) -> str | None:
-        """Return the peer that a canonical address is mapped to."""
+    def peer(self, address: Address, port: int) -> str | None:
+        """Return the peer that an address is mapped to."""
         found = self.map.get((address, port)) if self.map else None
         return self.map.get((address, 0)) if found is None and self.map else found
 
-    def may_be_published(self, address: str) -> bool:
-        """Is a canonical address in one of the ranges of `auto`?"""
-        return bool(self.auto) and any(ip_address(address) in network for network in self.auto)
+    def trusts(self, address: Address) -> bool:
+        """Is an address in one of the ranges of `auto`?"""
+        return any(address in network for network in self.auto)
 
 
 def _parts(environ: Mapping[str, str], variable: str) -> Iterator[str]:
@@ -75,19 +64,12 @@ def _port(variable: str, text: str, part: str) -> int:
     return int(text)
 
 
-def _network(part: str) -> IPv4Network | IPv6Network:
-    try:
-        return ip_network(part)
-    except ValueError as error:
-        raise ValueError(f"SHMSOCK_AUTO: {error}; expected a range such as 10.0.0.0/24") from None
-
-
-def _mapped(part: str) -> tuple[tuple[str, int], str]:
+def _mapped(part: str) -> tuple[tuple[Address, int], str]:
     host, equals, peer = (word.strip() for word in part.partition("="))
-    address, port = canonical(host.strip("[]")), 0
+    address, port = parsed_address(host.strip("[]")), 0
     if address is None:
         host, _, number = host.rpartition(":")
-        address = canonical(host.strip("[]"))
+        address = parsed_address(host.strip("[]"))
         if address is not None:
             port = _port("SHMSOCK_MAP", number, part)
     if not equals or address is None:

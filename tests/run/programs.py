@@ -72,6 +72,12 @@ class Program:
             assert len(found()) >= times, f"it ended without a line with {text!r}: {self.lines}"
             return found()[times - 1]
 
+    def tell(self, line: str = "") -> None:
+        """Give it a line on its standard input."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
     def ends(self) -> int:
         """Wait for its end, and that of all that it has written; return its exit code."""
         code = self.process.wait(PATIENCE)

@@ -3,7 +3,6 @@ the program's loops, then does what the sitecustomize does that is hidden by thi
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from importlib.machinery import PathFinder
@@ -28,7 +27,7 @@ def _reach() -> None:
     try:
         install()
     except ValueError as error:
-        _say(f"{error}; nothing of this program goes through shared memory")
+        _say(f"{error}; not all of this program goes through shared memory")
 
 
 def _go_on_with_the_hidden_one() -> None:
@@ -36,6 +35,8 @@ def _go_on_with_the_hidden_one() -> None:
     others = [entry for entry in sys.path if os.path.abspath(entry) != here]
     spec = PathFinder.find_spec(__name__, others)
     if spec is not None and spec.loader is not None:
+        import importlib.util
+
         sys.modules[__name__] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
 
