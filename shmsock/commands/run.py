@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 import shmsock.run
-from shmsock.address import default_name, default_pin, default_section
+from shmsock.address import default_name, default_pin, default_publish, default_section
 from shmsock.commands.group import Failed
 from shmsock.engine.settings import Settings
 from shmsock.run.rules import LOOPS, Rules
@@ -91,7 +91,7 @@ def run(
     try:
         Rules.from_environ()
         Settings.from_environ()
-        default_name(), default_pin(), default_section()
+        default_name(), default_pin(), default_section(), default_publish()
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     words = _as_python(command, module)

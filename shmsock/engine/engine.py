@@ -350,6 +350,7 @@ class Engine:
             self._reap_silent(now_ns, int(self.settings.reap_after_s * 1e9))
         to_bury = self._bury(now_ns)
         self._find_others(now_ns)
+        self._tell_impatient(now_ns)
         # Each sample wakes a loop that sleeps: often only while somebody is in doubt.
         watchful = orphans or self.links.late or self._strangers(now_ns) or self.peers.doubtful or to_bury
         watchful = watchful or self.impatient
@@ -366,9 +367,7 @@ class Engine:
 
     def _find_others(self, now_ns: int) -> None:
         """Tell connections that wait for the answer of a peer whose beat stands still, when another of that
-        name has the port and beats: that one can be asked. Those that are impatient have another way."""
-        for conn in [c for c in self.impatient if self.peers.stale(self.peers[c.peer], now_ns)]:
-            self.home.emit(conn.silent)
+        name has the port and beats: that one can be asked."""
         for peer in self.peers.some:
             if not self.peers.stale(peer, now_ns):
                 continue
@@ -377,6 +376,11 @@ class Engine:
                     others, _ = self.listeners.elsewhere(peer.name, conn.remote[1], exclude=(peer.section,))
                     if any(not other.samples for other in others):
                         self.home.emit(conn.silent)
+
+    def _tell_impatient(self, now_ns: int) -> None:
+        """Tell connections that have another way when the beat of their peer stands still."""
+        for conn in [c for c in self.impatient if self.peers.stale(self.peers[c.peer], now_ns)]:
+            self.home.emit(conn.silent)
 
     def _strangers(self, now_ns: int) -> bool:
         """Is somebody about to attach, and not there yet? (It may have been killed meanwhile.)"""
@@ -408,7 +412,9 @@ class Engine:
     def hasten(self, conn: Connection) -> None:
         """Look often whether the peer beats, until the caller takes the connection out of `impatient`."""
         self.impatient.add(conn)
-        self._sample_soon(self.home.now())
+        now_ns = self.home.now()
+        self._tell_impatient(now_ns)  # it may be known that it does not
+        self._sample_soon(now_ns)
 
     def statistics(self) -> dict[str, int]:
         """Return the counters since attach, and what is held now, by name."""
