@@ -24,7 +24,7 @@ from shmsock.errors import section_taken, sections_full
 __all__ = ["Claim", "Locks", "Seen", "claim_section", "name_taken", "reap", "release_claim", "survey"]
 
 SETTLE_S = 0.02
-LOOK_S = 0.01
+LOOK_S = 0.005
 STILL_S = 0.5
 PATIENCE_S = (
     65.0  # who left a section, and is read: longer than a reader keeps what it has (Settings.linger_s)
@@ -195,7 +195,9 @@ def claim_section(
         if held and not told and patience.waited >= 2 * STILL_S:
             told = True
             waits(held)
-        # Often at first: the readers of one that was just killed are about to notice it.
+        # Often at first: the readers of one that was just killed are about to notice it, if only now.
+        for reader in readers if held and not device else ():
+            layout.knock(reader)
         wait = min(max(patience.waited / 8, LOOK_S), STILL_S)
         yield wait
         patience.waited += wait

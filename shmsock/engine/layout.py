@@ -192,6 +192,10 @@ class Layout:
         users = load(back + USERS)  # SYNC U: inbox before users; partner: handshake.c, acknowledge()
         return bool(users & 0xFFFFFFFF) and users >> 32 == tag
 
+    def knock(self, section: int) -> None:
+        """Have the section's owner look at once whose lock fell, if a futex can wake it."""
+        self.memory.knock(self.geometry, section)
+
     def swap_claim(self, index: int, old: int, new: int) -> bool:
         """Compare and swap a section's claim word (0: nobody's). Returns whether it was `old`."""
         return self.memory.cas(self.section(index) + CLAIM, old, new)

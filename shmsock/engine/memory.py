@@ -92,6 +92,10 @@ class Memory:
         """Can this process wait for a change of that word by a futex?"""
         return bool(self.core.lib.sh_futex_works(self._base, offset) == 0)
 
+    def knock(self, geometry: Any, section: int) -> None:
+        """Have the owner of a section look at once whose lock fell, if a futex can wake it."""
+        self.core.lib.sh_knock(self._base, geometry, section)
+
     # -- the end
 
     def release(self, why: OSError | None = None) -> None:

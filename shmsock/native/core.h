@@ -158,6 +158,7 @@ int sh_received(sh_node *nd, uint64_t times);
 int sh_hear(sh_node *nd, int fd);
 uint64_t sh_lost(sh_node *nd);
 int sh_futex_works(void *base, uint64_t offset);
+void sh_knock(void *base, const sh_geometry *g, uint32_t section);
 
 /* links */
 void sh_restart(sh_node *nd, uint32_t peer, uint32_t pair_inc);

@@ -5,6 +5,7 @@
 #include "foreign.h"
 
 #include <errno.h>
+#include <limits.h>
 #include <linux/futex.h>
 #include <pthread.h>
 #include <signal.h>
@@ -98,6 +99,12 @@ int sh_futex_works(void *base, uint64_t offset)
     return sh_wait_for_any(&w, 1, sh_clock() + 1) == 0 || errno == EAGAIN || errno == ETIMEDOUT ? 0 : SH_NO_FUTEX;
 }
 
+/* Wake the heartbeat of that section's owner, as somebody who has no section: it looks whose lock fell. */
+void sh_knock(void *base, const sh_geometry *g, uint32_t section)
+{
+    syscall(SYS_futex, &((struct sh_section *)sh_section_at(base, g, section))->sleep_seq, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+}
+
 /* Fill in what to wait for: the owner's wake, the own sleep_seq word, by which strangers wake us, and the kicked_for of others as it is now. */
 static uint32_t load_kicks(sh_heartbeat *k, uint32_t seen, struct sh_waiter *w)
 {
@@ -157,6 +164,8 @@ static uint64_t sleep_until(sh_heartbeat *k, const struct sh_waiter *w, uint32_t
     if (k->futexes) {
         long woken = sh_wait_for_any(w, n, until);
         k->vain += woken != 0 && (woken > 0 || errno != ETIMEDOUT); /* a peer woke us: in vain, unless something is found */
+        if (woken == 1 && poll_locks(k)) /* a knock, maybe (sh_knock) */
+            wake_owner(k);
         return woken > 0 ? w[woken].uaddr : 0;
     }
     syscall(SYS_futex, &k->wake, FUTEX_WAIT_BITSET_PRIVATE, w[0].val, &t, NULL, FUTEX_BITSET_MATCH_ANY); /* its clock is absolute */

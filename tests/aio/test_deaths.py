@@ -14,7 +14,7 @@ import pytest
 import shmsock
 from shmsock import Settings
 from tests.aio.conftest import End, Run, held, keepers, open_files, until
-from tests.aio.processes import Child, pattern
+from tests.aio.processes import PATIENCE, Child, pattern
 from tests.aio.roles import echo
 
 AT_ONCE = 1.5
@@ -41,6 +41,31 @@ async def read_to_the_reset(end: End) -> bytes:
     except ConnectionResetError:
         return data
     raise AssertionError(f"EOF after {len(data)} bytes")
+
+
+def test_a_successor_need_not_wait_for_a_beat(
+    run: Run, make: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes the section of one that was killed, which is free when its reader knows of that."""
+    region = make(peers=2)
+    monkeypatch.setattr("shmsock.wakeup.BEAT_NS", 3600 * 10**9)
+
+    async def main() -> None:
+        async with (
+            shmsock.attach(region, name="reader") as node,
+            Child("serve", region, "victim", loop=run.loop) as victim,
+        ):
+            await victim.says("ready")
+            reader, writer = await shmsock.open_connection("victim", 7000, node=node)
+            reading = asyncio.create_task(reader.read())
+            victim.kill()
+            successor = await asyncio.wait_for(shmsock.attach(region, name="successor"), PATIENCE)
+            with pytest.raises(ConnectionResetError):
+                await reading
+            writer.close()
+            await successor.aclose()
+
+    run(main())
 
 
 @pytest.mark.parametrize("times", [6, pytest.param(25, marks=pytest.mark.slow)])
