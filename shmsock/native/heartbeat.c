@@ -50,6 +50,7 @@ static void wake_owner(sh_heartbeat *k)
 {
     uint64_t one = 1;
 
+    __atomic_store_n(&k->nd->beaten, 1, __ATOMIC_RELAXED);
     while (write(k->event_fd, &one, sizeof one) < 0 && errno == EINTR)
         ;
 }
@@ -310,6 +311,7 @@ int sh_heartbeat_heard(sh_heartbeat *k)
 {
     if (!k->ended)
         sh_drain(k->event_fd);
+    __atomic_store_n(&k->nd->beaten, 0, __ATOMIC_RELAXED);
     return (sh_heartbeat_unlocked(k) ? SH_HEARD_LOCK : 0) | (k->nd->losses ? SH_HEARD_SUSPECTED_LOSS : 0);
 }
 

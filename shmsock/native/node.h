@@ -151,6 +151,7 @@ struct sh_node {
     uint64_t claim, region_id;
     uint64_t turn_end_ns, hold_ns, spin_max_ns, spin_yield_ns;
     uint64_t ask_ns;              /* when to poll loop_fd next; 0: it was readable, and the turn is to end */
+    int beaten;                   /* the heartbeat made its eventfd readable, hence loop_fd; atomic */
     int loop_fd;                  /* the loop's selector: readable when another of its descriptors is ready; negative: not known */
     uint64_t counted_ns;          /* the turn in which readers are counted, named by its end */
     uint32_t readers, sharers;    /* how many took something in it; and in the one before, by whom the budget is shared */
@@ -166,6 +167,7 @@ struct sh_node {
     int alone;                    /* nobody else wanted this CPU when a spin last offered it */
     int quick;                    /* where it is not offered, a short spin was enough for the last wait */
     uint64_t vain_ns;             /* when a nap was in vain, or another of the loop's descriptors was ready, for the last time */
+    uint64_t late_ns;             /* when it came back late, for the last time; atomic */
     uint64_t crowded_ns;          /* somebody did, and kept it for long: until then it is not offered again; atomic */
     int attention;                /* a notification spoke of a message or a new life: the pump must run */
     uint32_t start;               /* the peer that the next pass begins with, so that nobody is always last */

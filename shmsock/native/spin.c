@@ -16,8 +16,8 @@ int sh_is_crowded(const sh_node *nd, uint64_t now)
     return SH_UNLIKELY(now < __atomic_load_n(&nd->crowded_ns, __ATOMIC_RELAXED)) && !__atomic_load_n(&nd->end_no_naps, __ATOMIC_RELAXED);
 }
 
-/* Offer this CPU to others. If it does not come back soon it is not offered again for 256 times as long: that takes 0.4 % of the time. Returns the clock;
- * the heartbeat calls this, too. */
+/* Offer this CPU to others. If it does not come back soon, and did not lately either, it is not offered again for 256 times as long: that takes 0.4 % of
+ * the time. (Once proves nothing: everybody has something to do now and then.) Returns the clock; the heartbeat calls this, too. */
 uint64_t sh_offer(sh_node *nd, uint64_t now)
 {
     uint64_t then;
@@ -26,7 +26,7 @@ uint64_t sh_offer(sh_node *nd, uint64_t now)
         return now;
     sched_yield();
     then = sh_clock();
-    if (then - now > LONG_NS)
+    if (then - now > LONG_NS && then - __atomic_exchange_n(&nd->late_ns, then, __ATOMIC_RELAXED) < 512 * (then - now))
         __atomic_store_n(&nd->crowded_ns, then + 256 * (then - now), __ATOMIC_RELAXED);
     return then;
 }
