@@ -105,7 +105,8 @@ enum sh_bits {
  * reason << 32; ACCEPTED: peer << 16, entry of the port << 55 (SH_LISTENERS: for datagrams) | the peer's port << 39 | bits of a poll << 32. OFFENCE: how
  * many violations << 32; it and ADOPT have a peer for the slot. */
 enum sh_event { SH_EV_SLOT, SH_EV_ADOPT, SH_EV_ACCEPTED, SH_EV_CONNECTED, SH_EV_REFUSED, SH_EV_OFFENCE };
-enum sh_how { SH_MAY_SPIN = 1, SH_YIELDED = 2 }; /* a read: nothing else is to be run, so it may spin; its caller has just let the loop turn */
+/* a read: nothing else is to be run, so it may spin; its caller has just let the loop turn; a pass comes before the loop sleeps, and arms */
+enum sh_how { SH_MAY_SPIN = 1, SH_YIELDED = 2, SH_PASS_FOLLOWS = 4 };
 enum sh_survey { SH_SURVEY_CLAIM, SH_SURVEY_INCARNATION, SH_SURVEY_STATE, SH_SURVEY_DOORBELL, SH_SURVEY_BEAT, SH_SURVEY }; /* words per section */
 enum sh_counter { /* statistics() has them by these names, in lower case */
     SH_N_PUMPS, SH_N_READS, SH_N_WRITES, SH_N_BYTES_IN, SH_N_BYTES_OUT, SH_N_NOTIFIES, SH_N_NOTIFIES_PENDING, SH_N_SPIN_HITS, SH_N_SPIN_MISSES,

@@ -213,7 +213,8 @@ void sh_weigh(sh_node *nd, struct sh_link *l)
 
     SH_EACH(slot, &nd->ready)
         due += nd->eps[slot].link == l;
-    if (l->polls < due + SH_POLLS)
+    l->weigh_at = due + SH_POLLS;
+    if (l->polls < l->weigh_at)
         return;
     if (now - l->weighed_ns < 1000000000u && l->moved < (l->polls - due) / 4)
         sh_rate_limit(nd, l);

@@ -36,6 +36,7 @@ struct sh_link { /* towards one peer */
     uint64_t weighed_ns;       /* when sh_weigh() weighed last; since then: */
     uint32_t polls;            /* how often the peer's words made us poll something, */
     uint32_t moved;            /* and how often that had moved: bytes, space, an end, a message, a life */
+    uint32_t weigh_at;         /* polls after which these are weighed next */
     int rate_limited;          /* a thousand polls within a second found too little: ignored until the next safety poll; atomic */
     const uint64_t *sleep_seq; /* the peer's word */
     uint64_t kicked;           /* the value of it that the peer was kicked for */
@@ -339,7 +340,7 @@ static inline uint64_t sh_ring_word(const sh_ep *ep)
 /* Count polls that this peer's words cause. What moved because of the former ones has been counted by now. */
 static inline void sh_caused(sh_node *nd, struct sh_link *l, uint32_t polls)
 {
-    if (SH_UNLIKELY(l->polls >= SH_POLLS))
+    if (SH_UNLIKELY(l->polls >= l->weigh_at))
         sh_weigh(nd, l);
     l->polls += polls;
 }

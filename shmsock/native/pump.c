@@ -4,9 +4,19 @@
 
 #define CREDIT_CAP_NS 5000000u /* how long passes may be in vain at a stretch */
 #define SAFE_SLOTS 1024        /* slots that one safety poll looks at */
+#define AHEAD 16 /* slots whose words are fetched at the same time */
 #define SKIP_NS 50000u         /* a pass so soon after the last may be left out */
 
 /* ---- a pass ---- */
+
+/* The bytes that are there are going to be read, and most likely answered: have the lines on their way that the peer had last. */
+static void foresee(const sh_ep *ep)
+{
+    sh_prefetch_bytes(ep);
+    sh_prefetch_write(&ep->mine->tx_word);
+    sh_prefetch_write(ep->tx + (ep->tail & (ep->tx_bytes - 1)));
+    sh_prefetch_write(ep->tx + ((ep->tail + SH_LINE) & (ep->tx_bytes - 1)));
+}
 
 /* Collect from the peers in the mask `of`, act on their messages, and poll the ready slots. Fills out[] with events (enum sh_event), at most max of
  * them; what does not fit is kept for the next pass. Returns how many. */
@@ -52,21 +62,32 @@ static int pass(sh_node *nd, uint64_t *out, int max, uint64_t of, uint64_t now)
     }
     nd->woke = 0;
     nd->start = nd->start + 1 < nd->g.peers ? nd->start + 1 : 0;
-    while (n < max && sh_set_any(&nd->ready)) { /* round and round, so that no slot is always last */
-        int64_t slot = sh_set_next(&nd->ready, nd->next_ready);
-        sh_ep *ep;
-        int bits;
+    while (n < max && sh_set_any(&nd->ready)) {
+        uint32_t slots[AHEAD], k = 0;
 
-        nd->next_ready = slot == SH_NOBODY ? 0 : (uint64_t)slot + 1;
-        if (slot == SH_NOBODY)
-            continue;
-        sh_set_remove(&nd->ready, (uint64_t)slot);
-        ep = &nd->eps[slot];
-        bits = sh_poll_at(ep, now);
-        if (ep->closing)
-            sh_ep_closing(ep, bits);
-        else
-            out[n++] = (uint64_t)ep->gen << 40 | (uint64_t)bits << 32 | SH_EV_SLOT << 24 | (uint64_t)slot;
+        while (k < AHEAD && n + (int)k < max && sh_set_any(&nd->ready)) { /* round and round, so that no slot is always last */
+            int64_t slot = sh_set_next(&nd->ready, nd->next_ready);
+
+            nd->next_ready = slot == SH_NOBODY ? 0 : (uint64_t)slot + 1;
+            if (slot == SH_NOBODY)
+                continue;
+            sh_set_remove(&nd->ready, (uint64_t)slot);
+            slots[k++] = (uint32_t)slot;
+            if (nd->eps[slot].theirs)
+                sh_prefetch(&nd->eps[slot].theirs->tx_word);
+        }
+        for (uint32_t i = 0; i < k; i++) {
+            sh_ep *ep = &nd->eps[slots[i]];
+            int bits = sh_poll_at(ep, now);
+
+            if (ep->closing) {
+                sh_ep_closing(ep, bits);
+                continue;
+            }
+            if (bits & SH_POLL_DATA)
+                foresee(ep);
+            out[n++] = (uint64_t)ep->gen << 40 | (uint64_t)bits << 32 | SH_EV_SLOT << 24 | slots[i];
+        }
     }
     return n;
 }

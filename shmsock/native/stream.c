@@ -64,9 +64,9 @@ static int64_t spin_for(sh_ep *ep, uint32_t min, uint64_t now)
 }
 
 /* Only `found` bytes are there, fewer than min: spin for more, or arm. Returns how many bytes are there now, at least min, or sh_read_step()'s status. */
-static __attribute__((noinline)) int64_t wait_for(sh_ep *ep, int64_t found, uint32_t min, uint64_t now, int spins)
+static __attribute__((noinline)) int64_t wait_for(sh_ep *ep, int64_t found, uint32_t min, uint64_t now, int how)
 {
-    if (spins) {
+    if (how & SH_MAY_SPIN) {
         void *held = sh_let_go(ep->nd);
 
         if (sh_one_way(ep, min))
@@ -76,7 +76,7 @@ static __attribute__((noinline)) int64_t wait_for(sh_ep *ep, int64_t found, uint
         sh_take_back(ep->nd, held);
     }
     if (!found) {
-        if ((found = sh_empty(ep)) != SH_EMPTY || !sh_arm(ep))
+        if ((found = sh_empty(ep)) != SH_EMPTY || how & SH_PASS_FOLLOWS || !sh_arm(ep)) /* what is unacknowledged is touched: a pass arms it */
             return found;
         if ((found = sh_available(ep)) == SH_EMPTY)
             return SH_STALE; /* sh_arm() refused: nothing may be touched any more */
@@ -86,7 +86,7 @@ static __attribute__((noinline)) int64_t wait_for(sh_ep *ep, int64_t found, uint
 
 /* Read at least `min` and at most `want` bytes. SH_EMPTY: there are none, and the slot is armed: suspend. SH_YIELD: let the loop turn first. SH_SLOW:
  * fewer than min are there, or `to` wants none of them. `how`: SH_MAY_SPIN where nothing else is to be run; SH_YIELDED after SH_YIELD: then bytes that
- * are there are read even if others have used up this turn, too. */
+ * are there are read even if others have used up this turn, too; SH_PASS_FOLLOWS where a pass is scheduled: at SH_EMPTY that is left to arm the slot. */
 int64_t sh_read_step(sh_ep *ep, sh_taker *to, uint32_t want, uint32_t min, int how)
 {
     sh_node *nd = ep->nd;
@@ -105,7 +105,7 @@ int64_t sh_read_step(sh_ep *ep, sh_taker *to, uint32_t want, uint32_t min, int h
     } else {
         ep->polled_ns = now;
         found = (how & SH_MAY_SPIN) && sh_one_way(ep, min) ? 0 : poll_bytes(ep, min);
-        if (SH_UNLIKELY(found < min) && (found < 0 || (found = wait_for(ep, found, min, now, how & SH_MAY_SPIN)) < 0))
+        if (SH_UNLIKELY(found < min) && (found < 0 || (found = wait_for(ep, found, min, now, how)) < 0))
             return found;
     }
     return sh_take_out(ep, to, 0, at_most(found, want));

@@ -119,13 +119,14 @@ def patient_reader(world: World, node: Node, conn: Connection, got: bytearray, r
             return
 
 
-def touching_reader(spin: int) -> Callable[..., Task]:
-    """As a stream: the fast read, then arm, then sleep. Its toggle stays unacknowledged between reads."""
+def touching_reader(spin: int, leave: bool = False) -> Callable[..., Task]:
+    """As a stream: the fast read, then arm, then sleep. Its toggle stays unacknowledged between reads.
+    `leave`: it leaves it to the next pass to arm."""
 
     def reader(world: World, node: Node, conn: Connection, got: bytearray, rng: random.Random) -> Task:
         lib = world.lib
         while True:
-            how = lib.SH_MAY_SPIN if spin and not world.busy else 0
+            how = lib.SH_MAY_SPIN if spin and not world.busy else lib.SH_PASS_FOLLOWS if leave else 0
             data = node.read_or_arm(conn, rng.choice((1, 100, 4096)), how=how)
             if isinstance(data, bytes):
                 got += data
@@ -158,6 +159,7 @@ def greedy_reader(world: World, node: Node, conn: Connection, got: bytearray, rn
 READERS = {
     "patient": patient_reader,
     "touching": touching_reader(0),
+    "leaving": touching_reader(0, leave=True),
     "spinning": touching_reader(1),
     "greedy": greedy_reader,
     "hot": patient_reader,

@@ -37,8 +37,7 @@ static PyObject *take(Op *op, int64_t *status)
         taken = (Taken){{sh_take_line}, NULL, p->limit};
     if (sh_schedule_pump(p->pump) < 0)
         return NULL;
-    if (sh_may_spin(p->pump))
-        how |= SH_MAY_SPIN;
+    how |= sh_may_spin(p->pump) ? SH_MAY_SPIN : SH_PASS_FOLLOWS;
     *status = sh_read_step(p->ep, &taken.taker, most, op->kind == SH_OP_EXACTLY ? most : 1, how);
     if (*status >= (int64_t)SH_LARGE)
         sh_keep_memory(p->pump);
