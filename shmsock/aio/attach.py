@@ -327,7 +327,7 @@ def _key(url: str | None) -> str | bytes:
     return url if url is not None else environ.get(b"SHMSOCK_REGION", b"")
 
 
-def _known(url: str | None, name: str | None) -> Node | None:
+def known_node(url: str | None, name: str | None) -> Node | None:
     """Return what current_node() does where that is plain, as it is for all but the first connection."""
     mine = None if name is not None else _implicit.get(_running_loop())
     found = None if mine is None else mine.get(_key(url))
@@ -375,7 +375,7 @@ async def node_if_any(
     """Return the implicit node of the running loop, for those who can do without. None, and one warning, when
     there is no region (none is made), no section free, or any other reason that it cannot be attached: later
     calls try again, and only the first waits for it, up to ATTACH_S. (On trio each that tries waits.)"""
-    node = _known(url, name)
+    node = known_node(url, name)
     if node is not None:
         return node
     loop = _running_loop()
@@ -419,7 +419,7 @@ def on_current_node(
 
 
 async def _on_current_node(url: str | None, name: str | None, use: Callable[[Node], Awaitable[T]]) -> T:
-    node = _known(url, name) or await current_node(url, name)
+    node = known_node(url, name) or await current_node(url, name)
     try:
         return await use(node)
     except OSError:

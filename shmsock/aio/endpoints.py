@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, SupportsIndex
 
 from shmsock.address import Address, port_number
-from shmsock.aio.attach import current_node, node_if_any, on_current_node
+from shmsock.aio.attach import current_node, known_node, node_if_any, on_current_node
 from shmsock.aio.fallback import Fallback, TcpStreamWriter, is_answer, over_tcp, targets, uses_hosts
 from shmsock.aio.node import Node
 from shmsock.aio.pseudosocket import Duplicate
@@ -29,7 +29,7 @@ from shmsock.aio.streams import (
 )
 from shmsock.aio.tls import Tls, client_tls, server_tls, without_transport
 from shmsock.aio.transport import ShmTransport
-from shmsock.engine.connection import Connection
+from shmsock.engine.connection import Connection, State
 
 __all__ = ["create_connection", "create_server", "open_connection", "start_server"]
 
@@ -294,18 +294,21 @@ async def open_connection(
     made: list[Any] = []
     number = port_number(port)
 
-    def connect(node: Node) -> Awaitable[Connection]:
-        def make(conn: Connection) -> None:
-            loop = node.loop
-            reader = ShmStreamReader(limit=limit, loop=loop)
-            protocol = ShmStreamReaderProtocol(reader, loop=loop)
-            transport = ShmTransport(node, conn, protocol, contextvars.copy_context())
-            protocol.connection_made(transport)  # the protocol is ours alone
-            made[:] = reader, ShmStreamWriter(transport, protocol, reader, loop), transport
+    def make(node: Node, conn: Connection) -> None:
+        loop = node.loop
+        reader = ShmStreamReader(limit, loop)
+        protocol = ShmStreamReaderProtocol(reader, None, loop)
+        transport = ShmTransport(node, conn, protocol, contextvars.copy_context())
+        protocol.connection_made(transport)  # the protocol is ours alone
+        made[:] = reader, ShmStreamWriter(transport, protocol, reader, loop), transport
 
-        return node.connect(host, number, 0, make)
-
-    conn = await on_current_node(*given, connect)
+    on = given[0] or known_node(given[1], given[2])
+    conn = None if on is None else on.ask_again(host, number, make)
+    if conn is None or conn.state is not State.OPEN:
+        asked = {on: conn}
+        conn = await on_current_node(
+            *given, lambda node: node.connect(host, number, 0, make, asked=asked.pop(node, None))
+        )
     reader, writer, transport = made
     transport.start_streams(conn.handler.early)
     return reader, writer

@@ -98,25 +98,26 @@ class Node:
         host: Any,
         port: int,
         local_port: int = 0,
-        meanwhile: Callable[[Connection], object] = lambda conn: None,
+        meanwhile: Callable[[Node, Connection], object] = lambda node, conn: None,
         *,
         impatient: bool = False,
+        asked: Connection | None = None,
     ) -> Connection:
         """Connect to `port` of `host`: a peer's name, a section number, a published address, or None or
         "localhost" for this machine.
 
-        `local_port`: the own port; 0: one is chosen. `meanwhile` is called with each connection that was
-        asked for, before its answer. `impatient`: a peer whose beat stands still for a quarter of a second is
-        not waited for. Returns an open connection of the engine. Raises what find() does, OSError (ENOBUFS)
-        when there is no slot or no memory for a ring, ConnectionResetError when the peer goes away.
+        `local_port`: the own port; 0: one is chosen. `meanwhile` is called with this node and each connection
+        that was asked for, before its answer. `impatient`: a peer whose beat stands still for a quarter of a
+        second is not waited for. `asked`: what ask_again() has returned. Returns an open connection of the
+        engine. Raises what find() does, OSError (ENOBUFS) when there is no slot or no memory for a ring,
+        ConnectionResetError when the peer goes away.
 
         Cancelling takes the request back; nothing is left.
         """
         tried: tuple[int, ...] = ()
         refused: OSError | None = None
+        conn = asked or (None if local_port else self.ask_again(host, port, meanwhile))
         while True:
-            conn = None if tried or local_port else self.engine.connect_again(host, port)
-            again = conn is not None
             if conn is None:
                 try:
                     peer = self.find(host, port, tried)
@@ -126,48 +127,67 @@ class Node:
                     raise refused from None  # the last one there was
                 local = (self.name, local_port or self.engine.listeners.ephemeral())
                 conn = self.engine.connect(peer.section, port, local=local, remote=peer.name)
-            conn.handler = opening = Opening()
+                self._meet(conn, meanwhile)
+            elif conn.state is State.OPENING and self.engine.peers.killed(self.engine.peers[conn.peer]):
+                self.engine.listeners.forget(host, port)
+                self._take_back(conn)
+                conn = None
+                continue
             try:
-                meanwhile(conn)
-                if not self._is_answered(conn):
+                if conn.state is not State.OPEN:
                     self.check()  # closed by a signal handler, say: then nobody answers
-                    opening.by_name = impatient or not isinstance(host, int)
-                    if again and self.engine.peers.killed(self.engine.peers[conn.peer]):
-                        self.engine.listeners.forget(host, port)
-                        conn.close()
-                        continue
+                    conn.handler.by_name = impatient or not isinstance(host, int)
                     if impatient:
                         self.engine.hasten(conn)
-                    await opening.answered(self.loop)
+                    await conn.handler.answered(self.loop)
                     self.engine.check()  # closed just now?
                 return conn
             except (ConnectionRefusedError, ConnectionResetError) as error:
                 tried, refused = (*tried, conn.peer), error  # another of that name may accept
-                conn.handler = None
-                if self.engine.alive:
-                    conn.close()  # it waits for a peer that was silent
+                self._take_back(conn)  # it waits for a peer that was silent
             except BaseException:
-                conn.handler = None
-                if self.engine.alive:
-                    conn.close()  # the peer that has accepted it sees an end
+                self._take_back(conn)  # the peer that has accepted it sees an end
                 raise
             finally:
                 if impatient:
                     self.engine.impatient.discard(conn)
+            conn = None
 
-    def _is_answered(self, conn: Connection) -> bool:
-        """Is the connection open, maybe after a spin? A peer whose loop is awake answers before ours has
-        turned. (What else its messages ask for is an event, and left to the next pass.)"""
+    def ask_again(
+        self, host: Any, port: int, meanwhile: Callable[[Node, Connection], object]
+    ) -> Connection | None:
+        """Ask the peer that was found for (host, port) before: the beginning of connect() that needs no turn
+        of the loop, and mostly is all of it. Returns a connection that is open, or is to be given to
+        connect(); None: nobody was asked."""
+        conn = self.engine.connect_again(host, port)
+        if conn is not None:
+            self._meet(conn, meanwhile)
+        return conn
+
+    def _meet(self, conn: Connection, meanwhile: Callable[[Node, Connection], object]) -> None:
+        """Do what is to be done meanwhile, and see whether the connection is open by then, or after a spin: a
+        peer whose loop is awake answers before ours has turned. (What else its messages ask for is an event,
+        and left to the next pass.)"""
+        conn.handler = Opening()
         engine = self.engine
-        while conn.state is State.OPENING and (words := self.pump.spin_for_answer(conn.peer, conn.slot)):
-            if words is True:
-                engine.handshake.opened(conn)
-                return True
-            engine.attend(words, engine.home.now())
-            if conn.state is State.OPEN:  # type: ignore[comparison-overlap]  # attend() changed it
-                engine.events.remove((conn.connected, None))  # the handler is us
-                return True
-        return False
+        try:
+            meanwhile(self, conn)
+            while conn.state is State.OPENING and (words := self.pump.spin_for_answer(conn.peer, conn.slot)):
+                if words is True:
+                    engine.handshake.opened(conn)
+                    return
+                engine.attend(words, engine.home.now())
+                if conn.state is State.OPEN:  # type: ignore[comparison-overlap]  # attend() changed it
+                    engine.events.remove((conn.connected, None))  # the handler is us
+        except BaseException:
+            self._take_back(conn)
+            raise
+
+    def _take_back(self, conn: Connection) -> None:
+        """Close a connection that nobody has yet."""
+        conn.handler = None
+        if self.engine.alive:
+            conn.close()
 
     def listen(self, hosts: list[Any], port: int, *, backlog: int, reuse_port: bool) -> Listener:
         """Listen at `port` (0: one is chosen) for all peers, or for those of this machine when every one of

@@ -67,6 +67,7 @@ class PlainPump:
     """Stands in for the extension's Pump, without its short cuts: one pass in each turn of the loop."""
 
     polled = 0  # passes that may be left out soon after the last: none here
+    moot = 0
 
     def __init__(
         self,

@@ -155,11 +155,17 @@ class ShmStreamWriter(asyncio.StreamWriter):
         self._fast_path = self._transport.fast_path
 
     async def wait_closed(self) -> None:
-        """Wait as asyncio's does. A task that has just closed waits for the turn of the loop in which
-        connection_lost() is called, and not for another one to be woken in."""
-        if getattr(self._transport, "just_lost", False):
-            await yield_once()
+        """Wait as asyncio's does. For a task that has just closed connection_lost() is called at once: as
+        with reads that find something, the loop turns when the budget of this turn is used up."""
         protocol: Any = self._protocol
+        transport: Any = self._transport
+        if getattr(transport, "just_lost", False):
+            await _share_turn(transport.node)
+            if not protocol.is_told_by(transport) or transport.lost_by is not None:
+                await yield_once()
+            elif transport.just_lost:
+                transport.call_connection_lost(None)
+                transport.node.pump.moot += 1
         if not protocol._connection_lost or getattr(protocol, "_closed", self) is not None:  # else it is over
             await protocol._get_close_waiter(self)
 
@@ -246,6 +252,10 @@ class ShmStreamReaderProtocol(asyncio.StreamReaderProtocol):
             reader.feed_eof()
         self._stream_reader_wr = self._stream_writer = self._task = self._transport = None
 
+    def is_told_by(self, transport: ShmTransport) -> bool:
+        """Is the end of that transport told to this, and to no program's own protocol?"""
+        return type(self).connection_lost is _connection_lost and transport.get_protocol() is self
+
     def __del__(self) -> None:
         """Do nothing: asyncio's does here what connection_lost() has done."""
 
@@ -274,6 +284,9 @@ class ShmStreamReaderProtocol(asyncio.StreamReaderProtocol):
                 raise transport.broken
             if self._paused and self._connection_lost:
                 raise ConnectionResetError(ECONNRESET, "Connection lost")  # and not all of it was written
+
+
+_connection_lost = ShmStreamReaderProtocol.connection_lost
 
 
 class ShmServerProtocol(ShmStreamReaderProtocol):

@@ -17,6 +17,7 @@ import struct
 import threading
 import warnings
 from asyncio.constants import _SendfileMode
+from asyncio.futures import _set_result_unless_cancelled  # type: ignore[attr-defined]
 from asyncio.sslproto import SSLProtocol
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -40,11 +41,6 @@ NO_LINGER = struct.pack("ii", 1, 0)
 _get_ident = threading.get_ident
 
 
-def _set_result(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
-
-
 class ShmTransport(FlowControl, asyncio.Transport):
     """A stream between two peers of a region. `get_extra_info` knows "peername" and "sockname", as (name,
     port), and "socket". `numeric`: internet addresses stand for the names; see names.shown()."""
@@ -53,7 +49,8 @@ class ShmTransport(FlowControl, asyncio.Transport):
     _sendfile_compatible = _SendfileMode.FALLBACK
 
     # Values that most transports never change are the class's, which saves time in __init__.
-    just_lost = False  # connection_lost() comes in the next turn of the loop
+    just_lost = False  # connection_lost(lost_by) comes in the next turn of the loop
+    lost_by: BaseException | None = None
     _pending: WriteBuffer | None = None  # what the ring had no room for
     _eof_wanted = False  # write_eof() was called: FIN follows _pending
     _writes_after_loss = 0
@@ -97,7 +94,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
         if waiter is None:
             call_soon(self._begin_reading, context=context)
         else:
-            call_soon(_set_result, waiter)
+            call_soon(_set_result_unless_cancelled, waiter, None)
             call_soon(partial(call_soon, self._begin_reading, context=context), context=context)
 
     def start_streams(self, early: bool = False) -> None:
@@ -612,7 +609,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
     def _end(self, error: BaseException | None) -> None:
         if self._lost:
             return
-        self._lost = self.just_lost = True
+        self._lost, self.just_lost, self.lost_by = True, True, error
         node = self.node
         if self._poll is not None:
             self._poll.close()
@@ -620,9 +617,12 @@ class ShmTransport(FlowControl, asyncio.Transport):
         node.transports.discard(self)
         node.flushed()
         if not node.loop.is_closed():
-            node.loop.call_soon(self._call_connection_lost, error, context=self.context)
+            node.loop.call_soon(self.call_connection_lost, error, context=self.context)
 
-    def _call_connection_lost(self, error: BaseException | None) -> None:
+    def call_connection_lost(self, error: BaseException | None) -> None:
+        if not self.just_lost:  # it was called at once, by streams
+            self.node.pump.moot -= 1
+            return
         self.just_lost = False
         if isinstance(self._protocol, SSLProtocol):
             tell_above(self._protocol)

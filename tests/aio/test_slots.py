@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -255,5 +256,33 @@ def test_a_connection_that_is_gone_before_its_opener_looks(run: Run, world: Worl
                     writer.close()
                 assert sorted(map(str, results)) == [str(ConnectionResetError)] * 10 + [str(b"well")] * 10
             server.close()
+
+    run(main())
+
+
+def test_who_closes_and_waits_lets_others_run(run: Run, world: World) -> None:
+    """wait_closed() need not let the loop turn, but in the end somebody else is to have a turn."""
+
+    async def main() -> None:
+        async with world.nodes() as (a, b):
+            accepted = await listening(b)
+            ends = [end for _ in range(100) for end in await connect(a, b, accepted)]
+            loop, turns = asyncio.get_running_loop(), 0
+
+            def turn() -> None:
+                nonlocal turns
+                turns += 1
+                if turns < 1000:
+                    loop.call_soon(turn)
+
+            loop.call_soon(turn)
+            for end in ends:
+                end.writer.close()
+                await end.writer.wait_closed()
+                assert end.reader.at_eof()
+                time.sleep(0.00005)  # it has something to do
+            assert turns > 1
+            await asyncio.sleep(0)
+            assert (a.pump.moot, b.pump.moot) == (0, 0)
 
     run(main())

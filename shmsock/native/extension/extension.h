@@ -29,7 +29,7 @@ typedef struct {
     uint32_t slots;
     unsigned long ident;
     unsigned long long unlocked;
-    int polled;
+    int polled, moot;
     char scheduled, closed, hurry, listens, queue_visible, pumping, keeps;
 } Pump;
 

@@ -407,6 +407,7 @@ static PyMemberDef members[] = {
     {"listens", T_BOOL, offsetof(Pump, listens), 0, "there is more than the heartbeat to hear"},
     {"unlocked", T_ULONGLONG, offsetof(Pump, unlocked), 0, "mask of sections whose lock fell"},
     {"polled", T_INT, offsetof(Pump, polled), 0, "passes that may be left out, soon after the last one"},
+    {"moot", T_INT, offsetof(Pump, moot), 0, "callbacks in the loop's queue that have nothing left to do"},
     {"ident", T_ULONG, offsetof(Pump, ident), READONLY, "the ident of the thread that it belongs to"},
     {"context", T_OBJECT_EX, offsetof(Pump, context), READONLY, "the context in which it is called back"},
     {"queue", T_OBJECT_EX, offsetof(Pump, queue), READONLY, "what the loop runs next: with more than one item in it, do not spin"},

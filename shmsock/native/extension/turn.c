@@ -34,8 +34,8 @@ int sh_begin_turn(Pump *pump)
     return 0;
 }
 
-/* Is nothing but the pass in the loop's queue, or, while that runs, nothing at all? */
-int sh_may_spin(Pump *pump) { return PyObject_Size(pump->queue) + pump->pumping < 2; }
+/* Is nothing but the pass in the loop's queue, or, while that runs, nothing at all? (Callbacks that have nothing left to do are nothing.) */
+int sh_may_spin(Pump *pump) { return PyObject_Size(pump->queue) - (pump->queue_visible ? pump->moot : 0) + pump->pumping < 2; }
 
 /* A task was woken and will run. Noted only where the loop's own queue is not known. */
 int sh_will_run(Pump *pump) { return pump->queue_visible ? 0 : PyList_Append(pump->queue, Py_None); }
