@@ -184,28 +184,30 @@ class Driver:
 
     def accepted(self, what: int, more: int, now: int) -> None:
         """Have the engine take in, outside of attend(), that the core has accepted a connection."""
-        self._engine.handshake.accepted(what, more, now)
-        self._tell()
+        if event := self._engine.handshake.accepted(what, more, now):
+            self._call(*event)
 
     def _tell(self) -> bool:
         events = self._engine.events
         told = len(events)
         for _ in range(told):  # what comes of these is for the next pass
-            call, arg = events.popleft()
-            try:
-                call(arg)
-            except (SystemExit, KeyboardInterrupt):
-                raise
-            except BaseException as error:
-                owner = getattr(call, "__self__", None)
-                self._loop.call_exception_handler(
-                    {
-                        "message": f"shmsock: unhandled error in {call.__name__} of {owner!r}",
-                        "exception": error,
-                        "node": self._node,
-                    }
-                )
+            self._call(*events.popleft())
         return told > 0
+
+    def _call(self, call: Callable[[Any], object], arg: Any) -> None:
+        try:
+            call(arg)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            owner = getattr(call, "__self__", None)
+            self._loop.call_exception_handler(
+                {
+                    "message": f"shmsock: unhandled error in {call.__name__} of {owner!r}",
+                    "exception": error,
+                    "node": self._node,
+                }
+            )
 
     def _report_down(self, why: OSError) -> None:
         self._loop.call_exception_handler(

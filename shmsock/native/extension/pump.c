@@ -92,7 +92,7 @@ static int tell(Pump *pump, uint64_t *words, int n, uint64_t now)
         PyObject *whose = in ? (PyObject *)in : (PyObject *)p;
         int r = 0;
 
-        if (kind == SH_EV_ACCEPTED && !pump->closed && !type) {
+        if (kind == SH_EV_ACCEPTED && !pump->closed && !type && sh_ep_is_open(&pump->nd->eps[words[i] & 0xffff])) {
             if ((r = accepted(pump, words[i], now)) < 0)
                 PyErr_Fetch(&type, &value, &trace);
             told |= r > 0;
