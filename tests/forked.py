@@ -38,8 +38,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 @functools.cache
-def _forker(own: int) -> socket.socket:
-    """A connection with the process that forks, which ends with it."""
+def _forker(own: int, network: int) -> socket.socket:
+    """A connection with the process that forks, in this network namespace, which ends with it."""
     connection, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with other:
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -75,7 +75,7 @@ class Forked:
 
     def __init__(self, argv: Sequence[str], env: dict[str, str] | None = None) -> None:
         request = {"argv": ["-m", *argv], "env": {**os.environ, **(env or {})}, "cwd": str(ROOT)}
-        connection = _forker(os.getpid())
+        connection = _forker(os.getpid(), os.stat("/proc/thread-self/ns/net").st_ino)
         (stdin, to), (out, stdout) = os.pipe(), os.pipe()
         # Whose parent has ended goes to the nearest reaper above: that is us, for as long as it takes.
         _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
