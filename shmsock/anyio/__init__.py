@@ -117,7 +117,8 @@ async def connect_shm(
     own port; 0: one is chosen. `tls_hostname`: the name that the certificate must have; None: `remote_host`.
     `tls_standard_compatible`: an end without TLS's own closing is an error. `region`, `name`: see attach();
     the implicit node of this run is used, unless `node` is given. `fallback`: a host, or (host, port), to
-    connect to over TCP when the peer is not in the region; None: what SHMSOCK_HOSTS says of the name.
+    connect to over TCP when the peer is not in the region (`local_port` means nothing then); None: what
+    SHMSOCK_HOSTS says of the name.
 
     Returns a stream; `stream.extra(ShmAttribute.peer, None)` is None of one over TCP. Raises
     socket.gaierror (nobody has the name), ConnectionRefusedError (nobody listens there),

@@ -384,7 +384,7 @@ class Engine:
 
     def _tell_impatient(self, now_ns: int) -> None:
         """Tell connections that have another way when the beat of their peer stands still."""
-        for conn in [c for c in self.impatient if self.peers.stale(self.peers[c.peer], now_ns)]:
+        for conn in [c for c in self.impatient if self.peers.silent(self.peers[c.peer], now_ns)]:
             self.home.emit(conn.silent)
 
     def _strangers(self, now_ns: int) -> bool:

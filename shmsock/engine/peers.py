@@ -17,6 +17,7 @@ SAMPLES = 10
 BEAT_NS = 100_000_000
 FORSAKEN_SAMPLES, FORSAKEN_NS = 3, 425_000_000  # 3 samples, and more than two beats of 0.2 s
 STALE_NS = 250_000_000  # more than one such beat
+SILENT_NS = 500_000_000
 UNSEEN_NS = 1_000_000_000  # a peer that was never seen to beat is waited for less long
 
 
@@ -182,6 +183,11 @@ class Peers:
         """Is it live, as far as is known, though its beat stands still for longer than it should?"""
         return peer.live and peer.samples >= FORSAKEN_SAMPLES and now_ns - peer.beat_ns >= STALE_NS
 
+    def silent(self, peer: Peer, now_ns: int) -> bool:
+        """Is it stale for so long that who has another way should take that? (Longer than a busy machine may
+        keep a beat from coming.)"""
+        return self.stale(peer, now_ns) and now_ns - peer.beat_ns >= SILENT_NS
+
     def to_bury(self, now_ns: int) -> tuple[list[Peer], bool]:
         """Find the peers whose lock fell and whose beat stands still besides: dead, for every observer.
         Returns them, and whether there are others whose beat has to be watched longer. (A fallen lock alone
@@ -254,12 +260,14 @@ class Peers:
         ]
 
     def claiming(self, address: Address, now_ns: int) -> list[Peer]:
-        """List the live peers that publish this address, own section included, but for those whose beat
-        stands still."""
+        """List the live peers that publish this address, own section included, but for silent ones."""
         return [
             p
             for p in self.some
-            if p.live and address in self.addresses_of(p) and not self.stale(p, now_ns) and not self.killed(p)
+            if p.live
+            and address in self.addresses_of(p)
+            and not self.silent(p, now_ns)
+            and not self.killed(p)
         ]
 
     def addresses_of(self, peer: Peer) -> frozenset[Address]:
