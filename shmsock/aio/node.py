@@ -107,8 +107,8 @@ class Node:
         "localhost" for this machine.
 
         `local_port`: the own port; 0: one is chosen. `meanwhile` is called with this node and each connection
-        that was asked for, before its answer. `impatient`: a peer whose beat stands still for a quarter of a
-        second is not waited for. `asked`: what ask_again() has returned. Returns an open connection of the
+        that was asked for, before its answer. `impatient`: a peer whose beat stands still for half a second
+        is not waited for. `asked`: what ask_again() has returned. Returns an open connection of the
         engine. Raises what find() does, OSError (ENOBUFS) when there is no slot or no memory for a ring,
         ConnectionResetError when the peer goes away.
 
