@@ -42,7 +42,15 @@ from shmsock.wakeup import Heartbeat
 if TYPE_CHECKING:
     from shmsock.aio.trio_loop import TrioFuture
 
-__all__ = ["attach", "current_node", "environ", "node_if_any", "on_current_node", "prepare_region"]
+__all__ = [
+    "attach",
+    "close_nodes",
+    "current_node",
+    "environ",
+    "node_if_any",
+    "on_current_node",
+    "prepare_region",
+]
 
 T = TypeVar("T")
 log = logging.getLogger("shmsock")
@@ -59,6 +67,22 @@ _nodes: set[weakref.ref[Node]] = set()
 
 def _all_nodes() -> list[Node]:
     return [node for known in list(_nodes) if (node := known()) is not None]
+
+
+def close_nodes(loop: Any) -> None:
+    """Close the nodes of a loop that is about to be closed, whatever its program has left undone."""
+    for node in _all_nodes():
+        if node.loop is loop and not loop.is_running():
+            _close(node)
+
+
+def _close(node: Node) -> None:
+    """Close a node whose loop runs no more, and end its guard: else the collector asks the loop to."""
+    node.close()
+    guard, node.guard = node.guard, None
+    if guard is not None:
+        with contextlib.suppress(StopIteration, RuntimeError):  # RuntimeError: the loop was stopped inside it
+            guard.aclose().send(None)
 
 
 def _running_loop() -> Any:
@@ -459,7 +483,9 @@ def _at_exit() -> None:
     for node in _all_nodes():
         # A daemon thread may be inside C at this moment, using the node's memory: its node is not closed, and
         # ends as a killed process's does.
-        if node.ident == threading.get_ident() or not node.loop.is_running():
+        if not node.loop.is_running():
+            _close(node)
+        elif node.ident == threading.get_ident():
             node.close()
 
 

@@ -322,6 +322,8 @@ def _is_ours(transport: Any) -> bool:
 @functools.cache
 def _mixed(base: Hashable) -> Callable[[], asyncio.AbstractEventLoop]:
     kind: Any = base
+    if hasattr(kind, "shmsock_reach"):  # by `shmsock run`, before the first of these loops is made
+        kind.shmsock_reach()
     if issubclass(kind, ShmLoop):  # under `shmsock run`, all loops are
         return kind  # type: ignore[no-any-return]
     return type(f"Shm{kind.__name__}", (ShmLoop, kind), {"__module__": __name__})

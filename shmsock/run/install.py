@@ -1,12 +1,14 @@
-"""Puts RunLoop under the loops of asyncio and uvloop: at once where they are imported, else when they are.
+"""Puts RunLoop under the loops of asyncio and uvloop, when the first of them is made.
 
 It becomes a base of the class itself. So every way to make such a loop is reached, and every class made from
-it: asyncio.run, runners, policies, uvloop.run, threads, subclasses. Nothing is imported before asyncio is.
+it: asyncio.run, runners, policies, uvloop.run, threads, subclasses. A program that makes none pays nothing.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+from _thread import allocate_lock
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,31 +20,19 @@ __all__ = ["install"]
 
 
 def install(rules: Rules | None = None) -> None:
-    """Reach all loops that this process makes from now on. `rules`: those of the environment if None. For
-    programs that `shmsock run` cannot reach (python -I): to be called before a loop is made. Raises
-    ValueError when a variable of the environment is wrong and asyncio is imported; else a line on stderr says
-    so later."""
-    for name, reach in (("asyncio", _reach_asyncio), ("uvloop", _reach_uvloop)):
+    """Reach all loops that this process makes from now on. `rules`: those of the environment if None; when
+    one of its variables is wrong, a line on stderr says so and nothing is reached. For programs that
+    `shmsock run` cannot reach (python -I): to be called before a loop is made."""
+    for name, reach in (("asyncio", _reach_asyncio), ("uvloop", _reach_uvloop), ("socket", _reach_socket)):
         if name in sys.modules:
             reach(sys.modules[name], rules)
         else:
             sys.meta_path.insert(0, _AfterImport(name, reach, rules))
 
 
-def _put_under(kind: Any, rules: Rules | None) -> Rules:
-    from shmsock.run.loop import RunLoop
-    from shmsock.run.rules import Rules
-
-    RunLoop.rules = Rules.from_environ() if rules is None else rules
-    if not issubclass(kind, RunLoop):
-        kind.__bases__ = (RunLoop, *kind.__bases__)
-    return RunLoop.rules
-
-
 def _reach_asyncio(asyncio: Any, rules: Rules | None) -> None:
-    rules = _put_under(asyncio.SelectorEventLoop, rules)
-    _tell_of_others(asyncio.BaseEventLoop, asyncio.SelectorEventLoop)
-    if rules.loop == "uvloop":
+    _when_first_made(asyncio.BaseEventLoop, asyncio.SelectorEventLoop, rules)
+    if _asked_for(rules) == "uvloop":
         import uvloop
 
         asyncio.DefaultEventLoopPolicy._loop_factory = uvloop.Loop
@@ -51,27 +41,76 @@ def _reach_asyncio(asyncio: Any, rules: Rules | None) -> None:
 
 
 def _reach_uvloop(uvloop: Any, rules: Rules | None) -> None:
-    rules = _put_under(uvloop.Loop, rules)
-    if rules.loop == "asyncio":
+    _when_first_made(uvloop.Loop, uvloop.Loop, rules)
+    if _asked_for(rules) == "asyncio":
         import asyncio
 
         uvloop.Loop = asyncio.SelectorEventLoop
 
 
-def _tell_of_others(base: Any, reached: Any) -> None:
-    """Say it when a loop is made of a class that is not reached."""
-    init = base.__init__
+def _asked_for(rules: Rules | None) -> str:
+    return os.environ.get("SHMSOCK_LOOP", "").strip() if rules is None else rules.loop
+
+
+def _when_first_made(root: Any, kind: Any, rules: Rules | None) -> None:
+    """Put RunLoop under the class `kind` before the first loop of a class derived from `root` is made. When
+    one is made that is no `kind`, say so."""
+    init, lock = root.__init__, allocate_lock()
+
+    def reach() -> None:
+        with lock:
+            if "shmsock_reach" in vars(kind):
+                del kind.shmsock_reach
+                _put_under(kind, rules)
 
     def __init__(self: Any, *args: Any, **kwds: Any) -> None:
-        if not isinstance(self, reached):
+        reach()
+        if not isinstance(self, kind):
             from shmsock.run.notices import warn
 
-            kind = f"{type(self).__module__}.{type(self).__qualname__}"
+            name = f"{type(self).__module__}.{type(self).__qualname__}"
             hint = "derive it from asyncio.SelectorEventLoop or uvloop.Loop"
-            warn(f"loop-{kind}", f"a loop of class {kind} does not know shared memory: {hint}")
+            warn(f"loop-{name}", f"a loop of class {name} does not know shared memory: {hint}")
         init(self, *args, **kwds)
 
-    base.__init__ = __init__
+    root.__init__ = __init__
+    kind.shmsock_reach = staticmethod(reach)  # also for who is about to derive from it: see loop_factory()
+
+
+def _put_under(kind: Any, given: Rules | None) -> None:
+    try:
+        from shmsock.run.loop import RunLoop
+        from shmsock.run.rules import Rules
+
+        RunLoop.rules = Rules.from_environ() if given is None else given
+        kind.__bases__ = (RunLoop, *kind.__bases__)
+    except (ImportError, ValueError, OSError) as error:
+        _say(error)
+
+
+def _say(error: Exception) -> None:
+    from shmsock.run.notices import say
+
+    say(f"{error}; not all of this program goes through shared memory")
+
+
+def _reach_socket(socket: Any, rules: Rules | None) -> None:
+    """Have who looks up a host in shared memory for sockets of its own be told, and no name server asked."""
+    look_up = socket.getaddrinfo
+
+    def getaddrinfo(host: Any, *args: Any, **kwds: Any) -> Any:
+        from shmsock.address import SUFFIX
+
+        name = host.decode("ascii", "replace") if isinstance(host, (bytes, bytearray)) else host
+        if isinstance(name, str) and name.lower().removesuffix(".").endswith(SUFFIX):
+            raise socket.gaierror(
+                socket.EAI_NONAME,
+                f"{name!r} is in shared memory, where event loops lead and no sockets: go there by `shmsock "
+                "forward` or `shmsock socks5`, or with an asyncio library that connects by its loop",
+            )
+        return look_up(host, *args, **kwds)
+
+    socket.getaddrinfo = getaddrinfo
 
 
 class _AfterImport:
@@ -98,10 +137,8 @@ class _AfterImport:
             sys.meta_path.remove(self)
         try:
             self._then(module, self._rules)
-        except (ImportError, ValueError, OSError) as error:
-            from shmsock.run.notices import say
-
-            say(f"{error}; not all of this program goes through shared memory")
+        except ImportError as error:  # of uvloop
+            _say(error)
 
 
 class _Loader:

@@ -13,7 +13,7 @@ from typing import Any
 
 from shmsock.address import Address, parsed_address
 from shmsock.aio import endpoints, names
-from shmsock.aio.attach import current_node, node_if_any
+from shmsock.aio.attach import close_nodes, current_node, node_if_any
 from shmsock.aio.datagram import create_datagram_endpoint
 from shmsock.aio.loop import ShmLoop, host_in, meant_by
 from shmsock.aio.node import Node
@@ -69,6 +69,10 @@ class RunLoop(ShmLoop):
     """Methods that come before those of the class of loops that it is made a base of."""
 
     rules = Rules()
+
+    def close(self) -> None:
+        close_nodes(self)
+        super().close()
 
     # -- where does a call lead
 
@@ -215,7 +219,7 @@ class RunLoop(ShmLoop):
         if isinstance(own, Server) or not self.rules.listen:
             return own
         bound = (sock.getsockname() for sock in own.sockets)  # of a family that may not be true (--fd)
-        found = {address[1] for address in bound if isinstance(address, tuple)} & self.rules.listen
+        found = {port for port in map(_port_of, bound) if port in self.rules.listen}
         if not found:
             return own
         number = found.pop()  # all sockets of a server have one port
@@ -257,6 +261,11 @@ class RunLoop(ShmLoop):
                 remote = str(address), conn.remote[1]
                 return names.shown(node, conn, remote)
         return names.shown(node, conn, True)
+
+
+def _port_of(address: Any) -> Any:
+    """Return the port of an internet address."""
+    return address[1] if isinstance(address, tuple) and isinstance(address[0], str) else None
 
 
 def _of_sockets(kwds: dict[str, Any]) -> dict[str, Any]:

@@ -51,7 +51,9 @@ loop.close()
 """,
     "private_name": """
 from asyncio.unix_events import _UnixSelectorEventLoop as L
-L().run_until_complete(main())
+loop = L()
+loop.run_until_complete(main())
+loop.close()
 """,
     "run_forever": """
 loop = asyncio.new_event_loop()
@@ -147,6 +149,8 @@ if __name__ == "__main__":
     child.join()
 """,
 }
+if sys.version_info < (3, 11):
+    WAYS = {way: code for way, code in WAYS.items() if "asyncio.Runner" not in code}
 if sys.version_info >= (3, 12):
     WAYS["run_factory"] = "asyncio.run(main(), loop_factory=asyncio.SelectorEventLoop)"
 if sys.version_info >= (3, 13):
@@ -218,6 +222,44 @@ def test_a_loop_that_is_not_reached_is_named(shm_region: Path) -> None:
 
 
 def test_loop_factory_takes_a_class_that_is_reached_already(shm_region: Path) -> None:
-    call = "import asyncio, shmsock\nprint(shmsock.loop_factory() is asyncio.SelectorEventLoop)"
-    assert result([], "-c", call) == "True"
+    call = "import asyncio, shmsock\nprint(shmsock.loop_factory() is asyncio.SelectorEventLoop)\n"
+    call += "asyncio.new_event_loop().close()\nimport uvloop\n"
+    call += "print(shmsock.loop_factory(uvloop.Loop) is uvloop.Loop)"
+    assert result([], "-c", call).split() == ["True", "True"]
     assert shmsock.loop_factory() is not asyncio.SelectorEventLoop
+
+
+def test_a_loop_that_is_merely_closed_leaves_nothing(echo: dict[str, str], tmp_path: Path) -> None:
+    script = tmp_path / "program.py"
+    script.write_text(CALL + WAYS["new_event_loop"] + "import gc\ngc.collect()\n")
+    command = ["python", "-X", "dev", "-W", "error", str(script)]
+    assert result(["--map", f"{PEER}=echo"], *command, env=echo) == f"over memory ('{PEER}', 7000)"
+
+
+def test_sockets_of_their_own_are_told_that_a_host_is_in_shared_memory(shm_region: Path) -> None:
+    code = """
+import socket, urllib.request
+for look_up in (lambda: socket.create_connection(("vm-b.SHM.", 80)), lambda: urllib.request.urlopen("http://x.shm")):
+    try:
+        look_up()
+    except OSError as error:
+        print(error)
+print(len(socket.getaddrinfo("127.0.0.1", 80, type=socket.SOCK_STREAM)))
+"""
+    said = result([], "-c", code).splitlines()
+    assert "'vm-b.SHM.' is in shared memory" in said[0]
+    assert "'x.shm' is in shared memory" in said[1]
+    assert said[2] == "1"
+
+
+@pytest.mark.parametrize(
+    "first", ["from shmsock import Node", "import shmsock.run.server", "import shmsock.anyio"]
+)
+def test_programs_that_import_shmsock_first_are_reached(
+    first: str, echo: dict[str, str], tmp_path: Path
+) -> None:
+    """Which imports asyncio, in the middle of it."""
+    script = tmp_path / "program.py"
+    script.write_text(f"{first}\n{CALL}{WAYS['run']}")
+    said = result(["--map", f"{PEER}=echo", "--name", "client"], "python", str(script), env=echo)
+    assert said == f"over memory ('{PEER}', 7000)"

@@ -249,3 +249,31 @@ def test_a_region_that_cannot_be_used_means_tcp_and_one_warning(why: str, tmp_pa
         running.tell()
         assert running.ends() == 0
         assert sum("shmsock run:" in line for line in running.lines) == 1, running.lines
+
+
+@pytest.mark.parametrize("before", ["absent", "another"])
+def test_a_region_that_is_made_later_is_served_too(
+    before: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, port = tmp_path / "region", free_port()
+    monkeypatch.setenv("SHMSOCK_REGION", str(path))
+    often = "import shmsock.run.server as joint; joint.RETRY_S = 0.05\n"
+    if before == "another":
+        Path(make_region(tmp_path)).rename(path)
+    with program([*NAME, "--listen", str(port)], "-c", often + SMALL, str(port)) as running:
+        running.wait_for("serving")
+        if before == "another":
+            assert run(echo(port)) == b"x"
+        Path(make_region(tmp_path)).rename(path)
+
+        async def main() -> bytes:
+            while True:
+                try:
+                    return await echo(port)
+                except OSError:
+                    await asyncio.sleep(0.02)
+
+        assert run(main()) == b"x"
+        running.tell()
+        running.tell()
+        assert running.ends() == 0

@@ -24,10 +24,7 @@ def _reach() -> None:
         if os.environ.get("SHMSOCK_RUN") == str(os.getpid()):  # what was asked for, and not a child of it
             os._exit(1)
         return
-    try:
-        install()
-    except ValueError as error:
-        _say(f"{error}; not all of this program goes through shared memory")
+    install()
 
 
 def _go_on_with_the_hidden_one() -> None:
