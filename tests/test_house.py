@@ -143,7 +143,7 @@ def long_files(folder: Path, suffixes: set[str], limit: int) -> list[str]:
 # in Python they are sliced, which copies.
 RING = re.compile(r"->\s*[rt]x\b")
 COPIES = re.compile(
-    r"\b(sh_copy_in|sh_copy_out|sh_prefetch|sh_prefetch_write|pread)\([^;]*\);"
+    r"\b(sh_copy_in|sh_copy_out|sh_prefetch|sh_prefetch_write|pread|recv)\([^;]*\);"
     r"|->[rt]x = (?!ep->)[^;]*;"
 )
 

@@ -438,8 +438,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
     def _write_failed(self, status: int = CLOSED, *, fresh: bool = False) -> None:
         """Drop what waits to be written, as the peer reads no more. What it wrote before can still be read:
         the connection ends after that."""
-        error = self.conn.error
-        self._drop(error)
+        self._drop(error := self.conn.error)
         if status == STALE:
             error = self.node.engine.failure()
         if error is None and not self._closing:
@@ -466,18 +465,22 @@ class ShmTransport(FlowControl, asyncio.Transport):
 
     async def send_file(self, file: OutgoingFile) -> None:
         """Send (a part of) a file, behind what was written before. Raises OSError."""
+        try:
+            self.begin_file(file)
+            await file.over
+        finally:
+            if file.over.cancelled():
+                self._flush()  # it may have been in the way of others
+
+    def begin_file(self, file: OutgoingFile) -> None:
+        """Do as send_file(), and leave the rest to the pump. Raises OSError."""
         self._check_thread()
         if self._lost or self.broken is not None:
             raise self.broken or ConnectionError("Connection closed by peer")
         self._pending = self._pending or WriteBuffer(self.conn)
         self._pending.add_file(file)
         self.fast_path.can_write = False
-        try:
-            self._flush()
-            await file.over
-        finally:
-            if file.over.cancelled():
-                self._flush()  # it may have been in the way of others
+        self._flush()
 
     def _flush_again(self) -> None:
         if self._pending:
@@ -496,8 +499,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
         if status and not pending.comes_again:
             pending.comes_again = True
             self._loop.call_soon(self._flush_again, context=self.node.context)
-        if not pending:
-            self._pending = None
+        self._pending = pending or None
         self._settle()
         self._resume_protocol()
         if not self._pending:  # the protocol may have written
@@ -603,8 +605,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
                 self._hang_up()
         self._end(error)
 
-    failed = force_close
-    _force_close = force_close  # asyncio's TLS code calls it by this name
+    failed = _force_close = force_close  # asyncio's TLS code calls it by that name
 
     def _end(self, error: BaseException | None) -> None:
         if self._lost:
@@ -675,8 +676,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
             self._unread = bytes(reader._buffer) + self._unread
             reader._buffer.clear()
         self._pending, before._pending = before._pending, None
-        self._eof_wanted, self.broken = before._eof_wanted, before.broken
-        self._numeric = before._numeric
+        self._eof_wanted, self.broken, self._numeric = before._eof_wanted, before.broken, before._numeric
         self.get_extra_info("socket")._options = before.get_extra_info("socket")._options
         before.superseded, before._closing, before.fast_path.can_write = True, True, False
         before._end(None)

@@ -17,7 +17,7 @@ from typing import Any
 
 from shmsock.engine.connection import COPY_MAX, EOF, Connection
 
-__all__ = ["PIECE", "OutgoingFile", "WriteBuffer", "flat", "gathered"]
+__all__ = ["PIECE", "OutgoingFile", "OutgoingSocket", "WriteBuffer", "flat", "gathered"]
 
 BLOCK = 1 << 16  # bytes from which on a piece is not gathered with others
 PIECE = (
@@ -55,6 +55,17 @@ class OutgoingFile:
     def __init__(self, fd: int, at: int, left: int, over: asyncio.Future[None]) -> None:
         self.fd, self.at, self.left, self.over, self.sent = fd, at, left, over, 0
 
+    def put(self, conn: Connection) -> int:
+        """Put a piece into the ring. Returns how many bytes, 0 when it is full, or a status. Raises OSError
+        when it cannot be read."""
+        wanted = min(self.left, PIECE)
+        taken = conn.write_file(self.fd, self.at, wanted) if wanted else EOF
+        if taken > 0:
+            self.at += taken
+            self.left -= taken
+            self.sent += taken
+        return taken
+
     def end(self, error: BaseException | None = None) -> None:
         if self.over.done():
             return
@@ -62,6 +73,19 @@ class OutgoingFile:
             self.over.set_result(None)
         else:
             self.over.set_exception(error)
+
+
+class OutgoingSocket(OutgoingFile):
+    """What a kernel socket has received, until there is nothing for now: then `over` has a BlockingIOError.
+    At the socket's end it is done without one."""
+
+    def __init__(self, fd: int, over: asyncio.Future[None]) -> None:
+        super().__init__(fd, 0, 0, over)
+
+    def put(self, conn: Connection) -> int:
+        taken = conn.write_socket(self.fd, PIECE)
+        self.sent += max(taken, 0)
+        return taken
 
 
 class WriteBuffer:
@@ -131,21 +155,16 @@ class WriteBuffer:
         return taken < wanted, 0
 
     def _send_file(self, file: OutgoingFile) -> tuple[bool, int]:
-        wanted = min(file.left, PIECE)
         error, taken = None, EOF
-        if wanted and not file.over.done():  # it is: who waited for it was cancelled
+        if not file.over.done():  # it is: who waited for it was cancelled
             try:
-                taken = self._conn.write_file(file.fd, file.at, wanted)
+                taken = file.put(self._conn)
             except OSError as unreadable:
                 error = unreadable
         if taken == EOF:
             self._next()
             file.end(error)
             return False, 0
-        if taken > 0:
-            file.at += taken
-            file.left -= taken
-            file.sent += taken
         return taken == 0, min(taken, 0)
 
     def _next(self) -> None:

@@ -316,7 +316,15 @@ class Connection(Held):
     def write_file(self, fd: int, at: int, size: int) -> int:
         """Write bytes of a file, from `at` on, as write() does: the kernel puts them into the ring. Returns
         EOF when the file ends there, 0 when the ring is full. Raises OSError when the file cannot be read."""
-        taken = self._put(self.home.lib.sh_write_file, fd, at, size)
+        return self._read_into(self.home.lib.sh_write_file, fd, at, size)
+
+    def write_socket(self, fd: int, size: int) -> int:
+        """Write what a kernel socket has received, as write_file() does. Raises OSError: BlockingIOError when
+        there is nothing."""
+        return self._read_into(self.home.lib.sh_write_socket, fd, size)
+
+    def _read_into(self, put: Any, *source: int) -> int:
+        taken = self._put(put, *source)
         if taken == UNREADABLE:
             code = self.home.ffi.errno
             raise OSError(code, os.strerror(code))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import select
 import socket
-from typing import Any, Protocol
+from typing import Protocol
 
 from shmsock.forward import socks5
 from shmsock.forward.relay import Relay, reset
+from shmsock.forward.transport import SocketTransport
 
 __all__ = ["Client", "Peer", "Socket", "Socks5"]
 
@@ -59,8 +59,7 @@ class Socket:
         return any(bits & (select.POLLERR | select.POLLHUP) for _, bits in poll.poll(0))
 
     async def joins(self) -> None:
-        client: Any = self._relay.client
-        await asyncio.get_running_loop().connect_accepted_socket(lambda: client, self._sock)
+        SocketTransport(self._relay.client, self._sock)
 
     async def refuse(self, error: BaseException) -> None:
         reset(self._sock)

@@ -172,7 +172,8 @@ class DatagramListener(asyncio.DatagramProtocol):
 
     def _forget(self, clients: list[Any]) -> None:
         for client in clients:
-            self._flows.pop(client).close()
+            if (flow := self._flows.pop(client, None)) is not None:
+                flow.close()
 
 
 def _shown(client: Any) -> str:

@@ -20,6 +20,7 @@ from shmsock.forward.listening import SocketListener, taken
 from shmsock.forward.proxy_protocol import peer_address, proxy_header
 from shmsock.forward.relay import Relay, ShmSide, Side, SocketSide, reset
 from shmsock.forward.rules import Rule, check
+from shmsock.forward.transport import SocketTransport, connected
 
 __all__ = ["Forwarder"]
 
@@ -27,6 +28,8 @@ log = logging.getLogger("shmsock.forward")
 
 HOLD_S = 0.02, 1.0
 """The first and the longest pause between two attempts, while there is no memory for a connection."""
+FULL = errno.ENOBUFS, errno.ENOSPC
+"""No slot or no memory for a connection; no section, or no storage for it."""
 LOOK_S = 1.0
 """How often is looked whether the node that a server listens on is still attached."""
 
@@ -41,7 +44,9 @@ class Listening:
         self.relays: set[Relay] = set()
         self._tasks: dict[Any, asyncio.Task[None]] = {}  # by relay, or by socket before there is one
         self._server: Any = None
+        self._closed = False
         self.node: Node | None = None
+        self.trouble = ""  # why it cannot listen anew
         self.accepted = self.failed = self.resets = self.held = self.there = self.back = 0
 
     async def open(self) -> None:
@@ -63,6 +68,8 @@ class Listening:
         except OSError as error:
             raise error if listen.kind in (TCP, UNIX) else taken(listen, error) from error
         self._server = server
+        if self._closed:
+            self.close()
 
     def change(self, rule: Rule) -> None:
         """Go on by this rule: for new connections, where it is another."""
@@ -74,6 +81,7 @@ class Listening:
 
     def close(self) -> None:
         """Listen no more; connections stay."""
+        self._closed = True
         server, self._server = self._server, None
         if server is not None:
             server.close()
@@ -181,7 +189,7 @@ class Listening:
             except (OSError, asyncio.TimeoutError) as problem:
                 error = problem
             gone = client.gone
-            if getattr(error, "errno", 0) != errno.ENOBUFS or relay.target.transport is not None or gone:
+            if gone or relay.target.transport is not None or getattr(error, "errno", 0) not in FULL:
                 break
             if pause == HOLD_S[0]:
                 self.held += 1
@@ -197,15 +205,11 @@ class Listening:
             relay.finish("")
 
     async def _reach(self, side: Any, target: Endpoint, source: str | None) -> None:
-        loop = asyncio.get_running_loop()
         if target.kind == SHM:
             node = await self._forwarder.node()
             await create_connection(lambda: side, target.host, target.port, node=node)
-        elif target.kind == UNIX:
-            await loop.create_unix_connection(lambda: side, target.host)
         else:
-            local = None if source is None else (source, 0)
-            await loop.create_connection(lambda: side, target.host, target.port, local_addr=local)
+            SocketTransport(side, await connected(target, source))
 
     def _over(self, relay: Relay) -> None:
         self.relays.discard(relay)
@@ -272,10 +276,14 @@ class Forwarder:
         while True:
             await asyncio.sleep(LOOK_S)
             for one in list(self._at_work.values()):
+                trouble = ""
                 try:
                     await one.look()
                 except OSError as error:
-                    log.warning("%s: %s", one.rule, error)
+                    trouble = error.strerror or str(error)
+                if trouble and trouble != one.trouble:
+                    log.warning("%s: %s", one.rule, trouble)
+                one.trouble = trouble
 
     def summary(self) -> Iterator[str]:
         """A line for each rule: what it has done."""

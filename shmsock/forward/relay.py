@@ -1,36 +1,33 @@
 """Bytes between two transports: half-close, back-pressure and resets go through, both ways.
 
 A relay has two sides, each the protocol of one transport. What a side reads is written to the other's
-transport at once. From a socket the kernel copies into one buffer for all, and from there the bytes go into
-the ring; from the ring they become an object, which the kernel takes.
+transport at once. From a socket the kernel copies into the ring, where much comes; from the ring the bytes
+become an object, which the kernel takes.
 
     one side reads EOF             write_eof() on the other; both have: both are closed
     one side's writes pause        the other reads no more until they go on
     one side is reset, or lost     the other is reset
-    a side is not connected yet    the other reads once at most, and what it read is kept
+    a side is not connected yet    the other reads nothing
 """
 
 from __future__ import annotations
 
 import asyncio
 import socket
-import struct
 import time
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["Relay", "ShmSide", "Side", "SocketSide", "reset"]
+from shmsock.aio.transport import ShmTransport
+from shmsock.forward.transport import LINGER_0, MOST, SocketTransport
 
-LINGER_0 = struct.pack("ii", 1, 0)
-MOST = 1 << 18
-"""Bytes that are read at once, and that may wait in a transport before its other side pauses."""
-COPIED = 1 << 14
-"""Up to so many bytes, to make an object for the extension's quick write is cheaper than the other way."""
-_buffer = memoryview(bytearray(MOST))
+__all__ = ["Relay", "ShmSide", "Side", "SocketSide", "reset"]
 
 
 def reset(end: Any) -> None:
     """End a transport, or close a socket, in a way that the other end takes for a reset, not for EOF."""
+    if isinstance(end, SocketTransport):
+        return end.reset()
     sock = end if isinstance(end, socket.socket) else end.get_extra_info("socket")
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_0)
@@ -42,50 +39,42 @@ def reset(end: Any) -> None:
         end.abort()
 
 
-class Side(asyncio.BaseProtocol):
-    """One side of a relay. `received`: bytes that were read from it."""
+class Side(asyncio.Protocol):
+    """One side of a relay."""
 
     transport: Any = None
     other: Side
     ended = False  # EOF was read
     lost = False
     full = False  # its transport asks for a pause of writes
-    copies_at_once = False  # its transport's write() keeps no view of what it is given
 
     def __init__(self, relay: Relay) -> None:
         self.relay = relay
-        self.received = 0
-        self.early: list[bytes] = []
-        self.give: Callable[[Any], object] = self._hold
+        self._count = 0
+        self.give: Callable[[Any], object] = _drop
+
+    @property
+    def received(self) -> int:
+        """How many bytes were read from it."""
+        return self._count
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
-        transport.set_write_buffer_limits(MOST, MOST // 4)
         if self.other.lost:
             reset(transport)  # the target went away meanwhile
         elif self.other.transport is not None:
             self.relay.joined()
-        else:
-            transport.pause_reading()
-            if self is self.relay.client:
-                self.relay.start(self.relay)
-
-    def _hold(self, data: Any) -> None:
-        """Keep what was read before the other side is there. (uvloop's sockets go on reading when they are
-        paused by connection_made().)"""
-        self.early.append(bytes(data))
-        self.transport.pause_reading()
+        elif self is self.relay.client:
+            self.relay.start(self.relay)
 
     def flow(self) -> None:
-        """Give what was kept to the other side, and from now on all that is read."""
+        """Give all that is read to the other side."""
         self.give = self.other.transport.write
-        for data in self.early:
-            self.give(data)
-        self.early.clear()
-        if self.ended:
-            self.other.finish()
-        elif not self.other.full:
-            self.transport.resume_reading()
+        self.transport.resume_reading()
+
+    def data_received(self, data: bytes) -> None:
+        self._count += len(data)
+        self.give(data)
 
     def eof_received(self) -> bool:
         self.ended = True
@@ -116,14 +105,13 @@ class Side(asyncio.BaseProtocol):
         self.relay.lost(self, error)
 
 
-class ShmSide(Side, asyncio.Protocol):
+class ShmSide(Side):
     """A side in shared memory."""
 
-    copies_at_once = True
-
-    def data_received(self, data: bytes) -> None:
-        self.received += len(data)
-        self.give(data)
+    def connection_made(self, transport: Any) -> None:
+        transport.set_write_buffer_limits(MOST, MOST // 4)
+        transport.pause_reading()
+        super().connection_made(transport)
 
     def eof_received(self) -> bool:
         error = self.transport.conn.error
@@ -133,18 +121,20 @@ class ShmSide(Side, asyncio.Protocol):
         return False
 
 
-class SocketSide(Side, asyncio.BufferedProtocol):
-    """A side that is a socket. All read into one buffer, which is empty again before another reads."""
+class SocketSide(Side):
+    """A side that is a socket of the kernel."""
 
-    def get_buffer(self, sizehint: int) -> memoryview:
-        return _buffer
+    transport: SocketTransport | None
 
-    def buffer_updated(self, nbytes: int) -> None:
-        self.received += nbytes
-        if nbytes > COPIED and self.other.copies_at_once:
-            self.give(_buffer[:nbytes])
-        else:
-            self.give(bytes(_buffer[:nbytes]))
+    @property
+    def received(self) -> int:
+        return self._count + (self.transport.bytes_poured if self.transport else 0)
+
+    def flow(self) -> None:
+        assert self.transport is not None
+        if isinstance(self.other.transport, ShmTransport):
+            self.transport.into = self.other.transport
+        super().flow()
 
 
 def _drop(data: Any) -> None:

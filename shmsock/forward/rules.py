@@ -113,7 +113,8 @@ def check(rules: Iterable[Rule], name: str | None = None) -> None:
     own = name or default_name()
     for rule in rules:
         for other in known:
-            if _meets(other, rule.listen, rule.datagrams, own):
+            chosen = rule.listen.kind != UNIX and not rule.listen.port  # by the kernel: others than these
+            if other.key == rule.key or (not chosen and _meets(other, rule.listen, rule.datagrams, own)):
                 raise RuleError(f"{rule}: listens where {other} does")
         known.append(rule)
     for rule in known:

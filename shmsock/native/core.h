@@ -191,6 +191,7 @@ void sh_end_closing(sh_node *nd, uint32_t peer);
 uint64_t sh_ep_unsent(sh_ep *ep);
 int64_t sh_write(sh_ep *ep, const void *data, uint64_t n);
 int64_t sh_write_file(sh_ep *ep, int fd, uint64_t at, uint64_t n);
+int64_t sh_write_socket(sh_ep *ep, int fd, uint64_t n);
 int sh_wait_space(sh_ep *ep, int spin);
 int64_t sh_available(sh_ep *ep);
 int64_t sh_read(sh_ep *ep, void *to, uint32_t want);

@@ -3,6 +3,7 @@
 #include "ring.h"
 
 #include <errno.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #define FILE_PIECE (1u << 18) /* bytes of a file that are published at once */
@@ -175,8 +176,8 @@ int64_t sh_write(sh_ep *ep, const void *data, uint64_t n)
     return (int64_t)(n - left);
 }
 
-/* The same for what is in a file from `at` on: read straight into the ring. SH_EOF: nothing; SH_UNREADABLE: errno says why not. */
-int64_t sh_write_file(sh_ep *ep, int fd, uint64_t at, uint64_t n)
+/* Have the kernel put up to n bytes into the ring: of a file from *at on; of a socket, without `at`, what one recv() gives. */
+static int64_t put_from(sh_ep *ep, int fd, const uint64_t *at, uint64_t n)
 {
     uint64_t done = 0;
     int r = begin_put(ep, n);
@@ -191,7 +192,10 @@ int64_t sh_write_file(sh_ep *ep, int fd, uint64_t at, uint64_t n)
             m = (uint32_t)(n - done);
         if (m > FILE_PIECE)
             m = FILE_PIECE;
-        got = pread(fd, ep->tx + from, m, (off_t)(at + done));
+        if (at)
+            got = pread(fd, ep->tx + from, m, (off_t)(*at + done));
+        else
+            got = recv(fd, ep->tx + from, m, MSG_DONTWAIT);
         if (got <= 0)
             r = !got ? SH_EOF : errno == EINTR ? 0 : SH_UNREADABLE;
         else if (SH_UNLIKELY(!sh_may_write(ep->nd)))
@@ -199,12 +203,20 @@ int64_t sh_write_file(sh_ep *ep, int fd, uint64_t at, uint64_t n)
         else {
             sh_commit(ep, (uint32_t)got);
             done += (uint64_t)got;
+            if (!at)
+                break; /* a reset is told once: by the next call, and not behind bytes */
         }
     }
     ep->nd->n[SH_N_WRITES] += done != 0;
     ep->nd->n[SH_N_BYTES_OUT] += done;
     return r < 0 && (!done || r == SH_STALE) ? r : (int64_t)done;
 }
+
+/* The same for what is in a file from `at` on: read straight into the ring. SH_EOF: nothing; SH_UNREADABLE: errno says why not. */
+int64_t sh_write_file(sh_ep *ep, int fd, uint64_t at, uint64_t n) { return put_from(ep, fd, &at, n); }
+
+/* The same for what a socket has, now. SH_EOF: its end; SH_UNREADABLE: errno says why not, EAGAIN that there is nothing. */
+int64_t sh_write_socket(sh_ep *ep, int fd, uint64_t n) { return put_from(ep, fd, NULL, n); }
 
 /* A drain has nothing to wait for. 1: it may return at once. 0: it lets the loop turn. Seven of eight drains return at once, which keeps a turn near
  * enough to its budget; the eighth only if it is `quick` and budget is left. */

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import select
 import signal
 import socket
@@ -181,7 +183,7 @@ def _echo_all(server: socket.socket, count: int) -> None:
 
 
 def _echo(sock: socket.socket) -> None:
-    with sock:
+    with sock, contextlib.suppress(ConnectionResetError):  # by the end of the test
         while data := sock.recv(1 << 16):
             sock.sendall(data)
 
@@ -274,3 +276,82 @@ def test_open_connections_are_reset_when_it_stops(pair: Pair) -> None:
         end.close()
     assert "1 connections" in pair.near.lines[-1] or "1 connections" in "".join(pair.near.lines[-3:])
     assert pair.near.child.returncode == 0
+
+
+@pytest.mark.parametrize("uvloop", [True, False])
+def test_a_mix_of_everything(
+    shm_region: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uvloop: bool
+) -> None:
+    """Echoes, half-closes and resets, twelve at a time, of a byte to some megabytes: nothing is lost."""
+    if not uvloop:
+        (tmp_path / "uvloop.py").write_text("raise ImportError")
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    mixed = Pair()
+    seen: list[str] = []
+    threads = [threading.Thread(target=_mixed_server, args=(mixed.server, seen), daemon=True)]
+    threads += [threading.Thread(target=_mixed_client, args=(mixed, n, seen), daemon=True) for n in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads[1:]:
+        thread.join(PATIENCE_S)
+    for forwarder in (mixed.near, mixed.far):
+        said = None
+        for _ in range(200):  # until what was closed just now is counted
+            mark = len(forwarder.lines)
+            forwarder.send_signal(signal.SIGUSR1)
+            said = forwarder.said(r"72 connections, (\d+) open, 0 failed, (\d+) reset", mark)
+            if said[1] == "0":
+                break
+        assert said is not None
+        assert (said[1], said[2]) == ("0", "48")
+    # The server need not have seen those that were reset before they had come to it.
+    assert (seen.count("echo"), seen.count("reset") >= 48, len(set(seen))) == (24, True, 2)
+    mixed.close()
+
+
+def _mixed_client(mixed: Pair, number: int, seen: list[str]) -> None:
+    rng = random.Random(number)
+    for turn in range(6):
+        client = mixed.connect()
+        data = rng.randbytes(rng.choice([1, 1000, 1 << 14, 70_000, 3 << 20]))
+        client.sendall(b"%d" % (turn % 3) + len(data).to_bytes(4, "big"))
+        if turn % 3 == 0:
+            sender = threading.Thread(target=client.sendall, args=(data,))
+            sender.start()
+            if everything(client) == data:
+                seen.append("echo")
+            sender.join()
+            client.close()
+        elif turn % 3 == 1:  # the server resets it
+            try:
+                everything(client)
+            except ConnectionResetError:
+                seen.append("reset")
+            client.close()
+        else:
+            client.sendall(data[: len(data) // 2 & 0x7FFF])  # bytes, and the reset right behind them
+            reset(client)
+
+
+def _mixed_server(server: socket.socket, seen: list[str]) -> None:
+    with contextlib.suppress(OSError):  # closed
+        while True:
+            sock, _ = server.accept()
+            threading.Thread(target=_mixed_answer, args=(sock, seen), daemon=True).start()
+
+
+def _mixed_answer(sock: socket.socket, seen: list[str]) -> None:
+    try:
+        head = exactly(sock, 5)
+        count = int.from_bytes(head[1:], "big")
+        if head[:1] == b"1":
+            reset(sock)
+            seen.append("reset")
+            return
+        sock.sendall(exactly(sock, count))
+        sock.shutdown(socket.SHUT_WR)
+        assert sock.recv(1) == b""
+        sock.close()
+    except ConnectionResetError:
+        seen.append("reset")
+        sock.close()
