@@ -103,9 +103,8 @@ def run(
         if option in _DEAF:
             raise Failed(f"python {_DEAF[option]}, which is how a program is reached: leave it out")
     site = str(Path(shmsock.run.__file__).parent / "site")
-    before = [
-        entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry not in ("", site)
-    ]
+    given_path = os.environ.get("PYTHONPATH")
+    before = [entry for entry in given_path.split(os.pathsep) if entry != site] if given_path else []
     os.environ["PYTHONPATH"] = os.pathsep.join([site, *before])
     os.environ["SHMSOCK_RUN"] = str(os.getpid())
     sys.stdout.flush()

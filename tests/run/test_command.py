@@ -160,11 +160,11 @@ def test_the_options_and_the_path_reach_children() -> None:
         "n",
     ]
     show = f"import os; print(*(k + '=' + v for k, v in sorted(os.environ.items()) if k in ({names})))"
-    said = result(options, "sh", "-c", f'python -c "{show}"', env={"PYTHONPATH": "/one:/two"})
+    said = result(options, "sh", "-c", f'python -c "{show}"', env={"PYTHONPATH": "/one::/two"})
     site = said.split(":")[0].removeprefix("PYTHONPATH=")
     assert os.listdir(site)
     assert said == (
-        f"PYTHONPATH={site}:/one:/two SHMSOCK_LISTEN=1,2,3 SHMSOCK_MAP=10.0.0.5=a SHMSOCK_NAME=n "
+        f"PYTHONPATH={site}:/one::/two SHMSOCK_LISTEN=1,2,3 SHMSOCK_MAP=10.0.0.5=a SHMSOCK_NAME=n "
         "SHMSOCK_REGION=file:/x"
     )
 
