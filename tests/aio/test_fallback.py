@@ -359,7 +359,7 @@ def test_hosts_that_are_not_there(run: Run, network: Change, hosts: Path) -> Non
 
 
 @pytest.fixture
-def shm_loop(run: Run) -> Iterator[Callable[[Any], Any]]:
+def shm_loop(run: Run) -> Callable[[Any], Any]:
     """run(coroutine) on the `.shm` loop of that kind."""
     import uvloop
 
@@ -386,7 +386,8 @@ def test_a_shm_loop(
             assert stand_in.startswith("ff01:")
             child.tell()
             await child.says("left")
-            for host, kwds in (("b.shm", {}), (stand_in, {}), ("d.shm", {"fallback": ADDRESS})):
+            calls: list[tuple[str, Any]] = [("b.shm", {}), (stand_in, {}), ("d.shm", {"fallback": ADDRESS})]
+            for host, kwds in calls:
                 reader, writer = await asyncio.open_connection(host, 7000, **kwds)
                 assert writer.get_extra_info("peername") == (ADDRESS, 7000)
                 assert await way_of(reader, writer) == "tcp"

@@ -117,6 +117,9 @@ class Forwarder(Process):
         """The port of the first rule."""
         return int(self.said(r"listening on \S+:(\d+) ->")[1])
 
+    def __enter__(self) -> Forwarder:
+        return self
+
 
 class Pair:
     """tcp -> shm -> tcp: `port` leads to `server`, a listening socket of the test."""

@@ -215,7 +215,7 @@ def test_trio(house: House) -> None:
         ["python", FACES, "calm", "serve", "trio"], modules=MODULES
     ) as serving:  # in a guest, pci:auto finds vfio:
         serving.readline(SECONDS)
-        ask = ["python", FACES, "calm", "ask", "trio", "vm-b", ""]
+        ask: list[str | Path] = ["python", FACES, "calm", "ask", "trio", "vm-b", ""]
         said = a.run(ask, timeout=SECONDS, modules=MODULES)
         done, asked = json.loads(said.text)
         assert done == ["ShmStream", "datagrams"]
