@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import click
 
 from shmsock.commands.group import Commands
@@ -16,5 +18,12 @@ def cli() -> None:
 
 
 def main() -> None:
-    """The entry point."""
+    """The entry point. Standard descriptors that are closed are filled first, as the C library does for
+    set-user-ID programs: else the region would become one of them, and whoever prints would write to it.
+    Input and output fail there as before."""
+    for fd, flags in enumerate((os.O_WRONLY, os.O_RDONLY, os.O_RDONLY)):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, flags)  # the lowest that is free
     cli(prog_name="shmsock")

@@ -107,7 +107,6 @@ def run(
     before = [entry for entry in given_path.split(os.pathsep) if entry != site] if given_path else []
     os.environ["PYTHONPATH"] = os.pathsep.join([site, *before])
     os.environ["SHMSOCK_RUN"] = str(os.getpid())
-    sys.stdout.flush()
     for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by Python, and the program would inherit that
         signal.signal(ignored, signal.SIG_DFL)
     try:

@@ -144,6 +144,24 @@ def test_mistakes(pair: Pair, args: tuple[str, ...], status: int, said: bytes) -
     assert status == 2 or error.count(b"\n") == 1
 
 
+@pytest.mark.parametrize(("closed", "status"), [("<&-", 0), (">&-", 1), ("<&- >&- 2>&-", 1)])
+def test_what_is_closed_is_nothing_else(pair: Pair, closed: str, status: int) -> None:
+    """A closed input is at its end, output to a closed one fails; no other descriptor takes their place."""
+    child = subprocess.Popen(
+        ["sh", "-c", f'exec "$@" {closed}', "sh", *NC, "vm-b", "7000"], stderr=subprocess.PIPE
+    )
+    server = pair.accept()
+    if status == 0:
+        assert server.recv(1) == b""
+        server.close()
+    else:
+        server.sendall(b"x")
+    _, error = child.communicate(timeout=PATIENCE_S)
+    server.close()
+    assert child.returncode == status
+    assert error == (b"shmsock: Bad file descriptor\n" if closed == ">&-" else b"")
+
+
 def test_a_reset_is_told(pair: Pair) -> None:
     child = nc("vm-b", "7000", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     pair.accept().close()

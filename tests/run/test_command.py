@@ -50,6 +50,13 @@ def test_exit_code_input_arguments_and_signals_are_the_program_s_own() -> None:
         assert running.stop(signal.SIGINT) == 3
 
 
+def test_standard_descriptors_that_are_closed_stay_so() -> None:
+    code = "import os, sys; os.write(2, b'%r %r' % (sys.stdin, sys.stdout))"
+    command = [sys.executable, "-m", "shmsock", "run", "--", "-c", code]
+    done = subprocess.run(["sh", "-c", 'exec "$@" <&- >&-', "sh", *command], stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"None None")
+
+
 def test_the_process_is_the_program_and_signals_are_as_they_were() -> None:
     shell = "echo $$; grep SigIgn /proc/self/status"
     with program([], "sh", "-c", shell) as running:
