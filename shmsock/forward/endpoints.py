@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from shmsock.address import check_port, is_local, normalize_name
 
-__all__ = ["SHM", "SOCKS5", "TCP", "UDP", "UNIX", "Endpoint", "parse"]
+__all__ = ["SHM", "SOCKS5", "TCP", "UDP", "UNIX", "Endpoint", "check_host", "parse"]
 
 TCP, UNIX, SHM, UDP, SOCKS5 = KINDS = "tcp", "unix", "shm", "udp", "socks5"
 _FORMS = "tcp:HOST:PORT, unix:PATH, udp:HOST:PORT, shm:NAME:PORT or, to listen, shm:PORT"
@@ -43,7 +44,7 @@ def parse(text: str, *, listens: bool) -> Endpoint:
     if kind not in KINDS[:4] or not colon:
         raise ValueError(f"{text!r}: {kind!r} is no kind of endpoint; expected {_FORMS}")
     if kind == UNIX:
-        if not rest or len(rest.encode()) > 107:
+        if not rest or "\0" in rest or len(os.fsencode(rest)) > 107:
             raise ValueError(f"{text!r}: a path of 1 to 107 bytes was expected behind unix:")
         return Endpoint(UNIX, rest)
     host, colon, digits = rest.rpartition(":")
@@ -58,7 +59,21 @@ def parse(text: str, *, listens: bool) -> Endpoint:
         raise ValueError(f"{text!r}: the host is missing; * stands for all addresses to listen on")
     if host == "*" and not listens:
         raise ValueError(f"{text!r}: host '*' is for listening; a target has one address")
+    try:
+        check_host(host)
+    except ValueError as error:
+        raise ValueError(f"{text!r}: {error}") from None
     return Endpoint(kind, host or LOOPBACK, port)
+
+
+def check_host(host: str) -> None:
+    """Raise ValueError for what no resolver is asked for: getaddrinfo() raises UnicodeError then."""
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        raise ValueError(
+            f"host {host!r} is no host name: a part of it is empty, too long, or no text"
+        ) from None
 
 
 def _port(text: str, digits: str, least: int) -> int:

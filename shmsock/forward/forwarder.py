@@ -51,23 +51,23 @@ class Listening:
 
     async def open(self) -> None:
         """Listen. Raises OSError: it names the endpoint."""
-        listen = self.rule.listen
+        listen, node = self.rule.listen, None
         if SHM in (listen.kind, self.rule.target.kind):
-            self.node = await self._forwarder.node(listening=listen.kind == SHM)
+            node = await self._forwarder.node(listening=listen.kind == SHM)
         try:
             if UDP in (listen.kind, self.rule.target.kind):
                 server: Any = DatagramListener(self.rule, self._forwarder.node)
-                self.address = await server.open()
+                self.address = await server.open(node)
             elif listen.kind == SHM:
                 host, port = listen.host or None, listen.port
-                server = await create_server(self._from_peer, host, port, node=self.node)
+                server = await create_server(self._from_peer, host, port, node=node)
                 self.address = Endpoint(SHM, listen.host, server.sockets[0].getsockname()[1])
             else:
                 server = SocketListener(listen, self.rule.mode, self._from_socket)
                 self.address = await server.open()
         except OSError as error:
             raise error if listen.kind in (TCP, UNIX) else taken(listen, error) from error
-        self._server = server
+        self._server, self.node = server, node
         if self._closed:
             self.close()
 

@@ -38,11 +38,12 @@ def log_to_stderr(quiet: bool) -> None:
 
 
 def load(path: str) -> Config:
-    """Read a file of rules. Raises RuleError, which names file, line and key, and OSError."""
-    with open(path, encoding="utf-8", errors="surrogateescape") as file:
-        text = file.read()
+    """Read a file of rules. Raises RuleError, which names file, line and key."""
     try:
-        return read(text)
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            return read(file.read())
+    except OSError as error:
+        raise RuleError(f"{path}: {error.strerror}") from None
     except RuleError as error:
         raise RuleError(f"{path}: {error}") from None
 

@@ -13,7 +13,7 @@ import socket
 from typing import Any
 
 from shmsock.address import SUFFIX
-from shmsock.forward.endpoints import SHM, TCP, Endpoint, parse
+from shmsock.forward.endpoints import SHM, TCP, Endpoint, check_host, parse
 
 __all__ = ["Socks5Error", "reply", "request"]
 
@@ -61,11 +61,12 @@ async def _request(sock: socket.socket, only_shm: bool) -> Endpoint:
         await _deny(sock, NO_SUCH_COMMAND, f"command {command}, where CONNECT (1) alone is known")
     if not host.isprintable() or not host:
         await _deny(sock, FAILED, f"host {host!r}")
-    if host.lower().removesuffix(".").endswith(SUFFIX):
-        try:
+    try:
+        if host.lower().removesuffix(".").endswith(SUFFIX):
             return parse(f"{SHM}:{host}:{port}", listens=False)
-        except ValueError as error:
-            await _deny(sock, UNREACHABLE, str(error))
+        check_host(host)
+    except ValueError as error:
+        await _deny(sock, UNREACHABLE, str(error))
     if only_shm:
         await _deny(sock, NOT_ALLOWED, f"{host!r}, which is no peer (they end in {SUFFIX})")
     return Endpoint(TCP, host, port)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import signal
 import socket
 from pathlib import Path
 
 import pytest
 
+import shmsock
+from shmsock.forward import forwarder
 from shmsock.forward.endpoints import Endpoint, parse
 from shmsock.forward.rules import Rule, RuleError, check, read
+from shmsock.testing import make_region
+from tests.aio.conftest import until
 from tests.forward.processes import PATIENCE_S, SHMSOCK, Forwarder, Process, exactly
 
 
@@ -52,6 +58,9 @@ def test_endpoints(text: str, listens: bool, endpoint: Endpoint) -> None:
         ("tcp:*:80", False, "host '\\*'"),
         ("unix:", True, "a path"),
         ("unix:" + "x" * 108, True, "a path"),
+        ("unix:a\0b", True, "a path"),
+        ("tcp:a..b:80", False, "'a..b' is no host name"),
+        ("udp:" + "x" * 64 + ":80", True, "is no host name"),
         ("shm:vm-b:1", True, "host 'vm-b'"),
         ("shm:1", False, "name is missing"),
         ("shm:a b:1", False, "'a b' is no peer name"),
@@ -222,6 +231,7 @@ def test_a_mistake_at_the_start_is_one_line(shm_region: Path, tmp_path: Path) ->
         (["shm:1", "shm:localhost:1"], "shmsock: rules lead in a circle: shm:1 -> shm:localhost:1"),
         (["tcp:1", "tcp:b:2"], "shmsock: tcp:127.0.0.1:1 -> tcp:b:2: neither side is shm:, so nothing goes "
          "through shared memory"),
+        (["--config", f"{path}.x"], f"shmsock: {path}.x: No such file or directory"),
         (["tcp:x", "shm:b:2"], "shmsock: 'tcp:x': port 'x': a number from 0 to 65535 was expected"),
     ):  # fmt: skip
         failed = Process(*SHMSOCK, "forward", *args)
@@ -238,3 +248,23 @@ def test_systemd_is_told(shm_region: Path, tmp_path: Path, monkeypatch: pytest.M
         with Forwarder("shm:1", "tcp:127.0.0.1:9", name="vm-b"):
             assert sock.recv(100) == b"READY=1"
         assert sock.recv(100) == b"STOPPING=1"
+
+
+@pytest.mark.asyncio
+async def test_a_port_that_is_taken_in_a_new_region_is_had_when_it_is_free(
+    shm_region: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(forwarder, "LOOK_S", 0.01)
+    caplog.set_level("INFO", "shmsock.forward")
+    made = forwarder.Forwarder(name="vm-a")
+    await made.carry_out([rule("shm:7000", "tcp:127.0.0.1:9"), rule("shm:7000", "udp:127.0.0.1:9")])
+    os.rename(make_region(shm_region.parent), shm_region)
+    async with (
+        shmsock.attach(str(shm_region), name="vm-a") as other,
+        await shmsock.create_server(asyncio.Protocol, None, 7000, node=other),
+    ):
+        await shmsock.create_datagram_endpoint(asyncio.DatagramProtocol, (None, 7000), node=other)
+        await until(lambda: caplog.text.count("cannot listen on shm:7000: another process") == 2)
+        assert "again" not in caplog.text
+    await until(lambda: caplog.text.count("listening again") == 2)
+    await made.stop()

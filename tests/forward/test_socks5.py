@@ -113,6 +113,9 @@ def test_by_hand(proxy: Forwarder, web: int) -> None:
     for said, code in (
         (named(b"vm-c.shm", 8000), 4),
         (named(b"a b.shm", 8000), 4),
+        (named(b"a..b", 8000), 4),
+        (named(b"b\xfccher", 8000), 4),
+        (named(b"x" * 64, 8000), 4),
         (named(b"vm-b.shm", 8002), 5),
         (HELLO + b"\5\1\0\1\x7f\0\0\1\0\1", 5),
         (named(b"vm-b.shm", 8000, command=2), 7),
