@@ -56,6 +56,11 @@ test: lint ## everything: checks, all Python versions there are, real guests
 scale: setup ## 10,000 connections twenty times in a row, 30,000, and 16 processes with 600 each
 	@SHMSOCK_SCALE_ROUNDS=20 $(BIN)/python -m pytest -q -m slow tests/aio/test_scale.py
 
+.PHONY: apps
+apps: setup ## libraries and servers as they are: the long forms of their tests, and a table beside TCP
+	@SHMSOCK_LONG=1 $(BIN)/python -m pytest -q $(AT_ONCE) tests/integrations tests/forward/test_apps.py
+	@$(BIN)/python -m tests.integrations.rates
+
 .PHONY: test-quick
 test-quick: setup ## the tests without guests, on one Python
 	@$(BIN)/python -m pytest -q $(QUICK)

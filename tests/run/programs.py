@@ -1,4 +1,4 @@
-"""Programs under `shmsock run`, in processes of their own."""
+"""Programs under `shmsock run`, and as they are, in processes of their own."""
 
 from __future__ import annotations
 
@@ -29,13 +29,19 @@ def free_port() -> int:
 
 
 class Program:
-    """`shmsock run OPTIONS -- COMMAND`. Lines that it prints, on stdout or stderr, are `lines`."""
+    """`shmsock run OPTIONS -- COMMAND`; COMMAND alone without options. Lines that it prints, on stdout or
+    stderr, are `lines`."""
 
     def __init__(
-        self, options: list[str], *command: str, env: dict[str, str] | None = None, cwd: Path | None = None
+        self,
+        options: list[str] | None,
+        *command: str,
+        env: dict[str, str] | None = None,
+        cwd: Path | None = None,
     ) -> None:
+        run = [] if options is None else [sys.executable, "-m", "shmsock", "run", *options, "--"]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "shmsock", "run", *options, "--", *command],
+            [*run, *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -103,7 +109,7 @@ class Program:
 
 @contextmanager
 def program(
-    options: list[str], *command: str, env: dict[str, str] | None = None, cwd: Path | None = None
+    options: list[str] | None, *command: str, env: dict[str, str] | None = None, cwd: Path | None = None
 ) -> Iterator[Program]:
     running = Program(options, *command, env=env, cwd=cwd)
     try:
