@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -10,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.run.programs import free_port, program
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SECONDS = 60
@@ -78,15 +81,18 @@ def refused(name: str, *arguments: object) -> str:
 
 EVERY: dict[str, list[object]] = {
     "anyio_echo.py": ["asyncio"],
+    "chat.py": ["ann"],
     "dask_cluster.py": [],
     "datagrams.py": ["serve"],
     "echo_client.py": ["localhost"],
     "echo_server.py": [],
     "file_receive.py": [os.devnull],
     "file_send.py": [os.devnull, "localhost"],
+    "json_rpc.py": ["serve"],
     "port_from_tcp.py": [],
     "raw_bar2.py": ["/nowhere", 0],
     "unmodified_asyncio.py": ["localhost.shm"],
+    "web_service.py": ["http://localhost:8000"],
 }
 
 
@@ -115,6 +121,74 @@ def test_file(start: Start, tmp_path: Path) -> None:
     assert server.stdout.read().split() == [said[0], str(received)]
     assert server.wait(SECONDS) == 0
     assert received.read_bytes() == sent.read_bytes()
+
+
+def test_file_with_progress(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "sent").write_bytes(bytes(3_000_000))
+    start("file_receive.py", tmp_path / "received", 7101)
+    ours, terminal = os.openpty()
+    subprocess.run(
+        command("file_send.py", tmp_path / "sent", "localhost", 7101),
+        stderr=terminal,
+        stdout=subprocess.DEVNULL,
+        check=True,
+        timeout=SECONDS,
+    )
+    os.close(terminal)
+    shown = os.read(ours, 4096).decode().split("\r")
+    os.close(ours)
+    assert [line.strip() for line in shown if line.strip()] == [
+        f"{min(size * (1 << 18), 3_000_000) * 100 // 3_000_000} %" for size in range(1, 13)
+    ]
+
+
+def test_json_rpc(start: Start) -> None:
+    server = start("json_rpc.py", "serve")
+    assert run("json_rpc.py", "localhost", "add", 20, 22).stdout == "42\n"
+    assert run("json_rpc.py", "localhost", "upper", "hello").stdout == "HELLO\n"
+    assert refused("json_rpc.py", "localhost", "divide", 1, 0).startswith("ZeroDivisionError")
+    assert refused("json_rpc.py", "localhost", "remove", "/").startswith("KeyError")
+    server.send_signal(signal.SIGINT)
+    assert server.wait(SECONDS) == 0
+
+
+def test_json_rpc_without_a_server(shm_region: Path) -> None:
+    assert "nobody there listens on port 7003" in refused("json_rpc.py", "localhost", "add", 1)
+
+
+def test_chat(shm_region: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        ann = stack.enter_context(popen("chat.py", "ann"))
+        assert ann.stdin is not None
+        assert ann.stdout is not None
+        assert ann.stdout.readline().startswith("listening on")
+        bob = stack.enter_context(popen("chat.py", "bob"))
+        assert bob.stdout is not None
+        while bob.poll() is None:  # until both know each other
+            ann.stdin.write("hello, \033[2J all\n")
+            ann.stdin.flush()
+            if bob.stdout.readline() == "ann: hello, [2J all\n":
+                break
+        said = bob.communicate("hello, ann\n", timeout=SECONDS)
+        assert (bob.returncode, said[1]) == (0, "")
+        lines = ann.communicate(timeout=SECONDS)[0].splitlines()
+        assert lines == ["bob: (is here)", "bob: hello, ann", "bob: (has left)"]
+        assert ann.returncode == 0
+
+
+def test_a_web_service(shm_region: Path) -> None:
+    port = free_port()
+    line = f"uvicorn web_service:app --host 127.0.0.1 --port {port} --log-level warning"
+    options = ["--name", "vm-b", "--listen", str(port)]
+    with program(options, *line.split(), cwd=EXAMPLES) as server:
+        while True:
+            done = run("web_service.py", f"http://vm-b:{port}", check=False)
+            if done.returncode == 0:
+                break
+            assert "vm-b" in done.stderr, done.stderr  # it is not there yet
+        assert done.stdout.splitlines() == ["today: it works", "tomorrow: 404", "counted: 0 1 2"]
+        server.stop()
+        assert server.lines == []
 
 
 def test_port_from_tcp(shm_region: Path) -> None:
@@ -211,6 +285,8 @@ def test_a_port_that_is_taken(start: Start) -> None:
     [
         ("echo_server.py", [7100], 0),
         ("datagrams.py", ["serve"], 0),
+        ("json_rpc.py", ["serve"], 0),
+        ("chat.py", ["ann"], 130),
         ("file_receive.py", [os.devnull, 7100], 130),
         ("echo_client.py", ["localhost", 7100], 130),
         ("file_send.py", ["/dev/zero", "localhost", 7100], 130),
@@ -218,7 +294,7 @@ def test_a_port_that_is_taken(start: Start) -> None:
 )
 def test_interrupted(start: Start, name: str, arguments: list[object], status: int) -> None:
     """Ctrl-C, once, and nothing is said: not by who is connected to it either."""
-    serves = status == 0 or name == "file_receive.py"
+    serves = status == 0 or name in ("chat.py", "file_receive.py")
     if not serves:
         server = start("echo_server.py", 7100)
         assert server.stdout is not None
