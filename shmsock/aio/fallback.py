@@ -36,6 +36,8 @@ _NOT_YET = {
     if sys.version_info < since
 }
 log = logging.getLogger("shmsock")
+# The content of each hosts file that made sense last, and what was told of it since.
+_good: dict[str, tuple[dict[str, list[str]], str]] = {}
 
 
 class TcpStreamWriter(asyncio.StreamWriter):
@@ -73,10 +75,19 @@ def _in_hosts(host: object) -> list[str]:
         return []
     path = os.environ["SHMSOCK_HOSTS"]
     try:
-        seen = os.stat(path)
-        found = _addresses(path, (seen.st_mtime_ns, seen.st_size, seen.st_ino))
-    except OSError as error:
-        raise ValueError(f"SHMSOCK_HOSTS: {path}: {error.strerror}") from None
+        try:
+            seen = os.stat(path)
+            found = _addresses(path, (seen.st_mtime_ns, seen.st_size, seen.st_ino))
+        except OSError as error:
+            raise ValueError(f"SHMSOCK_HOSTS: {path}: {error.strerror}") from None
+        _good[path] = found, ""
+    except ValueError as error:
+        if path not in _good:
+            raise
+        found, told = _good[path]  # it is being written, maybe: who runs goes on
+        if told != str(error):
+            log.warning("%s; what was in it before is used", error)
+            _good[path] = found, str(error)
     try:
         return found.get(normalize_name(host), [])
     except ValueError:

@@ -355,6 +355,18 @@ def test_hosts_that_are_not_there(run: Run, network: Change, hosts: Path) -> Non
     run(main())
 
 
+def test_hosts_that_are_being_written(hosts: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Who could read them once goes on with that, and is told once of each mistake."""
+    before = targets("b", 1, None)
+    for mistake in (lambda: hosts.write_text("10.0.0."), hosts.unlink):
+        caplog.clear()
+        mistake()
+        assert [targets("b", 1, None) for _ in range(3)] == [before] * 3
+        assert [str(hosts) in record.getMessage() for record in caplog.records] == [True]
+    hosts.write_text("10.0.0.9 b\n")
+    assert targets("b", 1, None) == [("10.0.0.9", 1)]
+
+
 # -- programs that know nothing of it
 
 
