@@ -29,6 +29,7 @@ __all__ = [
     "SCOPE",
     "Names",
     "address_of",
+    "as_kernel_tells",
     "host_of",
     "is_address",
     "is_any_shm",
@@ -134,6 +135,11 @@ def shown(node: Any, conn: Any, how: Any) -> tuple[Any, Any]:
     return ends
 
 
+def as_kernel_tells(host: str, port: int) -> tuple[Any, ...]:
+    """Return the address of a socket: in IPv6 it has four parts."""
+    return (host, port, 0, 0) if ":" in host else (host, port)
+
+
 def own_end(remote: Any, port: int) -> tuple[Any, ...]:
     """Return an own address, with `port`, for what is seen as a connection to a kernel's address: the one
     that the kernel would use."""
@@ -142,7 +148,7 @@ def own_end(remote: Any, port: int) -> tuple[Any, ...]:
     with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
         sock.connect(remote)  # no packet
         host = sock.getsockname()[0]
-    return (host, port, 0, 0) if len(remote) == 4 else (host, port)
+    return as_kernel_tells(host, port)
 
 
 def is_address(host: Any) -> bool:

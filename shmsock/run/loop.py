@@ -94,7 +94,7 @@ class RunLoop(ShmLoop):
         """Look a host up, unless it is an address. Returns what was found, the first address of it that is a
         peer's, and that peer."""
         if isinstance(host, str) and isinstance(port, int) and parsed_address(host):
-            infos, addresses = [], [(host, port)]
+            infos, addresses = [], [names.as_kernel_tells(host, port)]
         else:
             given = {key: kwds.get(key, 0) for key in ("family", "proto", "flags")}
             infos = await self.getaddrinfo(host, port, type=kind, **given)
@@ -258,8 +258,7 @@ class RunLoop(ShmLoop):
         is in a range that is trusted."""
         for address in published_by(node, conn.peer):
             if self.rules.trusts(address):
-                remote = str(address), conn.remote[1]
-                return names.shown(node, conn, remote)
+                return names.shown(node, conn, names.as_kernel_tells(str(address), conn.remote[1]))
         return names.shown(node, conn, True)
 
 

@@ -61,6 +61,8 @@ class JointServer(asyncio.AbstractServer):
     async def _attempt(self) -> None:
         try:
             self._behind = await self._offer(self._behind, self._serving)
+            if self._serving:  # since a moment ago, it may be
+                await self._behind.start_serving()
         except Exception as error:
             taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
             kind = f"port-{self._port}" if taken else "region"

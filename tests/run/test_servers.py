@@ -8,11 +8,12 @@ import signal
 import socket
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
 import shmsock
+from shmsock.run import server as joint
 from shmsock.testing import make_region
 from tests.run.programs import PATIENCE, free_port, program
 
@@ -50,6 +51,12 @@ SERVERS = {
     "module": "-m uvicorn app:app --host 127.0.0.1 --port {port}",
 }
 PROCESSES = {"uvicorn_workers": 2, "gunicorn": 2, "hypercorn_workers": 2}
+
+
+class Greeting(asyncio.Protocol):
+    def connection_made(self, transport: Any) -> None:
+        transport.write(b"hello")
+        transport.close()
 
 
 def run(main: Coroutine[None, None, T]) -> T:
@@ -249,6 +256,38 @@ def test_a_region_that_cannot_be_used_means_tcp_and_one_warning(why: str, tmp_pa
         running.tell()
         assert running.ends() == 0
         assert sum("shmsock run:" in line for line in running.lines) == 1, running.lines
+
+
+def test_serving_begins_in_both_places_when_memory_comes_late(
+    shm_region: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joint, "PATIENCE_S", 0)
+
+    async def main() -> bytes:
+        comes, loop = asyncio.Event(), asyncio.get_running_loop()
+
+        async def offer(before: object, serving: bool) -> shmsock.Server:
+            await comes.wait()
+            return await shmsock.create_server(Greeting, None, 7000, start_serving=serving)
+
+        own = await loop.create_server(Greeting, "127.0.0.1", 0, start_serving=False)
+        server = joint.JointServer(loop, own, 7000, False, offer)
+        await server.begin()
+        async with server:
+            await server.start_serving()
+            comes.set()
+            while True:
+                try:
+                    reader, writer = await shmsock.open_connection("localhost", 7000)
+                    break
+                except ConnectionRefusedError:
+                    await asyncio.sleep(0.01)
+            try:
+                return await reader.read()
+            finally:
+                writer.close()
+
+    assert run(main()) == b"hello"
 
 
 @pytest.mark.parametrize("before", ["absent", "another"])
