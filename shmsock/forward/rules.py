@@ -159,7 +159,7 @@ def read(text: str) -> Config:
     `region` and `name`. Raises RuleError: it says line and key."""
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise RuleError(f"not TOML: {error}") from None
     tables = data.pop("rule", None)
     if not isinstance(tables, list) or not tables or not all(isinstance(t, dict) for t in tables):

@@ -130,6 +130,7 @@ GOOD = '[[rule]]\nlisten = "tcp:127.0.0.1:80"\ntarget = "shm:b:1"\n'
         (GOOD + GOOD, "line 5, listen: tcp:127.0.0.1:80 -> shm:b:1: listens where"),
         (GOOD.replace("shm:b:1", "tcp:b:1"), "line 2, listen: "),
         (GOOD.replace("target", "listen"), "line 3"),
+        ("a = " + "[" * 5000, "not TOML"),
     ],
 )
 def test_mistakes_in_a_file_are_told_by_line_and_key(text: str, said: str) -> None:
