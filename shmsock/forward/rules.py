@@ -24,11 +24,12 @@ PROXY_PROTOCOLS = ("v1", "v2")
 
 
 class RuleError(ValueError):
-    """A rule that cannot be: the message says where and why, in one line. `key`: what is wrong with it."""
+    """A rule that cannot be: the message says where and why, in one line. `key`: what is wrong with it;
+    `number`: which of several it is."""
 
-    def __init__(self, message: str, key: str = "listen") -> None:
+    def __init__(self, message: str, key: str = "listen", number: int = 0) -> None:
         super().__init__(message)
-        self.key = key
+        self.key, self.number = key, number
 
 
 @dataclass(frozen=True)
@@ -107,39 +108,39 @@ class Config:
 
 
 def check(rules: Iterable[Rule], name: str | None = None) -> None:
-    """Raise RuleError when two rules listen on the same, or when rules lead back to where they began. `name`:
-    what this node is called."""
-    known: list[Rule] = []
+    """Raise RuleError when a rule listens where one before it does, or leads by others back to itself.
+    `name`: what this node is called."""
+    places: dict[Any, list[Rule]] = {}  # rules by where they listen, but for the host
     own = name or default_name()
-    for rule in rules:
-        for other in known:
-            chosen = rule.listen.kind != UNIX and not rule.listen.port  # by the kernel: others than these
-            if other.key == rule.key or (not chosen and _meets(other, rule.listen, rule.datagrams, own)):
-                raise RuleError(f"{rule}: listens where {other} does")
-        known.append(rule)
-    for rule in known:
+    for number, rule in enumerate(rules):
+        chosen = rule.listen.kind != UNIX and not rule.listen.port  # by the kernel: others than these
+        there = places.setdefault(_place(rule.listen, rule.datagrams), [])
+        for other in there:
+            if other.key == rule.key or (not chosen and _meets(other, rule.listen, own)):
+                raise RuleError(f"{rule}: listens where {other} does", number=number)
+        there.append(rule)
         way = [rule]
-        while True:
-            last = way[-1]
-            after = next((r for r in known if _meets(r, last.target, last.datagrams, own)), None)
-            if after is None:
-                break
-            way.append(after)
-            if after in way[:-1]:
-                chain = "; ".join(str(r) for r in way[way.index(after) : -1])
-                raise RuleError(f"rules lead in a circle: {chain}")
+        while way:
+            target, datagrams = way[-1].target, way[-1].datagrams
+            after = next(
+                (r for r in places.get(_place(target, datagrams), ()) if _meets(r, target, own)), None
+            )
+            if after is rule:
+                raise RuleError(f"rules lead in a circle: {'; '.join(map(str, way))}", number=number)
+            way = [*way, after] if after is not None else []
 
 
-def _meets(rule: Rule, other: Endpoint, datagrams: bool, own: str) -> bool:
-    """Does what goes to `other` (or listens there) come to the rule?"""
-    listen = rule.listen
-    if (listen.kind, listen.port, rule.datagrams) != (other.kind, other.port, datagrams):
-        return False
-    if listen.kind == UNIX:
-        return listen.host == other.host
-    if listen.kind == SHM:
+def _place(end: Endpoint, datagrams: bool) -> tuple[object, ...]:
+    return end.kind, end.host if end.kind == UNIX else end.port, datagrams
+
+
+def _meets(rule: Rule, other: Endpoint, own: str) -> bool:
+    """Does what goes to `other` (or listens there) come to the rule, whose place is the same?"""
+    if other.kind == UNIX:
+        return True
+    if other.kind == SHM:
         return other.host in ("", "localhost", own)
-    a, b = _host(listen.host), _host(other.host)
+    a, b = _host(rule.listen.host), _host(other.host)
     return a == b or "*" in (a, b)
 
 
@@ -174,10 +175,10 @@ def read(text: str) -> Config:
     types = {field.name: str(field.type) for field in fields(Rule)}
     for number, table in enumerate(tables):
         rules.append(_rule(text, number, table, types))
-        try:
-            check(rules, top.get("name"))
-        except RuleError as error:
-            raise RuleError(f"line {_line(text, 'listen', number)}, listen: {error}") from None
+    try:
+        check(rules, top.get("name"))
+    except RuleError as error:
+        raise RuleError(f"line {_line(text, 'listen', error.number)}, listen: {error}") from None
     return Config(tuple(rules), **top)
 
 
@@ -207,20 +208,20 @@ def _checked(text: str, number: int, table: Mapping[str, Any], types: Mapping[st
     """Check keys and the types of their values."""
     values: dict[str, Any] = {}
     for key, value in table.items():
-        where = f"line {_line(text, key, number)}, {key}"
+        fits = False
         if key not in types:
             close = difflib.get_close_matches(key, types, n=1)
             hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(types)}"
-            raise RuleError(f"{where}: no such key; {hint}")
-        if types[key] == "bool":
-            fits, expected = isinstance(value, bool), "true or false"
+            problem = f"no such key; {hint}"
+        elif types[key] == "bool":
+            fits, problem = isinstance(value, bool), f"{value!r}: true or false expected"
         elif types[key] == "float":
             fits = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e6
-            expected = "seconds, more than 0,"
+            problem = f"{value!r}: seconds, more than 0, expected"
         else:
-            fits, expected = isinstance(value, str), "a string"
+            fits, problem = isinstance(value, str), f"{value!r}: a string expected"
         if not fits:
-            raise RuleError(f"{where}: {value!r}: {expected} expected")
+            raise RuleError(f"line {_line(text, key, number)}, {key}: {problem}")
         values[key] = value
     return values
 

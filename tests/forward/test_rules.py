@@ -7,11 +7,12 @@ import os
 import signal
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import shmsock
-from shmsock.forward import forwarder
+from shmsock.forward import forwarder, rules
 from shmsock.forward.endpoints import Endpoint, parse
 from shmsock.forward.rules import Rule, RuleError, check, read
 from shmsock.testing import make_region
@@ -138,6 +139,26 @@ def test_mistakes_in_a_file_are_told_by_line_and_key(text: str, said: str) -> No
         read(text)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_file_of_many_rules_is_read_in_steps_that_grow_as_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = 0
+
+    def count(original: Any) -> Any:
+        def counted(*args: Any) -> Any:
+            nonlocal steps
+            steps += 1
+            return original(*args)
+
+        return counted
+
+    for name in ("_meets", "_host", "_line", "_place"):
+        monkeypatch.setattr(rules, name, count(getattr(rules, name)))
+    text = "".join(
+        f'[[rule]]\nlisten = "tcp:127.0.0.1:{port}"\ntarget = "shm:b:{port}"\n' for port in range(1, 401)
+    )
+    assert len(read(text).rules) == 400
+    assert steps <= 10 * 400
 
 
 def test_a_file() -> None:
