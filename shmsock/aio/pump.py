@@ -153,6 +153,7 @@ class NoFastPath:
 
     can_read = property(lambda self: False, lambda self, may: None)
     reader, used, direct = None, False, False
+    sink, poured = -1, 0
 
     def __init__(self, pump: Any, conn: Any, transport: Any) -> None:
         self.can_write = False
@@ -178,6 +179,10 @@ class NoFastPath:
 
     def receive(self, protocol: Any, context: contextvars.Context, buffered: bool = False) -> None:
         """Do nothing: the transport delivers."""
+
+    def pour(self) -> int:
+        """Do nothing: the protocol is given the bytes."""
+        return 0
 
     def hang_up(self) -> bool:
         """Do nothing: Connection.close() does it."""

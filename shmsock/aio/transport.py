@@ -98,9 +98,8 @@ class ShmTransport(FlowControl, asyncio.Transport):
             call_soon(partial(call_soon, self._begin_reading, context=context), context=context)
 
     def start_streams(self, early: bool = False) -> None:
-        """Start at once, for a protocol of streams: the caller calls its connection_made(), which makes a
-        task at most, with a turn of its own. `early`: the engine has told somebody else of this connection;
-        else nothing can be there yet."""
+        """Start at once, for a protocol of streams: the caller calls its connection_made(). `early`: the
+        engine has told somebody else of this connection; else nothing can be there yet."""
         self._begin()
         if self.conn.state is State.FREE:
             self.freed()
@@ -308,7 +307,9 @@ class ShmTransport(FlowControl, asyncio.Transport):
             self.fast_path.receive(self._protocol, self.context, buffered)
 
     def _deliver_bytes(self, protocol: Any, most: int) -> int:
-        """Give bytes to data_received(). Returns how many, or a status."""
+        """Give bytes to data_received(), or its socket. Returns how many, or a status."""
+        if not self._unread and (poured := self.fast_path.pour()):
+            return int(poured)
         data = self._take(most)
         if isinstance(data, int):
             return data
@@ -389,10 +390,8 @@ class ShmTransport(FlowControl, asyncio.Transport):
             raise forked(repr(self))
 
     def write(self, data: Any) -> None:
-        """Write, and never block. What the ring has no room for is kept: see get_write_buffer_size().
-
-        Raises TypeError, RuntimeError after write_eof() or from another thread.
-        """
+        """Write, and never block. What the ring has no room for is kept: see get_write_buffer_size(). Raises
+        TypeError, RuntimeError after write_eof() or from another thread."""
         self.fast_path.write(data)
 
     def _write_rest(self, data: Any, taken: int) -> None:

@@ -2,7 +2,7 @@
 
 A relay has two sides, each the protocol of one transport. What a side reads is written to the other's
 transport at once. From a socket the kernel copies into the ring, where much comes; from the ring the bytes
-become an object, which the kernel takes.
+are sent without ever being an object, too. (They are one in slow cases, and go on to the next write.)
 
     one side reads EOF             write_eof() on the other; both have: both are closed
     one side's writes pause        the other reads no more until they go on
@@ -13,6 +13,8 @@ become an object, which the kernel takes.
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -119,6 +121,22 @@ class ShmSide(Side):
             return super().eof_received()
         self.relay.broke(self, error)  # the peer is gone: protocols are told EOF, and programs were cut off
         return False
+
+    @property
+    def received(self) -> int:
+        return self._count + (self.transport.fast_path.poured if self.transport else 0)
+
+    def flow(self) -> None:
+        if isinstance(self.other.transport, SocketTransport):
+            self.other.transport.take_from(self.transport)
+        super().flow()
+
+    def sink_refused(self, code: int) -> None:
+        """Wait until the socket of the other side takes more, if it is full; else that side has ended."""
+        if code in (errno.EAGAIN, errno.EINTR):
+            self.other.transport.hold()
+        else:
+            self.other.transport.lose(OSError(code, os.strerror(code)))
 
 
 class SocketSide(Side):

@@ -1,6 +1,6 @@
 """Transports of the forwarders' own: for kernel sockets, and what nc's standard input and output share with
-them. They read from the socket straight into the ring where much comes, which no event loop's own can do, and
-nothing at all before they are told to."""
+them. They read from the socket straight into the ring where much comes, and send straight from it, which no
+event loop's own can do, and they read nothing at all before they are told to."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class DescriptorTransport(asyncio.Transport):
         self._source, self._sink = source, sink
         self._reading = self._closing = self._eof = self._full = self._waits = False
         self._queue: deque[memoryview] = deque()
-        self._queued = 0
+        self._queued, self._most = 0, MOST
 
     # -- to be provided
 
@@ -102,11 +102,14 @@ class DescriptorTransport(asyncio.Transport):
             self._queue.append(rest)
             self._queued += len(rest)
             if not self._waits:
-                self._waits = True
-                self.loop.add_writer(self._sink, self._flush)
-            if self._queued > MOST and not self._full:
+                self._wait()
+            if self._queued > self._most and not self._full:
                 self._full = True
                 self.protocol.pause_writing()
+
+    def _wait(self) -> None:
+        self._waits = True
+        self.loop.add_writer(self._sink, self._flush)
 
     def _put(self, data: memoryview) -> memoryview:
         """Write what there is room for. Returns the rest."""
@@ -130,7 +133,7 @@ class DescriptorTransport(asyncio.Transport):
                 self._queue[0] = rest
                 break
             self._queue.popleft()
-        if self._queued <= MOST // 4 and self._full:
+        if self._queued <= self._most // 4 and self._full:
             self._full = False
             self.protocol.resume_writing()
         if not self._queue and self._waits:
@@ -171,13 +174,13 @@ class DescriptorTransport(asyncio.Transport):
         self.pause_reading()
         self._closing = True
         self._queue.clear()
-        if self._waits:
-            self._waits = False
-            self.loop.remove_writer(self._sink)
         if not over:
             self._release(error)
 
     def _release(self, error: BaseException | None) -> None:
+        if self._waits:
+            self._waits = False
+            self.loop.remove_writer(self._sink)
         self.released()
         self.loop.call_soon(self.protocol.connection_lost, error)
 
@@ -192,6 +195,7 @@ class SocketTransport(DescriptorTransport):
         self._bulk = False  # the last time there was more than SMALL
         self._pouring: OutgoingSocket | None = None  # it waits for room in the ring
         self.poured = 0
+        self._from: Any = None  # the fast path of a ring whose bytes the kernel takes
         protocol.connection_made(self)
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
@@ -210,7 +214,23 @@ class SocketTransport(DescriptorTransport):
     def released(self) -> None:
         if self._pouring is not None:
             self._pouring.over.cancel()
+        if self._from is not None:
+            self._from.sink = -1  # another file may have the number next
         self._sock.close()
+
+    def take_from(self, source: ShmTransport) -> None:
+        """Have the kernel send what comes to `source` straight from its ring, as long as nothing waits here;
+        its protocol's sink_refused() calls hold()."""
+        if not self._queue:
+            self._from, self._most = source.fast_path, 0
+            self._from.sink = self._sock.fileno()
+
+    def hold(self) -> None:
+        """Pause the other side until the socket takes more."""
+        if not (self._closing or self._full):
+            self._full = True
+            self._wait()
+            self.protocol.pause_writing()
 
     def reset(self) -> None:
         """End in a way that the other end takes for a reset, not for EOF."""

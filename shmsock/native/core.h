@@ -95,7 +95,7 @@ enum sh_status {
     SH_NO_SLOTS = -16, /* the own section has no slot left for that peer, */
     SH_NO_ROOM = -17,  /* or no ring memory, */
     SH_NO_STORAGE = -18, /* or no storage can be put behind it: the disk is full */
-    SH_UNREADABLE = -19 /* a file: errno says why */
+    SH_UNREADABLE = -19 /* a file, or a socket that takes no more: errno says why */
 };
 /* bits of sh_poll() and of what sh_pump() returns */
 enum sh_bits {
@@ -195,6 +195,7 @@ int64_t sh_write_socket(sh_ep *ep, int fd, uint64_t n);
 int sh_wait_space(sh_ep *ep, int spin);
 int64_t sh_available(sh_ep *ep);
 int64_t sh_read(sh_ep *ep, void *to, uint32_t want);
+int64_t sh_read_socket(sh_ep *ep, int fd, uint32_t want);
 int64_t sh_read_wait(sh_ep *ep, void *to, uint32_t want, uint32_t min, int how);
 int sh_poll(sh_ep *ep);
 int sh_arm(sh_ep *ep);

@@ -127,6 +127,38 @@ int64_t sh_read_wait(sh_ep *ep, void *to, uint32_t want, uint32_t min, int how)
     return sh_read_step(ep, &plain.taker, want, min, how);
 }
 
+#define KEEP_GIL_MAX (1u << 15) /* bytes that are sent without letting other threads run */
+
+struct to_socket { sh_taker taker; int fd; };
+
+/* Have the kernel send what it takes of them. Nobody looks at these bytes, so it does not matter when the peer changes them. */
+static int take_to_socket(sh_taker *to, const sh_ep *ep, uint32_t at, uint32_t n)
+{
+    int fd = ((struct to_socket *)to)->fd, flags = MSG_DONTWAIT | MSG_NOSIGNAL;
+    uint32_t from = at & (ep->rx_bytes - 1), first = ep->rx_bytes - from < n ? ep->rx_bytes - from : n;
+    void *held = n > KEEP_GIL_MAX ? sh_let_go(ep->nd) : NULL;
+    ssize_t sent, more;
+
+    sent = send(fd, ep->rx + from, first, flags);
+    if (sent == (ssize_t)first && first < n) {
+        more = send(fd, ep->rx, n - first, flags);
+        sent += more > 0 ? more : 0;
+    }
+    if (held)
+        sh_take_back(ep->nd, held);
+    return (int)sent;
+}
+
+/* Send up to `want` bytes that are there through a socket, straight from the ring; what it has no room for stays there. Returns how many; or a status,
+ * SH_UNREADABLE: errno says why it takes none, EAGAIN that it is full. */
+int64_t sh_read_socket(sh_ep *ep, int fd, uint32_t want)
+{
+    struct to_socket socket = {{take_to_socket}, fd};
+    int64_t sent = sh_read_some(ep, &socket.taker, want);
+
+    return sent == SH_SLOW ? SH_UNREADABLE : sent;
+}
+
 /* ---- writing ---- */
 
 /* May n bytes be put into the ring, which may grow for them? 0, or a status. */

@@ -46,6 +46,8 @@ struct fast_path {
     char can_write, can_read, wake_pending;
     char direct; /* the reader may take bytes, unless can_read says otherwise for a while */
     char buffered; /* the protocol has a buffer of its own */
+    int sink; /* the socket that takes its bytes in place of the protocol; -1: none */
+    unsigned long long poured; /* bytes that it took */
 };
 
 struct datagram_in {

@@ -5,7 +5,7 @@
 
 PyTypeObject *sh_fast_path_type;
 /* Interned: CPython's cache of lookups goes by the address of a name, and keeps each name that it was asked for. */
-static PyObject *s_done, *s_set_result, *s_write_rest, *s_slot, *s_limit, *s_buffer, *s_raised, *s_data_received, *s_get_buffer, *s_buffer_updated;
+static PyObject *s_done, *s_set_result, *s_write_rest, *s_slot, *s_limit, *s_buffer, *s_raised, *s_data_received, *s_get_buffer, *s_buffer_updated, *s_sink_refused;
 
 /* Bytes that are given to a protocol at once. So many because freeing such a piece teaches malloc to keep memory: pieces of 64 KiB are given back to
  * the kernel each time, and the next take page faults (measured: a third of the throughput). */
@@ -182,6 +182,21 @@ static int64_t give_buffered(FastPath *p, int *all)
     return n;
 }
 
+/* Give the protocol's socket a piece, likewise. SH_YIELD: it takes none, and the protocol was told why. */
+static int64_t give_socket(FastPath *p, int *all)
+{
+    int64_t there = sh_available(p->ep), n;
+
+    if (there <= 0)
+        return there;
+    n = sh_read_socket(p->ep, p->sink, DELIVER_MAX);
+    if (n == SH_UNREADABLE)
+        return tell(p, p->protocol, s_sink_refused, PyLong_FromLong(errno)) < 0 ? SH_SLOW : SH_YIELD;
+    p->poured += n > 0 ? (uint64_t)n : 0;
+    *all = n >= there;
+    return n;
+}
+
 /* Give any other protocol a piece, likewise. */
 static int64_t give_bytes(FastPath *p, int *all)
 {
@@ -206,7 +221,7 @@ int sh_fast_path_deliver(FastPath *p)
     while (p->protocol && p->can_write && given < DELIVER_MAX) {
         int all = 0;
 
-        n = p->buffered ? give_buffered(p, &all) : give_bytes(p, &all);
+        n = p->sink >= 0 ? give_socket(p, &all) : p->buffered ? give_buffered(p, &all) : give_bytes(p, &all);
         if (n <= 0)
             return PyErr_Occurred() ? -1 : n == SH_EMPTY || !p->protocol;
         given += (uint32_t)n;
@@ -386,6 +401,18 @@ static PyObject *fast_path_receive(FastPath *p, PyObject *args)
     Py_RETURN_NONE;
 }
 
+/* pour(): have the socket take a piece. How many bytes; -1: it takes none; 0: there is no socket, or nothing for it. */
+static PyObject *fast_path_pour(FastPath *p, PyObject *unused)
+{
+    int64_t n = 0;
+    int all;
+
+    (void)unused;
+    if (p->sink >= 0 && p->protocol && p->can_write)
+        n = give_socket(p, &all);
+    return PyErr_Occurred() ? NULL : PyLong_FromLongLong(n > 0 ? n : n == SH_YIELD ? -1 : 0);
+}
+
 /* The pump may be cleared already, as the collector clears objects in any order. */
 static void let_go(FastPath *p)
 {
@@ -449,6 +476,7 @@ static int fill(FastPath *p, PyObject *args, PyObject *kwargs)
     p->slot = (uint32_t)slot;
     p->ep = &p->pump->nd->eps[slot];
     p->can_write = 1;
+    p->sink = -1;
     return 0;
 }
 
@@ -505,6 +533,7 @@ static PyMethodDef methods[] = {
     {"put", (PyCFunction)(void (*)(void))fast_path_put, METH_O, "Write, for a send(). How many bytes went into the ring; None: all, and the loop need not turn yet."},
     {"attach", (PyCFunction)(void (*)(void))fast_path_attach, METH_FASTCALL, "Let this reader take bytes from the ring, if the connection is open."},
     {"receive", (PyCFunction)(void (*)(void))fast_path_receive, METH_VARARGS, "Set the protocol that bytes are given to, its context, and whether it has a buffer of its own."},
+    {"pour", (PyCFunction)(void (*)(void))fast_path_pour, METH_NOARGS, "Have `sink` take a piece. How many bytes; -1: it takes none; 0: there is none, or nothing for it."},
     {"hang_up", (PyCFunction)(void (*)(void))fast_path_hang_up, METH_NOARGS, "Publish FIN and DONE, and let go of the slot, if all that came was read. False: nothing was done."},
     {"detach", (PyCFunction)(void (*)(void))fast_path_detach, METH_NOARGS, "Note that no reader and no protocol takes bytes any more."},
     {"forget", (PyCFunction)(void (*)(void))fast_path_forget, METH_NOARGS, "Forget the reader: the connection has another protocol now."},
@@ -515,6 +544,8 @@ static PyMemberDef members[] = {
     {"can_write", T_BOOL, offsetof(FastPath, can_write), 0, "writes go straight to the ring, and drain() has nothing to wait for"},
     {"can_read", T_BOOL, offsetof(FastPath, can_read), 0, "a reader takes its bytes from the ring, no exception is set, and nobody waits in Python"},
     {"direct", T_BOOL, offsetof(FastPath, direct), READONLY, "its reader takes bytes from the ring, but for a while in which can_read says otherwise"},
+    {"sink", T_INT, offsetof(FastPath, sink), 0, "the socket that bytes are sent to in place of the protocol, whose sink_refused(errno) is called when it takes none; -1: none"},
+    {"poured", T_ULONGLONG, offsetof(FastPath, poured), READONLY, "bytes that `sink` took"},
     {"wake_pending", T_BOOL, offsetof(FastPath, wake_pending), 0, "the pump has woken the waiting reader, which has not run yet"},
     {NULL, 0, 0, 0, NULL},
 };
@@ -556,7 +587,8 @@ int sh_fast_path_ready(PyObject *module)
     s_data_received = PyUnicode_InternFromString("data_received");
     s_get_buffer = PyUnicode_InternFromString("get_buffer");
     s_buffer_updated = PyUnicode_InternFromString("buffer_updated");
+    s_sink_refused = PyUnicode_InternFromString("sink_refused");
     sh_fast_path_type = (PyTypeObject *)PyType_FromSpec(&spec);
-    return s_done && s_set_result && s_write_rest && s_slot && s_limit && s_buffer && s_raised && s_data_received && s_get_buffer && s_buffer_updated && sh_fast_path_type
+    return s_done && s_set_result && s_write_rest && s_slot && s_limit && s_buffer && s_raised && s_data_received && s_get_buffer && s_buffer_updated && s_sink_refused && sh_fast_path_type
         ? PyModule_AddObjectRef(module, "FastPath", (PyObject *)sh_fast_path_type) : -1;
 }
