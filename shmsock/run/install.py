@@ -23,7 +23,12 @@ def install(rules: Rules | None = None) -> None:
     """Reach all loops that this process makes from now on. `rules`: those of the environment if None; when
     one of its variables is wrong, a line on stderr says so and nothing is reached. For programs that
     `shmsock run` cannot reach (python -I): to be called before a loop is made."""
-    for name, reach in (("asyncio", _reach_asyncio), ("uvloop", _reach_uvloop), ("socket", _reach_socket)):
+    for name, reach in (
+        ("asyncio", _reach_asyncio),
+        ("uvloop", _reach_uvloop),
+        ("socket", _reach_socket),
+        ("aiohttp.resolver", _reach_aiohttp),
+    ):
         if name in sys.modules:
             reach(sys.modules[name], rules)
         else:
@@ -46,6 +51,14 @@ def _reach_uvloop(uvloop: Any, rules: Rules | None) -> None:
         import asyncio
 
         uvloop.Loop = asyncio.SelectorEventLoop
+
+
+def _reach_aiohttp(resolver: Any, rules: Rules | None) -> None:
+    """Have aiohttp ask the loop for addresses, also where aiodns is installed: that would ask a name server,
+    for `.shm` hosts too."""
+    resolver.DefaultResolver = resolver.ThreadedResolver
+    if "aiohttp.connector" in sys.modules:
+        sys.modules["aiohttp.connector"].DefaultResolver = resolver.ThreadedResolver  # type: ignore[attr-defined]
 
 
 def _asked_for(rules: Rules | None) -> str:

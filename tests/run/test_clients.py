@@ -158,6 +158,22 @@ async def main():
     assert serve(client(options, code), port) == "memory"
 
 
+def test_aiohttp_asks_the_loop_where_aiodns_is_installed(tmp_path: Path) -> None:
+    (tmp_path / "aiodns.py").write_text("""
+class DNSResolver:
+    def __init__(self, **kwds): pass
+    async def getaddrinfo(self, *args, **kwds): raise AssertionError("a name server is asked")
+    query = gethostbyname = getaddrinfo
+""")
+    code = """
+import aiodns, aiohttp
+async def main():
+    async with aiohttp.ClientSession() as session, session.get("http://server.shm:7000/") as answer:
+        print(await answer.text())
+"""
+    assert serve(client([], code, PYTHONPATH=str(tmp_path)), 7000) == "memory"
+
+
 @pytest.mark.parametrize("loop", LOOPS)
 def test_a_socket_that_stays_without_transport_is_connected_over_tcp(loop: str) -> None:
     async def main() -> Any:
