@@ -50,7 +50,7 @@ MAX_SECTIONS = 64
 """Of a region, at most."""
 
 _ANY = frozenset(("", "0.0.0.0", "::"))
-_LOCAL = frozenset(("localhost", "127.0.0.1", "::1"))
+_LOCAL = frozenset(("localhost", "localhost.shm", "127.0.0.1", "::1"))
 _NAME = re.compile(r"[A-Za-z0-9._-]*")
 _RULE = f"expected 1 to {NAME_BYTES} characters of [a-z0-9._-], not digits alone"
 _ZERO = bytes(16)
