@@ -22,12 +22,12 @@ from tests.run.programs import Program, free_port
 ROOT = Path(__file__).parents[2]
 DRIVER = ("python", "-m", "tests.integrations.driver")
 APP = "tests.integrations.libraries.httpx_http:app"
-TLS = "--certfile {dir}/server.pem --keyfile {dir}/server.key"
+TLS = "--certfile {dir}/server.pem --keyfile {dir}/server.key -c {dir}/hypercorn.toml"
 #: What serves, and the line that says that it does. The others are the driver's.
 COMMANDS = {
-    "uvicorn": (f"uvicorn {APP} --host 127.0.0.1 --port {{port}} --log-level info", "startup complete", 1),
+    "uvicorn": (f"uvicorn {APP} --host 127.0.0.1 --port {{port}} --no-access-log", "startup complete", 1),
     "uvicorn_workers": (
-        f"uvicorn {APP} --host 127.0.0.1 --port {{port}} --workers 4",
+        f"uvicorn {APP} --host 127.0.0.1 --port {{port}} --no-access-log --workers 4",
         "startup complete",
         4,
     ),
@@ -99,8 +99,8 @@ class Service:
         return ["--loop", self.loop] if self.loop else None
 
     def restart(self) -> None:
-        """Kill it (a database is only stopped), and start another one."""
-        if self.kind == "postgres":
+        """Kill it, and start another one. Those that would leave files in /dev/shm are only stopped."""
+        if self.kind in ("postgres", "uvicorn_workers", "hypercorn_h2"):
             self.end()
         self.program.close()
         self.start()
@@ -124,6 +124,8 @@ class Service:
     def stop(self) -> None:
         with contextlib.ExitStack() as stack:
             stack.callback(self.program.close)
+            if self.program.process.poll() is None:
+                stack.callback(self.end)
             for forwarder in self._between:
                 stack.callback(forwarder.stop)
 
@@ -142,6 +144,7 @@ def directory_of(kind: str) -> Iterator[Path]:
         made.private_key_pem.write_to_path(str(path / "server.key"))
         for number, pem in enumerate(made.cert_chain_pems):
             pem.write_to_path(str(path / "server.pem"), append=number > 0)
+        (path / "hypercorn.toml").write_text("keep_alive_max_requests = 1000000\n")
         (path / "nats.conf").write_text("max_payload: 16MB\nmax_pending: 64MB\n")
         if kind == "postgres":
             make_cluster(path)
