@@ -21,8 +21,11 @@ log = logging.getLogger("shmsock.forward")
 MOST_CLIENTS = 256
 """Clients of a rule at a time: each takes a port, of which a peer has 448. The one that was silent the
 longest makes room."""
-MOST_EARLY = 64
-"""Datagrams of a client that wait for its endpoint."""
+MOST_EARLY = 1 << 17
+"""Bytes of a client that may wait for its endpoint."""
+PAUSE_S = 0.5
+"""After an endpoint could not be opened: for so long the client's datagrams are dropped, nothing is looked up
+or logged for it again."""
 MOST_WAITING = 1 << 20
 """Bytes that may wait in a socket: what comes then is dropped, as a full socket would."""
 
@@ -35,6 +38,7 @@ class Flow(asyncio.DatagramProtocol):
     def __init__(self, listener: DatagramListener, client: Any) -> None:
         self._listener, self._client = listener, client
         self._early: list[bytes] = []
+        self._room = MOST_EARLY
         self.used = 0.0
         self.opening: asyncio.Task[None] | None = None
 
@@ -45,7 +49,8 @@ class Flow(asyncio.DatagramProtocol):
         self._early.clear()
 
     def send(self, data: bytes) -> None:
-        if self.transport is None and len(self._early) < MOST_EARLY:
+        if self.transport is None and len(data) < self._room:
+            self._room -= len(data) + 1
             self._early.append(data)
         elif self.transport is None or self.transport.get_write_buffer_size() > MOST_WAITING:
             self._listener.dropped += 1
@@ -60,6 +65,12 @@ class Flow(asyncio.DatagramProtocol):
 
     def connection_lost(self, _: Exception | None) -> None:
         self._listener.lost(self, self._client)
+
+    def failed(self) -> None:
+        """Drop what came, and what comes."""
+        self._listener.dropped += len(self._early)
+        self._early.clear()
+        self._room = 0
 
     def close(self) -> None:
         if self.opening is not None:
@@ -158,7 +169,8 @@ class DatagramListener(asyncio.DatagramProtocol):
         except OSError as error:
             self.errors += 1
             log.info("%s: %s: %s", self.rule, _shown(client), error.strerror or error)
-            self._forget([client])
+            flow.failed()
+            self._loop.call_later(PAUSE_S, self.lost, flow, client)
         finally:
             flow.opening = None
 

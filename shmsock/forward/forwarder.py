@@ -78,6 +78,8 @@ class Listening:
             self.rule = rule
             if rule.datagrams:
                 self._server.change(rule)
+            elif rule.mode:
+                self._server.permit(rule.mode)
 
     def close(self) -> None:
         """Listen no more; connections stay."""

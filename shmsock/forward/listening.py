@@ -103,6 +103,10 @@ class SocketListener:
         made = os.lstat(path)
         self._file = made.st_dev, made.st_ino
 
+    def permit(self, mode: str) -> None:
+        """Give the socket file these permissions. Raises OSError."""
+        os.chmod(self._endpoint.host, int(mode, 8))
+
     def _ready(self, listener: socket.socket) -> None:
         for _ in range(AT_ONCE):
             try:

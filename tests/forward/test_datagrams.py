@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from shmsock.forward import datagrams, forwarder
+from shmsock.forward.endpoints import parse
+from shmsock.forward.rules import Rule
+from tests.aio.conftest import until
 from tests.forward.processes import PATIENCE_S, Forwarder
 
 
@@ -119,3 +123,20 @@ def test_nobody_there_is_counted(over: Udp) -> None:
     with over.client() as client:
         client.send(b"x")
         over.near.said("udp:127.0.0.1:0 -> shm:vm-b:53: 127.0.0.1:.*no peer named 'vm-b'")
+
+
+@pytest.mark.asyncio
+async def test_a_flood_for_nobody_is_one_attempt(shm_region: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datagrams, "PAUSE_S", 60)
+    one = forwarder.Forwarder(name="vm-a")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as chosen:
+        chosen.bind(("127.0.0.1", 0))
+        port = chosen.getsockname()[1]
+    rule = Rule(parse(f"udp:127.0.0.1:{port}", listens=True), parse("shm:vm-b:53", listens=False))
+    await one.carry_out([rule])
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        for _ in range(50):
+            client.sendto(b"x", ("127.0.0.1", port))
+        await until(lambda: "50 dropped" in "".join(one.summary()))
+    assert "1 clients, 1 open, 1 errors" in "".join(one.summary())
+    await one.stop()

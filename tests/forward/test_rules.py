@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -289,4 +290,13 @@ async def test_a_port_that_is_taken_in_a_new_region_is_had_when_it_is_free(
         await until(lambda: caplog.text.count("cannot listen on shm:7000: another process") == 2)
         assert "again" not in caplog.text
     await until(lambda: caplog.text.count("listening again") == 2)
+    await made.stop()
+
+
+@pytest.mark.asyncio
+async def test_permissions_of_a_socket_file_are_changed(shm_region: Path, tmp_path: Path) -> None:
+    made, path = forwarder.Forwarder(name="vm-a"), tmp_path / "sock"
+    for mode in ("0600", "0666"):
+        await made.carry_out([replace(rule(f"unix:{path}", "shm:vm-b:7000"), mode=mode)])
+        assert path.stat().st_mode & 0o777 == int(mode, 8)
     await made.stop()
