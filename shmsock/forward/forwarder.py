@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import sys
 import time
 from collections.abc import Coroutine, Iterable, Iterator
 from functools import partial
@@ -32,6 +33,19 @@ FULL = errno.ENOBUFS, errno.ENOSPC
 """No slot or no memory for a connection; no section, or no storage for it."""
 LOOK_S = 1.0
 """How often is looked whether the node that a server listens on is still attached."""
+
+
+if sys.version_info >= (3, 11):
+
+    async def within(seconds: float, what: Coroutine[Any, Any, None]) -> None:
+        """Wait for it, as wait_for() does, but without a task of its own. Raises TimeoutError."""
+        async with asyncio.timeout(seconds):
+            await what
+else:
+
+    async def within(seconds: float, what: Coroutine[Any, Any, None]) -> None:
+        """Wait for it. Raises asyncio.TimeoutError."""
+        await asyncio.wait_for(what, seconds)
 
 
 class Listening:
@@ -186,7 +200,7 @@ class Listening:
         pause, rule = HOLD_S[0], self.rule
         while True:
             try:
-                await asyncio.wait_for(self._reach(relay.target, target, source), rule.connect_timeout)
+                await within(rule.connect_timeout, self._reach(relay.target, target, source))
                 return await client.joins()
             except (OSError, asyncio.TimeoutError) as problem:
                 error = problem

@@ -74,6 +74,9 @@ class SocketListener:
                 continue  # no IPv6 here
             self._socks.append(sock)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            # What it accepts inherits these two.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             if not port and len(self._socks) > 1:
@@ -119,9 +122,6 @@ class SocketListener:
                 self._loop.call_later(PAUSE_S, self._go_on, listener)
                 return
             sock.setblocking(False)
-            if listener.family != socket.AF_UNIX:
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             self._accepted(sock, address)
 
     def _go_on(self, listener: socket.socket) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -18,6 +19,9 @@ __all__ = ["load", "log_to_stderr", "run", "serve"]
 
 log = logging.getLogger("shmsock.forward")
 
+LATE_S = 0.02
+"""How long a line of the log waits for others."""
+
 
 def run(main: Coroutine[Any, Any, Any]) -> Any:
     """Run `main` on uvloop where it is installed, else on asyncio's loop."""
@@ -28,12 +32,44 @@ def run(main: Coroutine[Any, Any, Any]) -> Any:
     return uvloop.run(main)
 
 
+class Lines(logging.Handler):
+    """Writes lines together, where a loop runs: a write for each wakes whoever reads them each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: list[str] = []
+        self._due: asyncio.TimerHandle | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._lines.append(self.format(record) + "\n")
+            if record.levelno >= logging.WARNING:
+                self.flush()
+            elif self._due is None:
+                self._due = asyncio.get_running_loop().call_later(LATE_S, self.flush)
+        except RuntimeError:  # no loop runs
+            self.flush()
+        except Exception:
+            self.handleError(record)
+
+    def flush(self) -> None:
+        assert self.lock is not None
+        with self.lock:
+            lines, self._lines, self._due = self._lines, [], None
+            with contextlib.suppress(OSError, ValueError):  # nobody reads them
+                sys.stderr.write("".join(lines))
+                sys.stderr.flush()
+
+
 def log_to_stderr(quiet: bool) -> None:
     """Log connections and rules to stderr; `quiet`: warnings alone. systemd's journal has a clock of its
     own."""
+    # What no line tells need not be found out for each.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None
     stamp = "" if os.environ.get("JOURNAL_STREAM") else "%(asctime)s "
     level = logging.WARNING if quiet else logging.INFO
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format=f"{stamp}%(message)s")
+    logging.basicConfig(handlers=[Lines()], level=logging.WARNING, format=f"{stamp}%(message)s")
     log.setLevel(level)
 
 

@@ -323,6 +323,10 @@ async def _connected(family: int, address: Any, source: str | None) -> socket.so
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if source is not None:
             sock.bind((source, 0))
+        with contextlib.suppress(BlockingIOError):
+            sock.connect(address)
+            return sock
+        # On this machine it is done by now, which a second connect() tells; else that waits for it.
         await asyncio.get_running_loop().sock_connect(sock, address)
         return sock
     except BaseException:
