@@ -35,7 +35,7 @@ COMMANDS = {
     "redis": ("redis-server --port {port} --save {empty} --dir {dir}", "Ready to accept", 1),
     "nats": ("nats-server -c {dir}/nats.conf -a 127.0.0.1 -p {port}", "Server is ready", 1),
     "postgres": (
-        "{as_user}postgres -D {dir}/data -k {dir} -p {port} -c listen_addresses=127.0.0.1 -c fsync=off",
+        "postgres -D {dir}/data -k {dir} -p {port} -c listen_addresses=127.0.0.1 -c fsync=off",
         "ready to accept connections",
         1,
     ),
@@ -84,7 +84,9 @@ class Service:
         line, says, times = COMMANDS.get(
             self.kind, (" ".join(DRIVER) + f" serve {self.library} {self.port}", "serving", 1)
         )
-        words = line.replace("{as_user}", AS_USER).split()
+        words = line.split()
+        if self.kind == "postgres":
+            words[:1] = postgres("postgres").split()
         command = [word.format(port=self.port, dir=self.directory, empty="") for word in words]
         options = self._options
         if self.kind in NOT_ASYNCIO:
@@ -130,7 +132,13 @@ class Service:
                 stack.callback(forwarder.stop)
 
 
-AS_USER = "setpriv --reuid=postgres --regid=postgres --clear-groups " if os.geteuid() == 0 else ""
+def postgres(command: str) -> str:
+    """How to run a command of PostgreSQL, whose server refuses root."""
+    found = sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{command}"))
+    if not found:
+        pytest.skip("postgresql is not installed")
+    user = "setpriv --reuid=postgres --regid=postgres --clear-groups " if os.geteuid() == 0 else ""
+    return f"{user}{found[-1]}"
 
 
 @contextlib.contextmanager
@@ -164,16 +172,14 @@ def service(library: str, way: str, loop: str) -> Iterator[Service]:
 
 def make_cluster(path: Path) -> None:
     """A cluster of PostgreSQL that asks for a password, and knows TLS."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-    if not found:
-        pytest.skip("postgresql is not installed")
+    initdb = postgres("initdb")
     (path / "password").write_text("secret")
     (path / "server.key").chmod(0o600)
     if os.geteuid() == 0:
         for one in (path, *path.iterdir()):
             shutil.chown(one, "postgres", "postgres")
-    initdb = f"{found[-1]}/initdb -D {path}/data -U tester -A scram-sha-256 --pwfile={path}/password -N"
-    subprocess.run((AS_USER + initdb).split(), check=True, stdout=subprocess.DEVNULL, cwd=path)
+    initdb = f"{initdb} -D {path}/data -U tester -A scram-sha-256 --pwfile={path}/password -N"
+    subprocess.run(initdb.split(), check=True, stdout=subprocess.DEVNULL, cwd=path)
     with open(path / "data/postgresql.conf", "a") as config:
         config.write(f"ssl = on\nssl_cert_file = '{path}/server.pem'\nssl_key_file = '{path}/server.key'\n")
 
