@@ -139,11 +139,11 @@ def long_files(folder: Path, suffixes: set[str], limit: int) -> list[str]:
 
 
 # What others can change is copied first, and then only the copy is looked at: in the core rings are named
-# where they are set, in calls that copy, prefetch, or have the kernel copy, and nowhere else;
+# where they are set, in calls that copy or prefetch, and nowhere else;
 # in Python they are sliced, which copies.
 RING = re.compile(r"->\s*[rt]x\b")
 COPIES = re.compile(
-    r"\b(sh_copy_in|sh_copy_out|sh_prefetch|sh_prefetch_write|pread|recv|send)\([^;]*\);"
+    r"\b(sh_copy_in|sh_copy_out|sh_prefetch|sh_prefetch_write|pread|recv)\([^;]*\);"
     r"|->[rt]x = (?!ep->)[^;]*;"
 )
 

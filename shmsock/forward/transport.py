@@ -1,5 +1,5 @@
 """Transports of the forwarders' own: for kernel sockets, and what nc's standard input and output share with
-them. They read from the socket straight into the ring where much comes, and send straight from it, which no
+them. They read from the socket straight into the ring where much comes, and send from a copy of it, which no
 event loop's own can do, and they read nothing at all before they are told to."""
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ class SocketTransport(DescriptorTransport):
         self._sock.close()
 
     def take_from(self, source: ShmTransport) -> None:
-        """Have the kernel send what comes to `source` straight from its ring, as long as nothing waits here;
+        """Have the pump send what comes to `source` by itself, as long as nothing waits here;
         its protocol's sink_refused() calls hold()."""
         if not self._queue:
             self._from, self._most = source.fast_path, 0

@@ -128,29 +128,37 @@ int64_t sh_read_wait(sh_ep *ep, void *to, uint32_t want, uint32_t min, int how)
 }
 
 #define KEEP_GIL_MAX (1u << 15) /* bytes that are sent without letting other threads run */
+#define SENT_MAX (1u << 16)     /* bytes that are copied and sent at a time: the copy stays in the cache */
 
 struct to_socket { sh_taker taker; int fd; };
 
-/* Have the kernel send what it takes of them. Nobody looks at these bytes, so it does not matter when the peer changes them. */
+/* Send what the socket has room for. Not straight from the ring: were this process stopped for so long that the peer takes it for dead, the ring's memory
+ * could have another connection's bytes by then, and what was sent cannot be voided as a copy is. */
 static int take_to_socket(sh_taker *to, const sh_ep *ep, uint32_t at, uint32_t n)
 {
-    int fd = ((struct to_socket *)to)->fd, flags = MSG_DONTWAIT | MSG_NOSIGNAL;
-    uint32_t from = at & (ep->rx_bytes - 1), first = ep->rx_bytes - from < n ? ep->rx_bytes - from : n;
+    int fd = ((struct to_socket *)to)->fd;
     void *held = n > KEEP_GIL_MAX ? sh_let_go(ep->nd) : NULL;
-    ssize_t sent, more;
+    uint32_t sent = 0, piece;
+    ssize_t some = 0;
 
-    sent = send(fd, ep->rx + from, first, flags);
-    if (sent == (ssize_t)first && first < n) {
-        more = send(fd, ep->rx, n - first, flags);
-        sent += more > 0 ? more : 0;
-    }
+    do {
+        uint8_t copy[SENT_MAX];
+
+        piece = n - sent < SENT_MAX ? n - sent : SENT_MAX;
+        sh_copy_ring(ep, copy, at + sent, piece);
+        sh_acquire(ep->nd->wc);
+        if (SH_UNLIKELY(!sh_holds(ep->nd) || !sh_same_life(ep)))
+            break; /* as sh_read_end() is going to see */
+        some = send(fd, copy, piece, MSG_DONTWAIT | MSG_NOSIGNAL);
+        sent += some > 0 ? (uint32_t)some : 0;
+    } while (some == (ssize_t)piece && sent < n);
     if (held)
         sh_take_back(ep->nd, held);
-    return (int)sent;
+    return sent || some >= 0 ? (int)sent : -1;
 }
 
-/* Send up to `want` bytes that are there through a socket, straight from the ring; what it has no room for stays there. Returns how many; or a status,
- * SH_UNREADABLE: errno says why it takes none, EAGAIN that it is full. */
+/* Send up to `want` bytes that are there through a socket; what it has no room for stays in the ring. Returns how many; or a status, SH_UNREADABLE: errno
+ * says why it takes none, EAGAIN that it is full. */
 int64_t sh_read_socket(sh_ep *ep, int fd, uint32_t want)
 {
     struct to_socket socket = {{take_to_socket}, fd};
