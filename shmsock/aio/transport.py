@@ -627,7 +627,8 @@ class ShmTransport(FlowControl, asyncio.Transport):
         if isinstance(self._protocol, SSLProtocol):
             tell_above(self._protocol)
         try:
-            self._protocol.connection_lost(error)  # type: ignore[arg-type]
+            if self._protocol is not None:  # it was told already
+                self._protocol.connection_lost(error)  # type: ignore[arg-type]
         finally:
             if self.conn.handler is self and not self._duplicates:
                 self.conn.handler = None

@@ -120,6 +120,8 @@ int64_t sh_ep_new(sh_node *nd, uint32_t peer, int accepted, int datagrams)
     int64_t slot = sh_may_write(nd) ? sh_slot_take(nd, peer, accepted, datagrams) : SH_STALE;
     sh_ep *ep;
 
+    if ((slot == SH_NO_SLOTS || slot == SH_NO_ROOM) && sh_release_closing(nd))
+        slot = sh_slot_take(nd, peer, accepted, datagrams);
     if (slot < 0)
         return slot;
     ep = sh_ep_at(nd, (uint32_t)slot);
@@ -204,6 +206,7 @@ void sh_ep_release(sh_ep *ep)
     if (ep->state == SH_EP_WAITS)
         sh_ask_dequeue(ep);
     sh_set_remove(&nd->books->later, ep->slot);
+    sh_set_remove(&nd->books->closing, ep->slot);
     ep->state = SH_EP_FREE;
     ep->gen = (ep->gen + 1) & SH_GEN_MASK;
     sh_store(&ep->mine->tx_word, (uint64_t)ep->gen << SH_GEN_SHIFT, nd->wc);
@@ -232,6 +235,7 @@ void sh_ep_close(sh_ep *ep, int fin, int rst)
         return;
     sh_shut(ep, SH_DONE | (fin ? SH_FIN : 0) | (rst ? SH_RST : 0));
     ep->closing = 1;
+    sh_set_add(&ep->nd->books->closing, ep->slot);
     sh_ep_closing(ep, sh_poll(ep));
 }
 
@@ -245,10 +249,27 @@ void sh_ep_closing(sh_ep *ep, int bits)
 /* The link to that peer ends: so do the slots that its owner has let go of. */
 void sh_end_closing(sh_node *nd, uint32_t peer)
 {
-    SH_EACH(slot, &nd->open) {
-        sh_ep *ep = &nd->eps[slot];
-
-        if (ep->closing && ep->peer == peer)
-            sh_ep_release(ep);
+    SH_EACH(slot, &nd->books->closing) {
+        if (nd->eps[slot].peer == peer)
+            sh_ep_release(&nd->eps[slot]);
     }
+}
+
+/* A slot is wanted, and there is none: poll some that their owners have let go of, whose peers may be done as well. Was one released? Only some, as a peer
+ * that never says DONE, and asks for slots, must not be costly. */
+int sh_release_closing(sh_node *nd)
+{
+    struct sh_books *b = nd->books;
+    uint32_t used = b->used;
+
+    for (int i = 0; i < 64; i++) {
+        int64_t slot = sh_set_next(&b->closing, b->next_closing);
+
+        b->next_closing = slot == SH_NOBODY ? 0 : (uint64_t)slot + 1;
+        if (slot != SH_NOBODY)
+            sh_ep_closing(&nd->eps[slot], sh_poll(&nd->eps[slot]));
+        else if (!sh_set_any(&b->closing))
+            break;
+    }
+    return b->used < used;
 }

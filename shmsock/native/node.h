@@ -125,6 +125,8 @@ struct sh_books { /* what the own section has to give (slots.c) */
     uint32_t begun, used;         /* slots that ever were; that are now */
     sh_set outgrown;              /* slots with rings before the present one */
     sh_set starved;               /* that found no larger one */
+    sh_set closing;               /* that their owners have let go of */
+    uint64_t next_closing;        /* the one to look at next when slots are wanted */
     uint32_t first_ring, largest_ring, datagram_ring, others;
     struct sh_share { uint32_t slots; uint64_t bytes; } share[SH_MAX_PEERS]; /* of what each peer opened; the own: of what we did */
     int storage_fd, storage_falloc;
@@ -295,6 +297,7 @@ void sh_message_done(sh_node *nd, uint32_t peer);
 void sh_ask_queue(sh_ep *ep);
 void sh_ask_dequeue(sh_ep *ep);
 void sh_ep_closing(sh_ep *ep, int bits);
+int sh_release_closing(sh_node *nd);
 
 /* ---- connect.c ---- */
 void sh_ask_again(sh_node *nd, uint64_t now);

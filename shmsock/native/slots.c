@@ -5,7 +5,7 @@
 /* How much memory the books take: all zeros at first. */
 uint64_t sh_books_bytes(const sh_geometry *g)
 {
-    return sizeof(struct sh_books) + 4 * sh_set_bytes(g->slots) + sizeof(uint16_t) * g->peers * g->slots + sh_set_bytes(g->section_bytes / SH_STORAGE + 1) + sh_arena_bytes(g->arena_bytes);
+    return sizeof(struct sh_books) + 5 * sh_set_bytes(g->slots) + sizeof(uint16_t) * g->peers * g->slots + sh_set_bytes(g->section_bytes / SH_STORAGE + 1) + sh_arena_bytes(g->arena_bytes);
 }
 
 /* Nothing is in use. Returns what follows the books. */
@@ -17,6 +17,7 @@ void *sh_books_init(sh_node *nd, void *memory)
     memory = sh_set_init(&b->outgrown, memory, nd->g.slots);
     memory = sh_set_init(&b->starved, memory, nd->g.slots);
     memory = sh_set_init(&b->later, memory, nd->g.slots);
+    memory = sh_set_init(&b->closing, memory, nd->g.slots);
     memory = sh_set_init(&b->backed, memory, nd->g.section_bytes / SH_STORAGE + 1);
     b->arena = sh_arena_new(memory, nd->g.arena_off, nd->g.arena_bytes);
     memory = (uint8_t *)memory + sh_arena_bytes(nd->g.arena_bytes);

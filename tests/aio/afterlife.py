@@ -28,6 +28,7 @@ import shmsock
 import shmsock.anyio
 from shmsock.aio import names
 from shmsock.aio.pump import DatagramOut, FastPath, extension
+from shmsock.aio.write_buffer import OutgoingFile
 from shmsock.engine import layout as lay
 from tests.aio.processes import runner
 
@@ -225,7 +226,8 @@ class Caller:
             "addr": ("b", 7101), "args": (), "backlog": 10, "before": transport, "bits": 1, "callback":
             lambda *args: None, "conn": conn, "context": contextvars.copy_context(), "data": b"data",
             "default": None, "doorbell": None, "endpoint": endpoint, "error": OSError(9, "error"),
-            "events": [], "exc": OSError(9, "exc"), "fd": -1, "flag": False, "group":
+            "events": [], "exc": OSError(9, "exc"), "fd": -1, "file":
+            OutgoingFile(-1, 0, 1, a.loop.create_future()), "flag": False, "group":
             list(engine.listeners)[:1], "handler": lambda *args: None, "host": "b", "hosts": [None],
             "identity": engine.peers.me, "ids": [1], "item": b"data", "key": "x", "kind": "ready",
             "length": 4096, "level": 1, "list_of_data": [b"data"], "listener":

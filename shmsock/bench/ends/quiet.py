@@ -140,7 +140,7 @@ async def memory(network: Network, options: argparse.Namespace, _: list[int]) ->
         node = writer.get_extra_info("shmsock_node")
         free: Callable[[], int] = (lambda: node.statistics()["arena_free_bytes"]) if node else (lambda: 0)
         for _wait in range(500):  # those that were closed are released when the server has seen it
-            if node is None or node.statistics()["connections"] <= 1:
+            if node is None or node.statistics()["free_slots"] >= node.engine.layout.slots - 1:
                 break
             await asyncio.sleep(0.01)
         before, arena = heap(), free()
