@@ -1,4 +1,4 @@
-"""anyio over shared memory, on asyncio or trio: python anyio_echo.py asyncio|trio"""
+"""anyio over shared memory, on asyncio or trio (`.[trio]`): python anyio_echo.py asyncio|trio"""
 
 import sys
 

@@ -6,6 +6,8 @@ The same on several VMs of a region, or beside workers that only TCP reaches (tc
 
 vm-a$ dask scheduler --protocol shm
 vm-b$ dask worker shm://vm-a:8786           and Client("shm://vm-a:8786") anywhere among them
+
+It needs `pip install shmsock[dask] numpy`.
 """
 
 import logging

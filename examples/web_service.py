@@ -1,7 +1,7 @@
-"""A Starlette service: shmsock run --listen 8000 -- uvicorn web_service:app
+"""A Starlette service, in this folder: shmsock run --listen 8000 -- uvicorn web_service:app
 
-Nothing in it knows of shared memory: it is on TCP port 8000 as ever, and peers reach it too. Its client, from
-elsewhere: python web_service.py http://vm-b:8000
+Nothing in it knows of shared memory: it is on TCP port 8000 as ever, and peers reach it too. Its client:
+python web_service.py http://vm-b:8000 (localhost: this machine). `pip install uvicorn starlette httpx`
 """
 
 import asyncio

@@ -125,7 +125,8 @@ def _chosen(only: str) -> tuple[list[Any], list[Any]]:
 @click.option("--doorbells", is_flag=True, help="With --vm: an ivshmem-doorbell device too, through vfio.")
 @click.pass_context
 def bench(context: click.Context, /, **options: Any) -> None:
-    """Round trips and throughput beside TCP and what else there is: in the same run, medians over its rounds.
+    """Measure round trips and throughput beside TCP. And beside what else there is: in the same run, medians
+    over its rounds.
 
     Without options the two figures that matter most; --all is the suite, which takes minutes and needs
     `pip install 'shmsock[bench]'`. Everything is measured in turn for --rounds (5; 3 of the suite and of
@@ -219,7 +220,7 @@ def _plan(options: dict[str, Any]) -> tuple[list[Any], list[Any], int, float]:
 def serve(
     listen: int, tcp: tuple[str | None, int] | None, region: str | None, name: str | None, cpu: int | None
 ) -> None:
-    """Be the other end of `shmsock bench connect`, until standard input ends or Ctrl-C."""
+    """Be the other end of `shmsock bench connect`. Until standard input ends, or Ctrl-C."""
     from shmsock.bench import remote
 
     remote.serve(console(), listen, tcp, region, name, cpu)
@@ -242,7 +243,7 @@ def connect(
     cpu: int | None,
     **options: Any,
 ) -> None:
-    """Measure against `shmsock bench serve` on HOST, the name of a peer: in another VM, or on this host."""
+    """Measure against `shmsock bench serve` on HOST. A peer's name: in another VM, or on this host."""
     from shmsock.bench.remote import REMOTE, Remote, bench_remote
 
     if tcp and tcp[0] is None:

@@ -35,10 +35,10 @@ VFIO = "vfio-pci"
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 def bind(address: str, driver: str, noiommu: bool, yes: bool, dry_run: bool) -> None:
-    """Give the ivshmem-doorbell device at ADDRESS to vfio-pci, so that programs get its interrupts.
+    """Give the ivshmem-doorbell device at ADDRESS to vfio-pci.
 
-    In a guest, as root. ADDRESS is as in `shmsock info`, such as 0000:00:04.0. Says what it will do, as shell
-    commands, and asks.
+    So programs get its interrupts. In a guest, as root. ADDRESS is as in `shmsock info`, such as
+    0000:00:04.0. Says what it will do, as shell commands, and asks.
     """
     _carry_out(plan_bind(address, driver=driver, noiommu=noiommu), yes, dry_run)
 
@@ -48,7 +48,7 @@ def bind(address: str, driver: str, noiommu: bool, yes: bool, dry_run: bool) -> 
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 def unbind(address: str, yes: bool, dry_run: bool) -> None:
-    """Take the device at ADDRESS back from vfio-pci: undoes `shmsock bind`."""
+    """Take the device at ADDRESS back from vfio-pci. Undoes `shmsock bind`."""
     _carry_out(plan_unbind(address), yes, dry_run)
 
 

@@ -16,7 +16,7 @@ __all__ = ["demo"]
     help="Of the time and bytes; for tests.",
 )
 def demo(scale: float) -> None:
-    """A server and a client process of this host: echo, a file, and a table beside TCP. About 20 s."""
+    """Run a server and a client process of this host. An echo, a file, and a table beside TCP; 20 to 40 s."""
     from shmsock.bench.demo import run_demo
     from shmsock.commands.console import console
 

@@ -15,7 +15,7 @@ __all__ = ["demo_vm"]
 )
 @click.option("--echoes", type=click.IntRange(1, 10_000_000), default=10_000, show_default=True)
 def demo_vm(megabytes: int, echoes: int) -> None:
-    """Two QEMU guests without a network: a file both ways at once, echoes, and this host as a third peer."""
+    """Run two QEMU guests without a network. A file both ways at once, echoes, this host as a third peer."""
     from shmsock.bench.demo_vm import run_demo_vm
     from shmsock.commands.console import console
 

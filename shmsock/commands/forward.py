@@ -48,7 +48,7 @@ def forward(
     idle_timeout: float,
     quiet: bool,
 ) -> None:
-    """Forward connections between TCP, UNIX sockets or UDP on one side and shared memory on the other.
+    """Forward TCP, UDP and UNIX sockets to peers, and from them.
 
     Each rule is a pair: where to listen, and where it leads.
 

@@ -169,7 +169,10 @@ def content_lines(content: Content) -> Iterator[str]:
         f"up to {content.connections_per_peer} connections and {human(content.ring_bytes_per_peer)} for rings"
     )
     count = Counter(section.state for section in content.sections)
-    yield "    sections: " + ", ".join(f"{number} {state}" for state, number in count.most_common())
+    yield "    sections: " + ", ".join(
+        f"{number} {state}" + (" by their owners" if state == "left" else "")
+        for state, number in count.most_common()
+    )
     former = [s for s in content.sections if s.doorbell_gone and s.doorbell]
     if former:
         told = ", ".join(f"{s.doorbell['id']} of section {s.number}" for s in former if s.doorbell)
@@ -200,7 +203,7 @@ def section_table(content: Content) -> Table | None:
         table.add_column("publishes", overflow="fold")
     for section in rows:
         state = Text(section.state, style=COLOURS.get(section.state, "dim"))
-        boot = (section.boot or "")[:8] + (" (here)" if section.here else "")
+        boot = "here" if section.here else (section.boot or "")[:8]
         table.add_row(
             str(section.number),
             state,

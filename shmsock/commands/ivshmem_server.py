@@ -38,10 +38,11 @@ __all__ = ["ivshmem_server"]
     help="Seconds after which a client that takes no message is dropped.",
 )
 def ivshmem_server(path: str | None, region: str, size: int | None, **limits: Any) -> None:
-    """Serve ivshmem-doorbell devices of QEMU, and processes of this host, until SIGTERM or Ctrl-C.
+    """Serve ivshmem-doorbell devices of QEMU.
 
-    Hands out the memory and the eventfds by which clients ring each other. Takes its socket from systemd
-    (LISTEN_FDS) when started so. Logs to stderr who comes and goes.
+    And processes of this host, until SIGTERM or Ctrl-C. Hands out the memory and the eventfds by which
+    clients ring each other. Takes its socket from systemd (LISTEN_FDS) when started so. Logs
+    to stderr who comes and goes.
     """
     from shmsock.server.server import IvshmemServer, run_server
     from shmsock.server.setup import MEMFD, activated

@@ -18,7 +18,7 @@ __all__ = ["nc"]
 @click.option("-l", "--listen", "listens", is_flag=True, help="Wait for one connection to PORT.")
 @click.option("-w", "--timeout", type=click.FloatRange(0.01), help="Seconds to wait for the peer's answer.")
 def nc(words: tuple[str, ...], listens: bool, timeout: float | None) -> None:
-    """Connect standard input and output to PORT of the peer HOST, or, with -l, to who connects to PORT.
+    """Connect standard input and output to PORT of HOST, a peer. With -l: to who connects to PORT.
 
     \b
         shmsock nc vm-b 7000 < file

@@ -39,7 +39,7 @@ __all__ = ["Reaped", "reap", "reap_region"]
     help="Seconds for which a beat must stand still.",
 )
 def reap(region: str | None, wanted: tuple[str, ...], yes: bool, watch: float) -> None:
-    """Free the sections of REGION whose owners are gone: those proven dead, and silent ones that you name."""
+    """Free the sections of REGION whose owners are gone. Those proven dead, and silent ones that you name."""
     with regions.open(region) as opened:
         done = reap_region(opened, wanted, None if yes else _confirm, watch)
     for line in done.lines():

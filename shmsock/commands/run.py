@@ -67,8 +67,8 @@ def run(
     module: bool,
     command: tuple[str, ...],
 ) -> None:
-    """Run COMMAND, an asyncio program that is not changed for it: hosts ending in .shm are peers of the
-    region, and what the options say goes through shared memory too.
+    """Run COMMAND, an asyncio program as it is. Hosts ending in .shm are peers of the region, and what
+    the options say goes through shared memory too.
 
     \b
       shmsock run --listen 8000 -- uvicorn app:app --workers 4

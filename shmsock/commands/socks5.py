@@ -17,7 +17,7 @@ __all__ = ["socks5"]
 @click.option("--name", help="What peers call this node; without it SHMSOCK_NAME, or the host's name.")
 @click.option("--quiet", is_flag=True, help="Log no connections.")
 def socks5(address: str, only_shm: bool, region: str | None, name: str | None, quiet: bool) -> None:
-    """Serve as a SOCKS5 proxy: hosts that end in .shm are peers, all others are reached over TCP.
+    """Serve as a SOCKS5 proxy. Hosts that end in .shm are peers, all others are reached over TCP.
 
     \b
         curl --socks5-hostname 127.0.0.1:1080 http://vm-b.shm:8000/

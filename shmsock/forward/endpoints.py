@@ -42,7 +42,7 @@ def parse(text: str, *, listens: bool) -> Endpoint:
     if kind == SOCKS5 and not listens and rest == "":
         return Endpoint(SOCKS5)
     if kind not in KINDS[:4] or not colon:
-        raise ValueError(f"{text!r}: {kind!r} is no kind of endpoint; expected {_FORMS}")
+        raise ValueError(f"{text!r} is no endpoint; expected {_FORMS}")
     if kind == UNIX:
         if not rest or "\0" in rest or len(os.fsencode(rest)) > 107:
             raise ValueError(f"{text!r}: a path of 1 to 107 bytes was expected behind unix:")

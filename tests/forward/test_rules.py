@@ -48,7 +48,7 @@ def test_endpoints(text: str, listens: bool, endpoint: Endpoint) -> None:
 @pytest.mark.parametrize(
     ("text", "listens", "seen"),
     [
-        ("http:a:1", True, "'http' is no kind"),
+        ("http:a:1", True, "is no endpoint"),
         ("7000", True, "'7000' is no kind"),
         ("tcp:a:b", True, "port 'b'"),
         ("tcp:a:65536", True, "port '65536'"),
