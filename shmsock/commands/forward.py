@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from shmsock.commands.group import Failed
+from shmsock.commands.params import check_environ
 
 __all__ = ["forward", "serve"]
 
@@ -97,6 +98,7 @@ def serve(rules: list, config: str | None, region: str | None, name: str | None,
     from shmsock.forward import service
     from shmsock.forward.rules import RuleError
 
+    check_environ(name)
     service.log_to_stderr(quiet)
     try:
         service.run(service.serve(rules, config, region, name))

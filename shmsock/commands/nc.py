@@ -10,6 +10,8 @@ import sys
 
 import click
 
+from shmsock.commands.params import check_environ
+
 __all__ = ["nc"]
 
 
@@ -33,6 +35,7 @@ def nc(words: tuple[str, ...], listens: bool, timeout: float | None) -> None:
     if len(hosts) != (0 if listens else 1):
         raise click.UsageError("HOST PORT, or -l PORT, was expected")
     port: int = click.IntRange(1, 65535)(digits)
+    check_environ()
     try:
         asyncio.run(listen(port) if listens else connect(hosts[0], port, timeout))
     except BrokenPipeError as error:

@@ -7,11 +7,19 @@ from typing import Any, TypeVar
 
 import click
 
-from shmsock.address import MAX_SECTIONS
+from shmsock.address import (
+    MAX_SECTIONS,
+    default_name,
+    default_pin,
+    default_publish,
+    default_section,
+    node_name,
+)
+from shmsock.engine.settings import Settings
 from shmsock.region.pci import normalize_address
 from shmsock.region.sizes import parse_size
 
-__all__ = ["Address", "Mode", "Size", "peers_option"]
+__all__ = ["Address", "Mode", "Size", "check_environ", "peers_option"]
 
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -64,3 +72,13 @@ def peers_option(help: str) -> Callable[[_F], _F]:
     """Add the number of sections that a region gets when it is formatted."""
     count = click.IntRange(1, MAX_SECTIONS)
     return click.option("--peers", type=count, default=16, show_default=True, help=help)
+
+
+def check_environ(name: str | None = None) -> None:
+    """Refuse a `name`, or what the environment says of nodes, before anything begins. Raises UsageError."""
+    try:
+        Settings.from_environ()
+        default_name() if name is None else node_name(name)
+        default_pin(), default_section(), default_publish()
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None

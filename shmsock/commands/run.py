@@ -13,9 +13,8 @@ from pathlib import Path
 import click
 
 import shmsock.run
-from shmsock.address import default_name, default_pin, default_publish, default_section
 from shmsock.commands.group import Failed
-from shmsock.engine.settings import Settings
+from shmsock.commands.params import check_environ
 from shmsock.run.rules import LOOPS, Rules
 
 __all__ = ["run"]
@@ -90,10 +89,9 @@ def run(
     os.environ.update({key: value for key, value in given.items() if value})
     try:
         Rules.from_environ()
-        Settings.from_environ()
-        default_name(), default_pin(), default_section(), default_publish()
     except ValueError as error:
         raise click.UsageError(str(error)) from None
+    check_environ()
     words = _as_python(command, module)
     file = shutil.which(words[0]) or shutil.which(words[0], path=os.path.dirname(sys.executable))
     if file is None:

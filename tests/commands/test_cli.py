@@ -129,6 +129,17 @@ def test_version_and_help() -> None:
     assert "No such command" in usage("nothing")
 
 
+@pytest.mark.parametrize("command", [("nc", "-l", "7000"), ("socks5",), ("forward", "tcp:7001", "shm:b:1")])
+def test_what_the_environment_says_of_nodes_is_checked_first(
+    command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHMSOCK_NAME", "a b")
+    assert "SHMSOCK_NAME: 'a b' is no peer name" in usage(*command)
+    monkeypatch.setenv("SHMSOCK_NAME", "a")
+    monkeypatch.setenv("SHMSOCK_SETTINGS", "x=1")
+    assert "SHMSOCK_SETTINGS: 'x=1' is not FIELD=VALUE" in usage(*command)
+
+
 def test_as_a_module_without_a_traceback(path: Path) -> None:
     argv = [sys.executable, "-m", "shmsock", "info", str(path)]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=SECONDS)

@@ -49,7 +49,7 @@ def test_endpoints(text: str, listens: bool, endpoint: Endpoint) -> None:
     ("text", "listens", "seen"),
     [
         ("http:a:1", True, "is no endpoint"),
-        ("7000", True, "'7000' is no kind"),
+        ("7000", True, "is no endpoint"),
         ("tcp:a:b", True, "port 'b'"),
         ("tcp:a:65536", True, "port '65536'"),
         ("tcp:a:-1", True, "port '-1'"),
@@ -66,7 +66,7 @@ def test_endpoints(text: str, listens: bool, endpoint: Endpoint) -> None:
         ("shm:vm-b:1", True, "host 'vm-b'"),
         ("shm:1", False, "name is missing"),
         ("shm:a b:1", False, "'a b' is no peer name"),
-        ("socks5", True, "'socks5' is no kind"),
+        ("socks5", True, "is no endpoint"),
     ],
 )
 def test_endpoints_that_are_none(text: str, listens: bool, seen: str) -> None:
