@@ -26,7 +26,16 @@ from shmsock.aio.attach import environ
 from shmsock.aio.node import Node
 from shmsock.errors import NodeClosedError
 
-__all__ = ["Fallback", "TcpStreamWriter", "is_answer", "over_tcp", "targets", "tell", "uses_hosts"]
+__all__ = [
+    "Fallback",
+    "TcpStreamWriter",
+    "check_hosts",
+    "is_answer",
+    "over_tcp",
+    "targets",
+    "tell",
+    "uses_hosts",
+]
 
 Fallback = str | tuple[str, int] | None
 _OF_SEVERAL = {"happy_eyeballs_delay", "interleave", "all_errors"}  # uvloop tries one after the other
@@ -70,9 +79,23 @@ def _addresses(path: str, stamp: object) -> dict[str, list[str]]:
     return found
 
 
+def check_hosts() -> None:
+    """Read the hosts file, if there is one. Raises ValueError that names it when it makes no sense."""
+    if uses_hosts():
+        _hosts()
+
+
 def _in_hosts(host: object) -> list[str]:
     if not uses_hosts() or not isinstance(host, str) or is_any(host) or is_local(host):
         return []
+    try:
+        name = normalize_name(host)
+    except ValueError:
+        return []  # no name at all: who looks it up says so
+    return _hosts().get(name, [])
+
+
+def _hosts() -> dict[str, list[str]]:
     path = os.environ["SHMSOCK_HOSTS"]
     try:
         try:
@@ -88,10 +111,7 @@ def _in_hosts(host: object) -> list[str]:
         if told != str(error):
             log.warning("%s; what was in it before is used", error)
             _good[path] = found, str(error)
-    try:
-        return found.get(normalize_name(host), [])
-    except ValueError:
-        return []  # no name at all: who looks it up says so
+    return found
 
 
 def targets(host: object, port: int, given: Fallback) -> list[tuple[str, int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from shmsock.commands.group import Failed
-from shmsock.commands.params import check_environ
+from shmsock.commands.params import attaching, check_environ
 
 __all__ = ["forward", "serve"]
 
@@ -15,8 +15,7 @@ __all__ = ["forward", "serve"]
 @click.option(
     "--config", type=click.Path(dir_okay=False), help="A TOML file with rules; SIGHUP reads it again."
 )
-@click.option("--region", metavar="URL", help="The region; without it SHMSOCK_REGION, or what is found.")
-@click.option("--name", help="What peers call this node; without it SHMSOCK_NAME, or the host's name.")
+@attaching
 @click.option(
     "--proxy-protocol",
     type=click.Choice(["v1", "v2"]),

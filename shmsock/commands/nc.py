@@ -10,7 +10,7 @@ import sys
 
 import click
 
-from shmsock.commands.params import check_environ
+from shmsock.commands.params import attaching, check_environ
 
 __all__ = ["nc"]
 
@@ -19,7 +19,10 @@ __all__ = ["nc"]
 @click.argument("words", nargs=-1, required=True, metavar="[HOST] PORT")
 @click.option("-l", "--listen", "listens", is_flag=True, help="Wait for one connection to PORT.")
 @click.option("-w", "--timeout", type=click.FloatRange(0.01), help="Seconds to wait for the peer's answer.")
-def nc(words: tuple[str, ...], listens: bool, timeout: float | None) -> None:
+@attaching
+def nc(
+    words: tuple[str, ...], listens: bool, timeout: float | None, region: str | None, name: str | None
+) -> None:
     """Connect standard input and output to PORT of HOST, a peer. With -l: to who connects to PORT.
 
     \b
@@ -35,9 +38,10 @@ def nc(words: tuple[str, ...], listens: bool, timeout: float | None) -> None:
     if len(hosts) != (0 if listens else 1):
         raise click.UsageError("HOST PORT, or -l PORT, was expected")
     port: int = click.IntRange(1, 65535)(digits)
-    check_environ()
+    check_environ(name)
+    mine = {"region": region, "name": name}
     try:
-        asyncio.run(listen(port) if listens else connect(hosts[0], port, timeout))
+        asyncio.run(listen(port, **mine) if listens else connect(hosts[0], port, timeout, **mine))
     except BrokenPipeError as error:
         if error.errno != errno.EPIPE or error.filename is not None:
             raise

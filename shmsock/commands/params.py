@@ -19,7 +19,7 @@ from shmsock.engine.settings import Settings
 from shmsock.region.pci import normalize_address
 from shmsock.region.sizes import parse_size
 
-__all__ = ["Address", "Mode", "Size", "check_environ", "peers_option"]
+__all__ = ["Address", "Mode", "Size", "attaching", "check_environ", "peers_option"]
 
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -74,11 +74,22 @@ def peers_option(help: str) -> Callable[[_F], _F]:
     return click.option("--peers", type=count, default=16, show_default=True, help=help)
 
 
+def attaching(command: _F) -> _F:
+    """Add the options of what attaches: `region` and `name`."""
+    what = "The region; without it SHMSOCK_REGION, or what is found."
+    who = "What peers call this node; without it SHMSOCK_NAME, or the host's name."
+    named = click.option("--name", metavar="NAME", help=who)(command)
+    return click.option("--region", metavar="URL", help=what)(named)
+
+
 def check_environ(name: str | None = None) -> None:
     """Refuse a `name`, or what the environment says of nodes, before anything begins. Raises UsageError."""
+    from shmsock.aio.fallback import check_hosts
+
     try:
         Settings.from_environ()
         default_name() if name is None else node_name(name)
         default_pin(), default_section(), default_publish()
+        check_hosts()
     except ValueError as error:
         raise click.UsageError(str(error)) from None

@@ -14,7 +14,7 @@ import click
 
 import shmsock.run
 from shmsock.commands.group import Failed
-from shmsock.commands.params import check_environ
+from shmsock.commands.params import attaching, check_environ
 from shmsock.run.rules import LOOPS, Rules
 
 __all__ = ["run"]
@@ -52,8 +52,7 @@ _DEAF = {
     help="Connections into this range (10.0.0.0/24) lead to the peer that publishes the address and offers "
     "the port, else over TCP. Whoever maps the region can claim an address of the range.",
 )
-@click.option("--region", metavar="URL", help="The region, as SHMSOCK_REGION names it.")
-@click.option("--name", metavar="NAME", help="The own name, as SHMSOCK_NAME tells it.")
+@attaching
 @click.option("-m", "module", is_flag=True, help="COMMAND is a module, as for python -m.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def run(

@@ -6,6 +6,7 @@ import click
 
 from shmsock.commands.forward import serve
 from shmsock.commands.group import Failed
+from shmsock.commands.params import attaching
 
 __all__ = ["socks5"]
 
@@ -13,8 +14,7 @@ __all__ = ["socks5"]
 @click.command()
 @click.option("--listen", "address", default="127.0.0.1:1080", show_default=True, metavar="HOST:PORT")
 @click.option("--only-shm", is_flag=True, help="Lead to peers alone; other hosts are not allowed.")
-@click.option("--region", metavar="URL", help="The region; without it SHMSOCK_REGION, or what is found.")
-@click.option("--name", help="What peers call this node; without it SHMSOCK_NAME, or the host's name.")
+@attaching
 @click.option("--quiet", is_flag=True, help="Log no connections.")
 def socks5(address: str, only_shm: bool, region: str | None, name: str | None, quiet: bool) -> None:
     """Serve as a SOCKS5 proxy. Hosts that end in .shm are peers, all others are reached over TCP.

@@ -9,7 +9,7 @@ import fcntl
 import os
 import socket
 import stat
-from typing import Any
+from typing import Any, cast
 
 from shmsock.aio.endpoints import create_connection, create_server
 from shmsock.forward.relay import Relay, ShmSide, Side
@@ -101,23 +101,23 @@ class _Session:
             raise error
 
 
-async def connect(host: str, port: int, timeout: float | None = None) -> None:
-    """Connect standard input and output to `port` of a peer, until both have ended. Raises what
-    create_connection() does, TimeoutError, BrokenPipeError (nobody reads our output), and
-    ConnectionResetError."""
+async def connect(host: str, port: int, timeout: float | None = None, **mine: str | None) -> None:
+    """Connect standard input and output to `port` of a peer, until both have ended. `mine`: region and name,
+    as create_connection() takes them. Raises what that does, TimeoutError, BrokenPipeError (nobody reads our
+    output), and ConnectionResetError."""
     session = _Session()
-    target: Any = session.relay.target
+    target, more = cast(Any, session.relay.target), cast(Any, mine)
     try:
-        await asyncio.wait_for(create_connection(lambda: target, host, port), timeout)
+        await asyncio.wait_for(create_connection(lambda: target, host, port, **more), timeout)
     except asyncio.TimeoutError:
         raise TimeoutError(errno.ETIMEDOUT, f"{host!r} does not answer within {timeout:g} s") from None
     await session.run()
 
 
-async def listen(port: int) -> None:
+async def listen(port: int, **mine: str | None) -> None:
     """Wait for one connection to `port`, and then do as connect() does."""
     session = _Session()
-    target: Any = session.relay.target
+    target, more = cast(Any, session.relay.target), cast(Any, mine)
     accepted = asyncio.get_running_loop().create_future()
 
     def factory() -> Any:
@@ -126,7 +126,7 @@ async def listen(port: int) -> None:
         accepted.set_result(None)
         return target
 
-    server = await create_server(factory, None, port)
+    server = await create_server(factory, None, port, **more)
     await accepted
     server.close()
     await session.run()

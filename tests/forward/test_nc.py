@@ -51,6 +51,15 @@ def test_both_ways_at_once_and_half_close(shm_region: Path, tmp_path: Path) -> N
     assert (tmp_path / "out").read_bytes() == DATA
 
 
+def test_region_and_name_are_options(shm_region: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    far = listening("7000", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    monkeypatch.delenv("SHMSOCK_REGION")
+    options = "--region", str(shm_region), "--name", "vm-c"
+    near = nc(*options, "vm-b", "7000", name="not it", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert near.communicate(b"hello", PATIENCE_S) == (b"", b"")
+    assert far.communicate(timeout=PATIENCE_S) == (b"hello", b"")
+
+
 def test_the_end_of_the_input_leaves_the_output_open(pair: Pair) -> None:
     child = nc("vm-b", "7000", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
     server = pair.accept()

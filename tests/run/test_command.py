@@ -140,6 +140,7 @@ def test_what_cannot_be_started_is_said(tmp_path: Path) -> None:
         (["--map", "10.0.0.5=vm b"], {}, "'vm b' is no peer name"),
         (["--map", "10.0.0.5=vm-b,10.0.0.5=vm-c"], {}, "leads to vm-c, and before to vm-b"),
         (["--auto", "10.0.0.1/24"], {}, "has host bits set"),
+        ([], {"SHMSOCK_HOSTS": "/nowhere"}, "SHMSOCK_HOSTS: /nowhere: No such file"),
         ([], {"SHMSOCK_SETTINGS": "busy_poll=1"}, "SHMSOCK_SETTINGS: 'busy_poll=1' is not FIELD=VALUE"),
         ([], {"SHMSOCK_LOOP": "trio"}, "SHMSOCK_LOOP is 'trio'"),
         (["--name", "localhost"], {}, "SHMSOCK_NAME: a node cannot be named"),
