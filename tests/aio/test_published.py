@@ -45,7 +45,10 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Iterator[Change]:
 
 def section_of(node: shmsock.Node, ip: str, port: int = 7000) -> int | None:
     host = peer_of(node, ip, port)
-    return None if host is None else node.find(host, port, ()).section
+    try:
+        return None if host is None else node.find(host, port, ()).section
+    except ConnectionRefusedError:  # it was withdrawn in between
+        return None
 
 
 def info(region: str) -> dict[str, Any]:
