@@ -13,7 +13,7 @@ from typing import Any
 
 from shmsock.engine.connection import Connection
 
-__all__ = ["fill", "read_ahead", "resume", "room", "take", "wanted"]
+__all__ = ["DELIVER_MAX", "fill", "read_ahead", "resume", "room", "take", "wanted"]
 
 DELIVER_MAX = 256 * 1024  # bytes given to one protocol in one pass
 IDLE_MAX = 4096  # bytes in the buffer of a reader that nobody waits for

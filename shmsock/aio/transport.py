@@ -23,7 +23,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from shmsock.aio import names
-from shmsock.aio.direct import fill, read_ahead, take, wanted
+from shmsock.aio.direct import DELIVER_MAX, fill, read_ahead, take, wanted
 from shmsock.aio.flow import FlowControl
 from shmsock.aio.pseudosocket import Duplicate, PollFd, fileno_of, stream_socket
 from shmsock.aio.pump import FastPath
@@ -274,14 +274,14 @@ class ShmTransport(FlowControl, asyncio.Transport):
 
     def _deliver(self) -> None:
         """Hand over what is there, within the turn's budget. Whom that wakes runs before more is taken."""
-        left = min(wanted(self.fast_path), max(self._there(), 1))
+        left = min(wanted(self.fast_path), DELIVER_MAX if (there := self._there()) <= 0 else there)
         self._let_through()
         while left > 0 and self._receiving():
             protocol: Any = self._protocol
             buffered = isinstance(protocol, asyncio.BufferedProtocol)
             n = self._deliver_buffered(protocol) if buffered else self._deliver_bytes(protocol, left)
             left -= n
-            if n <= 0 or self.node.lib.sh_over(self.node.nd):
+            if n <= 0 or there <= 0 or self.node.lib.sh_over(self.node.nd):
                 break
         if self._receiving():
             if (there := self._there()) <= 0:

@@ -270,3 +270,41 @@ def test_start_tls_when_the_handshake_came_early(run: Run, world: World) -> None
             assert await s.reader.read() == b""
 
     run(main())
+
+
+class Asking(asyncio.Protocol):
+    """Asks once, and notes in which pieces the answer came."""
+
+    def __init__(self, pieces: Counter[int]) -> None:
+        self.pieces, self.left = pieces, len(QUESTION)
+        self.answered = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: Any) -> None:
+        transport.write(QUESTION)
+
+    def data_received(self, data: bytes) -> None:
+        self.pieces[len(data)] += 1
+        self.left -= len(data)
+        if not self.left:
+            self.answered.set_result(None)
+
+
+QUESTION = b"hello\n"
+
+
+def test_a_first_answer_that_comes_in_the_midst_of_a_delivery_is_whole(run: Run, region: str) -> None:
+    """It finds the new connection at any point of its first look for bytes: one of twenty in the midst."""
+    pieces: Counter[int] = Counter()
+
+    async def main() -> None:
+        async with Child("serve", region, "server") as child, shmsock.attach(region, name="test") as node:
+            await child.says("ready")
+            for _ in range(300):
+                transport, asking = await shmsock.create_connection(
+                    lambda: Asking(pieces), "server", 7000, node=node
+                )
+                await asking.answered
+                transport.close()
+
+    run(main())
+    assert pieces == {len(QUESTION): 300}
