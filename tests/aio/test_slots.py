@@ -14,7 +14,7 @@ import pytest
 
 import shmsock
 from tests.aio.conftest import End, Run, World, held, until
-from tests.aio.processes import pattern, reset
+from tests.aio.processes import Child, pattern, reset
 
 
 async def listening(node: shmsock.Node, port: int = 7000) -> asyncio.Queue[End]:
@@ -176,6 +176,48 @@ def test_a_program_gets_seven_of_eight_slots(run: Run, make: Callable[..., str])
             with pytest.raises(OSError, match="connection slots"):
                 await connect(a, b, accepted)
             ends.append(await connect(b, a, await listening(a)))  # b has kept something for itself
+
+    run(main())
+
+
+def test_slots_that_a_peer_does_not_let_go_of(run: Run, make: Callable[..., str]) -> None:
+    """It stands still, and says DONE to none that we closed: they are looked for in vain, and are of our own
+    share. Others can still reach us. The slots are free when it goes on."""
+
+    async def connect_until_it_fails(node: shmsock.Node, writers: list[asyncio.StreamWriter]) -> None:
+        while True:
+            writers.append((await shmsock.open_connection("b", 7000, node=node))[1])
+
+    async def main() -> None:
+        region = make(size=2 << 20, peers=4)
+        async with (
+            shmsock.attach(region, name="a") as a,
+            shmsock.attach(region, name="c") as c,
+            Child("serve", region, "b") as child,
+        ):
+            await child.says("ready")
+            accepted, before = await listening(a), held(a)
+            writers: list[asyncio.StreamWriter] = []
+            with pytest.raises(OSError, match="connection slots"):
+                await connect_until_it_fails(a, writers)
+            child.stop()
+            for writer in writers:
+                writer.close()
+            with pytest.raises(OSError, match="connection slots") as info:
+                await connect_until_it_fails(a, [])
+            assert info.value.errno == errno.ENOBUFS
+            for _ in range(len(writers)):
+                mine, theirs = await connect(c, a, accepted)
+                mine.writer.write(b"still good")
+                assert await theirs.reader.readexactly(10) == b"still good"
+                await mine.close()
+                await theirs.close()
+            child.resume()
+            await until(lambda: held(a) == before)
+            reader, writer = await shmsock.open_connection("b", 7000, node=a)
+            writer.write(b"again")
+            assert await reader.readexactly(5) == b"again"
+            writer.close()
 
     run(main())
 
