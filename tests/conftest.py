@@ -22,23 +22,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--across",
         action="store_true",
-        help="run each test in all of its cases, but those on uvloop in one: for the other Python versions",
+        help="run half of each test's cases, and of those on uvloop one: for the other Python versions",
     )
 
 
-def _one_case_on_uvloop(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect the other cases. Each version takes another one, so that together they have more of them.
+def _some_cases(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect the other cases. A version has others than the one before it: two have all of them.
 
     uvloop has its own loop and transports, whatever the version; asyncio's are the version's.
     """
     cases = defaultdict(list)
     for item in items:
         test, _, case = item.nodeid.partition("[")
-        if "uvloop" in case and not {"control", "slow", "vm"} & {mark.name for mark in item.iter_markers()}:
-            cases[test].append(item)
+        if not {"control", "slow", "vm"} & {mark.name for mark in item.iter_markers()}:
+            cases[test, "uvloop" in case].append(item)
     dropped = set()
-    for test, found in cases.items():
-        del found[(zlib.crc32(test.encode()) + sys.version_info[1]) % len(found)]
+    for (test, on_uvloop), found in cases.items():
+        shift = zlib.crc32(test.encode()) + sys.version_info[1]
+        if on_uvloop:
+            del found[shift % len(found)]
+        else:
+            del found[shift % min(len(found), 2) :: 2]
         dropped |= set(found)
     config.hook.pytest_deselected(items=[item for item in items if item in dropped])
     items[:] = [item for item in items if item not in dropped]
@@ -46,7 +50,7 @@ def _one_case_on_uvloop(config: pytest.Config, items: list[pytest.Item]) -> None
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("across"):
-        _one_case_on_uvloop(config, items)
+        _some_cases(config, items)
 
 
 def _must_run(report: pytest.TestReport | pytest.CollectReport) -> None:
