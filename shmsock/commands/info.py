@@ -14,17 +14,10 @@ import click
 
 from shmsock import region as regions
 from shmsock.commands.console import console, human
-from shmsock.commands.content import (
-    Content,
-    OldFile,
-    Section,
-    describe_device,
-    describe_region,
-    inspect,
-    old_files,
-)
 from shmsock.commands.group import Failed, message
 from shmsock.errors import RegionError, other_memory
+from shmsock.observe.describe import describe_device, describe_region
+from shmsock.observe.snapshot import Content, OldFile, Section, inspect, old_files
 from shmsock.region.place import restart
 from shmsock.region.sizes import format_size
 from shmsock.region.storage import disk_words

@@ -11,11 +11,11 @@ import click
 
 from shmsock import region as regions
 from shmsock.address import boot_id
-from shmsock.commands.content import Section, sections
 from shmsock.engine import attach
 from shmsock.engine.layout import read_layout
 from shmsock.engine.memory import Memory, native_core
 from shmsock.errors import command, region_error
+from shmsock.observe.snapshot import Section, sections
 from shmsock.region.base import Region
 
 __all__ = ["Reaped", "reap", "reap_region"]

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from shmsock.commands.content import inspect
 from shmsock.guests.image import command_path
 from shmsock.guests.qemu import Bridge, Command, Fleet, Guest, Ivshmem
+from shmsock.observe.snapshot import inspect
 from shmsock.region import open_file
 from tests.vm.conftest import PAIR_SIZE, Pair
 

@@ -18,7 +18,6 @@ from shmsock.engine.memory import Memory, native_core
 from shmsock.region.base import Region, map_bytes
 from shmsock.region.file import FileRegion
 from shmsock.region.locks import SERVER_LOCK
-from shmsock.region.pci import PciDevice
 from shmsock.region.place import Holder, holders
 from shmsock.region.storage import filesystem
 
@@ -27,8 +26,6 @@ __all__ = [
     "OldFile",
     "Section",
     "busy_sections",
-    "describe_device",
-    "describe_region",
     "inspect",
     "old_files",
     "sections",
@@ -252,53 +249,3 @@ def _content_of(holder: Holder, path: str) -> Content | None:
     except OSError:
         pass  # it has ended, or is another user's
     return None
-
-
-def describe_region(region: Region) -> dict[str, Any]:
-    """Describe how it is mapped."""
-    known, bell = region.describe(), region.doorbell
-    return {
-        "url": region.url,
-        "kind": region.kind,
-        "path": region.path,
-        "size": region.size,
-        "write_combining": region.write_combining,
-        "file_system": known.filesystem,
-        "page_size": known.page_size,
-        "allocated": known.allocated,
-        "mode": f"{known.mode:04o}",
-        "uid": known.uid,
-        "gid": known.gid,
-        "section_locks": region.can_lock,
-        "old_files": old_files(region.path) if region.kind == "file" else [],
-        "doorbell": None if bell is None else {"id": bell.id, "vectors": bell.vectors, "lost": bell.lost},
-    }
-
-
-def describe_device(device: PciDevice) -> dict[str, Any]:
-    """Describe a device as lspci does."""
-    return {
-        "address": device.address,
-        "ids": "{:04x}:{:04x}".format(*device.ids),
-        "subsystem": "{:04x}:{:04x}".format(*device.subsystem),
-        "class": f"{device.class_code:06x}",
-        "revision": device.revision,
-        "model": device.model,
-        "doorbell": device.doorbell,
-        "driver": device.driver,
-        "enabled": device.enabled > 0,
-        "decoding": device.decoding,
-        "numa_node": None if device.numa_node < 0 else device.numa_node,
-        "mappable": list(device.mappable),
-        "bars": [
-            {
-                "index": bar.index,
-                "address": f"{bar.address:#x}" if bar.assigned else None,
-                "size": bar.size,
-                "wide": bar.wide,
-                "prefetchable": bar.prefetchable,
-                "text": str(bar),
-            }
-            for bar in device.bars[:3]
-        ],
-    }
