@@ -20,6 +20,7 @@ FLOORS = {
     "address": 1,
     "region": 1,
     "engine": 2,
+    "hypervisors": 2,
     "wakeup": 2,
     "aio": 3,
     "anyio": 3,

@@ -14,6 +14,7 @@ from shmsock.aio.attach import prepare_region
 from shmsock.commands.console import human
 from shmsock.commands.params import Mode, Size, peers_option
 from shmsock.errors import region_error
+from shmsock.hypervisors import qemu
 from shmsock.observe.snapshot import Content, busy_sections, inspect
 from shmsock.region.base import Region
 from shmsock.region.locks import SERVER_LOCK
@@ -76,22 +77,6 @@ def made_lines(path: str, content: Content, mode: int) -> Iterator[str]:
         )
     else:
         yield "    to give it to a guest of QEMU:"
-        yield f"        {qemu_options(path, size)}"
+        yield f"        {' '.join(qemu.plain(path, size))}"
     yield "    to use it on this host:"
     yield f"        SHMSOCK_REGION={path}"
-
-
-def qemu_options(path: str, size: int) -> str:
-    """The options that give the region to a guest as BAR2."""
-    file = path.replace(",", ",,")
-    return (
-        f"-object memory-backend-file,size={_qemu_size(size)},mem-path={file},share=on,id=HMB "
-        "-device ivshmem-plain,memdev=HMB"
-    )
-
-
-def _qemu_size(size: int) -> str:
-    for shift, unit in ((30, "G"), (20, "M"), (10, "K")):
-        if size % (1 << shift) == 0:
-            return f"{size >> shift}{unit}"
-    return str(size)

@@ -27,6 +27,7 @@ MODULES = {
     "info": "info",
     "ivshmem-server": "ivshmem_server",
     "nc": "nc",
+    "qemu-args": "qemu_args",
     "reap": "reap",
     "run": "run",
     "socks5": "socks5",

@@ -1,4 +1,4 @@
-"""What a test guest can be given: ivshmem devices, and a network card on a bridge to compare with."""
+"""What a test guest can be given: shared memory, and a network card on a bridge to compare with."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from shmsock.guests.image import GuestUnavailable, command_path
+from shmsock.hypervisors import qemu
 
 
 class Device(Protocol):
     """Something that becomes arguments of QEMU; `index` tells several of a kind apart."""
+
+    modules: ClassVar[tuple[str, ...]]
+    """Kernel modules that the guest loads for it."""
 
     def arguments(self, index: int) -> list[str]: ...
 
@@ -32,16 +36,11 @@ class Ivshmem:
     addr: str | None = None
     prealloc: bool = False
 
+    modules: ClassVar[tuple[str, ...]] = ()
+
     def arguments(self, index: int) -> list[str]:
-        if self.size < 4096 or self.size & (self.size - 1):
-            raise ValueError(f"the size of a BAR is a power of two and at least 4096, not {self.size}")
-        name, path = f"ivshmem{index}", str(self.path).replace(",", ",,")
-        backend = f"memory-backend-file,id={name},size={self.size},mem-path={path},share=on"
-        device = f"ivshmem-plain,memdev={name}"
-        return [
-            *("-object", backend + (",prealloc=on" if self.prealloc else "")),
-            *("-device", device + (f",addr={self.addr}" if self.addr else "")),
-        ]
+        more = "prealloc=on" if self.prealloc else ""
+        return qemu.plain(self.path, self.size, name=f"ivshmem{index}", addr=self.addr, more=more)
 
 
 @dataclass(frozen=True)
@@ -55,13 +54,24 @@ class IvshmemDoorbell:
     vectors: int = 1
     addr: str | None = None
 
+    modules: ClassVar[tuple[str, ...]] = ()
+
     def arguments(self, index: int) -> list[str]:
-        name, path = f"ivshmem{index}", str(self.socket).replace(",", ",,")
-        device = f"ivshmem-doorbell,vectors={self.vectors},chardev={name}"
-        return [
-            *("-chardev", f"socket,id={name},path={path}"),
-            *("-device", device + (f",addr={self.addr}" if self.addr else "")),
-        ]
+        return qemu.doorbell(self.socket, vectors=self.vectors, name=f"ivshmem{index}", addr=self.addr)
+
+
+@dataclass(frozen=True)
+class Dax:
+    """The file `path` as persistent memory, /dev/dax0.0 of the guest; `kind` is nvdimm or virtio-pmem."""
+
+    path: Path | str
+    size: int
+    kind: str = "nvdimm"
+
+    modules: ClassVar[tuple[str, ...]] = ("nfit", "virtio_pmem", "nd_pmem", "dax_pmem", "device_dax")
+
+    def arguments(self, index: int) -> list[str]:
+        return qemu.DAX[self.kind](self.path, self.size, name=f"dax{index}")
 
 
 @dataclass(frozen=True)
@@ -72,7 +82,7 @@ class Tap:
     mac: str
     address: str
 
-    modules = ("virtio_net",)
+    modules: ClassVar[tuple[str, ...]] = ("virtio_net",)
 
     @property
     def ip(self) -> str:

@@ -35,7 +35,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from shmsock.guests import agent as guest_agent
-from shmsock.guests.devices import Bridge, Device, Ivshmem, IvshmemDoorbell, Tap
+from shmsock.guests.devices import Bridge, Dax, Device, Ivshmem, IvshmemDoorbell, Tap
 from shmsock.guests.guest import Command, CommandFailed, CommandTimeout, Guest, GuestDied, GuestError, Result
 from shmsock.guests.image import (
     QEMU,
@@ -55,6 +55,7 @@ __all__ = [
     "Command",
     "CommandFailed",
     "CommandTimeout",
+    "Dax",
     "Fleet",
     "Guest",
     "GuestDied",
@@ -131,15 +132,15 @@ class Fleet:
         if accel not in ("kvm", "tcg"):
             raise ValueError(f"accel is kvm, tcg or auto, not {accel!r}")
         marker = secrets.token_bytes(16)
+        devices: list[Device] = [*ivshmem, *([net] if net else [])]
         config = {
             "hostname": name,
             "env": self._environment(),
-            "modules": [*(net.modules if net else ()), *modules],
+            "modules": [*(m for device in devices for m in device.modules), *modules],
             "net": [{"mac": net.mac, "address": net.address}] if net else [],
         }
         stem = self.directory / f"{len(self.guests)}-{name}"
         guest = Guest(name, accel, timeout, config, marker, stem)
-        devices: list[Device] = [*ivshmem, *([net] if net else [])]
         if iommu:
             machine += ",kernel-irqchip=split"
             append = f"intel_iommu=on {append}"

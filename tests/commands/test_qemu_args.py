@@ -1,0 +1,60 @@
+"""`shmsock qemu-args`: what it prints. That guests start by it is tested in tests/vm."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from shmsock.guests.devices import Ivshmem, IvshmemDoorbell
+from tests.commands.test_cli import bad, good, shmsock, usage
+
+
+@pytest.fixture
+def path() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="shmsock-test-", dir="/dev/shm") as directory:
+        yield Path(directory) / "a,b c"
+
+
+def test_plain(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good("create", path, "--size", "16M", "--mode", "0660")
+    done = shmsock("qemu-args", path, "--id", "ivshmem7")
+    assert done.exit_code == 0, done.output
+    backend, device = done.stdout.splitlines()
+    quoted = str(path).replace(",", ",,")
+    assert shlex.split(backend) == [
+        "-object",
+        f"memory-backend-file,size=16M,mem-path={quoted},share=on,id=ivshmem7",
+    ]
+    assert device == "-device ivshmem-plain,memdev=ivshmem7"
+    assert "mode 0660: QEMU must be able to read and write it" in done.stderr
+    # what tests boot their guests with is the same
+    assert shlex.split(done.stdout) == Ivshmem(path, 16 << 20).arguments(7)
+    monkeypatch.setenv("SHMSOCK_REGION", str(path))
+    assert good("qemu-args", "--id", "ivshmem7") == done.stdout
+
+
+def test_doorbell() -> None:
+    said = good("qemu-args", "--doorbell", "/run/a.sock", "--vectors", 2, "--id", "ivshmem0")
+    assert shlex.split(said)[4:] == IvshmemDoorbell("/run/a.sock", vectors=2).arguments(0)
+    assert shlex.split(said)[:4] == [
+        *("-machine", "q35,kernel-irqchip=split"),
+        *("-device", "intel-iommu,intremap=on"),
+    ]
+    assert good("qemu-args", "ivshmem:/run/a.sock", "--vectors", 2, "--id", "ivshmem0") == said
+
+
+def test_what_cannot_be_given(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SHMSOCK_REGION", raising=False)
+    assert f"region {path} does not exist: make it with `shmsock create" in bad("qemu-args", path)
+    path.touch()
+    os.truncate(path, 5 << 20)
+    assert "has 5 MiB, expected a power of two, as a BAR has" in bad("qemu-args", path)
+    assert "--size 8MiB" in bad("qemu-args", path)
+    assert "name the REGION, set SHMSOCK_REGION, or use --doorbell" in usage("qemu-args")
+    assert "one of them" in usage("qemu-args", "--doorbell", "/run/a", "--dax", "nvdimm")
+    assert "a device of this guest" in usage("qemu-args", "pci:auto")
