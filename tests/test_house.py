@@ -31,6 +31,7 @@ FLOORS = {
     "observe": 4,
     "integrations": 5,
     "bench": 5,
+    "install": 5,
     "forward": 5,
     "commands": 6,
     "public": 4,

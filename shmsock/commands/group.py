@@ -25,6 +25,7 @@ MODULES = {
     "demo-vm": "demo_vm",
     "forward": "forward",
     "info": "info",
+    "install-units": "install_units",
     "ivshmem-server": "ivshmem_server",
     "nc": "nc",
     "qemu-args": "qemu_args",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from shmsock.region.sizes import format_size
+from shmsock.region.sizes import format_size, short_size
 
 __all__ = ["DAX", "DAX_UNIT", "ID", "doorbell", "nvdimm", "plain", "virtio_pmem"]
 
@@ -75,7 +75,7 @@ DAX = {"nvdimm": nvdimm, "virtio-pmem": virtio_pmem}
 
 def _backend(path: Path, size: int, name: str, more: str) -> tuple[str, str]:
     # Without share=on the guest would have a copy of its own: all looks well, and everyone is alone.
-    backend = f"memory-backend-file,size={_size(size)},mem-path={_quoted(path)},share=on,id={name}"
+    backend = f"memory-backend-file,size={short_size(size)},mem-path={_quoted(path)},share=on,id={name}"
     return "-object", backend + (f",{more}" if more else "")
 
 
@@ -85,13 +85,6 @@ def _at(addr: str | None) -> str:
 
 def _quoted(path: Path) -> str:
     return os.fspath(path).replace(",", ",,")
-
-
-def _size(size: int) -> str:
-    for shift, unit in ((30, "G"), (20, "M"), (10, "K")):
-        if size % (1 << shift) == 0:
-            return f"{size >> shift}{unit}"
-    return str(size)
 
 
 def _check_unit(size: int) -> None:

@@ -14,8 +14,9 @@ from shmsock.region.pci import SYSFS, PciDevice, find_devices, read_device
 from shmsock.region.place import Place
 from shmsock.region.processes import read_line
 from shmsock.region.sizes import format_size
+from shmsock.region.udev import PCI_FILE, pci_rule
 
-__all__ = ["PciRegion", "open_pci", "place_of", "the_device", "udev_rule"]
+__all__ = ["PciRegion", "open_pci", "place_of", "the_device"]
 
 
 class PciRegion(Region):
@@ -34,18 +35,6 @@ class PciRegion(Region):
 def place_of(device: PciDevice) -> Place:
     """Find the device in sysfs, where it is as long as it is plugged in."""
     return Place(device.directory, identity_of(device.directory))
-
-
-def udev_rule(group: str = "shmsock") -> str:
-    """A udev rule that lets `group` use every ivshmem device.
-
-    It enables the device too: that takes CAP_SYS_ADMIN, whatever the mode of the file `enable` says.
-    """
-    files = "%S%p/resource2 %S%p/resource2_wc"
-    return (
-        'ACTION!="remove", SUBSYSTEM=="pci", ATTR{vendor}=="0x1af4", ATTR{device}=="0x1110", '
-        f'ATTR{{enable}}="1", RUN+="/bin/chgrp {group} {files}", RUN+="/bin/chmod 0660 {files}"'
-    )
 
 
 def open_pci(address: str, *, writable: bool = True, prefer_wc: bool = True, sysfs: str = SYSFS) -> PciRegion:
@@ -182,9 +171,9 @@ def _denied(what: str, path: str, code: int) -> RegionError:
         return region_error(errno.EACCES, text, path)
     return region_error(
         code,
-        f"{what}: run as root, or let a group do it with this udev rule in "
-        "/etc/udev/rules.d/70-shmsock.rules:\n"
-        f"  {udev_rule()}\n"
+        f"{what}: run as root, or let a group do it with this udev rule in {PCI_FILE} "
+        "(`shmsock install-units udev` writes it):\n"
+        f"  {pci_rule()}\n"
         "then `groupadd --system shmsock; usermod -aG shmsock USER; udevadm control --reload; "
         "udevadm trigger --subsystem-match=pci`, and log in again",
         path,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["format_size", "parse_size", "round_up"]
+__all__ = ["format_size", "parse_size", "round_up", "short_size"]
 
 _UNITS = "KMGT"
 _SIZE = re.compile(r"\s*([0-9]{1,19})\s*(?:([kmgt])i?)?b?\s*", re.IGNORECASE | re.ASCII)
@@ -36,6 +36,11 @@ def format_size(size: int) -> str:
         size //= 1024
         unit += 1
     return f"{size} {_UNITS[unit - 1]}iB" if unit else f"{size} bytes"
+
+
+def short_size(size: int) -> str:
+    """Write `size` bytes as options take them: "256M", "1000"."""
+    return format_size(size).removesuffix(" bytes").removesuffix("iB").replace(" ", "")
 
 
 def round_up(size: int, unit: int) -> int:

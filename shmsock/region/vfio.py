@@ -23,6 +23,7 @@ from shmsock.region.file import owner_name
 from shmsock.region.iommu import DEV, VFIO_DEVICE, Group, borrow, no_iommu, not_viable, read_group, users
 from shmsock.region.pci import SYSFS, PciDevice
 from shmsock.region.sizes import format_size
+from shmsock.region.udev import VFIO_FILE, vfio_rule
 
 __all__ = ["VfioDoorbell", "VfioRegion", "open_vfio"]
 
@@ -265,8 +266,9 @@ def _open_group(device: PciDevice, group: Group) -> int:
             code,
             f"{owner_name(os.geteuid())} may not open {path}: run as root, or let a group do it: "
             f"`groupadd --system shmsock; usermod -aG shmsock USER; chgrp shmsock {path}; chmod 0660 "
-            f"{path}`, and for the next boot this udev rule in /etc/udev/rules.d/70-shmsock-vfio.rules:\n"
-            '  SUBSYSTEM=="vfio", GROUP="shmsock", MODE="0660"\n'
+            f"{path}`, and for the next boot this udev rule in {VFIO_FILE} (`shmsock install-units "
+            "udev-vfio` writes it):\n"
+            f"  {vfio_rule()}\n"
             "then log in again",
             path,
         )

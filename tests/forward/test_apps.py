@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.forward.processes import LONG, SHMSOCK, Forwarder, Pair, Process, program
+from tests.forward.processes import LONG, Forwarder, Pair, Process, program
 
 REQUESTS = 100_000 if LONG else 10_000
 COPY = (1 << 30) if LONG else (64 << 20)
@@ -225,15 +225,3 @@ def test_ssh_through_nc(sshd: dict[str, Any]) -> None:
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (7, b"")
     assert done.stdout == b"\0\xff" * 100_000
-
-
-def test_systemd_takes_the_unit(tmp_path: Path) -> None:
-    analyze = program("systemd-analyze")
-    unit = Path(__file__).parents[2] / "examples" / "shmsock-forward.service"
-    command = tmp_path / "shmsock"
-    command.write_text(f'#!/bin/sh\nexec {" ".join(SHMSOCK)} "$@"\n')
-    command.chmod(0o755)
-    copy = tmp_path / unit.name
-    copy.write_text(unit.read_text().replace("/usr/local/bin/shmsock", str(command)))
-    done = subprocess.run([analyze, "verify", copy], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")

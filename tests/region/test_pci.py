@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from shmsock.errors import RegionError, RegionNotFoundError, RegionPermissionError
-from shmsock.region import bar2, pci
+from shmsock.region import pci, udev
 from shmsock.region.bar2 import open_pci
 from shmsock.region.pci import choose_device, find_devices, normalize_address, read_device
 from tests.region.conftest import AsUser, failing
@@ -260,7 +260,7 @@ def test_cannot_enable(shared_sysfs: FakeSysfs, as_nobody: AsUser) -> None:
     assert type(error) is RegionPermissionError
     assert code == errno.EACCES
     assert "is not enabled, and uid 65534" in str(error)
-    assert bar2.udev_rule() in str(error)
+    assert udev.pci_rule() in str(error)
     assert (directory / "enable").read_text() == "0\n"
 
 
@@ -296,11 +296,11 @@ def test_no_permission(shared_sysfs: FakeSysfs, as_nobody: AsUser) -> None:
     assert type(error) is RegionPermissionError
     assert code == errno.EACCES
     assert f"may not open {directory}/resource2" in str(error)
-    assert bar2.udev_rule() in str(error)
+    assert udev.pci_rule() in str(error)
 
 
 def test_udev_rule() -> None:
-    rule = bar2.udev_rule("users")
+    rule = udev.pci_rule("users")
     assert "\n" not in rule
     assert {"ACTION", "SUBSYSTEM", "ATTR{vendor}", "ATTR{device}", "ATTR{enable}", "RUN"} == set(
         re.findall(r'(?:^|, )([A-Z]+(?:\{[a-z]+\})?)(?:==|!=|\+=|=)"', rule)
