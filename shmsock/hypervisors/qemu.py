@@ -45,7 +45,7 @@ def nvdimm(
     """The file `path` as an NVDIMM, which takes a slot of the machine. Raises ValueError for a bad `size`."""
     _check_unit(size)
     return [
-        *("-machine", "nvdimm=on", "-m", f"slots=8,maxmem={_size(max_memory)}"),
+        *("-machine", "nvdimm=on", "-m", f"slots=8,maxmem={short_size(max_memory)}"),
         *_backend(path, size, name, more),
         *("-device", f"nvdimm,memdev={name}"),
     ]
@@ -63,7 +63,7 @@ def virtio_pmem(
     """The file `path` as a virtio-pmem device. Raises ValueError for a bad `size`."""
     _check_unit(size)
     return [
-        *("-m", f"maxmem={_size(max_memory)}"),
+        *("-m", f"maxmem={short_size(max_memory)}"),
         *_backend(path, size, name, more),
         *("-device", f"virtio-pmem-pci,memdev={name}{_at(addr)}"),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import encodings.ascii  # noqa: F401  (a child that is nobody may not read Python's own files)
 import gc
 import os
 import pickle
