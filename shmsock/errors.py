@@ -185,7 +185,7 @@ def name_unknown(
         import difflib
 
         close = difflib.get_close_matches(name, others, n=1)
-    do = f"did you mean {close[0]!r}?" if close else f"start it there, {_look_into(region)}"
+    do = f"did you mean {close[0]!r}?" if close else _start_it(region)
     return socket.gaierror(
         socket.EAI_NONAME,
         f"no peer named {name!r} is attached to {region} ({seen}); {do}{hint and '; ' + hint}",
@@ -256,7 +256,7 @@ def port_refused(
     return ConnectionRefusedError(
         errno.ECONNREFUSED,
         f"connection to ({name!r}, {port}) refused: nobody there listens on port {port} "
-        f"({_alone(region) if alone else region}); start the server, {_look_into(region)}"
+        f"({_alone(region) if alone else region}); {_start_it(region)}"
         f"{hint and '; ' + hint}",
     )
 
@@ -265,8 +265,11 @@ def _alone(region: str) -> str:
     return f"this process is alone on {region}"
 
 
-def _look_into(region: str) -> str:
-    return f"or see who is there with `{command('info', region)}`"
+def _start_it(region: str) -> str:
+    return (
+        "start the server there (one that knows TCP alone, by `shmsock run --listen PORT`), "
+        f"or see who is there with `{command('info', region)}`"
+    )
 
 
 def command(name: str, region: str, rest: str = "") -> str:

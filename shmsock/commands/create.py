@@ -44,6 +44,13 @@ def create(path: str, size: int, peers: int, mode: int, force: bool) -> None:
     with regions.open_file(path, writable=False) as region:
         for line in made_lines(path, inspect(region, 0), region.describe().mode):
             click.echo(line)
+    if size & (size - 1):
+        above = 1 << size.bit_length()
+        click.echo(
+            f"shmsock: warning: {format_size(size)} is no power of two: fit for processes of this host, and "
+            f"no guest can be given it; for guests make it {format_size(above // 2)} or {format_size(above)}",
+            err=True,
+        )
 
 
 def _unused(region: Region) -> None:
@@ -69,13 +76,7 @@ def made_lines(path: str, content: Content, mode: int) -> Iterator[str]:
         f"    for {content.peers} peers; each has {human(content.section_bytes)}, of it "
         f"{human(content.ring_bytes_per_peer)} for rings, up to {content.connections_per_peer} connections"
     )
-    if size & (size - 1):
-        larger = 1 << size.bit_length()
-        yield (
-            "    for processes of this host; to give it to guests, its size must be a power of two, "
-            f"such as {format_size(larger)}"
-        )
-    else:
+    if not size & (size - 1):
         yield "    to give it to a guest of QEMU:"
         yield f"        {' '.join(qemu.plain(path, size))}"
     yield "    to use it on this host:"

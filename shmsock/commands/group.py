@@ -46,15 +46,19 @@ class Failed(click.ClickException):
 
 @contextlib.contextmanager
 def _cleaning_up_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the command as Ctrl-C does: its children and files go with it."""
-    if threading.current_thread() is not threading.main_thread():
+    """Let SIGTERM end the command as Ctrl-C does: its children and files go with it. Who ignores it, or has
+    a handler, keeps that; `run` hands it on to its program."""
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    ):
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Commands(click.Group):

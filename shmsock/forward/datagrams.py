@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import socket
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from shmsock.aio.datagram import create_datagram_endpoint
+from shmsock.aio.datagram import ShmDatagramTransport, create_datagram_endpoint
 from shmsock.aio.node import Node
 from shmsock.forward.endpoints import SHM, UDP, Endpoint
 from shmsock.forward.rules import Rule
@@ -28,6 +30,24 @@ PAUSE_S = 0.5
 or logged for it again."""
 MOST_WAITING = 1 << 20
 """Bytes that may wait in a socket: what comes then is dropped, as a full socket would."""
+
+
+def send(transport: Any, data: bytes, to: Any) -> bool:
+    """Send a datagram, `to` None: where the endpoint is connected to. False: too much waits already."""
+    if transport.get_write_buffer_size() > MOST_WAITING:
+        return False
+    if data or isinstance(transport, ShmDatagramTransport):
+        transport.sendto(data, to)
+        return True
+    # Loops leave an empty one out.
+    with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as sock:
+        try:
+            sock.sendto(data, to) if to else sock.send(data)
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError:
+            pass  # of one before, as a rule: nobody has the port
+    return True
 
 
 class Flow(asyncio.DatagramProtocol):
@@ -52,10 +72,8 @@ class Flow(asyncio.DatagramProtocol):
         if self.transport is None and len(data) < self._room:
             self._room -= len(data) + 1
             self._early.append(data)
-        elif self.transport is None or self.transport.get_write_buffer_size() > MOST_WAITING:
+        elif self.transport is None or not send(self.transport, data, None):
             self._listener.dropped += 1
-        else:
-            self.transport.sendto(data, None)
 
     def datagram_received(self, data: bytes, _: Any) -> None:
         self._listener.answer(self, data, self._client)
@@ -106,7 +124,15 @@ class DatagramListener(asyncio.DatagramProtocol):
             self._transport, _ = await create_datagram_endpoint(lambda: self, local, node=on)
         else:
             address = ("0.0.0.0" if listen.host == "*" else listen.host, listen.port)
-            self._transport, _ = await self._loop.create_datagram_endpoint(lambda: self, address)
+            found = await self._loop.getaddrinfo(*address, type=socket.SOCK_DGRAM, flags=socket.AI_PASSIVE)
+            sock = socket.socket(found[0][0], socket.SOCK_DGRAM)
+            try:
+                sock.setblocking(False)
+                sock.bind(found[0][4])  # uvloop's own error would not say which it is
+                self._transport, _ = await self._loop.create_datagram_endpoint(lambda: self, sock=sock)
+            except BaseException:
+                sock.close()
+                raise
         self._sweep()
         return Endpoint(listen.kind, listen.host, self._transport.get_extra_info("sockname")[1])
 
@@ -141,10 +167,7 @@ class DatagramListener(asyncio.DatagramProtocol):
         if self._flows.get(client) is flow:
             self._touch(flow, client)
             self.back += 1
-            if self._transport.get_write_buffer_size() > MOST_WAITING:
-                self.dropped += 1
-            else:
-                self._transport.sendto(data, client)
+            self.dropped += not send(self._transport, data, client)
 
     def lost(self, flow: Flow, client: Any) -> None:
         """Forget a flow whose endpoint has ended, with its node say: the next datagram opens another."""

@@ -85,6 +85,11 @@ class Listening:
         if self._closed:
             self.close()
 
+    def is_in_the_way(self, rule: Rule) -> bool:
+        """May it be why that rule cannot listen? `*` and one address of this machine share a port."""
+        own, port, wanted = self.rule, self.address.port, rule.listen
+        return (own.listen.kind, port, own.datagrams) == (wanted.kind, wanted.port, rule.datagrams)
+
     def change(self, rule: Rule) -> None:
         """Go on by this rule: for new connections, where it is another."""
         if rule != self.rule:
@@ -98,6 +103,10 @@ class Listening:
     def close(self) -> None:
         """Listen no more; connections stay."""
         self._closed = True
+        self.pause()
+
+    def pause(self) -> None:
+        """Listen no more, until open() is called again."""
         server, self._server = self._server, None
         if server is not None:
             server.close()
@@ -268,15 +277,30 @@ class Forwarder:
         check(rules, self._name)
         wanted = {rule.key: rule for rule in rules}
         opened: dict[Any, Listening] = {}
+        paused: list[Listening] = []
         try:
             for key, rule in wanted.items():
-                if key not in self._at_work:
-                    one = Listening(self, rule)
+                if key in self._at_work:
+                    continue
+                one = Listening(self, rule)
+                try:
                     await one.open()
-                    opened[key] = one
+                except OSError as error:
+                    going = [o for k, o in self._at_work.items() if k not in wanted and o.is_in_the_way(rule)]
+                    if error.errno != errno.EADDRINUSE or not going:
+                        raise
+                    for other in going:
+                        other.pause()
+                    paused += going
+                    await asyncio.sleep(0)  # loops close some sockets only then
+                    await one.open()
+                opened[key] = one
         except BaseException:
             for one in opened.values():
                 one.close()
+            await asyncio.sleep(0)
+            for one in paused:
+                await one.open()
             raise
         for key in self._at_work.keys() - wanted.keys():
             self._at_work.pop(key).close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import secrets
+import socket
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -98,7 +99,8 @@ class Tap:
 
 
 class Bridge:
-    """A bridge of the host with one tap interface per guest; all are removed at the end. Needs root.
+    """A bridge of the host with one tap interface per guest; all are removed at the end, or, where this
+    process was killed, when another makes a bridge. Needs root.
 
     The host has the first address of `subnet` (by default one of 10.213.0.0/16, at random), guests the
     following ones, and nothing is routed::
@@ -113,10 +115,16 @@ class Bridge:
         self._hosts: Iterator[ipaddress.IPv4Address | ipaddress.IPv6Address] = iter(network.hosts())
         self._prefix = network.prefixlen
         self._taps: list[Tap] = []
-        self.name = f"shm{self._tag}br"
+        self.name = f"shm-{self._tag}br"
+        self._sign: socket.socket | None = None
         self.ip = str(next(self._hosts))
 
     def __enter__(self) -> Bridge:
+        for path in Path("/sys/class/net").glob("shm-*br"):
+            if (sign := _sign(path.name)) is not None:
+                with sign:
+                    _remove([*(tap.name for tap in path.parent.glob(f"{path.name[:-2]}t*")), path.name])
+        self._sign = _sign(self.name)
         try:
             _ip("link", "add", self.name, "type", "bridge", "stp_state", "0")
             _ip("addr", "add", f"{self.ip}/{self._prefix}", "dev", self.name)
@@ -131,7 +139,7 @@ class Bridge:
         number = len(self._taps)
         tag = ":".join(self._tag[i : i + 2] for i in (0, 2, 4))
         address = f"{next(self._hosts)}/{self._prefix}"
-        tap = Tap(f"shm{self._tag}t{number}", f"52:54:{tag}:{number:02x}", address)
+        tap = Tap(f"shm-{self._tag}t{number}", f"52:54:{tag}:{number:02x}", address)
         self._taps.append(tap)
         _ip("tuntap", "add", tap.ifname, "mode", "tap")
         _ip("link", "set", tap.ifname, "master", self.name, "up")
@@ -139,13 +147,31 @@ class Bridge:
 
     def close(self) -> None:
         """Remove the bridge and its taps, those too that were made only half."""
-        for name in [*(tap.ifname for tap in self._taps), self.name]:
-            if Path("/sys/class/net", name).exists():
-                _ip("link", "del", name)
+        _remove([*(tap.ifname for tap in self._taps), self.name])
         self._taps.clear()
+        if self._sign is not None:
+            self._sign.close()
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _sign(name: str) -> socket.socket | None:
+    """Take the sign that the maker of that bridge lives: an abstract socket, which is of the same network
+    namespace and ends with it. None: it lives."""
+    sign = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        sign.bind(f"\0shmsock-{name}")
+    except OSError:
+        sign.close()
+        return None
+    return sign
+
+
+def _remove(names: list[str]) -> None:
+    for name in names:
+        if Path("/sys/class/net", name).exists():
+            _ip("link", "del", name)
 
 
 def _ip(*argv: str) -> None:

@@ -174,8 +174,11 @@ def test_create_relative_and_with_a_comma(path: Path, monkeypatch: pytest.Monkey
 
 
 def test_create_that_no_guest_could_use(path: Path) -> None:
-    said = good("create", path, "--size", "5M")
-    assert "a power of two, such as 8 MiB" in said
+    done = shmsock("create", path, "--size", "5M")
+    assert done.exit_code == 0
+    said = done.output
+    assert "shmsock: warning: 5 MiB is no power of two" in said
+    assert "for guests make it 4 MiB or 8 MiB" in said
     assert "-device" not in said
 
 

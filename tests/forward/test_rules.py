@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import socket
 from dataclasses import replace
@@ -244,6 +245,38 @@ def test_a_file_is_read_again(shm_region: Path, tmp_path: Path) -> None:
                 end.close()
     for server in servers:
         server.close()
+
+
+@pytest.mark.parametrize(
+    ("narrow", "wide", "target"),
+    [
+        ("tcp:127.0.0.1:{}", "tcp:*:{}", "shm:vm-b:1"),
+        ("udp:127.0.0.1:{}", "udp:*:{}", "shm:vm-b:1"),
+        ("shm:localhost:{}", "shm:{}", "tcp:127.0.0.1:9"),
+    ],
+)
+def test_a_rule_may_take_the_port_of_one_that_goes(
+    narrow: str, wide: str, target: str, shm_region: Path, tmp_path: Path
+) -> None:
+    port, path = free_port(), tmp_path / "rules.toml"
+    narrow, wide = narrow.format(port), wide.format(port)
+    path.write_text(lines_of([(narrow, target)]))
+    with Forwarder("--config", str(path), name="vm-a") as forwarder:
+        for listen in (wide, narrow):
+            # as long as another cannot listen, the former does
+            with socket.create_server(("127.0.0.1", 0)) as other:
+                taken = f"tcp:127.0.0.1:{other.getsockname()[1]}"
+                path.write_text(lines_of([(listen, target), (taken, "shm:vm-b:1")]))
+                mark = len(forwarder.lines)
+                forwarder.send_signal(signal.SIGHUP)
+                forwarder.said(f"cannot listen on {taken}.*going on with", mark)
+            if listen == "tcp:*:" + str(port):
+                socket.create_connection(("127.0.0.1", port), PATIENCE_S).close()
+            path.write_text(lines_of([(listen, target)]))
+            mark = len(forwarder.lines)
+            forwarder.send_signal(signal.SIGHUP)
+            forwarder.said("1 rules", mark)
+            forwarder.said(re.escape(f"listening on {listen} -> "), mark)
 
 
 def test_a_mistake_at_the_start_is_one_line(shm_region: Path, tmp_path: Path) -> None:

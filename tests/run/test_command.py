@@ -50,6 +50,12 @@ def test_exit_code_input_arguments_and_signals_are_the_program_s_own() -> None:
         assert running.stop(signal.SIGINT) == 3
 
 
+def test_a_sigterm_that_is_ignored_stays_ignored() -> None:
+    code = "import signal; print(signal.getsignal(signal.SIGTERM) is signal.SIG_IGN)"
+    command = [sys.executable, "-m", "shmsock", "run", "--", "-c", code]
+    assert subprocess.check_output(["sh", "-c", 'trap "" TERM; exec "$@"', "sh", *command]) == b"True\n"
+
+
 def test_standard_descriptors_that_are_closed_stay_so() -> None:
     code = "import os, sys; os.write(2, b'%r %r' % (sys.stdin, sys.stdout))"
     command = [sys.executable, "-m", "shmsock", "run", "--", "-c", code]

@@ -296,6 +296,19 @@ def test_network_on_request(fleet: Fleet) -> None:
     assert not Path("/sys/class/net", taps[0].ifname).exists()
 
 
+def test_a_bridge_whose_maker_was_killed_goes_with_the_next() -> None:
+    make = "import os, signal; from shmsock.guests.qemu import Bridge; bridge = Bridge().__enter__()\n"
+    make += "print(bridge.name, bridge.tap().ifname, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    with Bridge() as bridge:
+        tap = bridge.tap().ifname
+        left = subprocess.run([sys.executable, "-c", make], capture_output=True, text=True).stdout.split()
+        assert len(left) == 2
+        assert all(Path("/sys/class/net", name).exists() for name in left)
+        with Bridge():
+            assert not any(Path("/sys/class/net", name).exists() for name in left)
+            assert all(Path("/sys/class/net", name).exists() for name in (bridge.name, tap))
+
+
 def test_iommu_and_two_devices(fleet: Fleet) -> None:
     devices = [Ivshmem(fleet.shared_file(size), size) for size in (1 << 20, 1 << 22)]
     guest = fleet.boot("vm-i", ivshmem=devices, iommu=True, modules=["vfio-pci"], cpus=2, memory_mb=640)
