@@ -78,6 +78,7 @@ check: lint ## ruff, mypy, and the C core with every compiler's warnings as erro
 .PHONY: docs
 docs: setup ## write the generated parts of the documents
 	@$(BIN)/python -m tests.test_docs
+	@$(BIN)/python -m tests.commands.test_help
 
 .PHONY: format
 format: setup ## let ruff lay out the Python files

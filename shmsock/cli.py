@@ -11,7 +11,7 @@ from shmsock.commands.group import Commands
 __all__ = ["cli", "main"]
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(package_name="shmsock")
 def cli() -> None:
     """Sockets for asyncio over QEMU ivshmem shared memory."""

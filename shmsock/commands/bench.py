@@ -214,7 +214,9 @@ def _plan(options: dict[str, Any]) -> tuple[list[Any], list[Any], int, float]:
 
 
 @bench.command()
-@click.option("--listen", type=click.IntRange(0, 65535), default=PORT, show_default=True, metavar="PORT")
+@click.option(
+    "--listen", type=click.IntRange(0, 65535), default=PORT, metavar="PORT", help="In the region; 0: any."
+)
 @click.option("--tcp", type=HostPort(), metavar="[HOST:]PORT", help="Listen there too, for TCP beside it.")
 @_attaching
 def serve(
@@ -228,7 +230,7 @@ def serve(
 
 @bench.command()
 @click.argument("host")
-@click.option("--port", type=click.IntRange(1, 65535), default=PORT, show_default=True)
+@click.option("--port", type=click.IntRange(1, 65535), default=PORT, help="What the other end listens on.")
 @click.option(
     "--tcp", type=HostPort(), metavar="HOST:PORT", help="TCP beside it, to what the other end listens on."
 )

@@ -10,10 +10,8 @@ __all__ = ["demo_vm"]
 
 
 @click.command("demo-vm")
-@click.option(
-    "--megabytes", type=click.IntRange(1, 1000), default=200, show_default=True, help="Of the file, each way."
-)
-@click.option("--echoes", type=click.IntRange(1, 10_000_000), default=10_000, show_default=True)
+@click.option("--megabytes", type=click.IntRange(1, 1000), default=200, help="Of the file, each way.")
+@click.option("--echoes", type=click.IntRange(1, 10_000_000), default=10_000, help="Round trips of 64 bytes.")
 def demo_vm(megabytes: int, echoes: int) -> None:
     """Run two QEMU guests without a network. A file both ways at once, echoes, this host as a third peer."""
     from shmsock.bench.demo_vm import run_demo_vm

@@ -53,12 +53,11 @@ def forward(
     Each rule is a pair: where to listen, and where it leads.
 
     \b
-        shmsock forward tcp:127.0.0.1:6379 shm:vm-b:6379     here, for redis-cli
-        shmsock forward shm:6379 tcp:127.0.0.1:6379          on vm-b, beside redis-server
-        shmsock forward unix:/run/pg/.s.PGSQL.5432 shm:db:5432 udp:127.0.0.1:53 shm:dns:53
-        shmsock forward --config /etc/shmsock/forward.toml
+      shmsock forward tcp:127.0.0.1:6379 shm:vm-b:6379  # for redis-cli
+      shmsock forward shm:6379 tcp:127.0.0.1:6379       # on vm-b
+      shmsock forward unix:/run/db shm:db:5432 udp:127.0.0.1:53 shm:dns:53
+      shmsock forward --config /etc/shmsock/forward.toml
 
-    \b
     Endpoints: tcp:HOST:PORT, unix:PATH, udp:HOST:PORT, shm:NAME:PORT; to listen also shm:PORT,
     shm:localhost:PORT (for peers of this machine), tcp:*:PORT.
 

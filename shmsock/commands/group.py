@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
+import os
 import signal
 import sys
 import threading
@@ -20,6 +21,7 @@ __all__ = ["Commands", "Failed", "message"]
 MODULES = {
     "bench": "bench",
     "bind": "bind",
+    "completion": "completion",
     "create": "create",
     "demo": "demo",
     "demo-vm": "demo_vm",
@@ -72,6 +74,10 @@ class Commands(click.Group):
             return None
         module = importlib.import_module(f"shmsock.commands.{MODULES[name]}")
         command: click.Command = getattr(module, name.replace("-", "_"))
+        if "_SHMSOCK_COMPLETE" in os.environ:  # a shell asks, and no command runs
+            from shmsock.commands.complete import attach_values
+
+            attach_values(command)
         return command
 
     def invoke(self, context: click.Context) -> Any:

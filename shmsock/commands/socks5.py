@@ -12,7 +12,7 @@ __all__ = ["socks5"]
 
 
 @click.command()
-@click.option("--listen", "address", default="127.0.0.1:1080", show_default=True, metavar="HOST:PORT")
+@click.option("--listen", "address", default="127.0.0.1:1080", metavar="HOST:PORT", help="Where.")
 @click.option("--only-shm", is_flag=True, help="Lead to peers alone; other hosts are not allowed.")
 @attaching
 @click.option("--quiet", is_flag=True, help="Log no connections.")
