@@ -88,7 +88,7 @@ def test_cache_line() -> None:
         assert found is None
     else:
         assert found is not None
-        assert 10 < found < 1e6  # whatever else runs here
+        assert found > 10  # how much more is for what else runs here
     assert floor.cache_line_ns((client, client)) is None
 
 
