@@ -40,7 +40,7 @@ bench: ## every measure beside TCP and others, into benchmarks/: a quarter of an
 	@.ci/setup demo
 	@.ci/setup venv .venv $(BIN)/python bench
 	@mkdir -p benchmarks
-	@$(BIN)/shmsock bench --all --json benchmarks/results.json --text benchmarks/results.txt --plot benchmarks/plot.svg
+	@$(BIN)/shmsock bench --all --marks --json benchmarks/results.json --text benchmarks/results.txt --plot benchmarks/plot.svg
 
 .PHONY: instructions
 instructions: ## instructions per operation of the core; fails where they have become more

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
-import platform
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -14,23 +13,14 @@ from rich.console import Console
 
 from shmsock.aio.pump import extension
 from shmsock.bench.child import have_uvloop
+from shmsock.bench.ends import probe
 
 __all__ = ["describe", "machine", "note_load"]
 
 
 def machine() -> dict[str, Any]:
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.partition(":")[2].strip()
-                break
     found: dict[str, Any] = {
-        "machine": platform.machine(),
-        "cpu": model,
-        "cpus": len(os.sched_getaffinity(0)),
-        "kernel": platform.release(),
-        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        **probe.machine(),
         "shmsock": importlib.metadata.version("shmsock"),
         "extension": extension is not None,
         "load": round(os.getloadavg()[0], 1),

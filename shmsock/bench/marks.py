@@ -7,7 +7,7 @@ from typing import Any
 
 from shmsock.bench.pairs import DOORBELLS, FLOOR, OURS, STOCK, TCP, UDP, UNIX
 
-__all__ = ["MARKS", "Mark", "judge"]
+__all__ = ["MARKS", "Mark", "judged"]
 
 ASYNCIO = "shmsock, asyncio"
 
@@ -118,7 +118,7 @@ MARKS = (
 )
 
 
-def judge(measures: dict[str, Any], place: str = "host") -> list[dict[str, Any]]:
+def judged(measures: dict[str, Any], place: str = "host") -> list[dict[str, Any]]:
     """Tell of every mark that this run says something about what was wanted, and what was seen."""
     found = []
     for mark in MARKS:

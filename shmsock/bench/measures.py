@@ -9,9 +9,21 @@ from typing import Any
 from shmsock.bench import pairs as over
 from shmsock.bench.pairs import Variant
 from shmsock.bench.results import have_histograms
-from shmsock.bench.words import amount, count, duration, microseconds, nbytes, percent, share, speed
+from shmsock.bench.words import amount, count, duration, microseconds, nbytes, percent, seconds, share, speed
 
-__all__ = ["BOTH", "IDLE", "MEASURES", "PLAIN", "SPORADIC", "SUITE", "SWEEPS", "Column", "Measure", "chosen"]
+__all__ = [
+    "BOTH",
+    "IDLE",
+    "MEASURES",
+    "PLAIN",
+    "SPORADIC",
+    "SUITE",
+    "SWEEPS",
+    "Column",
+    "Measure",
+    "chosen",
+    "with_cost",
+]
 
 
 @dataclass(frozen=True)
@@ -25,6 +37,8 @@ class Column:
     """Is better."""
     beside: bool = False
     """Told as a ratio as well."""
+    cost: bool = False
+    """The ratio is how many times as much it takes."""
 
 
 LATENCY = tuple(
@@ -37,6 +51,12 @@ SPEED = (
 )
 MESSAGES = (Column("messages", "per_s", count, less=False, beside=True),)
 RATE = (Column("rate", "per_s", count, less=False, beside=True), *(replace(c, beside=False) for c in LATENCY))
+COST = (
+    Column("CPU an op", "cpu_us", microseconds, beside=True, cost=True),
+    Column("CPU a GB", "cpu_s_gb", seconds, beside=True, cost=True),
+    Column("host's CPU an op", "host_us", microseconds, beside=True, cost=True),
+    Column("host's CPU a GB", "host_s_gb", seconds, beside=True, cost=True),
+)
 OF_MEAN = Column("slowest of the mean", "slowest_of_mean", share, less=False)
 BESIDE = (*LATENCY, Column("p50 alone", "alone_p50_us", microseconds))
 SIDES = tuple(Column(f"CPU of {side}", f"{side}_cpu", percent) for side in ("client", "server"))
@@ -82,6 +102,8 @@ class Measure:
     clients: int = 1
     floor: bool = False
     """The C loop over the ring measures this too."""
+    times: float = 1
+    """So often the seconds of the others: it takes longer until it has something to tell."""
 
     @property
     def ends(self) -> tuple[object, ...]:
@@ -97,7 +119,30 @@ class Measure:
     def figures(self, found: dict[str, Any]) -> dict[str, Any]:
         """Pick its figures from what a client says; of several kinds the names tell which."""
         kinds = self.kind.split(",")
-        return {kind: found[kind] for kind in kinds} if len(kinds) > 1 else found[self.kind]
+        return {kind: found[kind] for kind in kinds} if len(kinds) > 1 else costing(found[self.kind])
+
+
+def costing(found: dict[str, Any]) -> dict[str, Any]:
+    """Add the CPU time of an operation, or of a GB, where it is known how busy the processes were."""
+    for key, of_op, of_gb in (("cpu", "cpu_us", "cpu_s_gb"), ("host_cpu", "host_us", "host_s_gb")):
+        if key in found and "mb_s" in found:
+            found[of_gb] = found[key] / 100 * 1000 / found["mb_s"]
+        elif key in found and "per_s" in found:
+            found[of_op] = found[key] / 100 * (1e6 / found["per_s"] + found.get("thought_us", 0))
+    return found
+
+
+def with_cost(measure: Measure) -> Measure:
+    """The same, with the CPU time that it takes."""
+    of_kinds = {"sporadic": LATENCY[:2], "echo": LATENCY[:3], "idle": SIDES}
+    told = of_kinds.get(measure.kind, measure.columns[:1])
+    usage = () if measure.kind in ("sporadic", "idle", "datagram") else ("--usage",)
+    return replace(
+        measure,
+        columns=(*told, *COST),
+        arguments=(*measure.arguments, *usage),
+        times=4 if measure.kind == "idle" else measure.times,
+    )
 
 
 ECHO = Measure("echo", "64 B round trip", "echo", over.all_streams, floor=True)

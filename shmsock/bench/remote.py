@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -10,15 +11,18 @@ from typing import Any
 
 from rich.console import Console
 
-from shmsock.bench.child import Child, have_uvloop
-from shmsock.bench.measures import Measure
+from shmsock.bench.child import Child, ChildError, have_uvloop
+from shmsock.bench.measures import MEASURES, SPORADIC, Measure, with_cost
 from shmsock.bench.pairs import Variant, checked
 from shmsock.bench.runner import Take, bench
+from shmsock.errors import region_error
 
 __all__ = ["REMOTE", "Remote", "bench_remote", "serve"]
 
-REMOTE = ("echo", "readline", "bulk", "drain", "connect", "many", "think-1ms", "think-10ms")
+REMOTE = ("echo", "readline", "bulk", "drain", "connect", "many", *(m.name for m in SPORADIC[:5]), "idle")
 """The measures that the server for streams can serve."""
+ALWAYS = ("think-1ms", "think-10ms", "idle")
+"""In every comparison: what shared memory is slow at, and what it costs."""
 
 Address = tuple[str | None, int]
 
@@ -81,14 +85,34 @@ class Remote:
     def open(self, measure: Measure) -> Iterator[Take]:
         yield partial(self._take, measure)
 
+    def probe(self) -> dict[str, Any]:
+        """Do both ends run all the time?"""
+        found: dict[str, Any] = self._client(ends(None)[0], 1, "--measure", "probe")["probe"]
+        return found
+
     def _take(self, measure: Measure, variant: Variant, seconds: float) -> dict[str, Any]:
+        return measure.figures(self._client(variant, seconds, *measure.ends))
+
+    def _client(self, variant: Variant, seconds: float, *more: object) -> dict[str, Any]:
         host, port = self.tcp if self.tcp and variant.is_tcp else self.at
         to = ("--host", host, "--port", port, *pinned(self.cpu), "--seconds", seconds)
-        with Child(variant.role("client", *to, *measure.ends), self.env) as client:
-            return measure.figures(checked(variant, client.line()))
+        try:
+            with Child(variant.role("client", *to, *more), self.env) as client:
+                return checked(variant, client.line())
+        except ChildError as error:
+            there = f"shmsock bench serve --{'tcp' if variant.is_tcp else 'listen'} {port}"
+            what = f"{variant.label} to {host} port {port}: {error.strerror}; does `{there}` run there?"
+            raise region_error(errno.ECONNREFUSED, what) from error
 
 
 def bench_remote(
     console: Console, place: Remote, rounds: int, seconds: float, measures: Sequence[Measure]
 ) -> dict[str, Any]:
-    return bench(console, place, rounds, seconds, measures, more={"host": place.at[0], "port": place.at[1]})
+    """Beside TCP it is a comparison: with what it costs, and whether it can be trusted."""
+    more: dict[str, Any] = {"host": place.at[0], "port": place.at[1]}
+    if place.tcp is None:
+        return bench(console, place, rounds, seconds, measures, more=more)
+    always = [MEASURES[name] for name in ALWAYS if MEASURES[name] not in measures]
+    costing = [with_cost(measure) for measure in (*measures, *always)]
+    more["tcp"] = place.tcp
+    return bench(console, place, rounds, seconds, costing, more=more, probe=place.probe)

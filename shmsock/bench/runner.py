@@ -6,7 +6,8 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import product
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -14,16 +15,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from shmsock.bench import floor
 from shmsock.bench.child import cpus
+from shmsock.bench.compare import beside
 from shmsock.bench.hogs import hogs
 from shmsock.bench.machine import describe, machine, note_load
-from shmsock.bench.marks import judge
+from shmsock.bench.marks import judged
 from shmsock.bench.measures import Measure, Sweep
 from shmsock.bench.pairs import Variant, peers, private_region
 from shmsock.bench.results import combine, of_peers
 from shmsock.bench.tables import mark_table, measure_table, sweep_table
+from shmsock.bench.verdict import say_verdict
 from shmsock.engine.settings import Settings
 
-__all__ = ["Bench", "Host", "Place", "Take", "bench"]
+__all__ = ["Bench", "Host", "Place", "Take", "bench", "judge"]
 
 Take = Callable[[Variant, float], dict[str, Any]]
 """Measures one variant once, for so many seconds."""
@@ -99,81 +102,106 @@ class Host:
 
 
 @dataclass
+class Taken:
+    """The rounds of a measure so far: of each variant what was found, and how fast cache lines were."""
+
+    measure: Measure
+    where: str
+    variants: list[Variant]
+    found: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    lines: dict[str, list[float]] = field(default_factory=dict)
+
+    def results(self) -> dict[str, Any]:
+        results = {label: combine(rounds) for label, rounds in self.found.items()}
+        for label in results:
+            seen = self.lines.get(label)
+            results[label]["cache_line_ns"] = statistics.median(seen) if seen else None
+        beside(self.measure, self.variants, results)
+        return results
+
+
+@dataclass
 class Bench:
-    """A run: so many rounds of so many seconds."""
+    """A run: so many rounds of so many seconds. With a probe, one of all measures in each round, and they
+    are as far apart as can be; else one measure after another."""
 
     console: Console
     place: Place
     rounds: int
     seconds: float
+    probe: Callable[[], dict[str, Any]] | None = None
     report: dict[str, Any] = field(default_factory=dict)
 
     def run(self, measures: Sequence[Measure], sweeps: Sequence[Sweep] = ()) -> None:
         """All of them, each with its table."""
+        swept = [sweep.measures() for sweep in sweeps]
+        plan = self._plan([*measures, *(m for each in swept for m in each)])
+        shown = [(partial(self._show, measure), [measure]) for measure in measures]
+        shown += [(partial(self._show_sweep, *each), each[1]) for each in zip(sweeps, swept, strict=True)]
         with progress(self.console) as bar:
-            steps = [m for m in measures] + [m for sweep in sweeps for m in sweep.measures()]
-            task = bar.add_task("", total=sum(len(self.place.variants(m)) * self.rounds for m in steps))
+            task = bar.add_task("", total=sum(len(taken.variants) for taken in plan.values()) * self.rounds)
 
             def step(text: str, by: int = 1) -> None:
                 bar.update(task, description=text, advance=by)
 
-            for measure in measures:
-                self._measure(measure, step)
-            for sweep in sweeps:
-                self._sweep(sweep, step)
+            if self.probe is not None:
+                for number in range(self.rounds):
+                    self.report.setdefault("probe", []).append(self.probe())
+                    for taken in plan.values():
+                        self._take(taken, [number], step)
+            for show, parts in shown:
+                known = [plan[part.name] for part in parts if part.name in plan]
+                if len(known) < len(parts):
+                    continue  # not to be measured here
+                if self.probe is None:
+                    for taken in known:
+                        self._take(taken, range(self.rounds), step)
+                show(known)
 
-    def _measure(self, measure: Measure, step: Callable[..., None]) -> None:
-        where = self.place.where(measure)
-        variants = self.place.variants(measure)
-        if where is None:
-            return
-        results = self._take(measure, variants, step)
-        title = f"{measure.title}, {where}; {self._times()}"
-        self.console.print(measure_table(measure, variants, title, results))
-        kept = {"title": measure.title, "where": where, "results": results}
+    def _plan(self, measures: Sequence[Measure]) -> dict[str, Taken]:
+        wheres = [(measure, self.place.where(measure)) for measure in measures]
+        return {m.name: Taken(m, where, self.place.variants(m)) for m, where in wheres if where is not None}
+
+    def _take(self, taken: Taken, numbers: Sequence[int], step: Callable[..., None]) -> None:
+        """Every variant once in each of these rounds."""
+        measure = taken.measure
+        with self.place.open(measure) as take:
+            for number, variant in product(numbers, taken.variants):
+                step(f"{measure.name}: round {number + 1} of {self.rounds}, {variant.label}", 0)
+                if (line := self.place.cache_line_ns()) is not None:
+                    taken.lines.setdefault(variant.label, []).append(line)
+                found = take(variant, self.seconds * measure.times)
+                taken.found.setdefault(variant.label, []).append(found)
+                step("", 1)
+
+    def _show(self, measure: Measure, known: list[Taken]) -> None:
+        (taken,) = known
+        results = taken.results()
+        title = f"{measure.title}, {taken.where}; {self._times(measure)}"
+        self.console.print(measure_table(measure, taken.variants, title, results))
+        kept = {"title": measure.title, "where": taken.where, "results": results}
         self.report.setdefault("measures", {})[measure.name] = kept
 
-    def _sweep(self, sweep: Sweep, step: Callable[..., None]) -> None:
+    def _show_sweep(self, sweep: Sweep, measures: list[Measure], known: list[Taken]) -> None:
         found: dict[str, dict[str, Any]] = {}
-        where = None
-        for value, measure in zip(sweep.values, sweep.measures(), strict=True):
-            where = self.place.where(measure)
-            if where is None:
-                return
-            for label, figures in self._take(measure, self.place.variants(measure), step).items():
+        for value, taken in zip(sweep.values, known, strict=True):
+            for label, figures in taken.results().items():
                 found.setdefault(label, {})[str(value)] = figures
-        self.console.print(sweep_table(sweep, f"{sweep.title}, {where}; {self._times()}", found))
-        kept = {"title": sweep.title, "where": where, "figure": sweep.column.key, "results": found}
+        title = f"{sweep.title}, {known[0].where}; {self._times(sweep.measure)}"
+        self.console.print(sweep_table(sweep, title, found))
+        kept = {"title": sweep.title, "where": known[0].where, "figure": sweep.column.key, "results": found}
         self.report.setdefault("sweeps", {})[sweep.name] = kept
 
-    def _times(self) -> str:
+    def _times(self, measure: Measure) -> str:
         rounds = f"medians of {self.rounds} rounds" if self.rounds > 1 else "one round"
-        return f"{rounds} of {self.seconds:g} s"
+        return f"{rounds} of {self.seconds * measure.times:g} s"
 
-    def _take(self, measure: Measure, variants: list[Variant], step: Callable[..., None]) -> dict[str, Any]:
-        """Every variant once per round."""
-        taken: dict[str, list[dict[str, Any]]] = {variant.label: [] for variant in variants}
-        lines: dict[str, list[float]] = {variant.label: [] for variant in variants}
-        with self.place.open(measure) as take:
-            for number in range(self.rounds):
-                for variant in variants:
-                    step(f"{measure.name}: round {number + 1} of {self.rounds}, {variant.label}", 0)
-                    if (line := self.place.cache_line_ns()) is not None:
-                        lines[variant.label].append(line)
-                    taken[variant.label].append(take(variant, self.seconds))
-                    step("", 1)
-        results = {label: combine(rounds) for label, rounds in taken.items()}
-        for label, seen in lines.items():
-            results[label]["cache_line_ns"] = statistics.median(seen) if seen else None
-        return results
 
-    def judge(self) -> list[dict[str, Any]]:
-        """Beside the marks that this run says something about."""
-        marks = judge(self.report.get("measures", {}), self.place.name)
-        if marks:
-            self.console.print(mark_table(marks))
-        self.report["marks"] = marks
-        return marks
+def judge(console: Console, report: dict[str, Any]) -> None:
+    """Beside the marks that this run says something about."""
+    report["marks"] = judged(report.get("measures", {}), report["place"])
+    if report["marks"]:
+        console.print(mark_table(report["marks"]))
 
 
 def progress(console: Console) -> Progress:
@@ -197,13 +225,15 @@ def bench(
     measures: Sequence[Measure],
     sweeps: Sequence[Sweep] = (),
     more: dict[str, Any] | None = None,
+    probe: Callable[[], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Measures, prints and judges; gives all of it for --json."""
+    """Measures and prints; gives all of it for --json."""
     known = machine()
     console.print(describe(known))
-    run = Bench(console, place, rounds, seconds)
-    run.report = {"machine": known, **(more or {}), "rounds": rounds, "seconds": seconds}
+    run = Bench(console, place, rounds, seconds, probe)
+    run.report = {"machine": known, "place": place.name, **(more or {}), "rounds": rounds, "seconds": seconds}
     run.run(measures, sweeps)
-    run.judge()
     note_load(console, known)
+    if probe is not None:
+        say_verdict(console, run.report)
     return run.report

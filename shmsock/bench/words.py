@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "amount",
+    "between",
     "count",
     "duration",
     "microseconds",
@@ -11,6 +12,7 @@ __all__ = [
     "nbytes",
     "percent",
     "ratio",
+    "seconds",
     "share",
     "speed",
     "times",
@@ -29,6 +31,10 @@ def nanoseconds(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.0f} ns" if value < 10_000 else microseconds(value / 1000)
+
+
+def seconds(value: float) -> str:
+    return f"{value:.3g} s" if value >= 1 else microseconds(value * 1e6)
 
 
 def speed(value: float) -> str:
@@ -64,6 +70,12 @@ def percent(value: float) -> str:
 
 def share(value: float) -> str:
     return f"{value:.0%}"
+
+
+def between(low: float, high: float) -> str:
+    """ "90 to 120", "1.9"."""
+    words = [ratio(value, parts=False) for value in (low, high)]
+    return words[0] if words[0] == words[1] else " to ".join(words)
 
 
 def times(value: float, more: str, less: str) -> str:

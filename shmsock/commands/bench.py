@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shmsock.commands.console import console
+from shmsock.commands.params import check_environ
 from shmsock.errors import region_error
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class HostPort(click.ParamType[tuple[str | None, int]]):
     ) -> tuple[str | None, int]:
         if isinstance(value, tuple):
             return value
-        host, _, port = value.rpartition(":")
+        host, _, port = value.removeprefix("tcp://").rpartition(":")
         if not port.isdecimal() or int(port) > 65535:
             self.fail(f"{value!r} has no port: expected HOST:PORT, such as 192.168.7.2:7001", param, context)
         return host.strip("[]") or None, int(port)
@@ -50,6 +51,7 @@ def _measuring(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--json", "file", type=file_or_dash, help="Write all figures there too."),
         click.option("--text", type=file, help="Write the tables there too."),
         click.option("--plot", type=file, help="Draw an SVG of round trips and throughput."),
+        click.option("--marks", is_flag=True, help="Judge by what the project itself wants to reach."),
     ):
         command = option(command)
     return command
@@ -76,6 +78,7 @@ def _write(
 ) -> None:
     """Measure, and write what was measured wherever it is wanted. What would fail then fails now."""
     from shmsock.bench import plot
+    from shmsock.bench.runner import judge
 
     file, text, picture = (options[name] for name in ("file", "text", "plot"))
     for path in (file, text, picture):
@@ -85,6 +88,8 @@ def _write(
         plot.need_plot(measures, sweeps)
     out = console(record=text is not None)
     report = measure(out)
+    if options["marks"]:
+        judge(out, report)
     if file == "-":
         click.echo(json.dumps(report, indent=2))
     elif file:
@@ -225,6 +230,7 @@ def serve(
     """Be the other end of `shmsock bench connect`. Until standard input ends, or Ctrl-C."""
     from shmsock.bench import remote
 
+    check_environ(name)
     remote.serve(console(), listen, tcp, region, name, cpu)
 
 
@@ -232,7 +238,12 @@ def serve(
 @click.argument("host")
 @click.option("--port", type=click.IntRange(1, 65535), default=PORT, help="What the other end listens on.")
 @click.option(
-    "--tcp", type=HostPort(), metavar="HOST:PORT", help="TCP beside it, to what the other end listens on."
+    "--against",
+    "--tcp",
+    "tcp",
+    type=HostPort(),
+    metavar="tcp://HOST:PORT",
+    help="Compare with TCP, to where the other end has --tcp: pauses, CPU time and a verdict too.",
 )
 @_attaching
 @_measuring
@@ -245,16 +256,20 @@ def connect(
     cpu: int | None,
     **options: Any,
 ) -> None:
-    """Measure against `shmsock bench serve` on HOST. A peer's name: in another VM, or on this host."""
+    """Measure against `shmsock bench serve` on HOST. A peer's name: in another VM, or on this host.
+
+    Each measure takes turns in --rounds (3; 6 with --against) of --seconds (0.5; 0.3 with --against).
+    """
     from shmsock.bench.remote import REMOTE, Remote, bench_remote
 
+    check_environ(name)
     if tcp and tcp[0] is None:
-        raise click.BadParameter("the host is missing: expected HOST:PORT", param_hint="--tcp")
-    measures = _chosen(options["only"] or "echo,bulk,drain,connect")[0]
+        raise click.BadParameter("the host is missing: expected HOST:PORT", param_hint="--against")
+    measures = _chosen(options["only"] or ("echo,bulk,connect" if tcp else "echo,bulk,drain,connect"))[0]
     if other := [m.name for m in measures if m.name not in REMOTE]:
         raise click.BadParameter(
             f"{', '.join(other)}: between two machines there are {', '.join(REMOTE)}", param_hint="--only"
         )
     place = Remote((host, port), tcp, region, name, cpu)
-    rounds, seconds = options["rounds"] or 3, options["seconds"] or 0.5
+    rounds, seconds = options["rounds"] or (6 if tcp else 3), options["seconds"] or (0.3 if tcp else 0.5)
     _write(lambda console: bench_remote(console, place, rounds, seconds, measures), options, measures)

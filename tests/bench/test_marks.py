@@ -11,8 +11,10 @@ import pytest
 from rich.console import Console
 
 from shmsock.bench import plot, results
+from shmsock.bench.compare import beside
 from shmsock.bench.ends.timing import encoded
-from shmsock.bench.marks import MARKS, judge
+from shmsock.bench.marks import MARKS
+from shmsock.bench.marks import judged as judge
 from shmsock.bench.measures import IDLE, MEASURES, SPORADIC, SUITE, SWEEPS, chosen
 from shmsock.bench.pairs import FLOOR, OURS, STOCK, TCP, UNIX, Variant
 from shmsock.bench.results import combine, curve, of_peers
@@ -39,9 +41,9 @@ def judged(measure: str, results: dict[str, Any], place: str = "host") -> list[t
     return [(mark["who"], mark["met"]) for mark in judge({measure: {"results": results}}, place)]
 
 
-def told(table: Any) -> str:
+def told(table: Any, width: int = 300) -> str:
     out = io.StringIO()
-    Console(width=300, file=out).print(table)
+    Console(width=width, file=out).print(table)
     return out.getvalue()
 
 
@@ -105,25 +107,57 @@ def test_mark_table() -> None:
     assert "at most 2,500" in told(mark_table(judge({"memory": figures(**{OURS: {"beyond_bytes": 1.0}})})))
 
 
+TWO = [Variant("asyncio", "uvloop"), Variant("shmsock", "uvloop")]
+
+
+def compared(name: str, variants: list[Variant], results: dict[str, Any]) -> Any:
+    """The table of results that are those of one round."""
+    found = {label: {**r, "rounds": [r]} for label, r in results.items()}
+    beside(MEASURES[name], variants, found)
+    return measure_table(MEASURES[name], variants, "title", found)
+
+
 def test_measure_table() -> None:
     tcp = {"p50_us": 60.0, "p99_us": 1500.0, "p999_us": 2000.0, "max_us": 9000.0, "cache_line_ns": 104.4}
     results = {TCP: tcp, OURS: {**tcp, "p50_us": 2.0, "cache_line_ns": None}}
-    two = [Variant("asyncio", "uvloop"), Variant("shmsock", "uvloop")]
-    said = told(measure_table(MEASURES["echo"], two, "title", results))
-    for text in ("60.0 us", "1.5 ms", "2.00 us", "30x faster", "104 ns", "p50 beside uvloop TCP", "title"):
+    said = told(compared("echo", TWO, results))
+    for text in (
+        "60.0 us",
+        "1.5 ms",
+        "2.00 us",
+        "30x faster",
+        "uvloop TCP",
+        "title",
+        "line took 104 ns there",
+    ):
         assert text in said
-    assert " - " in said  # no cache line known
     rates = {TCP: {"mb_s": 500.0, "per_s": 8000.0}, OURS: {"mb_s": 12500.0, "per_s": 2e5}}
-    said = told(measure_table(MEASURES["bulk"], two, "title", rates))
+    said = told(compared("bulk", TWO, rates))
     for text in ("500 MB/s", "12.50 GB/s", "200,000", "25x as much"):
         assert text in said
+    assert "cache line" not in said  # none is known
+
+
+def test_tables_fit_in_80_columns() -> None:
+    """No figure is folded or cut."""
+    names = (STOCK, "multiprocessing.Pipe", "C loop over the ring", TCP)
+    slow = {"p50_us": 123.4, "p99_us": 123456.0, "p999_us": 123456.0, "max_us": 123456.0, "cpu_us": 999.9}
+    results = {name: {**slow, "mb_s": 12345.6, "per_s": 1234567.0, "cache_line_ns": 104.0} for name in names}
+    variants = [Variant("asyncio", "uvloop", stock=True), Variant("pipe"), Variant("floor"), TWO[0]]
+    for name in ("echo", "bulk", "connect"):
+        said = told(compared(name, variants, results), width=80)
+        assert max(len(line.rstrip()) for line in said.splitlines()) <= 80
+        assert "\N{HORIZONTAL ELLIPSIS}" not in said
+        cells = ("123.4 us", "123.5 ms", "1x faster") if name == "echo" else ("1,234,567", "1x as much")
+        for word in (*cells, "beside"):
+            assert word in said
 
 
 def test_a_ratio_is_to_the_network_of_the_same_loop() -> None:
     loops = ("uvloop", "asyncio")
     what = [Variant(module, loop) for loop in loops for module in ("asyncio", "shmsock")]
     results = {v.label: {"p50_us": p50} for v, p50 in zip(what, (50.0, 5.0, 90.0, 6.0), strict=True)}
-    said = told(measure_table(MEASURES["protocol"], what, "title", results))
+    said = told(compared("protocol", what, results))
     assert "10x faster" in said
     assert "15x faster" in said
 

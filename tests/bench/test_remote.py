@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from shmsock.bench.pairs import OURS, private_region
+from shmsock.bench.pairs import OURS, TCP, private_region
 from shmsock.bench.remote import REMOTE
 from tests.commands.test_cli import SECONDS, bad, good, usage
 
@@ -40,18 +40,35 @@ def test_serve_and_connect(tmp_path: Path) -> None:
     with private_region("bench", 32 << 20, 4) as region:
         options = ("--region", region, "--name", "there", "--tcp", "127.0.0.1:0")
         with serving(*options) as (process, (tcp, port)):
-            where = ("--region", region, "--port", port, "--tcp", f"127.0.0.1:{tcp}")
-            short = ("--rounds", "1", "--seconds", "0.03", "--json", file)
+            where = ("--region", region, "--port", port, "--against", f"tcp://127.0.0.1:{tcp}")
+            short = ("--rounds", "2", "--seconds", "0.03", "--json", file)
             said = good("bench", "connect", "there", *where, "--only", "echo,bulk", *short)
         assert process.returncode == 0  # its input ended
     assert "to there, TCP to 127.0.0.1" in said
-    assert "at most 1/20" in said
     report = json.loads(file.read_text())
     assert (report["host"], report["port"]) == ("there", int(port))
-    assert set(report["measures"]) == {"echo", "bulk"}
-    labels = [label for label in report["measures"]["echo"]["results"] if "TCP" not in label]
-    assert len(labels) == 1
-    assert labels[0].startswith("shmsock")
+    assert set(report["measures"]) == {"echo", "bulk", "think-1ms", "think-10ms", "idle"}
+    assert "marks" not in report
+    for name, kept in report["measures"].items():
+        (tcp, ours) = kept["results"].values()
+        costs = (
+            ("client_cpu", "server_cpu") if name == "idle" else ("cpu_s_gb" if name == "bulk" else "cpu_us",)
+        )
+        assert all(r[cost] >= 0 for r in (tcp, ours) for cost in costs)
+        assert len(ours["rounds"]) == 2
+    echo = report["measures"]["echo"]["results"]
+    seen = echo[OURS]["beside"]["p50_us"]
+    ratios = [
+        a["p50_us"] / b["p50_us"] for a, b in zip(echo[TCP]["rounds"], echo[OURS]["rounds"], strict=True)
+    ]
+    assert (seen["than"], seen["each"]) == (TCP, ratios)
+    assert [set(taken) for taken in report["probe"]] == [{"client", "server"}] * 2
+    for end in ("client", "server"):
+        assert 0 <= report["probe"][0][end]["lost"] <= 100
+        assert report["probe"][0][end]["machine"]["kernel"] == os.uname().release
+        assert report["probe"][0][end]["region"] == f"file:{region}"
+    assert report["verdict"][0]["text"].startswith("64 B echo ")
+    assert f"{OURS} beside {TCP}: 64 B echo " in " ".join(said.split())
 
 
 def test_serve_ends_on_ctrl_c() -> None:
@@ -65,13 +82,30 @@ def test_serve_ends_on_ctrl_c() -> None:
 def test_nobody_serves(capfd: pytest.CaptureFixture[str]) -> None:
     with private_region("bench", 32 << 20, 4) as region:
         said = bad("bench", "connect", "nobody", "--region", region, "--rounds", "1", "--seconds", "0.03")
-    assert "it says why above" in said
-    assert "nobody" in capfd.readouterr().err
+    assert "nobody" in said
+    assert "does `shmsock bench serve --listen 7000` run there?" in said
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("how", ["serve", "connect there"])
+def test_a_bad_name_is_one_line(how: str) -> None:
+    argv = [sys.executable, "-m", "shmsock", "bench", *how.split(), "--name", "a/b"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=SECONDS, stdin=subprocess.DEVNULL)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "'a/b' is no peer name" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_end_that_cannot_start_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    said = bad("bench", "serve", "--region", "nonsense:x")
+    assert "'nonsense:x' is no region URL" in said
+    assert said.count("\n") == 1
+    assert capfd.readouterr().err == ""
 
 
 def test_bad_usage() -> None:
     assert "has no port" in usage("bench", "serve", "--tcp", "there")
-    assert "the host is missing" in usage("bench", "connect", "there", "--tcp", "7001")
+    assert "the host is missing" in usage("bench", "connect", "there", "--against", "tcp://7001")
     assert "between two machines there are echo" in usage("bench", "connect", "there", "--only", "anyio")
     assert "echo" in REMOTE
 
@@ -83,7 +117,7 @@ def test_bad_usage() -> None:
 def test_bench_vm_with_doorbells(tmp_path: Path) -> None:
     """TCP, ivshmem-plain and ivshmem-doorbell in the same two guests."""
     file = tmp_path / "figures.json"
-    what = ("--only", "echo,idle", "--rounds", 1, "--seconds", "0.2")
+    what = ("--only", "echo,idle", "--rounds", 1, "--seconds", "0.2", "--marks")
     said = good("bench", "--vm", "--doorbells", *what, "--json", file)
     bells = f"{OURS}, doorbells"
     report = json.loads(file.read_text())

@@ -10,15 +10,17 @@ import os
 import resource
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from . import protocols, quiet, streams
+from . import probe, protocols, quiet, streams
 from .networks import MODULES, Network
 from .timing import encoded
+from .usage import Usages
 
 __all__ = ["main"]
 
-CLIENTS = {**streams.CLIENTS, **protocols.CLIENTS, **quiet.CLIENTS}
+CLIENTS = {**streams.CLIENTS, **protocols.CLIENTS, **quiet.CLIENTS, **probe.CLIENTS}
 LOOPLESS = ("zmq", "pipe", "iceoryx2")
 
 
@@ -55,7 +57,14 @@ async def measure(options: argparse.Namespace) -> None:
     network, found = Network(options), {}
     for name in options.measure.split(","):
         times: list[int] = []
-        found[name] = figures(options, await CLIENTS[name](network, options, times), times)
+        work = partial(CLIENTS[name], network, options, times)
+        if options.usage:
+            usages = Usages([await streams.connect(network, b"u")])
+            taken = await usages.during(work)
+            await streams.let_go(usages.held)
+        else:
+            taken = await work()
+        found[name] = figures(options, taken, times)
     finish(options, found)
 
 
@@ -118,6 +127,7 @@ def main() -> None:
     parser.add_argument("--think", type=int, default=0, help="microseconds")
     parser.add_argument("--connections", type=int, default=10)
     parser.add_argument("--histogram", action="store_true", help="HDR histograms too")
+    parser.add_argument("--usage", action="store_true", help="the CPU time of both ends, too: of streams")
     parser.add_argument(
         "--wait", action="store_true", help="say that it is there, begin with a line of input"
     )
@@ -137,5 +147,6 @@ def main() -> None:
         else:
             run = runner(options.loop, options.shm_loop)
             run(serve(options) if options.role == "server" else measure(options))
-    except OSError as error:
-        sys.exit(f"bench: {error}")
+    except (OSError, ValueError) as error:
+        say({"error": (error.strerror if isinstance(error, OSError) else "") or str(error)})
+        sys.exit(1)

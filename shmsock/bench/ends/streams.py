@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 from .networks import Network
+from .probe import here, spin
 from .timing import batches, percentiles, same, shared, trips
 from .usage import usage
 
@@ -25,7 +26,7 @@ Pair = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """The server's side. What the client wants is its first byte: b"e" echo, b"l" echo of lines, b"s" a sink
-    that counts, b"c" that byte back and no more, b"u" what this process used."""
+    that counts, b"c" that byte back and no more, b"u" what this process used, b"p" a probe of so many ms."""
     try:
         kind = await reader.readexactly(1)
         if kind == b"e":
@@ -42,6 +43,9 @@ async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
                 await writer.drain()
         elif kind == b"c":
             writer.write(kind)
+        elif kind == b"p":
+            found = spin(int.from_bytes(await reader.readexactly(2), "big") / 1000)
+            writer.write(json.dumps({**found, **here(writer)}).encode() + b"\n")
         else:
             count = 0
             while data := await reader.read(BLOCK):
