@@ -167,6 +167,9 @@ class NoFastPath:
     def take(self, most: int) -> None:
         """Take nothing."""
 
+    def take_into(self, buffer: Any) -> None:
+        """Take nothing."""
+
     def put(self, data: Any) -> int:
         """Put nothing into the ring."""
         return 0

@@ -146,6 +146,9 @@ class ShmStream(Resource, ByteStream):
         self._receiving = True
         try:
             await self._turn()
+            n: int | None = self._fast_path.take_into(room)
+            if n is not None:
+                return n
             with self._node.engine.ffi.from_buffer(room) as to:
                 return await self._receive_slowly(self._conn.read_into, to, len(room))
         finally:

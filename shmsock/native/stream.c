@@ -6,7 +6,8 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#define FILE_PIECE (1u << 18) /* bytes of a file that are published at once */
+#define PIECE (1u << 16)      /* bytes that are published, or given back, at a time: the peer copies those meanwhile */
+#define FILE_PIECE (1u << 18) /* likewise of a file */
 
 /* ---- reading ---- */
 
@@ -112,19 +113,33 @@ int64_t sh_read_step(sh_ep *ep, sh_taker *to, uint32_t want, uint32_t min, int h
     return sh_take_out(ep, to, 0, at_most(found, want));
 }
 
-/* The same two for callers outside of the extension: into plain memory. */
+/* The first piece gave n: read on, what there is and what comes meanwhile, as long as the turn may last. What ends it is told by the next read. */
+static int64_t read_on(sh_ep *ep, void *to, uint32_t want, int64_t n, int hurry)
+{
+    int64_t some = n;
+
+    while (some > 0 && n < want && !(hurry && sh_over(ep->nd))) {
+        struct sh_plain plain = {{sh_take_plain}, (char *)to + n};
+
+        some = sh_read_some(ep, &plain.taker, at_most(PIECE, want - (uint32_t)n));
+        n += some > 0 ? some : 0;
+    }
+    return n;
+}
+
+/* The same two into plain memory, in pieces. */
 int64_t sh_read(sh_ep *ep, void *to, uint32_t want)
 {
     struct sh_plain plain = {{sh_take_plain}, to};
 
-    return sh_read_some(ep, &plain.taker, want);
+    return read_on(ep, to, want, sh_read_some(ep, &plain.taker, at_most(PIECE, want)), 0);
 }
 
 int64_t sh_read_wait(sh_ep *ep, void *to, uint32_t want, uint32_t min, int how)
 {
     struct sh_plain plain = {{sh_take_plain}, to};
 
-    return sh_read_step(ep, &plain.taker, want, min, how);
+    return read_on(ep, to, want, sh_read_step(ep, &plain.taker, at_most(min > PIECE ? min : PIECE, want), min, how), 1);
 }
 
 #define KEEP_GIL_MAX (1u << 15) /* bytes that are sent without letting other threads run */
@@ -202,8 +217,8 @@ int64_t sh_write(sh_ep *ep, const void *data, uint64_t n)
         if (!r)
             break;
         m = left < (uint32_t)r ? (uint32_t)left : (uint32_t)r;
-        if (m > SH_COPY_MAX)
-            m = SH_COPY_MAX;
+        if (m > PIECE)
+            m = PIECE;
         sh_stage(ep, 0, from, m);
         sh_commit(ep, m);
         from += m;

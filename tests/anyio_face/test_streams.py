@@ -222,6 +222,22 @@ def test_a_reset_breaks_both_ways(run: Run, world: World) -> None:
     run(main)
 
 
+@pytest.mark.parametrize("into", [False, True])
+def test_who_has_nothing_else_to_do_polls_for_bytes(run: Run, region: str, into: bool) -> None:
+    async def main() -> None:
+        async with World("nodes", region).pair() as (c, s):
+            node = s.extra(shm.ShmAttribute.node)
+            before = node.statistics()["spin_misses"]
+            await c.send(b"x")
+            assert await s.receive() == b"x"
+            with anyio.fail_after(10):
+                while node.statistics()["spin_misses"] == before:
+                    with anyio.move_on_after(0.001):
+                        await (s.receive_into(bytearray(10)) if into else s.receive(10))
+
+    run(main)
+
+
 def test_one_task_a_direction(run: Run, world: World) -> None:
     async def main() -> None:
         async with world.pair(settings=SMALL) as (c, _s), anyio.create_task_group() as tg:

@@ -335,6 +335,25 @@ static PyObject *fast_path_take(FastPath *p, PyObject *most)
     return data || PyErr_Occurred() ? data : Py_NewRef(Py_None);
 }
 
+/* Read into `buffer`, for a receive_into() that has let the loop turn. How many bytes; None: the slow way. */
+static PyObject *fast_path_take_into(FastPath *p, PyObject *buffer)
+{
+    Py_buffer view;
+    int64_t n;
+    int how;
+
+    if (!p->can_read)
+        Py_RETURN_NONE;
+    if (sh_schedule_pump(p->pump) < 0 || PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE) < 0)
+        return NULL;
+    how = sh_may_spin(p->pump) ? SH_MAY_SPIN : 0;
+    Py_BEGIN_ALLOW_THREADS
+    n = sh_read_wait(p->ep, view.buf, view.len < (Py_ssize_t)INT32_MAX ? (uint32_t)view.len : INT32_MAX, 1, how);
+    Py_END_ALLOW_THREADS
+    PyBuffer_Release(&view);
+    return n > 0 ? PyLong_FromLongLong(n) : Py_NewRef(Py_None);
+}
+
 /* Write, for a send(). How many bytes went into the ring; None: all of them, and the loop need not turn yet. */
 static PyObject *fast_path_put(FastPath *p, PyObject *data)
 {
@@ -530,6 +549,7 @@ static void fast_path_dealloc(FastPath *p)
 static PyMethodDef methods[] = {
     {"write", (PyCFunction)(void (*)(void))fast_path_write, METH_O, "write($self, data, /)\n--\n\nAs ShmTransport.write."},
     {"take", (PyCFunction)(void (*)(void))fast_path_take, METH_O, "Read 1 to so many bytes, for a receive() that has let the loop turn. None: the slow way."},
+    {"take_into", (PyCFunction)(void (*)(void))fast_path_take_into, METH_O, "Read into a buffer, for a receive_into() that has let the loop turn. How many bytes; None: the slow way."},
     {"put", (PyCFunction)(void (*)(void))fast_path_put, METH_O, "Write, for a send(). How many bytes went into the ring; None: all, and the loop need not turn yet."},
     {"attach", (PyCFunction)(void (*)(void))fast_path_attach, METH_FASTCALL, "Let this reader take bytes from the ring, if the connection is open."},
     {"receive", (PyCFunction)(void (*)(void))fast_path_receive, METH_VARARGS, "Set the protocol that bytes are given to, its context, and whether it has a buffer of its own."},
