@@ -224,7 +224,8 @@ async def _make(
         # Not on memory of a device, before Linux 5.16, or where a container forbids it.
         word = layout.pair(claim.section, claim.section) + lay.NOTIFY_SEQ
         futex = us.doorbells and memory.has_futex(word)
-        flags = (lay.FLAG_LOCKED if opened.can_lock else 0) | (lay.FLAG_FUTEX if futex else 0)
+        flags = lay.FLAG_COUNTS
+        flags |= (lay.FLAG_LOCKED if opened.can_lock else 0) | (lay.FLAG_FUTEX if futex else 0)
         identity = Identity(own, boot, machine, os.getpid(), flags, opened.identity)
         keepers: list[Heartbeat] = []
 

@@ -8,9 +8,10 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from shmsock.address import Address, may_be_published, packed, unpacked
+from shmsock.engine.counters import SHOWN
 from shmsock.engine.memory import Memory
 from shmsock.errors import format_error, region_error
 from shmsock.native._core import lib
@@ -20,6 +21,7 @@ __all__ = [
     "MAX_PEERS",
     "Identity",
     "Layout",
+    "SlotWords",
     "default_slots",
     "format_region",
     "has_magic",
@@ -42,6 +44,9 @@ H_ID: int = lib.SH_HEADER_REGION_ID
 H_BYTES: int = lib.SH_HEADER_REGION_BYTES
 CLAIM: int = lib.SH_SECTION_CLAIM
 BEAT: int = lib.SH_SECTION_BEAT
+PUMPS: int = lib.SH_SECTION_PUMPS
+COUNTS: int = lib.SH_SECTION_COUNTS
+SLEEP_SEQ: int = lib.SH_SECTION_SLEEP_SEQ
 INCARNATION: int = lib.SH_SECTION_INCARNATION
 STATE: int = lib.SH_SECTION_STATE
 N_LISTENERS: int = lib.SH_SECTION_LISTENERS
@@ -67,16 +72,26 @@ OUTBOX: int = lib.SH_PAIR_OUTBOX
 INBOX: int = lib.SH_PAIR_INBOX
 USERS: int = lib.SH_PAIR_USERS
 SLOT_LINK: int = lib.SH_SLOT_LINK
+SLOT_RING: int = lib.SH_SLOT_RING
+SLOT_ENDS: int = lib.SH_SLOT_ENDS
 SLOT_TX_WORD: int = lib.SH_SLOT_TX_WORD
+SLOT_RX_WORD: int = lib.SH_SLOT_RX_WORD
 SLOT_BYTES: int = lib.SH_SLOT_SIZE
+SLOTS_AT_ONCE = 4096
+MIN_RING: int = lib.SH_MIN_RING
+MAX_RING: int = lib.SH_MAX_RING
+ASKED: int = lib.SH_LINK_ASKED
 KEPT_FOR_LITTLE: int = lib.SH_KEPT_FOR_LITTLE
 LIVE: int = lib.SH_STATE_LIVE
 LEAVING: int = lib.SH_STATE_LEAVING
 GONE: int = lib.SH_STATE_LEFT
 FLAG_LOCKED: int = lib.SH_FLAG_LOCKED
 FLAG_FUTEX: int = lib.SH_FLAG_FUTEX
+FLAG_COUNTS: int = lib.SH_FLAG_COUNTS
 FIN = 1 << lib.SH_FIN_BIT
+RST = 1 << lib.SH_RST_BIT
 DONE = 1 << lib.SH_DONE_BIT
+WANT = 1 << lib.SH_WANT_BIT
 _NAME = re.compile(rb"[a-z0-9._-]{1,63}")
 
 
@@ -96,6 +111,27 @@ class Identity:
     def lock_tells(self, boot_id: bytes, file: tuple[int, int]) -> bool:
         """Would this process see it if the owner's section lock fell: same kernel, same file?"""
         return bool(self.flags & FLAG_LOCKED) and self.boot_id == boot_id != bytes(16) and self.file == file
+
+
+class SlotWords(NamedTuple):
+    """A slot in use, as its owner tells: to be shown, nothing follows from it."""
+
+    slot: int
+    generation: int
+    asked: bool
+    """Its CONNECT has no answer yet."""
+    peer: int
+    """A section; it need not exist."""
+    peer_slot: int
+    ports: tuple[int, int] | None
+    """The own one, and the peer's, 0 for datagrams; None: not known."""
+    accepted: bool
+    ring: int
+    """Bytes; 0: no size."""
+    bits: int
+    """FIN, RST, DONE, WANT."""
+    tail: int
+    head: int
 
 
 class Layout:
@@ -172,13 +208,64 @@ class Layout:
         entries = struct.unpack(f"<{used}Q", self.memory.read(at + LISTENER, 8 * used))
         return [(e & 0xFFFF, e >> 16 & 0xFF) for e in entries if e >> 16 & lib.SH_LISTEN_USED]
 
-    def slot_words(self, index: int) -> Iterator[tuple[int, int, int]]:
-        """(slot, link, tx word) of the slots in use: to be shown, nothing follows from them."""
-        at = self.slot(index, 0)
-        used = self.memory.load(self.section(index) + SLOTS_USED)
-        for slot in range(min(used, self.slots)):
-            if link := self.memory.load(at + slot * SLOT_BYTES + SLOT_LINK):
-                yield slot, link, self.memory.load(at + slot * SLOT_BYTES + SLOT_TX_WORD)
+    def slots_in_use(self, index: int) -> Iterator[SlotWords]:
+        """The slots of a section that are in use. None whose words are of different lives."""
+        used = min(self.memory.load(self.section(index) + SLOTS_USED), self.slots)
+        for first in range(0, used, SLOTS_AT_ONCE):
+            yield from self._slots(index, first, min(SLOTS_AT_ONCE, used - first))
+
+    def slot_in_use(self, index: int, slot: int) -> SlotWords | None:
+        """That slot; None: it is not in use."""
+        return next(self._slots(index, slot, 1), None)
+
+    def _slots(self, index: int, first: int, count: int) -> Iterator[SlotWords]:
+        raw = self.memory.read(self.slot(index, first), count * SLOT_BYTES)
+        words, step, shift = memoryview(raw).cast("Q"), SLOT_BYTES // 8, int(lib.SH_GEN_SHIFT)
+        for slot, link in enumerate(words[SLOT_LINK // 8 :: step]):
+            at = slot * step
+            tx = words[at + SLOT_TX_WORD // 8]
+            if not link or tx >> shift != link >> shift:
+                continue
+            ring, ends = words[at + SLOT_RING // 8], words[at + SLOT_ENDS // 8]
+            mine, size = ends >> shift == tx >> shift, 1 << (ring >> lib.SH_LOG2_SHIFT & 63)
+            yield SlotWords(
+                slot=first + slot,
+                generation=tx >> shift,
+                asked=link >> 8 & 0xFF == ASKED,
+                peer=link >> 32 & 0xFF,
+                peer_slot=link >> 16 & 0xFFFF,
+                ports=(ends >> 16 & 0xFFFF, ends & 0xFFFF) if mine else None,
+                accepted=mine and bool(ends >> 32 & 1),
+                ring=size if MIN_RING <= size <= MAX_RING else 0,
+                bits=tx & (FIN | RST | DONE | WANT),
+                tail=tx & 0xFFFFFFFF,
+                head=words[at + SLOT_RX_WORD // 8] & 0xFFFFFFFF,
+            )
+
+    def told(self, writer: int, reader: int) -> int:
+        """A mask of the reader's slots that the writer has told it to poll, and that it has not polled since:
+        to be shown."""
+        size, g = self.slots // 8, self.geometry
+        said = self.memory.read(self.pair(writer, reader) + int(g.toggle_off), size)
+        seen = self.memory.read(self.pair(reader, writer) + int(g.ack_off), size)
+        return int.from_bytes(said, "little") ^ int.from_bytes(seen, "little")
+
+    def counts(self, index: int) -> dict[str, int]:
+        """Counters of a section's owner, by the names that statistics() gives, as it shows them to people:
+        those in SHOWN modulo 2**32. (Whether it does is a flag of its identity.)"""
+        n = int(lib.SH_COUNTS)
+        words = struct.unpack(f"<{n}Q", self.memory.read(self.section(index) + COUNTS, 8 * n))
+        halves = [half for word in words[2:] for half in (word & 0xFFFFFFFF, word >> 32)]
+        return {"bytes_in": words[0], "bytes_out": words[1], **dict(zip(SHOWN, halves, strict=True))}
+
+    def pumps(self, index: int) -> int:
+        """Return the owner's count of passes: to be shown."""
+        return self.memory.load(self.section(index) + PUMPS)
+
+    def sleep_seq(self, index: int) -> tuple[int, bool]:
+        """Return how often the owner fell asleep (modulo 2**62), and whether it sleeps now: to be shown."""
+        word = self.memory.load(self.section(index) + SLEEP_SEQ)
+        return word >> 2, bool(word & 1)
 
     def is_read_by(self, section: int, reader: int) -> bool:
         """Has the reader left messages of the section's last owner unread, or does it still read what that

@@ -106,6 +106,12 @@ static void send_waiting(sh_node *nd, uint32_t peer)
     }
 }
 
+/* Publish, for people and tools, between which ports the connection of that slot is. */
+static void publish_ends(sh_ep *ep, uint32_t own, uint32_t theirs)
+{
+    sh_put(&ep->mine->ends, (uint64_t)ep->gen << SH_GEN_SHIFT | (uint64_t)ep->accepted << 32 | (uint64_t)(own & 0xffff) << 16 | (theirs & 0xffff));
+}
+
 /* Ask that peer for a connection to its port (0: one for datagrams), as soon as there is a credit. Returns the slot, or what sh_ep_new() does; the answer is an
  * event, CONNECTED or REFUSED. */
 int64_t sh_connect(sh_node *nd, uint32_t peer, uint32_t port, uint32_t src_port)
@@ -119,6 +125,8 @@ int64_t sh_connect(sh_node *nd, uint32_t peer, uint32_t port, uint32_t src_port)
     ep->port = (uint16_t)port;
     ep->src_port = (uint16_t)src_port;
     ep->tries = 0;
+    publish_ends(ep, src_port, port);
+    sh_put(&ep->mine->link, (uint64_t)ep->gen << SH_GEN_SHIFT | (uint64_t)peer << 32 | SH_LINK_ASKED << 8);
     sh_ask_queue(ep);
     send_waiting(nd, peer);
     return slot;
@@ -223,7 +231,8 @@ static uint64_t on_connect(sh_node *nd, uint32_t peer, const struct sh_message *
             reason = SH_STALE_CONNECT;
             if (bits == SH_VIOLATION)
                 offend(nd, &nd->links[peer], 1);
-        }
+        } else
+            publish_ends(ep, m->port, m->src_port);
         if (reason && m->port)
             sh_listen_taken(nd, index);
     }

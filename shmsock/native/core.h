@@ -25,6 +25,7 @@ enum sh_limit {
     SH_LISTENERS = 448,  /* of a section */
     SH_ADDRESSES = 6,    /* published in a section, at most */
     SH_PUBLISHING = 255, /* for their number: they are being written */
+    SH_COUNTS = 6,       /* words of counters that a section shows */
     SH_MIN_RING = 512,
     SH_MAX_RING = 1 << 30,
     SH_EPOCH_LEAD = 7, /* how far a ring's epoch may be ahead of what its reader knows, modulo 16: so many rings may be outgrown */
@@ -35,7 +36,7 @@ enum sh_limit {
 };
 enum sh_header_at { SH_HEADER_MAGIC = 0, SH_HEADER_VERSION = 8, SH_HEADER_REGION_ID = 16, SH_HEADER_REGION_BYTES = 24, SH_HEADER_SIZE = 4096 };
 enum sh_section_at {
-    SH_SECTION_CLAIM = 0x000, SH_SECTION_BEAT = 0x040, SH_SECTION_PUMPS = 0x048, SH_SECTION_SLEEP_SEQ = 0x080,
+    SH_SECTION_CLAIM = 0x000, SH_SECTION_BEAT = 0x040, SH_SECTION_PUMPS = 0x048, SH_SECTION_COUNTS = 0x050, SH_SECTION_SLEEP_SEQ = 0x080,
     SH_SECTION_INCARNATION = 0x0c0, SH_SECTION_STATE = 0x0c8, SH_SECTION_LISTENERS = 0x0d0, SH_SECTION_FLAGS = 0x0d8, SH_SECTION_SLOTS_USED = 0x0e0,
     SH_SECTION_NAME = 0x100, SH_SECTION_MACHINE_ID = 0x140, SH_SECTION_BOOT_ID = 0x150, SH_SECTION_PID = 0x160,
     SH_SECTION_DEV = 0x168, SH_SECTION_INO = 0x170, SH_SECTION_LEFT = 0x178, SH_SECTION_DOORBELL = 0x180,
@@ -43,13 +44,13 @@ enum sh_section_at {
     SH_SECTION_LISTENER = 0x200, SH_SECTION_SIZE = 4096
 };
 enum sh_pair_at { SH_PAIR_NOTIFY_SEQ = 0x00, SH_PAIR_KICKED_FOR = 0x08, SH_PAIR_LOG = 0x10, SH_PAIR_ENDED_NAP = 0x30, SH_PAIR_OUTBOX = 0x40, SH_PAIR_INBOX = 0x80, SH_PAIR_USERS = 0xc0, SH_PAIR_SIZE = 0x100 };
-enum sh_slot_at { SH_SLOT_LINK = 0x00, SH_SLOT_RING = 0x08, SH_SLOT_TX_WORD = 0x40, SH_SLOT_RX_WORD = 0x80, SH_SLOT_SIZE = 192 };
+enum sh_slot_at { SH_SLOT_LINK = 0x00, SH_SLOT_RING = 0x08, SH_SLOT_ENDS = 0x10, SH_SLOT_TX_WORD = 0x40, SH_SLOT_RX_WORD = 0x80, SH_SLOT_SIZE = 192 };
 enum sh_message_at {
     SH_MESSAGE_SRC_INC = 0, SH_MESSAGE_DST_INC = 4, SH_MESSAGE_SEQ = 8, SH_MESSAGE_KIND = 12, SH_MESSAGE_REASON = 13,
     SH_MESSAGE_SLOT = 16, SH_MESSAGE_DST_SLOT = 18, SH_MESSAGE_GEN = 20, SH_MESSAGE_DST_GEN = 24, SH_MESSAGE_PORT = 28,
     SH_MESSAGE_SRC_PORT = 30, SH_MESSAGE_SIZE = 64
 };
-enum sh_word_bit { SH_FIN_BIT = 32, SH_RST_BIT, SH_DONE_BIT, SH_WANT_BIT, SH_EPOCH_SHIFT, SH_GEN_SHIFT = 40 }; /* in P and C */
+enum sh_word_bit { SH_FIN_BIT = 32, SH_RST_BIT, SH_DONE_BIT, SH_WANT_BIT, SH_EPOCH_SHIFT, SH_GEN_SHIFT = 40, SH_LOG2_SHIFT = 30 }; /* in P and C; the last of a ring's descriptor */
 
 /* ---- types, and what the core answers ---- */
 typedef struct sh_node sh_node;
@@ -69,7 +70,8 @@ enum sh_reason { SH_NO_LISTENER = 1, SH_NO_SLOT, SH_NO_MEMORY, SH_BACKLOG, SH_ST
 enum sh_listen {
     SH_LISTEN_USED = 1, SH_LISTEN_REUSE = 2, SH_LISTEN_LOCAL = 4, SH_LISTEN_TENTATIVE = 8, SH_LISTEN_DATAGRAM = 16
 };
-enum sh_flag { SH_FLAG_LOCKED = 1, SH_FLAG_FUTEX = 2 };
+enum sh_flag { SH_FLAG_LOCKED = 1, SH_FLAG_FUTEX = 2, SH_FLAG_COUNTS = 4 };
+enum sh_link_state { SH_LINK_OPEN = 1, SH_LINK_ASKED }; /* of a slot, for people and tools */
 /* how we wake a peer that sleeps */
 enum sh_wake_out { SH_WAKE_OUT_NONE, SH_WAKE_OUT_FUTEX, SH_WAKE_OUT_EVENTFD, SH_WAKE_OUT_REGISTER, SH_WAKE_OUT_LOST };
 /* what a wakeup by the heartbeat calls for besides a pass: bits of sh_heartbeat_heard() */
@@ -136,6 +138,7 @@ int sh_node_is_inert(sh_node *nd);
 void sh_node_own(sh_node *nd);
 void sh_node_settings(sh_node *nd, uint64_t hold_ns, uint64_t spin_max_ns, uint64_t spin_yield_ns);
 uint64_t sh_node_counter(sh_node *nd, int which);
+int sh_shown(uint32_t i);
 uint64_t sh_turn(sh_node *nd);
 int sh_over(sh_node *nd);
 void sh_loop(sh_node *nd, int fd);

@@ -184,7 +184,7 @@ int sh_ep_open(sh_ep *ep, uint32_t peer, uint32_t peer_slot, uint32_t peer_gen)
     ep->life = life_of(ep->link);
     *sh_by_theirs(nd, peer, peer_slot) = (uint16_t)ep->slot;
     sh_set_add(&nd->open, ep->slot);
-    sh_put(&ep->mine->link, (uint64_t)ep->gen << SH_GEN_SHIFT | (uint64_t)peer << 32 | (uint64_t)peer_slot << 16 | 1u << 8);
+    sh_put(&ep->mine->link, (uint64_t)ep->gen << SH_GEN_SHIFT | (uint64_t)peer << 32 | (uint64_t)peer_slot << 16 | SH_LINK_OPEN << 8);
     count_users(nd, peer, 1);
     return sh_poll(ep);
 }

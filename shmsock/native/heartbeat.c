@@ -67,6 +67,15 @@ static int poll_locks(sh_heartbeat *k)
     return gone != 0;
 }
 
+/* Counters that people and tools may want of a node, behind the bytes in and out: modulo 2^32, as their line has no room for more. */
+static const uint8_t SHOWN[] = {SH_N_READS, SH_N_WRITES, SH_N_SPIN_HITS, SH_N_SPIN_MISSES, SH_N_KICKS, SH_N_RECEIVED, SH_N_SPURIOUS, SH_N_HEALED};
+static_assert(sizeof SHOWN == 2 * (SH_COUNTS - 2), "two in each word behind the first two");
+
+/* Which counter (SH_N_*) stands there among the words of 32 bits behind the first two words; -1: none does. */
+int sh_shown(uint32_t i) { return i < sizeof SHOWN ? SHOWN[i] : -1; }
+
+static uint64_t counted(sh_node *nd, int which) { return __atomic_load_n(&nd->n[which], __ATOMIC_RELAXED); }
+
 /* `tenths` of a second have passed since the last beat. */
 static void beat(sh_heartbeat *k, uint64_t now, uint64_t tenths)
 {
@@ -79,7 +88,11 @@ static void beat(sh_heartbeat *k, uint64_t now, uint64_t tenths)
         return;
     }
     sh_unstick(nd, &k->kicking);
-    sh_put(&mine->pumps, __atomic_load_n(&nd->n[SH_N_PUMPS], __ATOMIC_RELAXED));
+    sh_put(&mine->pumps, counted(nd, SH_N_PUMPS));
+    sh_put(&mine->counts[0], counted(nd, SH_N_BYTES_IN));
+    sh_put(&mine->counts[1], counted(nd, SH_N_BYTES_OUT));
+    for (int i = 2; i < SH_COUNTS; i++)
+        sh_put(&mine->counts[i], SH_PACK(counted(nd, SHOWN[2 * i - 3]), counted(nd, SHOWN[2 * i - 4])));
     sh_store(&mine->beat, k->beat += tenths, nd->wc);
     if (poll_locks(k) || !GET(k->armed) || now >= GET(k->deadline))
         wake_owner(k); /* the loop's only clock: by it the pump samples peers, and is counted, so that others see a loop that stands still */

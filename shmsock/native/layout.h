@@ -28,7 +28,7 @@ struct sh_section { /* first page of a section */
     uint8_t pad0[56];
     uint64_t beat;  /* heartbeat: +1 for each tenth of a second */
     uint64_t pumps; /* heartbeat: copy of the owner's pump counter */
-    uint8_t pad1[48];
+    uint64_t counts[SH_COUNTS]; /* heartbeat: copies of more of them, for people and tools only: see sh_shown() */
     uint64_t sleep_seq; /* grows at each change; odd: the owner sleeps: kick it; its bit 1 says by which word */
     uint8_t pad2[56];
     uint64_t incarnation; /* random, nonzero: one life of one owner */
@@ -70,7 +70,8 @@ struct sh_pair { /* what i says to j: in section i, one for every j, i included 
 struct sh_slot {
     uint64_t link; /* generation:24 | peer section:8 | peer slot:16 | state:8 | 0:8; for people and tools only */
     uint64_t ring; /* of the largest so far: generation:24 | epoch:4 | log2(bytes):6 | (offset in section) / SH_MIN_RING : 30 */
-    uint8_t pad0[48];
+    uint64_t ends; /* generation:24 | 0:7 | accepted:1 | own port:16 | peer's port:16, 0: datagrams; for people and tools only */
+    uint8_t pad0[40];
     uint64_t tx_word; /* as producer: generation:24 | epoch:4 | WANT DONE RST FIN : 4 | tail:32 */
     uint8_t pad1[56];
     uint64_t rx_word; /* as consumer: generation:24 | 0:8 | head:32 */
@@ -108,6 +109,7 @@ SH_SIZE(header, HEADER_SIZE);
 SH_AT(section, claim, SECTION_CLAIM);
 SH_AT(section, beat, SECTION_BEAT);
 SH_AT(section, pumps, SECTION_PUMPS);
+SH_AT(section, counts, SECTION_COUNTS);
 SH_AT(section, sleep_seq, SECTION_SLEEP_SEQ);
 SH_AT(section, incarnation, SECTION_INCARNATION);
 SH_AT(section, state, SECTION_STATE);
@@ -138,6 +140,7 @@ SH_AT(pair, users, PAIR_USERS);
 SH_SIZE(pair, PAIR_SIZE);
 SH_AT(slot, link, SLOT_LINK);
 SH_AT(slot, ring, SLOT_RING);
+SH_AT(slot, ends, SLOT_ENDS);
 SH_AT(slot, tx_word, SLOT_TX_WORD);
 SH_AT(slot, rx_word, SLOT_RX_WORD);
 SH_SIZE(slot, SLOT_SIZE);

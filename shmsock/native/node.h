@@ -334,7 +334,7 @@ static inline uint64_t sh_tx_word(const sh_ep *ep)
 /* The descriptor of the own ring. */
 static inline uint64_t sh_ring_word(const sh_ep *ep)
 {
-    return (uint64_t)ep->gen << SH_GEN_SHIFT | (ep->flags & SH_EPOCHS) | (uint64_t)__builtin_ctz(ep->tx_bytes) << 30 | ep->ring_off / SH_MIN_RING;
+    return (uint64_t)ep->gen << SH_GEN_SHIFT | (ep->flags & SH_EPOCHS) | (uint64_t)__builtin_ctz(ep->tx_bytes) << SH_LOG2_SHIFT | ep->ring_off / SH_MIN_RING;
 }
 
 /* Changes of these alone are no news: spins ignore them, so that no peer can end a spin with them. */

@@ -120,7 +120,7 @@ int sh_ring_of(sh_ep *ep, uint64_t ring, uint32_t least)
 {
     const sh_geometry *g = &ep->nd->g;
     uint64_t off = (ring & 0x3fffffff) * SH_MIN_RING;
-    uint32_t log2_bytes = ring >> 30 & 63;
+    uint32_t log2_bytes = ring >> SH_LOG2_SHIFT & 63;
 
     if (1ull << (log2_bytes & 63) < SH_MIN_RING || log2_bytes > 30 || 1ull << log2_bytes < least || off < g->arena_off
         || off + (1ull << log2_bytes) > g->section_bytes)

@@ -13,7 +13,7 @@ from typing import Any
 from shmsock.address import boot_id
 from shmsock.engine import layout as lay
 from shmsock.engine.attach import Seen, survey
-from shmsock.engine.layout import Layout, read_layout, too_small, version_and_size
+from shmsock.engine.layout import Layout, SlotWords, read_layout, too_small, version_and_size
 from shmsock.engine.memory import Memory, native_core
 from shmsock.region.base import Region, map_bytes
 from shmsock.region.file import FileRegion
@@ -29,6 +29,7 @@ __all__ = [
     "inspect",
     "old_files",
     "sections",
+    "slot_state",
 ]
 
 BEAT_S = 0.5
@@ -186,16 +187,24 @@ def _section(layout: Layout, first: Seen, now: Seen, boot: bytes) -> Section:
     )
 
 
+def slot_state(words: SlotWords) -> str:
+    """Return what a slot's owner says of the connection: opening, open, half-closed (it has sent FIN), or
+    closing (it has let go)."""
+    if words.asked:
+        return "opening"
+    return "closing" if words.bits & lay.DONE else "half-closed" if words.bits & lay.FIN else "open"
+
+
 def _connections(layout: Layout, section: int) -> list[dict[str, Any]]:
     return [
         {
-            "slot": slot,
-            "state": "closing" if word & lay.DONE else "half-closed" if word & lay.FIN else "open",
-            "peer_section": link >> 32 & 0xFF,
-            "peer_slot": link >> 16 & 0xFFFF,
-            "generation": link >> 40,
+            "slot": words.slot,
+            "state": slot_state(words),
+            "peer_section": words.peer,
+            "peer_slot": words.peer_slot,
+            "generation": words.generation,
         }
-        for slot, link, word in layout.slot_words(section)
+        for words in layout.slots_in_use(section)
     ]
 
 
