@@ -30,10 +30,12 @@ MODULES = {
     "install-units": "install_units",
     "ivshmem-server": "ivshmem_server",
     "nc": "nc",
+    "peers": "peers",
     "qemu-args": "qemu_args",
     "reap": "reap",
     "run": "run",
     "socks5": "socks5",
+    "ss": "ss",
     "unbind": "bind",
 }
 """The module of shmsock.commands that has the subcommand. There it goes by its name, with underscores."""

@@ -6,15 +6,16 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from shmsock import region as regions
-from shmsock.commands.console import console, human
+from shmsock.commands.console import human, say, width
 from shmsock.commands.group import Failed, message
+from shmsock.commands.tables import Column, fitting, print_rows
 from shmsock.errors import RegionError, other_memory
 from shmsock.observe.describe import describe_device, describe_region
 from shmsock.observe.snapshot import Content, OldFile, Section, inspect, old_files
@@ -22,19 +23,18 @@ from shmsock.region.place import restart
 from shmsock.region.sizes import format_size
 from shmsock.region.storage import disk_words
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
 __all__ = ["info"]
 
-COLOURS = {"live": "green", "silent": "yellow", "dead": "red", "attaching": "cyan", "leaving": "cyan"}
+COLOURS = {"silent": "yellow", "dead": "red"}
+THERE = ("live", "silent", "attaching", "leaving")
 PORTS = 8
 
 
 @click.command()
 @click.argument("region", required=False)
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
-def info(region: str | None, as_json: bool) -> None:
+@click.option("--all", "everything", is_flag=True, help="List the sections that were left, too.")
+def info(region: str | None, as_json: bool, everything: bool) -> None:
     """Show ivshmem devices, and what lies in REGION. Changes nothing.
 
     Without REGION: of all devices, and of SHMSOCK_REGION or, where there is no device, the default region.
@@ -66,7 +66,7 @@ def info(region: str | None, as_json: bool) -> None:
             )
         )
     else:
-        _print_info([describe_device(d) for d in shown], found)
+        _print_info([describe_device(d) for d in shown], found, everything)
     if problem and len(urls) == 1:
         raise Failed(problem)
     for bad in found:
@@ -85,28 +85,22 @@ def _old_files(url: str) -> dict[str, Any]:
     return {"path": path, "old_files": old_files(path) if kind == "file" else []}
 
 
-def _print_info(devices: list[dict[str, Any]], found: list[dict[str, Any]]) -> None:
+def _print_info(devices: list[dict[str, Any]], found: list[dict[str, Any]], everything: bool) -> None:
     for device in devices:
-        _print(device_lines(device))
+        say(device_lines(device))
     for region in found:
         if "content" in region:
-            _print(region_lines(region))
-            _print_content(region["content"])
+            say(region_lines(region))
+            _print_content(region["content"], everything)
         for old in region["old_files"]:
-            _print(old_file_lines(region["path"], old))
+            say(old_file_lines(region["path"], old))
             if old.content:
-                _print_content(old.content)
+                _print_content(old.content, everything)
 
 
-def _print(lines: Iterable[str]) -> None:
-    for line in lines:
-        click.echo(line)
-
-
-def _print_content(content: Content) -> None:
-    _print(content_lines(content))
-    if table := section_table(content):
-        console().print(table)
+def _print_content(content: Content, everything: bool) -> None:
+    say(content_lines(content, everything))
+    _print_sections(content, everything)
 
 
 def device_lines(device: dict[str, Any]) -> Iterator[str]:
@@ -151,7 +145,7 @@ def old_file_lines(path: str, old: OldFile) -> Iterator[str]:
         yield "    it cannot be looked into: be root, or their user"
 
 
-def content_lines(content: Content) -> Iterator[str]:
+def content_lines(content: Content, everything: bool) -> Iterator[str]:
     """Tell what lies in a region, but for the table of sections."""
     if content.state != "formatted":
         yield f"    {content.state}: {content.problem}"
@@ -162,8 +156,9 @@ def content_lines(content: Content) -> Iterator[str]:
         f"up to {content.connections_per_peer} connections and {human(content.ring_bytes_per_peer)} for rings"
     )
     count = Counter(section.state for section in content.sections)
+    hidden = " (--all lists them)" if count["left"] and not everything else ""
     yield "    sections: " + ", ".join(
-        f"{number} {state}" + (" by their owners" if state == "left" else "")
+        f"{number} {state}" + (f" by former owners{hidden}" if state == "left" else "")
         for state, number in count.most_common()
     )
     former = [s for s in content.sections if s.doorbell_gone and s.doorbell]
@@ -173,42 +168,50 @@ def content_lines(content: Content) -> Iterator[str]:
             f"    doorbell {told}: of a former ivshmem server, and rung in vain; start the server, then "
             "all of its peers anew, guests included"
         )
-    there = [section for section in content.sections if section.state in COLOURS and section.state != "dead"]
+    there = [section for section in content.sections if section.state in THERE]
     if len(there) == 1:
         yield f"    section {there[0].number} is alone: {other_memory()}"
 
 
-def section_table(content: Content) -> Table | None:
-    """One row per section that somebody owns or owned; None: there are none."""
-    from rich.table import Table
-    from rich.text import Text
-
-    rows = [section for section in content.sections if section.state != "free"]
-    if not rows:
-        return None
+def _print_sections(content: Content, everything: bool) -> None:
+    """Print a row for each section that somebody owns, or owned. Where that is too wide, the last columns go
+    into lines of their own."""
+    unseen = ("free",) if everything else ("free", "left")
+    sections = [section for section in content.sections if section.state not in unseen]
+    if not sections:
+        return
     names = {section.number: section.name for section in content.sections}
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("    section", justify="right")
-    published = any(section.addresses for section in rows)
-    for column in ("state", "name", "pid", "boot", "woken by", "listens on", "connections"):
-        table.add_column(column, overflow="fold")
-    if published:
-        table.add_column("publishes", overflow="fold")
-    for section in rows:
-        state = Text(section.state, style=COLOURS.get(section.state, "dim"))
-        boot = "here" if section.here else (section.boot or "")[:8]
-        table.add_row(
-            str(section.number),
-            state,
-            section.name or "-",
-            "-" if section.pid is None else str(section.pid),
-            boot,
-            _woken_by(section),
-            _ports(section),
-            _connections(section, names),
-            *([", ".join(section.addresses)] if published else []),
-        )
-    return table
+    titles = [*_WORDS, *_LISTS]
+    rows = [_cells(section, names) for section in sections]
+    used = [i for i in range(len(titles)) if any(row[i] for row in rows)]
+    columns = [Column(titles[i], left=i > 0) for i in used]
+    cells = [[row[i] or "-" * (i < len(_WORDS)) for i in used] for row in rows]
+    room = width()
+    if room is None or sum(w + 2 for _, w in fitting(columns, cells, None)) - 2 <= room - 4:
+        print_rows(columns, cells, indent="    ", colours=COLOURS)
+        return
+    few = [n for n, i in enumerate(used) if i < len(_WORDS)]
+    more = [[f"        {titles[i]} {row[i]}" for i in used if i >= len(_WORDS) and row[i]] for row in rows]
+    shown = [[row[n] for n in few] for row in cells]
+    print_rows([columns[n] for n in few], shown, more, indent="    ", colours=COLOURS)
+
+
+_WORDS = ("section", "state", "name", "pid", "boot")
+_LISTS = ("woken by", "listens on", "connections", "publishes")
+
+
+def _cells(section: Section, names: dict[int, str | None]) -> list[str]:
+    return [
+        str(section.number),
+        section.state,
+        section.name or "",
+        "" if section.pid is None else str(section.pid),
+        "here" if section.here else (section.boot or "")[:8],
+        _woken_by(section),
+        _ports(section),
+        _connections(section, names),
+        ", ".join(section.addresses),
+    ]
 
 
 def _woken_by(section: Section) -> str:
@@ -216,7 +219,7 @@ def _woken_by(section: Section) -> str:
     ways = ["futex"] if section.futex else []
     if bell := section.doorbell:
         ways.insert(0, f"doorbell {bell['id']} ({_vectors(bell['vectors'])})")
-    return ", ".join(ways) or ("polling" if section.state in COLOURS else "")
+    return ", ".join(ways) or ("polling" if section.state in (*THERE, "dead") else "")
 
 
 def _vectors(count: int) -> str:

@@ -242,13 +242,13 @@ class Layout:
                 head=words[at + SLOT_RX_WORD // 8] & 0xFFFFFFFF,
             )
 
-    def told(self, writer: int, reader: int) -> int:
-        """A mask of the reader's slots that the writer has told it to poll, and that it has not polled since:
-        to be shown."""
+    def told(self, writer: int, reader: int) -> bytes:
+        """A bit for each of the reader's slots: the writer has told it to poll that, and it has not done so
+        since. To be shown."""
         size, g = self.slots // 8, self.geometry
         said = self.memory.read(self.pair(writer, reader) + int(g.toggle_off), size)
         seen = self.memory.read(self.pair(reader, writer) + int(g.ack_off), size)
-        return int.from_bytes(said, "little") ^ int.from_bytes(seen, "little")
+        return bytes(a ^ b for a, b in zip(said, seen, strict=True))
 
     def counts(self, index: int) -> dict[str, int]:
         """Counters of a section's owner, by the names that statistics() gives, as it shows them to people:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from shmsock.address import boot_id
 from shmsock.engine import layout as lay
 from shmsock.engine.attach import Seen, survey
 from shmsock.engine.layout import Layout, SlotWords, read_layout, too_small, version_and_size
-from shmsock.engine.memory import Memory, native_core
+from shmsock.observe.memory import memory_of
 from shmsock.region.base import Region, map_bytes
 from shmsock.region.file import FileRegion
 from shmsock.region.locks import SERVER_LOCK
@@ -26,10 +27,13 @@ __all__ = [
     "OldFile",
     "Section",
     "busy_sections",
+    "content_of",
     "inspect",
     "old_files",
+    "section_of",
     "sections",
     "slot_state",
+    "with_doorbells",
 ]
 
 BEAT_S = 0.5
@@ -86,7 +90,7 @@ def inspect(region: Region, watch_s: float = BEAT_S) -> Content:
     """Read a region that others may be using. Takes `watch_s` seconds when it is formatted."""
     head = _head(region)
     word = int.from_bytes(head[:8], "little")
-    memory = Memory(native_core(), region.mmap, write_combining=region.write_combining)
+    memory = memory_of(region)
     try:
         if word not in (0, lay.MAGIC):
             return Content("foreign", f"it begins with {head[:16].hex(' ')}: it holds something else")
@@ -110,19 +114,24 @@ def inspect(region: Region, watch_s: float = BEAT_S) -> Content:
             layout = read_layout(memory)
         except OSError as error:
             return Content("broken", error.strerror or str(error), version, bytes=size)
-        return Content(
-            "formatted",
-            version=version,
-            region_id=f"{layout.region_id:#018x}",
-            bytes=layout.region_bytes,
-            peers=layout.peers,
-            connections_per_peer=layout.connections,
-            section_bytes=layout.section_bytes,
-            ring_bytes_per_peer=layout.arena_bytes,
-            sections=sections(layout, region, watch_s),
-        )
+        return content_of(layout, sections(layout, region, watch_s))
     finally:
         memory.release()
+
+
+def content_of(layout: Layout, found: list[Section]) -> Content:
+    """Describe a region that is formatted."""
+    return Content(
+        "formatted",
+        version=lay.VERSION,
+        region_id=f"{layout.region_id:#018x}",
+        bytes=layout.region_bytes,
+        peers=layout.peers,
+        connections_per_peer=layout.connections,
+        section_bytes=layout.section_bytes,
+        ring_bytes_per_peer=layout.arena_bytes,
+        sections=found,
+    )
 
 
 def _head(region: Region) -> bytes:
@@ -139,9 +148,14 @@ def sections(layout: Layout, region: Region, watch_s: float = BEAT_S) -> list[Se
     if any(seen.claim for seen in before):
         time.sleep(watch_s)
     found = [
-        _section(layout, first, now, boot)
+        section_of(layout, first, now, boot, layout.slots_in_use(now.section))
         for first, now in zip(before, survey(layout, region, boot), strict=True)
     ]
+    return with_doorbells(region, found)
+
+
+def with_doorbells(region: Region, found: list[Section]) -> list[Section]:
+    """Mark the sections whose doorbell is not one of the present ivshmem server's, where that is known."""
     ids = _ids(region)
     if ids is None:
         return found
@@ -158,7 +172,8 @@ def _ids(region: Region) -> frozenset[int] | None:
     return None
 
 
-def _section(layout: Layout, first: Seen, now: Seen, boot: bytes) -> Section:
+def section_of(layout: Layout, first: Seen, now: Seen, boot: bytes, slots: Iterable[SlotWords]) -> Section:
+    """Describe a section that was looked at twice: `first`, and `now`."""
     who = now.who
     if not now.claim:
         state = "left" if now.used else "free"
@@ -183,7 +198,7 @@ def _section(layout: Layout, first: Seen, now: Seen, boot: bytes) -> Section:
         futex=shown and who is not None and bool(who.flags & lay.FLAG_FUTEX),
         ports=sorted({port for port, _ in layout.listener_entries(now.section)}) if shown else [],
         addresses=sorted(map(str, layout.published(now.section, now.life)[1])) if shown else [],
-        connections=_connections(layout, now.section) if shown else [],
+        connections=_connections(slots) if shown else [],
     )
 
 
@@ -195,7 +210,7 @@ def slot_state(words: SlotWords) -> str:
     return "closing" if words.bits & lay.DONE else "half-closed" if words.bits & lay.FIN else "open"
 
 
-def _connections(layout: Layout, section: int) -> list[dict[str, Any]]:
+def _connections(slots: Iterable[SlotWords]) -> list[dict[str, Any]]:
     return [
         {
             "slot": words.slot,
@@ -204,7 +219,7 @@ def _connections(layout: Layout, section: int) -> list[dict[str, Any]]:
             "peer_slot": words.peer_slot,
             "generation": words.generation,
         }
-        for words in layout.slots_in_use(section)
+        for words in slots
     ]
 
 
