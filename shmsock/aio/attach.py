@@ -36,6 +36,7 @@ from shmsock.engine.slots import Storage
 from shmsock.errors import region_error
 from shmsock.region import storage
 from shmsock.region.base import Region
+from shmsock.region.dax import DaxRegion
 from shmsock.region.file import FileRegion
 from shmsock.wakeup import Heartbeat
 
@@ -121,6 +122,8 @@ def _blank(opened: Region, memory: Memory) -> bool:
     A file may be anything, and must be zero to its end."""
     if opened.kind == "file" and isinstance(opened, FileRegion):
         return not any(opened.peek(8)) and opened.is_zero(lay.HEADER)
+    if isinstance(opened, DaxRegion) and not opened.device.ours:
+        return False  # it may be somebody's data, far from its beginning
     return is_blank(memory)
 
 

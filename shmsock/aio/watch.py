@@ -124,7 +124,7 @@ class Watch:
     def __str__(self) -> str:
         """Say what happened to the region: "the file /dev/shm/x was replaced by another one", or ""."""
         region = self.node.region
-        device = region.kind in ("pci", "vfio")
+        device = region.kind in ("pci", "vfio", "dax")
         lost = "removed" if device and self.lost == "moved" else self.lost
         how = {"moved": "moved away", "replaced": "replaced by another one"}.get(lost, lost)
         return f"the {f'device {region.url}' if device else f'file {region.path}'} was {how}" if lost else ""

@@ -13,7 +13,7 @@ from shmsock import region as regions
 from shmsock.aio.attach import prepare_region
 from shmsock.commands.console import human
 from shmsock.commands.params import Mode, Size, peers_option
-from shmsock.errors import region_error
+from shmsock.errors import command, region_error
 from shmsock.hypervisors import qemu
 from shmsock.observe.snapshot import Content, busy_sections, inspect
 from shmsock.region.base import Region
@@ -29,20 +29,25 @@ __all__ = ["create"]
 @peers_option("How many can be attached.")
 @click.option("--mode", type=Mode(), default="0600", show_default=True, help="Permissions of the file.")
 @click.option(
+    "--dax",
+    is_flag=True,
+    help="For guests that get it as persistent memory too (`shmsock qemu-args --dax`); takes 2 MiB of it.",
+)
+@click.option(
     "--force", is_flag=True, help="Replace a file of yours that is there; refused while anybody uses it."
 )
-def create(path: str, size: int, peers: int, mode: int, force: bool) -> None:
+def create(path: str, size: int, peers: int, mode: int, dax: bool, force: bool) -> None:
     """Make and format a region file, with all of its storage."""
     kind, path = regions.parse_url(path if ":" in path.partition("/")[0] else os.path.abspath(path))
     if kind != "file":
         raise click.UsageError(
             f"{path}: a file is what can be created; BAR2 of a device has its bytes from the host"
         )
-    regions.create_file(
-        path, size, mode=mode, force=force, prepare=partial(prepare_region, peers=peers), check=_unused
-    )
+    prepare = partial(prepare_region, peers=peers)
+    regions.create_file(path, size, mode=mode, force=force, dax=dax, prepare=prepare, check=_unused)
     with regions.open_file(path, writable=False) as region:
-        for line in made_lines(path, inspect(region, 0), region.describe().mode):
+        size = region.origin + region.size
+        for line in made_lines(path, size, inspect(region, 0), region.describe().mode, dax):
             click.echo(line)
     if size & (size - 1):
         above = 1 << size.bit_length()
@@ -68,9 +73,8 @@ def _unused(region: Region) -> None:
         )
 
 
-def made_lines(path: str, content: Content, mode: int) -> Iterator[str]:
+def made_lines(path: str, size: int, content: Content, mode: int, dax: bool = False) -> Iterator[str]:
     """Tell what `shmsock create` made."""
-    size = content.bytes or 0
     yield f"made {path}: {format_size(size)}, mode {mode:04o}, all of it allocated"
     yield (
         f"    for {content.peers} peers; each has {human(content.section_bytes)}, of it "
@@ -79,5 +83,8 @@ def made_lines(path: str, content: Content, mode: int) -> Iterator[str]:
     if not size & (size - 1):
         yield "    to give it to a guest of QEMU:"
         yield f"        {' '.join(qemu.plain(path, size))}"
+    if dax:
+        yield "    or, as persistent memory, what this prints:"
+        yield f"        {command('qemu-args', path, '--dax nvdimm')}"
     yield "    to use it on this host:"
     yield f"        SHMSOCK_REGION={path}"

@@ -10,6 +10,7 @@ import click
 
 from shmsock import region as regions
 from shmsock.commands.group import Failed
+from shmsock.errors import command
 from shmsock.hypervisors.qemu import DAX
 from shmsock.region.base import Description
 from shmsock.region.file import owner_name
@@ -48,6 +49,11 @@ class Given(NamedTuple):
             raise click.UsageError(f"{region} is a device of this guest; what is given to guests is a file")
         with regions.open_file(path, writable=False) as opened:
             size, about = os.stat(path).st_size, opened.describe()
+            if dax and not opened.origin:
+                raise Failed(
+                    f"region {path} is not made for --dax: a guest would find no /dev/dax0.0; make it with "
+                    f"`{command('create', path, '--dax --size 64M')}`"
+                )
         if not dax and size & (size - 1):
             raise Failed(
                 f"region {path} has {format_size(size)}, expected a power of two, as a BAR has: make one "

@@ -35,15 +35,16 @@ PORTS = 8
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @click.option("--all", "everything", is_flag=True, help="List the sections that were left, too.")
 def info(region: str | None, as_json: bool, everything: bool) -> None:
-    """Show ivshmem devices, and what lies in REGION. Changes nothing.
+    """Show shared memory devices, and what lies in REGION. Changes nothing.
 
     Without REGION: of all devices, and of SHMSOCK_REGION or, where there is no device, the default region.
     """
     devices = regions.find_devices()
-    urls = [region] if region else [device.url for device in devices]
+    urls = [region] if region else regions.device_urls()
     chosen = os.environ.get("SHMSOCK_REGION")
-    if not region and (chosen or not devices):
-        urls = [url for url in [chosen or regions.default_url(), *urls] if url != "pci:auto" or not devices]
+    if not region and (chosen or not urls):
+        first = chosen or regions.default_url()
+        urls = urls if urls and first in ("auto", "pci:auto") else [first, *urls]
     found, problem = [], None
     for url in urls:
         try:

@@ -76,6 +76,13 @@ _KINDS = {
         udev.vfio_rule,
         udev.GROUP,
     ),
+    "udev-dax": _Kind(
+        "in a guest: a group may use regions in persistent memory",
+        tuple(command.format("dax") for command in _UDEV),
+        (udev.DAX_FILE,),
+        udev.dax_rule,
+        udev.GROUP,
+    ),
     "sysctl": _Kind(
         "huge pages for a region on hugetlbfs",
         ("sysctl --system",),

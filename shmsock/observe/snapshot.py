@@ -18,6 +18,7 @@ from shmsock.engine.layout import Layout, SlotWords, read_layout, too_small, ver
 from shmsock.observe.memory import memory_of
 from shmsock.region.base import Region, map_bytes
 from shmsock.region.file import FileRegion
+from shmsock.region.info_block import find_in_file
 from shmsock.region.locks import SERVER_LOCK
 from shmsock.region.place import Holder, holders
 from shmsock.region.storage import filesystem
@@ -264,7 +265,9 @@ def _content_of(holder: Holder, path: str) -> Content | None:
             fd = os.open(link, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 size = os.fstat(fd).st_size
-                region = FileRegion(path, map_bytes(fd, size, False), fd, False, filesystem(fd))
+                origin, size = find_in_file(fd, size, path)
+                mapping = map_bytes(fd, size, False, origin)
+                region = FileRegion(path, mapping, fd, False, filesystem(fd), origin=origin)
             except BaseException:
                 os.close(fd)
                 raise

@@ -1,9 +1,11 @@
 """Regions: the shared bytes, by URL.
 
 /path, file:/path       a file: under /dev/shm, on hugetlbfs, or wherever files can be mapped
+auto                    in a guest: the one of the following that there is
 pci:auto                the one ivshmem device of this guest; with interrupts if vfio-pci has it
 pci:0000:00:04.0        that ivshmem device, memory only (short: pci:00:04.0)
 vfio:0000:00:04.0       that ivshmem-doorbell device, with its interrupts; vfio:auto: the one vfio-pci has
+dax:dax0.0              persistent memory of this guest, /dev/dax0.0; dax:auto: the one that shmsock made
 ivshmem:/path           on the host: memory and doorbells of the ivshmem server that listens there
 """
 
@@ -16,11 +18,11 @@ from typing import Any
 
 from shmsock.address import default_region
 from shmsock.errors import RegionUrlError, format_error, region_error
-from shmsock.region import pci
+from shmsock.region import dax, pci
 from shmsock.region.base import Region
 from shmsock.region.create import Prepare, create_file, open_default
 from shmsock.region.file import open_file
-from shmsock.region.occupants import claimed_by, is_formatted
+from shmsock.region.occupants import claimed_by, is_formatted, region_id
 from shmsock.region.pci import PciDevice, find_devices
 from shmsock.region.sizes import format_size
 
@@ -28,6 +30,7 @@ __all__ = [
     "PciDevice",
     "create_file",
     "default_url",
+    "device_urls",
     "find_devices",
     "is_missing",
     "open",
@@ -41,12 +44,15 @@ __all__ = [
 Url = str | os.PathLike[str]
 POLL_S = 0.002  # until a server is asked again whether it has answered; it does at once
 
-_ACCEPTED = "expected /path, file:/path, pci:auto, pci:0000:00:04.0, vfio:0000:00:04.0 or ivshmem:/path"
+_ACCEPTED = (
+    "expected /path, file:/path, auto, pci:auto, pci:0000:00:04.0, vfio:0000:00:04.0, dax:auto, dax:dax0.0 "
+    "or ivshmem:/path"
+)
 
 
 def parse_url(url: Url) -> tuple[str, str]:
-    """Split a region URL into (kind, argument): ("file" or "ivshmem", absolute path) or ("pci" or "vfio",
-    "auto" or a full address).
+    """Split a region URL into (kind, argument): ("file" or "ivshmem", absolute path), ("pci" or "vfio",
+    "auto" or a full address), ("dax", "auto" or a name as "dax0.0") or ("auto", "").
 
     Raises RegionUrlError (a ValueError too), EINVAL, for what is no region URL.
     """
@@ -57,6 +63,8 @@ def parse_url(url: Url) -> tuple[str, str]:
         raise _bad(f"{text!r} is no region URL: {_ACCEPTED}")
     if text.startswith("/"):
         return "file", "/" + text.lstrip("/")
+    if text == "auto":
+        return "auto", ""
     kind, colon, argument = text.partition(":")
     if not colon:
         raise _bad(f"{text!r} is no region URL: {_ACCEPTED}; a relative path is not, make it absolute")
@@ -66,6 +74,11 @@ def parse_url(url: Url) -> tuple[str, str]:
         if argument.startswith("//") and not argument.startswith("///"):
             raise _bad(f"{text!r} names a host: {_ACCEPTED}")
         return kind, "/" + argument.lstrip("/")
+    if kind == "dax":
+        name = argument.removeprefix("/dev/")
+        if name != "auto" and not dax.NAME.fullmatch(name):
+            raise _bad(f"{text!r} is no region URL: {argument!r} is no name such as dax0.0; {_ACCEPTED}")
+        return kind, name
     if kind in ("pci", "vfio"):
         if argument == "auto":
             return kind, "auto"
@@ -77,13 +90,25 @@ def parse_url(url: Url) -> tuple[str, str]:
 
 
 def default_url(environ: Mapping[str, str] | None = None, *, sysfs: str = pci.SYSFS) -> str:
-    """Return the URL of the region to use when none is named: SHMSOCK_REGION, else an ivshmem device, else
-    this user's own.
+    """Return the URL of the region to use when none is named: SHMSOCK_REGION, else a device of this guest,
+    else this user's own.
 
     Never raises: whether the region can be used is for open() to say.
     """
     chosen = (os.environ if environ is None else environ).get("SHMSOCK_REGION", "")
-    return chosen or ("pci:auto" if find_devices(sysfs) else f"file:{default_region()}")
+    if chosen:
+        return chosen
+    found = device_urls(sysfs)
+    if found and found[0].startswith("dax:"):
+        return "auto"
+    return "pci:auto" if found else f"file:{default_region()}"
+
+
+def device_urls(sysfs: str = pci.SYSFS) -> list[str]:
+    """List the devices of this guest that can have a region. Persistent memory, which is always cached, comes
+    first, if `shmsock create --dax` made it."""
+    ours = [device.url for device in dax.find_dax(sysfs) if device.ours]
+    return ours + [device.url for device in find_devices(sysfs)]
 
 
 def is_missing(url: Url | None = None) -> bool:
@@ -112,6 +137,11 @@ def open(
     Raises RegionError (RegionUrlError, RegionNotFoundError, RegionPermissionError, RegionFormatError, ...).
     """
     kind, argument = parse_url(url) if url is not None else _parse_default(sysfs)
+    if kind == "auto":
+        kind, argument = parse_url(_choose(sysfs))
+    if kind == "dax":
+        argument = dax.choose_dax(sysfs).name if argument == "auto" else argument
+        return dax.open_dax(argument, writable=writable, sysfs=sysfs)
     if kind in ("pci", "vfio") and argument == "auto":
         kind, argument = pci.choose_device(sysfs, probe, vfio=kind == "vfio").url.split(":", 1)
     # A kind of region is imported only where it is used.
@@ -133,6 +163,34 @@ def open(
     if argument == default_region():
         return open_default(argument, prepare=prepare, create=create_default and writable, writable=writable)
     return open_file(argument, writable=writable)
+
+
+def _choose(sysfs: str) -> str:
+    """Choose among the devices of this guest: the first, if all have one region, as the same bytes may be
+    there in several ways."""
+    urls = device_urls(sysfs)
+    if not urls or not urls[0].startswith("dax:"):
+        return "pci:auto"
+    if len(urls) == 1:
+        return urls[0]
+    ids = {url: _id(url, sysfs) for url in urls}
+    formatted = [url for url in urls if ids[url]]
+    if len({ids[url] for url in formatted or urls}) > 1 or not formatted:
+        raise region_error(
+            errno.ENOTUNIQ,
+            f"several regions found, expected one: {', '.join(urls)}; name the one to use, as region= or "
+            "SHMSOCK_REGION",
+        )
+    return formatted[0]
+
+
+def _id(url: str, sysfs: str) -> int:
+    """Read the id of the region there; 0: there is none, or none that can be read."""
+    try:
+        with open(url, writable=False, sysfs=sysfs) as region:
+            return region_id(region)
+    except OSError:
+        return 0
 
 
 def opening(url: Url | None = None, **how: Any) -> Generator[float, None, Region]:

@@ -7,9 +7,10 @@ import mmap
 import os
 from contextlib import ExitStack
 
-from shmsock.errors import RegionError, RegionPermissionError, region_error
-from shmsock.region.base import MINIMUM, Region, identity_of, map_bytes
+from shmsock.errors import RegionError, RegionFormatError, RegionPermissionError, region_error
+from shmsock.region.base import MINIMUM, Region, identity_of
 from shmsock.region.file import owner_name
+from shmsock.region.info_block import map_device
 from shmsock.region.pci import SYSFS, PciDevice, find_devices, read_device
 from shmsock.region.place import Place
 from shmsock.region.processes import read_line
@@ -79,7 +80,9 @@ def _map_resource(device: PciDevice, name: str, writable: bool, sysfs: str) -> m
                 path,
             )
         try:
-            return map_bytes(fd, size, writable)
+            return map_device(fd, size, writable, f"pci:{device.address}")
+        except RegionFormatError:
+            raise
         except OSError as error:
             raise _explain_map(error, device, path, sysfs) from None
     finally:

@@ -15,7 +15,7 @@ import stat
 from collections.abc import Callable, Iterator
 
 from shmsock.errors import RegionError, RegionExistsError, RegionNotFoundError, disk_full, region_error
-from shmsock.region import locks, storage
+from shmsock.region import info_block, locks, storage
 from shmsock.region.base import MINIMUM, Region, identity_of
 from shmsock.region.file import FileRegion, check_regular, explain_open, open_file, owner_name
 from shmsock.region.processes import open_elsewhere, users_of
@@ -42,15 +42,16 @@ def create_file(
     *,
     mode: int = 0o600,
     force: bool = False,
+    dax: bool = False,
     prepare: Prepare | None = None,
     check: Check | None = None,
 ) -> int:
     """Make a region file with all its storage, format it with `prepare`, and return its size in bytes.
 
     `size` is rounded up to whole pages, on hugetlbfs to whole huge pages. `mode`: permissions, whatever the
-    umask. `force`: there may be a file already, and `check(old)`, given it, may raise to keep it. It is
-    replaced, never written to: what others have open, or by another name, stays as it is. The new one has its
-    group, where that is allowed.
+    umask. `dax`: it can be given to guests as persistent memory, too. `force`: there may be a file already,
+    and `check(old)`, given it, may raise to keep it. It is replaced, never written to: what others have open,
+    or by another name, stays as it is. The new one has its group, where that is allowed.
 
     Raises RegionError: RegionExistsError (without `force`), RegionPermissionError (the old one is another
     user's), EBUSY (somebody has it mapped, or locked), ENOSPC (nothing is left behind), ... and what
@@ -65,7 +66,7 @@ def create_file(
         raise ValueError(f"a region cannot have {size} bytes")
     size = round_up(size, fs.unit)
     if not _exists(path):
-        with _temporary(directory, path, size, mode) as made:
+        with _temporary(directory, path, size, mode, dax=dax) as made:
             _fill(made, prepare)
             _publish(made, path)
         storage.warn_of_disk(path, fs.type)
@@ -74,7 +75,7 @@ def create_file(
         raise _already(path)
     with _to_be_replaced(path) as old:
         _check_unused(old, path, check)
-        with _temporary(directory, path, size, mode, os.fstat(old).st_gid) as made:
+        with _temporary(directory, path, size, mode, os.fstat(old).st_gid, dax) as made:
             _fill(made, prepare)
             _check_unused(old, path, again=True)  # allocating and formatting took time: others may have come
             if _identity(path) != identity_of(old):
@@ -217,7 +218,7 @@ def _check_owner(path: str, uid: int) -> None:
 
 @contextlib.contextmanager
 def _temporary(
-    directory: str, path: str, size: int, mode: int, group: int | None = None
+    directory: str, path: str, size: int, mode: int, group: int | None = None, dax: bool = False
 ) -> Iterator[FileRegion]:
     """Make a sparse file of `size` bytes beside `path`, and open it. Afterwards its temporary name is gone in
     any case."""
@@ -242,6 +243,8 @@ def _temporary(
                 path,
             ) from None
         try:
+            if dax:
+                info_block.write(fd, size, storage.filesystem(fd).unit, path)
             with open_file(temporary) as made:
                 if made.identity != identity_of(fd):
                     raise _swapped(path)

@@ -11,7 +11,7 @@ import stat
 from contextlib import ExitStack
 
 from shmsock.errors import RegionError, command, disk_full, format_error, region_error
-from shmsock.region import storage
+from shmsock.region import info_block, storage
 from shmsock.region.base import MINIMUM, Description, Region, check_size, identity_of, map_bytes
 from shmsock.region.place import LOCAL, Place, holders, restart
 from shmsock.region.sizes import format_size
@@ -49,13 +49,16 @@ class FileRegion(Region):
         writable: bool,
         fs: storage.FileSystem,
         url: str = "",
+        origin: int = 0,
     ) -> None:
+        """Take `mapping` and `fd` over, unless it raises. `origin`: where in the file the region begins."""
         status = os.fstat(fd)
         # hugetlbfs reserves at mmap() all pages that the file lacks. Elsewhere only tmpfs counts blocks
         # exactly; calling ensure() where it is not needed costs little.
         full = fs.huge or (fs.type == "tmpfs" and status.st_blocks * 512 >= status.st_size)
         super().__init__(url or f"file:{path}", path, mapping, fd, writable)
         self.sparse = not full
+        self.origin = origin
         self._fs = fs
         self.place = Place(path, self.identity) if fs.type in LOCAL else None
 
@@ -84,22 +87,24 @@ class FileRegion(Region):
         self._back(offset, length)
 
     def allocate(self) -> None:
-        """Back the whole region, hugetlbfs included, so that no touch can fail. Raises as ensure() does."""
+        """Back the whole region, hugetlbfs included, so that no touch can fail, and what is before it in the
+        file. Raises as ensure() does."""
         self._check_range(0, self.size)
         self._back(0, self.size)
         self.sparse = False
 
     def _back(self, offset: int, length: int) -> None:
-        fd = self._open_fd()
+        fd, origin = self._open_fd(), self.origin
         seen = os.fstat(fd).st_size
-        if seen < offset + length:  # allocating would make the file longer again, behind the culprit's back
+        # Allocating would make the file longer again, behind the culprit's back.
+        if seen < origin + offset + length:
             raise format_error(
                 f"region {self.path} was truncated to {format_size(seen)} while it was in use, expected "
-                f"{format_size(self.size)}; restart what uses it, and create it anew",
+                f"{format_size(origin + self.size)}; restart what uses it, and create it anew",
                 self.path,
             )
         try:
-            storage.back(fd, self.mmap, self._fs.type, offset, length)
+            storage.back(fd, self.mmap, self._fs.type, offset, length, origin)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM):
                 raise region_error(
@@ -117,7 +122,7 @@ class FileRegion(Region):
 
     def peek(self, length: int, offset: int = 0) -> bytes:
         """Read bytes from `offset` on, not through the mapping: there even reading a hole takes a page."""
-        return os.pread(self._open_fd(), length, offset)
+        return os.pread(self._open_fd(), length, self.origin + offset)
 
     def reopen(self) -> int:
         """Open the file again, and return a descriptor of its own, whatever has the name by now; as writable
@@ -127,8 +132,8 @@ class FileRegion(Region):
 
     def is_zero(self, start: int = 0) -> bool:
         """Is there no other byte from `start` on? Holes are skipped, and stay."""
-        fd, step, at = self._open_fd(), 1 << 20, start
-        while at < self.size:
+        fd, step, at = self._open_fd(), 1 << 20, self.origin + start
+        while at < self.origin + self.size:
             try:
                 at = os.lseek(fd, at, os.SEEK_DATA)
             except OSError as error:
@@ -154,7 +159,8 @@ class FileRegion(Region):
 
 
 def open_file(path: str, *, writable: bool = True, minimum: int = MINIMUM) -> FileRegion:
-    """Map the whole of the file `path`, which must be a regular one and no symbolic link.
+    """Map the file `path`, which must be a regular one and no symbolic link; the whole of it, unless an info
+    block of persistent memory says otherwise. Such a file has no holes afterwards, unless it is read-only.
 
     Raises RegionError with the errno that fits: RegionNotFoundError, RegionPermissionError, RegionFormatError
     (fewer than `minimum` bytes), ENODEV (cannot be mapped), ENOMEM (no huge pages), ...
@@ -173,8 +179,9 @@ def open_file(path: str, *, writable: bool = True, minimum: int = MINIMUM) -> Fi
                     f"{format_size(fs.unit)}; `shmsock create` rounds up",
                     path,
                 )
+            origin, size = info_block.find_in_file(fd, status.st_size, path)
             try:
-                mapping = undo.enter_context(map_bytes(fd, status.st_size, writable))
+                mapping = undo.enter_context(map_bytes(fd, size, writable, origin))
             except OSError as error:
                 raise _explain_map(error, path, status.st_size, fs) from None
             # Not dup(): locks must belong to a description of their own (see Region.__init__).
@@ -184,10 +191,16 @@ def open_file(path: str, *, writable: bool = True, minimum: int = MINIMUM) -> Fi
                 raise region_error(
                     errno.ESTALE, f"region {path} was replaced while it was opened: try again", path
                 )
-            region = FileRegion(path, mapping, second, writable, fs)
+            region = FileRegion(path, mapping, second, writable, fs, origin=origin)
         finally:
             os.close(fd)
         undo.pop_all()
+        if origin and region.sparse and writable:
+            try:
+                region.allocate()
+            except BaseException:
+                region.close()
+                raise
         return region
 
 
@@ -217,6 +230,11 @@ def check_regular(path: str, mode: int) -> None:
             "file itself",
             path,
         )
+    name = os.path.basename(path)
+    if path.startswith("/dev/dax"):
+        seen += f", of persistent memory: name it dax:{name}"
+    if path.startswith("/dev/pmem"):
+        seen += ", whose mappings are copies in this guest's page cache (see `shmsock create --dax`)"
     code = errno.EISDIR if kind == stat.S_IFDIR else errno.EINVAL
     raise region_error(
         code, f"region {path} is {seen}, expected a regular file: name a file in it, or another path", path

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 from shmsock.errors import ProtocolViolation, RegionError, format_error, region_error, violation
-from shmsock.region import storage
+from shmsock.region import info_block, storage
 from shmsock.region.base import MINIMUM, identity_of, map_bytes
 from shmsock.region.doorbell import Doorbell, Reach
 from shmsock.region.file import FileRegion, whose
@@ -69,10 +69,11 @@ class IvshmemRegion(FileRegion):
         fs: storage.FileSystem,
         doorbell: IvshmemDoorbell,
         own: bool,
+        origin: int,
     ) -> None:
         """Take `doorbell` over as well. `own`: `fd` came from an open() of ours. If not, it is the
         description that the server passes to all, and a lock on it would be everybody's."""
-        super().__init__(path, mapping, fd, writable, fs, f"ivshmem:{path}")
+        super().__init__(path, mapping, fd, writable, fs, f"ivshmem:{path}", origin)
         self._can_lock = self._can_lock and own
         self.place = None  # the path is the server's
         self.doorbell = doorbell
@@ -376,12 +377,12 @@ def opening_ivshmem(path: str, *, writable: bool = True) -> _Waits[IvshmemRegion
         undo.callback(doorbell.close)
         memory = yield from doorbell.greet(deadline)
         try:
-            mapping, fs = _map(path, memory, writable)
+            mapping, fs, origin = _map(path, memory, writable)
             undo.callback(mapping.close)
             own = _reopen(memory, writable)
             fd = os.dup(memory) if own < 0 else own
             undo.callback(os.close, fd)
-            region = IvshmemRegion(path, mapping, fd, writable, fs, doorbell, own >= 0)
+            region = IvshmemRegion(path, mapping, fd, writable, fs, doorbell, own >= 0, origin)
         finally:
             os.close(memory)
         undo.pop_all()
@@ -463,7 +464,7 @@ def _reopen(memory: int, writable: bool) -> int:
     return -1
 
 
-def _map(path: str, memory: int, writable: bool) -> tuple[mmap.mmap, storage.FileSystem]:
+def _map(path: str, memory: int, writable: bool) -> tuple[mmap.mmap, storage.FileSystem, int]:
     """Map what the server gave. Raises RegionError."""
     status = os.fstat(memory)
     gave = f"the ivshmem server at {path} gave"
@@ -478,8 +479,9 @@ def _map(path: str, memory: int, writable: bool) -> tuple[mmap.mmap, storage.Fil
         page = format_size(fs.unit)
         text = f"{gave} {format_size(size)} of memory, expected a multiple of the huge page, {page}"
         raise format_error(text, path)
+    origin, size = info_block.find_in_file(memory, size, path)
     try:
-        return map_bytes(memory, size, writable), fs
+        return map_bytes(memory, size, writable, origin), fs, origin
     except OSError as error:
         code = error.errno or errno.EIO
         if code in (errno.EACCES, errno.EPERM):

@@ -11,7 +11,7 @@ from shmsock.native._core import ffi, lib
 from shmsock.region.base import Region
 from shmsock.region.file import FileRegion
 
-__all__ = ["MAGIC", "claimed_by", "is_formatted"]
+__all__ = ["MAGIC", "claimed_by", "is_formatted", "region_id"]
 
 MAGIC: bytes = lib.SH_MAGIC.to_bytes(8, "little")
 _ALLOWED = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789._-")
@@ -20,6 +20,11 @@ _ALLOWED = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789._-")
 def is_formatted(region: Region) -> bool:
     """Does the region begin as one of shmsock does, of whatever version?"""
     return _bytes(region, 0, len(MAGIC))[:-1] == MAGIC[:-1]
+
+
+def region_id(region: Region) -> int:
+    """Read the number that tells a formatted region from others; 0: it is not formatted."""
+    return _word(region, lib.SH_HEADER_REGION_ID) if is_formatted(region) else 0
 
 
 def claimed_by(region: Region) -> list[str]:

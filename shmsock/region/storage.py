@@ -111,10 +111,11 @@ def can_fallocate(kind: str) -> bool:
     return kind in _FALLOCATE
 
 
-def back(fd: int, mapping: mmap.mmap, kind: str, offset: int, length: int) -> None:
+def back(fd: int, mapping: mmap.mmap, kind: str, offset: int, length: int, origin: int = 0) -> None:
     """Give the bytes [offset, offset + length) storage, without changing any. Touching them cannot fail then.
 
-    `fd`: of the same file, open for writing. `kind`: FileSystem.type.
+    `fd`: of the same file, open for writing. `kind`: FileSystem.type. `origin`: where in the file the mapping
+    begins; the first byte gets what is before it as well.
     Raises OSError, ENOSPC or EDQUOT when there is no room.
     """
     if not can_fallocate(kind):
@@ -128,7 +129,8 @@ def back(fd: int, mapping: mmap.mmap, kind: str, offset: int, length: int) -> No
             if error.errno != errno.EINVAL:
                 raise
             # EINVAL: a kernel before 5.14; the emulation is better than a SIGBUS.
-    os.posix_fallocate(fd, offset, length)
+    start = origin + offset if offset else 0
+    os.posix_fallocate(fd, start, origin + offset + length - start)
 
 
 def huge_page_hint(size: int, page: int, root: str = "/sys/kernel/mm/hugepages") -> str:

@@ -17,9 +17,10 @@ from typing import TypeVar
 from shmsock.errors import RegionError, region_error
 from shmsock.region import vfio_ioctl
 from shmsock.region.bar2 import place_of, the_device
-from shmsock.region.base import Region, map_bytes
+from shmsock.region.base import Region
 from shmsock.region.doorbell import Doorbell, Reach
 from shmsock.region.file import owner_name
+from shmsock.region.info_block import map_device
 from shmsock.region.iommu import DEV, VFIO_DEVICE, Group, borrow, no_iommu, not_viable, read_group, users
 from shmsock.region.pci import SYSFS, PciDevice
 from shmsock.region.sizes import format_size
@@ -189,7 +190,7 @@ def open_vfio(address: str, *, writable: bool = True, sysfs: str = SYSFS, dev: s
             vectors = _vectors(device, group, fd)
             doorbell = _call(device, "set up", lambda: VfioDoorbell(fd, vectors), group.path)
             undo.callback(doorbell.close)
-        mapping = _call(device, "map", lambda: _map(fd, memory, writable), group.path)
+        mapping = _call(device, "map", lambda: _map(fd, memory, writable, f"vfio:{address}"), group.path)
         undo.callback(mapping.close)
         lock_fd = _open_lock(device, writable)
         # Of the group, if there is nothing else: an inode to know it by.
@@ -335,8 +336,8 @@ def _vectors(device: PciDevice, group: Group, fd: int) -> int:
     return min(vectors, 64)
 
 
-def _map(fd: int, memory: vfio_ioctl.RegionInfo, writable: bool) -> mmap.mmap:
-    return map_bytes(fd, memory.size, writable, memory.offset)
+def _map(fd: int, memory: vfio_ioctl.RegionInfo, writable: bool, url: str) -> mmap.mmap:
+    return map_device(fd, memory.size, writable, url, memory.offset)
 
 
 def _open_lock(device: PciDevice, writable: bool) -> int | None:

@@ -92,15 +92,16 @@ def _serve_file(opened: FileRegion, size: int | None, peers: int, state: str) ->
     """All that follows is about what was opened, whatever has its name by now."""
     path, known = opened.path, opened.describe()
     _check_owner(f"region {path}", known.uid, path)
-    wanted = opened.size if size is None else round_up(size, known.page_size)
-    if opened.size != wanted:
+    whole = opened.origin + opened.size
+    wanted = whole if size is None else round_up(size, known.page_size)
+    if whole != wanted:
         raise region_error(
             errno.EINVAL,
-            f"region {path} has {format_size(opened.size)}, expected the {format_size(wanted)} asked for: "
+            f"region {path} has {format_size(whole)}, expected the {format_size(wanted)} asked for: "
             "leave the size out, or name another file",
             path,
         )
-    _check_power(opened.size, f"region {path}", path)
+    _check_power(whole, f"region {path}", path)
     storage.warn_of_disk(path, known.filesystem)
     lock_fd = _lock(opened)
     try:
@@ -123,7 +124,7 @@ def _serve_file(opened: FileRegion, size: int | None, peers: int, state: str) ->
         raise
     if known.mode & 0o007:
         state += f", mode {known.mode:04o}: everybody can open it"
-    return Store(fd, lock_fd, opened.size, f"{path}, {format_size(opened.size)}, {state}")
+    return Store(fd, lock_fd, whole, f"{path}, {format_size(whole)}, {state}")
 
 
 def _check_owner(what: str, uid: int, path: str) -> None:

@@ -38,6 +38,7 @@ def test_everything_is_written_where_it_belongs(root: Path) -> None:
         "etc/systemd/system/shmsock-ivshmem.socket",
         "etc/systemd/system/shmsock-region.service",
         "etc/udev/rules.d/70-shmsock.rules",
+        "etc/udev/rules.d/70-shmsock-dax.rules",
         "etc/udev/rules.d/70-shmsock-vfio.rules",
     }
     texts = [path.read_text() for path in root.rglob("*") if path.is_file()]
@@ -71,7 +72,7 @@ def test_printed_is_what_would_be_written(root: Path) -> None:
         assert f"# {path}\n{(root / path[1:]).read_text()}" in printed
     everything = install_units("--print").stdout
     assert printed.splitlines()[0] in everything
-    assert everything.count("# /etc/") == 8
+    assert everything.count("# /etc/") == 9
 
 
 def test_what_is_there_is_kept(root: Path) -> None:

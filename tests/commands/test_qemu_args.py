@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from shmsock.guests.devices import Ivshmem, IvshmemDoorbell
+from shmsock.guests.devices import Dax, Ivshmem, IvshmemDoorbell
+from shmsock.hypervisors.qemu import DAX
 from tests.commands.test_cli import bad, good, shmsock, usage
 
 
@@ -46,6 +47,20 @@ def test_doorbell() -> None:
         *("-device", "intel-iommu,intremap=on"),
     ]
     assert good("qemu-args", "ivshmem:/run/a.sock", "--vectors", 2, "--id", "ivshmem0") == said
+
+
+@pytest.mark.parametrize("kind", list(DAX))
+def test_dax(path: Path, kind: str) -> None:
+    assert "shmsock qemu-args" in good("create", path, "--size", "16M", "--dax")
+    said = good("qemu-args", path, "--dax", kind, "--id", "dax3")
+    assert shlex.split(said) == Dax(path, 16 << 20, kind).arguments(3)
+    assert "maxmem=128G" in good("qemu-args", path, "--dax", kind, "--max-memory", "128G")
+    assert "ivshmem-plain" in good("qemu-args", path)  # to that as well
+    plain = path.with_name("plain")
+    good("create", plain, "--size", "16M")
+    assert "is not made for --dax: a guest would find no /dev/dax0.0" in bad(
+        "qemu-args", plain, "--dax", kind
+    )
 
 
 def test_what_cannot_be_given(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -332,10 +332,10 @@ def test_shrinks_while_it_is_mapped(path: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_replaced_while_it_is_opened(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def replace(fd: int, size: int, writable: bool) -> Any:
+    def replace(fd: int, size: int, writable: bool, offset: int) -> Any:
         os.unlink(path)
         Path(path).write_bytes(bytes(MIB))
-        return base.map_bytes(fd, size, writable)
+        return base.map_bytes(fd, size, writable, offset)
 
     monkeypatch.setattr(file, "map_bytes", replace)
     with pytest.raises(RegionError, match="replaced") as caught:

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from shmsock.guests.qemu import Fleet, Guest, Ivshmem
+from shmsock.guests.devices import Device
+from shmsock.guests.qemu import Dax, Fleet, Guest, Ivshmem
+from shmsock.region import create_file, open_file
 from tests.vm.peers import Peers
 
 PAIR_SIZE = 64 << 20
@@ -24,6 +26,10 @@ class Pair(NamedTuple):
     b: Guest
     region: Path
     size: int
+    kind: str = "pci"
+    """Of the region in both guests: pci or dax."""
+    origin: int = 0
+    """Where in the file the region begins."""
 
 
 @pytest.fixture
@@ -38,17 +44,36 @@ def fleet() -> Iterator[Fleet]:
 class _Pairs:
     """vm-a and vm-b, kept from test to test; a guest that a test has spoilt is booted anew."""
 
-    def __init__(self, fleet: Fleet) -> None:
-        self.fleet = fleet
+    def __init__(self, fleet: Fleet, kind: str = "pci") -> None:
+        self.fleet, self.kind = fleet, kind
         self.region = fleet.shared_file(PAIR_SIZE)
+        device = Ivshmem(self.region, PAIR_SIZE)
+        self.devices: dict[str, Device] = {"vm-a": device, "vm-b": device}
+        if kind == "dax":
+            create_file(str(self.region), PAIR_SIZE, dax=True, force=True)
+            self.devices = {
+                "vm-a": Dax(self.region, PAIR_SIZE, "nvdimm"),
+                "vm-b": Dax(self.region, PAIR_SIZE, "virtio-pmem"),
+            }
+        with open_file(str(self.region)) as region:
+            self.origin = region.origin
         self.guests: dict[str, Guest] = {}
 
     def get(self) -> Pair:
-        for name in "vm-a", "vm-b":
+        for name, device in self.devices.items():
             guest = self.guests.get(name)
             if guest is None or not guest.alive:
-                self.guests[name] = self.fleet.boot(name, ivshmem=[Ivshmem(self.region, PAIR_SIZE)])
-        return Pair(self.guests["vm-a"], self.guests["vm-b"], self.region, PAIR_SIZE)
+                self.guests[name] = self.fleet.boot(name, ivshmem=[device])
+        return Pair(self.guests["vm-a"], self.guests["vm-b"], self.region, PAIR_SIZE, self.kind, self.origin)
+
+    def lend(self) -> Iterator[Pair]:
+        """For one test."""
+        _up.append(self.fleet)
+        try:
+            yield self.get()
+        finally:
+            _up.remove(self.fleet)
+            self.clean()
 
     def clean(self) -> None:
         """No command runs, and the region holds zeroes, for the next test."""
@@ -60,7 +85,7 @@ class _Pairs:
             except Exception:
                 guest.kill()
         with self.region.open("r+b") as file, mmap.mmap(file.fileno(), PAIR_SIZE) as memory:
-            memory.madvise(mmap.MADV_REMOVE)
+            memory.madvise(mmap.MADV_REMOVE, self.origin)
 
 
 @pytest.fixture(scope="session")
@@ -69,15 +94,17 @@ def _pairs() -> Iterator[_Pairs]:
         yield _Pairs(fleet)
 
 
+@pytest.fixture(scope="module")
+def dax_pairs() -> Iterator[_Pairs]:
+    """As for `two_guests`, with the region as persistent memory: vm-a has an NVDIMM, vm-b virtio-pmem."""
+    with Fleet() as fleet:
+        yield _Pairs(fleet, "dax")
+
+
 @pytest.fixture
 def two_guests(_pairs: _Pairs) -> Iterator[Pair]:
     """vm-a and vm-b, sharing 64 MiB of zeroes through ivshmem-plain; no network. Booted once per session."""
-    _up.append(_pairs.fleet)
-    try:
-        yield _pairs.get()
-    finally:
-        _up.remove(_pairs.fleet)
-        _pairs.clean()
+    yield from _pairs.lend()
 
 
 @pytest.fixture

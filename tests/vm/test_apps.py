@@ -194,7 +194,7 @@ def connections(region: Path, name: str) -> int:
 
 
 def test_an_address_leads_through_memory_while_its_peer_is_there(networked: Pair) -> None:
-    a, b, region, _ = networked
+    a, b, region, *_ = networked
     put(a, post=POST)
     put(b, web=WEB)
     run = ["shmsock", "run", "--auto", RANGE, "--listen", "8000", "--"]
@@ -220,7 +220,7 @@ def test_an_address_leads_through_memory_while_its_peer_is_there(networked: Pair
 
 
 def test_redis_behind_a_forward_beside_virtio_net(networked: Pair) -> None:
-    a, b, _, _ = networked
+    a, b, *_ = networked
     for command in "redis-server", "redis-benchmark":
         has(command)
     put(a, client=REDIS)

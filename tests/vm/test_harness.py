@@ -198,7 +198,7 @@ def test_what_a_command_leaves_behind(two_guests: Pair) -> None:
 
 
 def test_shared_memory(two_guests: Pair) -> None:
-    a, b, region, size = two_guests
+    a, b, region, size, *_ = two_guests
     address, length, _ = a.run(["python", "-c", BAR2, "12345", "201"]).text.split()
     assert int(length) == size
     assert b.run(["python", "-c", BAR2, "12345"]).text.split() == [address, length, "201"]

@@ -30,12 +30,13 @@ def test_two_format_at_once(two_guests: Pair, peers: Peers) -> None:
     ids = set()
     for _ in range(6):
         with two_guests.region.open("r+b") as file, mmap.mmap(file.fileno(), two_guests.size) as memory:
-            memory.madvise(mmap.MADV_REMOVE)
+            memory.madvise(mmap.MADV_REMOVE, two_guests.origin)
             both = [peer.start("attach") for peer in (a, b)]
             for peer, number in zip((a, b), both, strict=True):
                 peer.identity = peer.result(number)
-            assert memory[:8] == b"SHMSOCK1"
-            ids.add(memory[lay.H_ID : lay.H_ID + 8])
+            header = memory[two_guests.origin : two_guests.origin + lay.HEADER]
+            assert header[:8] == b"SHMSOCK1"
+            ids.add(header[lay.H_ID : lay.H_ID + 8])
         b.ask("listen", port=PORT)
         assert a.section != b.section
         assert a.ask("echo", host="vm-b", port=PORT, count=10)["count"] == 10
