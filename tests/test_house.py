@@ -29,6 +29,7 @@ FLOORS = {
     "guests": 4,
     "run": 4,
     "observe": 4,
+    "doctor": 5,
     "integrations": 5,
     "bench": 5,
     "install": 5,
@@ -501,6 +502,7 @@ C_LOADERS = {
     "pump.c": {"is_suspicious", "sh_safety", "news"},
     "memory.c": {"sh_load64", "sh_read_bytes", "sh_listen_find", "sh_listen_still", "sh_survey"},
     "node.h": {"sh_holds"},
+    "speed.c": {"sh_time_reads"},
 }
 RAW_LOAD = {"sh_load", "sh_peek", "sh_copy_in"}
 

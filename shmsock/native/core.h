@@ -124,6 +124,8 @@ void sh_full_fence(int wc);
 void sh_read_bytes(const void *base, uint64_t offset, void *to, uint32_t n);
 void sh_write_bytes(void *base, uint64_t offset, const void *from, uint32_t n);
 uint64_t sh_clock(void);
+uint64_t sh_time_reads(const void *base, uint64_t offset, uint64_t bytes, uint32_t times);
+uint64_t sh_time_writes(void *base, uint64_t offset, uint64_t bytes, uint32_t times);
 uint64_t sh_survey(const void *base, const sh_geometry *g, uint64_t *words, int wc);
 int sh_geometry_of(uint64_t region_id, uint64_t region_bytes, sh_geometry *out);
 int sh_listen_still(const void *base, const sh_geometry *g, uint32_t section, uint64_t life, uint32_t port, uint32_t entry, int lock_fd, int wc);

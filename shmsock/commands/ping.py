@@ -1,0 +1,86 @@
+"""`shmsock ping`: round trips to a peer, whatever its program does."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+from dataclasses import asdict
+
+import click
+
+from shmsock.commands.group import Failed
+from shmsock.commands.params import attaching, check_environ
+
+__all__ = ["ping"]
+
+
+@click.command()
+@click.argument("host")
+@click.option(
+    "-c",
+    "--count",
+    type=click.IntRange(1, 1000000),
+    default=10,
+    show_default=True,
+    help="Round trips in a row.",
+)
+@click.option(
+    "-W",
+    "--timeout",
+    type=click.FloatRange(0.01),
+    default=3.0,
+    show_default=True,
+    help="Seconds to wait for an answer.",
+)
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@attaching
+def ping(host: str, count: int, timeout: float, as_json: bool, region: str | None, name: str | None) -> None:
+    """Ask HOST, a peer's name or the number of its section, for an answer, and tell how long it took.
+
+    It needs nothing of the peer's program: its event loop answers. Tells who wakes whom, and the time of a
+    round trip twice: warm, and from idle, after a second without traffic. That one takes milliseconds where
+    a peer is not woken but polls, and more in a guest without KVM; nothing is wrong then.
+
+    Exit status: 0 when every peer of that name answered, else 1.
+    """
+    from shmsock.doctor.round_trips import Answers, ask, attached, duration
+    from shmsock.engine.peers import Peer
+
+    check_environ(name)
+
+    async def asked() -> list[Answers]:
+        async with attached(region, name) as node:
+            peers, listeners = node.engine.peers, node.engine.listeners
+            found: list[Peer]
+            if host.isdecimal():
+                found = [peer for peer in peers.there() if peer.section == int(host)]
+            else:
+                wanted = None if listeners.is_own_machine(host) else listeners.peer_name(host)
+                found = [peer for peer in peers.named(wanted) if peer.section != node.section]
+            if not found:
+                raise listeners.unknown(int(host) if host.isdecimal() else host)
+            return await ask(node, found, count, patience_s=timeout)
+
+    try:
+        found = asyncio.run(asked())
+    except OSError as error:
+        raise Failed(error.strerror or str(error)) from None
+    if as_json:
+        click.echo(json.dumps([asdict(answers) for answers in found], indent=2))
+    for answers in [] if as_json else found:
+        kernel = "this kernel" if answers.here else "another kernel"
+        click.echo(f"{answers.name}: section {answers.section}, process {answers.pid}, {kernel}")
+        click.echo(f"    {answers.ways()}")
+        if answers.warm:
+            low, high = min(answers.warm), max(answers.warm)
+            click.echo(
+                f"    {len(answers.warm)} warm: min {duration(low)}, median "
+                f"{duration(statistics.median(answers.warm))}, max {duration(high)}"
+            )
+        if answers.idle is not None:
+            click.echo(f"    from idle: {duration(answers.idle)}")
+        if not answers.answered:
+            click.echo(f"    no answer within {timeout:g} s")
+    if not all(answers.answered for answers in found):
+        raise Failed("no answer: it is stopped or busy; `shmsock doctor` tells more")

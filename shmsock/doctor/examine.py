@@ -1,0 +1,156 @@
+"""All checks, in the order in which one needs the other."""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+from collections.abc import Iterator
+
+from shmsock import region as regions
+from shmsock.doctor import memory
+from shmsock.doctor.devices import devices
+from shmsock.doctor.finding import Finding
+from shmsock.doctor.peers import alone, peers, room
+from shmsock.doctor.processes import qemus
+from shmsock.doctor.regions import cannot_open, defaults_of_others, disk, form, mapped, place
+from shmsock.doctor.round_trips import try_all
+from shmsock.engine.layout import read_layout
+from shmsock.engine.memory import Memory, native_core
+from shmsock.observe.snapshot import Content, inspect, old_files
+from shmsock.region.base import Region
+from shmsock.region.file import FileRegion
+from shmsock.region.iommu import DEV
+from shmsock.region.pci import SYSFS, find_devices
+from shmsock.region.processes import read_line
+
+__all__ = ["examine"]
+
+
+def examine(
+    url: str | None, *, attach: bool = True, sysfs: str = SYSFS, dev: str = DEV, proc: str = "/proc"
+) -> Iterator[Finding]:
+    """Examine this machine, and the region `url`; None: those that programs here would use. `attach`: be a
+    peer for some seconds, which measures the memory and asks every other peer. `sysfs`, `dev`, `proc`: for
+    tests."""
+    found = find_devices(sysfs)
+    yield _machine(proc, sysfs)
+    yield from devices(sysfs, dev)
+    chosen = os.environ.get("SHMSOCK_REGION")
+    urls = [url] if url else [chosen] if chosen else [device.url for device in found]
+    if not urls:
+        urls = [regions.default_url(sysfs=sysfs)]
+        yield (without := _no_device(urls[0], sysfs))
+        if without.level == "error":
+            yield from disk(regions.parse_url(urls[0])[1])
+            return
+    for each in urls:
+        yield from _region(each, attach, sysfs, proc)
+
+
+def _machine(proc: str, sysfs: str) -> Finding:
+    kind = "a container" if _container(proc) else "a guest" if _guest(proc) else "a machine of its own"
+    seen = f"{kind}, Linux {platform.release()}, {platform.machine()}, Python {platform.python_version()}"
+    return Finding("machine", "ok", seen)
+
+
+def _container(proc: str) -> bool:
+    """Is this a container, as far as that can be told?"""
+    if any(map(os.path.exists, ("/.dockerenv", "/run/.containerenv"))) or "container" in os.environ:
+        return True
+    return read_line(f"{proc}/2/comm") not in ("", "kthreadd") or not os.path.isdir(f"{proc}/2")
+
+
+def _guest(proc: str) -> bool:
+    try:
+        with open(f"{proc}/cpuinfo", encoding="ascii", errors="replace") as file:
+            return any(line.startswith("flags") and " hypervisor" in line for line in file)
+    except OSError:
+        return False
+
+
+def _no_device(url: str, sysfs: str) -> Finding:
+    """Tell that there is no ivshmem device: an error where there is nothing else to talk through, either."""
+    maker = read_line(f"{sysfs}/class/dmi/id/sys_vendor")
+    guest = maker in ("QEMU", "Red Hat", "KubeVirt")
+    missing = regions.is_missing(url) and not old_files(regions.parse_url(url)[1])
+    sys_there = os.path.isdir(f"{sysfs}/bus/pci/devices")
+    return Finding(
+        "device",
+        "error" if missing else "warning" if guest else "note",
+        "no ivshmem device (PCI 1af4:1110) is here" + ("" if sys_there else f", nor {sysfs}/bus/pci/devices"),
+        f"programs use {url.removeprefix('file:')}, which only processes of this machine share",
+        "in a guest, start QEMU with what `shmsock create` printed (`-device ivshmem-plain,...`); on the "
+        "host, name the file that the guests have: SHMSOCK_REGION=/dev/shm/NAME, or make it with "
+        "`shmsock create`",
+    )
+
+
+def _region(url: str, attach: bool, sysfs: str, proc: str) -> Iterator[Finding]:
+    try:
+        kind, path = regions.parse_url(url)
+    except OSError as error:
+        yield cannot_open(url, error, sysfs)
+        return
+    try:
+        opened, writable = _open(url, sysfs)
+    except OSError as error:
+        yield cannot_open(url, error, sysfs)
+        if kind == "file":
+            yield from qemus(path, url, proc)
+            yield from disk(path, url=url)
+            yield from defaults_of_others(path, True)
+        return
+    with opened:
+        if writable is not None:
+            yield writable
+        yield from mapped(opened)
+        content = inspect(opened)
+        yield form(opened, content)
+        yield from _around(opened, content, proc)
+        if content.state == "formatted":
+            yield from peers(opened, content)
+            core = Memory(native_core(), opened.mmap, write_combining=opened.write_combining)
+            try:
+                yield from room(opened, content, read_layout(core))
+            finally:
+                core.release()
+        attach = attach and writable is None and content.state == "formatted"
+        attach = attach and any(section.state in ("free", "left", "dead") for section in content.sections)
+        if not attach and not opened.sparse:
+            yield memory.judge(opened.url, opened.mmap, 0, 4096, write=False)
+        name = opened.url
+    if attach:
+        yield from try_all(name)
+
+
+def _open(url: str, sysfs: str) -> tuple[Region, Finding | None]:
+    """Open it as programs do, or to look only, and say why."""
+    try:
+        return regions.open(url, sysfs=sysfs), None
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EBUSY):
+            raise
+        first = error
+    try:
+        opened = regions.open(url, writable=False, sysfs=sysfs)
+    except OSError:
+        raise first from None
+    found = cannot_open(url, first, sysfs)
+    if first.errno == errno.EBUSY:  # the program that it is for has it
+        found = Finding(
+            "in-use", "note", found.seen, "so it is looked at only, and no peer is asked", region=url
+        )
+    return opened, found
+
+
+def _around(region: Region, content: Content, proc: str) -> Iterator[Finding]:
+    """Look at what is around a region's file: its name, disk and users."""
+    if not isinstance(region, FileRegion):
+        return
+    if region.kind == "file":
+        yield from place(region)
+        yield from qemus(region.path, region.url, proc)
+        yield from defaults_of_others(region.path, alone(content))
+    if region.sparse:
+        yield from disk(region.path, region.size, region.describe().allocated, region.url)
