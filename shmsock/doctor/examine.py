@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import platform
@@ -25,6 +26,9 @@ from shmsock.region.pci import SYSFS, find_devices
 from shmsock.region.processes import read_line
 
 __all__ = ["examine"]
+
+# Of the kernel's own processes (PROC_PID_INIT_INO and PROC_IPC_INIT_INO).
+_FIRST_NAMESPACES = {"pid": 0xEFFFFFFC, "ipc": 0xEFFFFFFF}
 
 
 def examine(
@@ -55,10 +59,14 @@ def _machine(proc: str, sysfs: str) -> Finding:
 
 
 def _container(proc: str) -> bool:
-    """Is this a container, as far as that can be told?"""
-    if any(map(os.path.exists, ("/.dockerenv", "/run/.containerenv"))) or "container" in os.environ:
+    """Is this a container: does it have namespaces of its own for processes, or for System V's objects?"""
+    if any(map(os.path.exists, ("/.dockerenv", "/run/.containerenv"))):
         return True
-    return read_line(f"{proc}/2/comm") not in ("", "kthreadd") or not os.path.isdir(f"{proc}/2")
+    for kind, first in _FIRST_NAMESPACES.items():
+        with contextlib.suppress(OSError):
+            if os.readlink(f"{proc}/self/ns/{kind}") != f"{kind}:[{first}]":
+                return True
+    return False
 
 
 def _guest(proc: str) -> bool:

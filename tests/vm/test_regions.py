@@ -15,7 +15,9 @@ import pytest
 from shmsock.engine import layout as lay
 from shmsock.guests.qemu import Fleet, Guest, Ivshmem
 from tests.commands.test_cli import bad
+from tests.doctor.test_doctor import not_well, only, wrong
 from tests.vm.peers import PeerError, Peers, assert_calm, format_region
+from tests.vm.test_doctor import in_guest
 
 if TYPE_CHECKING:
     from tests.vm.conftest import Pair
@@ -88,6 +90,32 @@ def test_death_is_seen_at_once_under_one_kernel(two_guests: Pair, peers: Peers) 
     assert took < 1.5, took  # dead_after_s is 3
     assert a.statistics()["peers_lost"] == before + 1
     assert b.statistics()["state"] == "attached"
+
+
+def test_doctor_in_two_healthy_guests(two_guests: Pair, peers: Peers) -> None:
+    """In both, and on the host: nothing is wrong, and all answer."""
+    a, b, host = peers(two_guests.a, two_guests.b, None)
+    a.attach()
+    b.attach()
+    host.attach(f"file:{two_guests.region}", name="host")
+    for guest in two_guests.a, two_guests.b:
+        findings = in_guest(guest)
+        assert not_well(findings) == {}
+        answers = {f["data"]["name"]: f["data"] for f in findings if f["name"] == "round-trip"}
+        assert set(answers) == {"vm-a", "vm-b", "host"}
+        assert answers["host"]["woken_by"] == "polling"
+        assert answers[guest.name]["here"]
+        (device,) = (f for f in findings if f["name"] == "device")
+        assert "ivshmem-plain: BAR2 of 64 MiB, driver none" in device["seen"]
+        (memory,) = (f for f in findings if f["name"] == "memory-type")
+        assert memory["data"]["type"] == "write-back"
+    assert wrong(two_guests.region, look=False) == {}
+    two_guests.b.stop()
+    try:
+        found = only(wrong(two_guests.region), "peer-silent", "warning")
+        assert "(vm-b, process " in found["seen"]
+    finally:
+        two_guests.b.cont()
 
 
 @pytest.fixture(scope="module")
