@@ -202,6 +202,14 @@ class ShmStream(Resource, ByteStream):
         finally:
             self._sending = False
 
+    def send_nowait(self, item: bytes) -> int:
+        """Put into the ring what there is room for, without waiting, and return how many bytes that is. 0 as
+        well when nothing more can be sent, and for what is no bytes object: send() says why."""
+        if self._sending:
+            raise BusyResourceError("writing to")
+        taken: int | None = self._fast_path.put(item)
+        return len(item) if taken is None else taken
+
     async def _send_rest(self, data: memoryview, sent: int) -> None:
         node, fresh = self._node, not sent
         while True:

@@ -17,6 +17,7 @@ import logging
 import struct
 import sys
 import weakref
+from collections import deque
 from collections.abc import Awaitable, Callable
 from itertools import accumulate, pairwise
 from typing import Any
@@ -51,15 +52,13 @@ def _in_one(count: int, total: int) -> bool:
     return total < SMALL or (total < FRAGMENTED[0] and total // count < FRAGMENTED[1])
 
 
-async def _send(stream: ShmStream, frames: list[Any]) -> int:
+def _pieces(frames: list[Any]) -> tuple[list[Any], int]:
+    """Return what a message is on the wire, in pieces that are not empty, and how many bytes that is."""
     views = [ensure_memoryview(frame) for frame in frames]
     sizes: list[int] = [view.nbytes for view in views]
     head = HEAD.pack(len(sizes), sum(sizes)) + struct.pack(f"<{len(sizes)}Q", *sizes)
-    pieces = [b"".join([head, *views])] if _in_one(len(sizes), sum(sizes)) else [head, *views]
-    for piece in pieces:
-        if len(piece):
-            await stream.send(piece)
-    return len(head) + sum(sizes)
+    pieces = [head, *(view for view in views if view.nbytes)]
+    return [b"".join(pieces)] if _in_one(len(sizes), sum(sizes)) else pieces, len(head) + sum(sizes)
 
 
 async def _fill(stream: ShmStream, room: memoryview) -> memoryview:
@@ -99,12 +98,13 @@ class Shm(Comm):
     """A communication through shared memory."""
 
     def __init__(self, stream: ShmStream, deserialize: bool = True, allow_offload: bool = True) -> None:
-        self._stream: ShmStream | None = stream
+        self._stream, self._closed = stream, False
+        self._unsent: deque[Any] = deque()
+        self._sending: asyncio.Task[None] | None = None
         self._local_addr = _address(*stream.extra(SocketAttribute.local_address))
         self._peer_addr = _address(*stream.extra(SocketAttribute.remote_address))
         super().__init__(deserialize=deserialize)
         self.allow_offload = allow_offload
-        self._writing = asyncio.Lock()
         node = stream.extra(ShmAttribute.node)
         self._finalizer = weakref.finalize(self, _dangling, stream, node, repr(self))
         self._finalizer.atexit = False
@@ -123,7 +123,7 @@ class Shm(Comm):
         return True
 
     def _open(self) -> ShmStream:
-        if self._stream is None:
+        if self._closed:
             raise CommClosedError(f"in {self}: it is closed")
         return self._stream
 
@@ -152,6 +152,7 @@ class Shm(Comm):
             raise self._broke(error) from error
 
     async def write(self, msg: Any, serializers: Any = None, on_error: str = "message") -> int:
+        """Write a message. As over TCP, what has no room yet is sent later: it must stay as it is."""
         self._open()
         frames = await to_frames(
             msg,
@@ -161,30 +162,48 @@ class Shm(Comm):
             context={"sender": self.local_info, "recipient": self.remote_info, **self.handshake_options},
             frame_split_size=sys.maxsize,
         )
-        async with self._writing:
-            stream = self._open()
-            try:
-                return await _send(stream, frames)
-            except (BrokenResourceError, ClosedResourceError) as error:
-                raise self._broke(error) from error
-            except BaseException:  # what of the message was written is not known
+        stream = self._open()
+        if stream.ended:
+            raise CommClosedError(f"in {self}: the peer is gone")
+        pieces, size = _pieces(frames)
+        if self._sending is None:
+            if len(pieces) == 1 and (taken := stream.send_nowait(pieces[0])):
+                pieces = [memoryview(pieces[0])[taken:]] if taken < size else []
+            if pieces:
+                self._sending = asyncio.create_task(self._send())
+        self._unsent += pieces
+        return size
+
+    async def _send(self) -> None:
+        """Send what had no room in the ring."""
+        try:
+            while self._unsent:
+                await self._stream.send(self._unsent.popleft())
+        except (BrokenResourceError, ClosedResourceError) as error:
+            log.debug("%s is closed, as not all that was written could be sent: %s", self, error)
+            self.abort()
+        except BaseException:
+            self.abort()
+            raise
+        finally:
+            self._sending = None
+            if self._closed:
                 self.abort()
-                raise
 
     async def close(self) -> None:
-        if self._writing.locked():
-            async with self._writing:  # what is being written arrives
-                pass
+        self._closed = True
+        if self._sending is not None:
+            await asyncio.wait([self._sending])  # what was written arrives
         self.abort()
 
     def abort(self) -> None:
-        stream, self._stream = self._stream, None
-        if stream is not None:
-            self._finalizer.detach()
-            stream.close()
+        self._closed = True
+        self._unsent.clear()
+        if self._finalizer.detach():
+            self._stream.close()
 
     def closed(self) -> bool:
-        return self._stream is None or self._stream.ended
+        return self._closed or self._stream.ended
 
 
 def _refuse_encryption(scheme: str, connection_args: dict[str, Any]) -> None:

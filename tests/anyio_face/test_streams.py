@@ -222,6 +222,27 @@ def test_a_reset_breaks_both_ways(run: Run, world: World) -> None:
     run(main)
 
 
+def test_send_nowait(run: Run, world: World) -> None:
+    async def main() -> None:
+        async with world.pair(settings=SMALL) as (c, s), anyio.create_task_group() as tg:
+            data = bytes(range(256)) * 100
+            sent = c.send_nowait(data)
+            assert 0 < sent < len(data)
+            assert c.send_nowait(b"more") == 0
+            tg.start_soon(c.send, data[sent:])
+            await anyio.wait_all_tasks_blocked()
+            with pytest.raises(anyio.BusyResourceError):
+                c.send_nowait(b"x")
+            got = b""
+            while len(got) < len(data):
+                got += await s.receive()
+            assert got == data
+            c.close()
+            assert c.send_nowait(b"x") == 0
+
+    run(main)
+
+
 @pytest.mark.parametrize("into", [False, True])
 def test_who_has_nothing_else_to_do_polls_for_bytes(run: Run, region: str, into: bool) -> None:
     async def main() -> None:
