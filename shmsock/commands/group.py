@@ -30,6 +30,7 @@ MODULES = {
     "info": "info",
     "install-units": "install_units",
     "ivshmem-server": "ivshmem_server",
+    "libvirt-xml": "libvirt_xml",
     "nc": "nc",
     "peers": "peers",
     "ping": "ping",
