@@ -184,8 +184,7 @@ class Driver:
 
     def accepted(self, what: int, more: int, now: int) -> None:
         """Have the engine take in, outside of attend(), that the core has accepted a connection."""
-        if event := self._engine.handshake.accepted(what, more, now):
-            self._call(*event)
+        self._engine.handshake.accepted(what, more, now, self._call)
 
     def _tell(self) -> bool:
         events = self._engine.events

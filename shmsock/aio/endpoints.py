@@ -10,6 +10,7 @@ import operator
 import socket
 import ssl as _ssl
 from asyncio.streams import _DEFAULT_LIMIT  # type: ignore[attr-defined]
+from asyncio.tasks import _enter_task, _leave_task  # what loops call around each step of a task
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from typing import Any, SupportsIndex
@@ -118,52 +119,78 @@ async def create_connection(
         if node is None and await node_if_any(region, name) is None:
             return await otherwise(None)
 
-    async def connect(on: Node) -> tuple[Node, Connection]:
-        nonlocal used
-        used = on
-        return on, await on.connect(host, number, local_port, impatient=otherwise is not None)
+    transport: Any = None
 
+    def make(on: Node, conn: Connection) -> None:
+        nonlocal transport
+        transport = ShmTransport(on, conn, None, contextvars.copy_context(), numeric=seen_as or numeric)
+
+    async def connect(on: Node) -> Connection:
+        nonlocal used
+        used, known, impatient = on, asked.pop(on, None), otherwise is not None
+        return await on.connect(host, number, local_port, make, impatient=impatient, asked=known)
+
+    at_once = None if otherwise or local_port else node or known_node(region, name)
+    conn = None if at_once is None else at_once.ask_again(host, number, make)
+    if conn is None or conn.state is not State.OPEN:
+        asked = {at_once: conn}
+        try:
+            conn = await on_current_node(node, region, name, connect)
+        except OSError as error:
+            if otherwise is None or (where and is_answer(error, used, host)):
+                raise
+            return await otherwise(error)
+    shaken = None if tls is None else transport.node.loop.create_future()
     try:
-        on, conn = await on_current_node(node, region, name, connect)
-    except OSError as error:
-        if otherwise is None or (where and is_answer(error, used, host)):
-            raise
-        return await otherwise(error)
-    waiter = on.loop.create_future()
-    try:
-        protocol, below = _protocols(protocol_factory, tls, waiter)
+        protocol, transport._protocol = _protocols(protocol_factory, tls, shaken)
     except BaseException:
         conn.close()
         raise
     if where:
         log.info("%r goes through memory, to port %d of section %d", host, number, conn.peer)
-    transport = ShmTransport(on, conn, below, contextvars.copy_context(), numeric=seen_as or numeric)
-    return await _started(transport, protocol, tls, waiter)
+    return await _started(transport, protocol, shaken, conn.handler.early)
+
+
+def _as_callback(transport: ShmTransport, early: bool) -> None:
+    """Start as a callback of the loop would, in which no task is the current one."""
+    loop, task = transport.node.loop, asyncio.current_task()
+    if task is not None:
+        _leave_task(loop, task)
+    try:
+        transport.context.run(transport.start_now, early)
+    finally:
+        if task is not None:
+            _enter_task(loop, task)
 
 
 def _protocols(
-    factory: Callable[[], asyncio.BaseProtocol], tls: Tls | None, waiter: asyncio.Future[None]
+    factory: Callable[[], asyncio.BaseProtocol], tls: Tls | None, shaken: asyncio.Future[None] | None
 ) -> tuple[asyncio.BaseProtocol, asyncio.BaseProtocol]:
     """Make the user's protocol, and the one that the transport gives bytes to."""
     protocol = factory()
-    if tls is not None:
-        return protocol, tls.wrap(waiter.get_loop(), protocol, waiter)
+    if tls is not None and shaken is not None:
+        return protocol, tls.wrap(shaken.get_loop(), protocol, shaken)
     adopt(protocol)
     return protocol, protocol
 
 
 async def _started(
-    transport: ShmTransport, protocol: asyncio.BaseProtocol, tls: Tls | None, waiter: asyncio.Future[None]
+    transport: ShmTransport,
+    protocol: asyncio.BaseProtocol,
+    shaken: asyncio.Future[None] | None,
+    early: bool = True,
 ) -> tuple[Any, Any]:
+    """Start. `shaken`: with TLS, which sets it when hands have been shaken."""
     below: Any = transport.get_protocol()
-    transport.start(waiter if tls is None else None)
     try:
-        await waiter
+        if shaken is None:
+            _as_callback(transport, early)
+            return transport, protocol
+        transport.start()
+        await shaken
     except BaseException:
         transport.close()
         raise
-    if tls is None:
-        return transport, protocol
     above = below._app_transport
     if above is None:
         raise without_transport(transport)
@@ -179,12 +206,12 @@ async def _go_on(
     if not isinstance(sock, Duplicate):
         raise ValueError(_NO_SOCKETS)
     before = sock.take(asyncio.get_running_loop())
-    waiter = before.node.loop.create_future()
-    protocol, below = _protocols(factory, tls, waiter)
+    shaken = None if tls is None else before.node.loop.create_future()
+    protocol, below = _protocols(factory, tls, shaken)
     transport = ShmTransport(before.node, before.conn, below, contextvars.copy_context())
     transport.supersede(before)
     sock.taken()
-    return await _started(transport, protocol, tls, waiter)
+    return await _started(transport, protocol, shaken)
 
 
 async def connect_accepted_socket(

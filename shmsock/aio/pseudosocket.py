@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,8 +19,9 @@ from shmsock.wakeup import eventfd
 if TYPE_CHECKING:
     from typing import NoReturn
 
-__all__ = ["Duplicate", "PollFd", "PseudoSocket", "fileno_of", "stream_socket"]
+__all__ = ["NO_LINGER", "Duplicate", "PollFd", "PseudoSocket", "fileno_of", "stream_socket"]
 
+NO_LINGER = struct.pack("ii", 1, 0)
 _PROTOCOLS = {socket.SOCK_STREAM: socket.IPPROTO_TCP, socket.SOCK_DGRAM: socket.IPPROTO_UDP}
 
 

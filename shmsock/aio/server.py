@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from shmsock.aio import names
 from shmsock.aio.pseudosocket import PseudoSocket
-from shmsock.aio.streams import ShmStreamReaderProtocol, adopt
+from shmsock.aio.streams import adopt
 from shmsock.aio.tls import Tls
 from shmsock.aio.transport import ShmTransport
 from shmsock.engine.connection import Connection
@@ -93,12 +93,10 @@ class Server(asyncio.AbstractServer):
             conn.close()
             raise
         transport = ShmTransport(self._node, conn, protocol, context, self, numeric=self._numeric)
-        if isinstance(protocol, ShmStreamReaderProtocol):
-            transport.start_streams()  # the engine tells right after this what is there already
-            protocol.connection_made(transport)
+        if waiter is None:
+            transport.start_now()  # the engine tells right after this what is there already
         else:
             transport.start()
-        if waiter is not None:
             waiter.add_done_callback(partial(_shook_hands, transport))
 
     def _attach(self, transport: ShmTransport) -> None:

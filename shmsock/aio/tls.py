@@ -38,6 +38,9 @@ class Tls:
         return wrapped
 
 
+_NOTHING = (None, None, None)
+
+
 def _only_with_ssl(ssl_given: bool, **values: object) -> None:
     for name, value in values.items():
         if value is not None and not ssl_given:
@@ -52,6 +55,8 @@ def client_tls(
     shutdown_timeout: float | None,
 ) -> Tls | None:
     """Read the arguments of a client. None: no TLS. Raises ValueError where loop.create_connection() does."""
+    if not ssl_argument and (server_hostname, handshake_timeout, shutdown_timeout) == _NOTHING:
+        return None
     _only_with_ssl(bool(ssl_argument), server_hostname=server_hostname)
     if server_hostname is None and ssl_argument:
         if not host or not isinstance(host, str):

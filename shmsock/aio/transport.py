@@ -13,19 +13,17 @@ import contextvars
 import errno
 import os
 import socket
-import struct
-import threading
 import warnings
 from asyncio.constants import _SendfileMode
-from asyncio.futures import _set_result_unless_cancelled  # type: ignore[attr-defined]
+from asyncio.log import logger
 from asyncio.sslproto import SSLProtocol
-from functools import partial
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 from shmsock.aio import names
 from shmsock.aio.direct import DELIVER_MAX, fill, read_ahead, take, wanted
 from shmsock.aio.flow import FlowControl
-from shmsock.aio.pseudosocket import Duplicate, PollFd, fileno_of, stream_socket
+from shmsock.aio.pseudosocket import NO_LINGER, Duplicate, PollFd, fileno_of, stream_socket
 from shmsock.aio.pump import FastPath
 from shmsock.aio.tls import flushes, tell_above
 from shmsock.aio.write_buffer import PIECE, OutgoingFile, WriteBuffer, flat, gathered
@@ -36,9 +34,6 @@ if TYPE_CHECKING:
     from shmsock.aio.node import Node
 
 __all__ = ["ShmTransport"]
-
-NO_LINGER = struct.pack("ii", 1, 0)
-_get_ident = threading.get_ident
 
 
 class ShmTransport(FlowControl, asyncio.Transport):
@@ -68,7 +63,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
         self,
         node: Node,
         conn: Connection,
-        protocol: asyncio.BaseProtocol,
+        protocol: Any,
         context: contextvars.Context,
         server: Any = None,
         *,
@@ -85,17 +80,28 @@ class ShmTransport(FlowControl, asyncio.Transport):
         state = "closed" if self._lost else "closing" if self._closing else "open"
         return f"<ShmTransport {state} {self.conn.local} - {self.conn.remote}>"
 
-    def start(self, waiter: asyncio.Future[None] | None = None) -> None:
-        """Call connection_made(), then tell `waiter`, then begin to read: each by call_soon. As with
-        asyncio's own, the task that waits runs before the first bytes are delivered."""
+    def start(self) -> None:
+        """Call connection_made(), then begin to read: each by call_soon."""
         self._begin()
-        call_soon, context = self._loop.call_soon, self.node.context
-        call_soon(self._connection_made, context=self.context)
-        if waiter is None:
-            call_soon(self._begin_reading, context=context)
+        self._loop.call_soon(self._connection_made, context=self.context)
+        self._loop.call_soon(self._begin_reading, context=self.node.context)
+
+    def start_now(self, early: bool = False) -> None:
+        """Start, with connection_made(), in the connection's context. As with asyncio's own, the task that
+        waits runs before the first bytes are delivered. `early`: as of start_streams()."""
+        self._begin()
+        try:
+            self._connection_made()
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            what = {"message": "Exception in connection_made()", "exception": error}
+            self._loop.call_exception_handler({**what, "transport": self, "protocol": self._protocol})
+        if early or self.conn.state is not State.OPEN or self.conn.orphaned_ns:
+            self._loop.call_soon(self._begin_reading, context=self.node.context)
         else:
-            call_soon(_set_result_unless_cancelled, waiter, None)
-            call_soon(partial(call_soon, self._begin_reading, context=context), context=context)
+            self._reading = True
+            self._let_through()
 
     def start_streams(self, early: bool = False) -> None:
         """Start at once, for a protocol of streams: the caller calls its connection_made(). `early`: the
@@ -225,7 +231,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
         elif not self._reading_paused:
             self._loop.call_soon(self._resumed, context=self.node.context)
 
-    def get_protocol(self) -> asyncio.BaseProtocol:
+    def get_protocol(self) -> Any:
         return self._protocol
 
     def is_reading(self) -> bool:
@@ -384,7 +390,7 @@ class ShmTransport(FlowControl, asyncio.Transport):
     # -- writing
 
     def _check_thread(self) -> None:
-        if _get_ident() != self.node.ident:
+        if get_ident() != self.node.ident:
             raise wrong_thread(repr(self))
         if self.node.closed and os.getpid() != self.node.pid:
             raise forked(repr(self))
@@ -430,8 +436,6 @@ class ShmTransport(FlowControl, asyncio.Transport):
     def _after_loss(self) -> None:
         self._writes_after_loss += 1
         if self._writes_after_loss >= 5:
-            from asyncio.log import logger
-
             logger.warning("shmsock: write() to a lost connection: %r", self)
 
     def _write_failed(self, status: int = CLOSED, *, fresh: bool = False) -> None:
@@ -447,9 +451,8 @@ class ShmTransport(FlowControl, asyncio.Transport):
                 self._settle()
                 self._resume_protocol()
                 return
-            error = BrokenPipeError(
-                errno.EPIPE, f"{self.conn.remote} closed the connection and reads no more"
-            )
+            why = f"{self.conn.remote} closed the connection and reads no more"
+            error = BrokenPipeError(errno.EPIPE, why)
         unread = not self.fast_path.used and self._reading_paused  # nobody is going to read to the end
         if self._closing or self._read_eof or unread or self.conn.error is not None or status == STALE:
             self.force_close(error)
@@ -513,10 +516,8 @@ class ShmTransport(FlowControl, asyncio.Transport):
             self.context.copy().run(self._maybe_resume_protocol)
 
     def _settle(self) -> None:
-        is_open = self.conn.state is State.OPEN
-        self.fast_path.can_write = is_open and not (
-            self._pending or self._closing or self._eof_wanted or self.broken
-        )
+        over = self._pending or self._closing or self._eof_wanted or self.broken
+        self.fast_path.can_write = self.conn.state is State.OPEN and not over
 
     def write_eof(self) -> None:
         """Put FIN behind what was written; reading goes on."""
@@ -628,11 +629,11 @@ class ShmTransport(FlowControl, asyncio.Transport):
             tell_above(self._protocol)
         try:
             if self._protocol is not None:  # it was told already
-                self._protocol.connection_lost(error)  # type: ignore[arg-type]
+                self._protocol.connection_lost(error)
         finally:
             if self.conn.handler is self and not self._duplicates:
                 self.conn.handler = None
-            self._protocol = None  # type: ignore[assignment]  # as over TCP: no cycle is left for the collector
+            self._protocol = None  # as over TCP: no cycle is left for the collector
             server, self._server = self._server, None
             if server is not None:
                 server._detach(self)
@@ -640,9 +641,8 @@ class ShmTransport(FlowControl, asyncio.Transport):
     def _fatal_error(self, error: BaseException, message: str = "Fatal error on transport") -> None:
         try:
             if not isinstance(error, OSError):
-                self._loop.call_exception_handler(
-                    {"message": message, "exception": error, "transport": self, "protocol": self._protocol}
-                )
+                what = {"message": message, "exception": error}
+                self._loop.call_exception_handler({**what, "transport": self, "protocol": self._protocol})
         finally:  # also at Ctrl-C in there
             self.force_close(error)
 

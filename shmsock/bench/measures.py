@@ -262,6 +262,7 @@ SUITE = (
         region_bytes=256 << 20,
     ),
     Measure("connect", "Connect, one byte each way, close", "connect", over.with_unix, RATE),
+    Measure("connect-protocol", "The same, by protocols", "protocol-connect", over.streams, RATE),
     MANY,
     Measure(
         "many-1000",

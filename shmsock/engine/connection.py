@@ -38,6 +38,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import deque
+from collections.abc import Callable
 from enum import Enum
 from typing import Any
 
@@ -127,6 +128,32 @@ class Link:
             self.home.stir()
 
 
+class _Asked:
+    """An attribute that few connections need: the core is asked for it once. (Not by __getattr__, with which
+    every attribute takes longer.)"""
+
+    def __init__(self, ask: Callable[[Connection], Any]) -> None:
+        self._ask = ask
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, conn: Connection | None, owner: type) -> Any:
+        if conn is None:
+            return self
+        value = self._ask(conn)
+        setattr(conn, self._name, value)
+        return value
+
+
+def _ep_of(conn: Connection) -> Any:
+    return conn.home.lib.sh_ep_at(conn.home.nd, conn.slot)
+
+
+def _gen_of(conn: Connection) -> Any:
+    return conn.home.lib.sh_ep_gen(conn.ep)
+
+
 class Connection(Held):
     """One endpoint. `handler` belongs to the driver. `local` and `remote` are (name, port).
 
@@ -140,6 +167,11 @@ class Connection(Held):
     handler: Any = None
     orphaned_ns = 0
     error: OSError | None = None
+
+    #: The core's endpoint, and the slot's generation. (A connection that is asked has the slot, or was asked
+    #: while it had it.)
+    ep: Any = _Asked(_ep_of)
+    gen: Any = _Asked(_gen_of)
 
     def __init__(
         self,
@@ -155,18 +187,6 @@ class Connection(Held):
         self.slot, self.peer = slot, link.section
         self.local, self.remote = local, remote
         slots.connections[slot] = self
-
-    def __getattr__(self, name: str) -> Any:
-        """Ask for what few connections need: `ep`, the core's endpoint, and `gen`, the slot's generation. (A
-        connection that is asked has the slot, or was asked while it had it.)"""
-        if name == "ep":
-            value = self.home.lib.sh_ep_at(self.home.nd, self.slot)
-        elif name == "gen":
-            value = self.home.lib.sh_ep_gen(self.ep)
-        else:
-            raise AttributeError(name)
-        setattr(self, name, value)
-        return value
 
     def __repr__(self) -> str:
         return f"<Connection {self.state.value} {self.local} - {self.remote} slot {self.slot}>"

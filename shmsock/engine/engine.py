@@ -262,12 +262,10 @@ class Engine:
                 if conn and conn.gen == more >> 8:
                     conn.inspect(more & 0xFF)
             elif kind == EV_ACCEPTED:
-                event = self.handshake.accepted(what, more, now_ns)
+                self.handshake.accepted(what, more, now_ns, self.home.emit)
                 conn = self.connections.get(what & 0xFFFF)
                 if conn and not self.lib.sh_ep_is_open(conn.ep):  # the link ended meanwhile
                     conn.gone(now_ns)
-                if event:
-                    self.home.emit(*event)
             elif kind == EV_CONNECTED:
                 self.handshake.answered(what, more >> 8, more & 0xFF, 0)
             elif kind == EV_REFUSED:

@@ -89,9 +89,11 @@ class Handshake:
             self.peers.met(peer)
         self.home.counts["connected"] += 1
 
-    def accepted(self, what: int, more: int, now_ns: int) -> tuple[Callable[[Any], object], Any] | None:
-        """Take over a connection that a peer opened. `what`, `more`: the halves of the core's event. Returns
-        an event of our own, a call and its argument, for the listener."""
+    def accepted(
+        self, what: int, more: int, now_ns: int, tell: Callable[[Callable[[Any], object], Any], object]
+    ) -> None:
+        """Take over a connection that a peer opened. `what`, `more`: the halves of the core's event. `tell`
+        is given an event of our own, a call and its argument, for the listener."""
         home, section, slot = self.home, what >> 16, what & 0xFFFF
         index, src_port, bits = more >> 23, more >> 7 & 0xFFFF, more & 0x7F
         peer = self.peers.all[section]
@@ -104,7 +106,6 @@ class Handshake:
         if not peer.live:
             self.peers.heard(peer, now_ns)
         home.counts["accepted"] += 1
-        event = None
         if index == DATAGRAMS:
             self.accept(conn)
         elif listener is None or not self.listeners.serves(listener, peer):
@@ -112,10 +113,9 @@ class Handshake:
                 listener.taken()
             conn.abort()
         else:
-            event = listener.accepted, conn
-        if bits != SPACE:
+            tell(listener.accepted, conn)
+        if bits != SPACE:  # behind that: who has the connection by now hears of it
             conn.inspect(bits)
-        return event
 
     def answered(self, slot: int, gen: int, bits: int, reason: int) -> None:
         """Take in the answer to a CONNECT: it is open, and `bits` are those of a poll; or it is not (-1), for

@@ -174,7 +174,7 @@ int sh_spin_for_mail(sh_node *nd, uint32_t peer)
     struct sh_link *l = &nd->links[peer];
     uint64_t now = sh_clock(), end = now + (nd->spin_max_ns >> (l->mail_misses % 16 < 6 ? l->mail_misses % 16 : 6)), yield_at = sh_yield_at(nd, now);
 
-    if (!sh_may_write(nd) || peer == nd->self || !nd->spin_max_ns || has_to_wake(nd, l, now))
+    if (!sh_may_write(nd) || peer == nd->self || !nd->spin_max_ns || sh_over_at(nd, now) || has_to_wake(nd, l, now))
         return 0;
     for (uint32_t k = 1; nothing_ready(nd); k++) {
         sh_pause();

@@ -11,7 +11,7 @@ import pytest
 
 import shmsock
 import shmsock.anyio
-from shmsock.aio.transport import NO_LINGER
+from shmsock.aio.pseudosocket import NO_LINGER
 from tests.aio.conftest import Run, World, until
 
 TURNS = 30

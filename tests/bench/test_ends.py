@@ -88,8 +88,9 @@ def test_quiet(variant: Variant) -> None:
 
 @pytest.mark.parametrize("variant", over.short(), ids=label)
 def test_protocols(variant: Variant) -> None:
-    found = taken(variant, "protocol-echo", "protocol-write")
+    found = taken(variant, "protocol-echo", "protocol-write", "protocol-connect")
     check_times(found["protocol-echo"])
+    check_times(found["protocol-connect"])
     check_rates(found["protocol-write"], BLOCK)
 
 

@@ -1099,6 +1099,27 @@ async def test_contexts(net: TransportNetwork) -> None:
     server.close()
 
 
+async def test_no_task_is_current_in_callbacks(net: TransportNetwork) -> None:
+    """Not even the one that connects."""
+    tasks: set[Any] = set()
+
+    class Asks(Recorder):
+        def happened(self, what: str) -> None:
+            tasks.add(asyncio.current_task())
+            super().happened(what)
+
+    me = asyncio.current_task()
+    async with pair(net, Asks, Asks) as (c, s):
+        assert asyncio.current_task() is me
+        c.transport.write(b"data")
+        await s.got(4)
+        s.transport.write(b"data")
+        await c.got(4)
+        c.transport.close()
+        await asyncio.gather(c.lost(), s.lost())
+    assert tasks == {None}
+
+
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks are of 3.12")
 async def test_eager_tasks(net: TransportNetwork) -> None:
     """The handler begins within connection_made(), and may write, read and close there."""

@@ -24,7 +24,7 @@ LOST_S = 30.0
 
 
 class Server(asyncio.Protocol):
-    """Echoes what comes, or counts it: the first byte says which."""
+    """Echoes what comes, or counts it, or sends one byte back and closes: the first byte says which."""
 
     transport: Any
     kind = b""
@@ -38,6 +38,9 @@ class Server(asyncio.Protocol):
             self.kind, data = data[:1], data[1:]
         if self.kind == b"e":
             self.transport.write(data)
+        elif self.kind == b"c":
+            self.transport.write(self.kind)
+            self.transport.close()
         else:
             self.count += len(data)
 
@@ -127,6 +130,27 @@ class DatagramClient(Client, asyncio.DatagramProtocol):
             self.over.set_exception(exc)
 
 
+class Caller(asyncio.Protocol):
+    """Sends one byte, and closes when it is back."""
+
+    transport: Any
+    back = b""
+
+    def __init__(self) -> None:
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+        transport.write(b"c")
+
+    def data_received(self, data: bytes) -> None:
+        self.back += data
+        self.transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.over.set_result(None)
+
+
 class Writer(asyncio.Protocol):
     """Writes until it is told to pause."""
 
@@ -167,6 +191,17 @@ async def echo(network: Network, options: argparse.Namespace, times: list[int]) 
     transport, _ = await network.create_connection(lambda: client)
     await client.play(b"e", LOST_S + 2 * options.seconds)
     transport.close()
+    return percentiles(times)
+
+
+async def connections(network: Network, options: argparse.Namespace, times: list[int]) -> dict[str, Any]:
+    """Connect, one byte each way, close; one after another."""
+    _, caller = await network.create_connection(Caller)  # the first attaches the process to its region
+    await caller.over
+    for _ in trips(times, options.seconds):
+        _, caller = await network.create_connection(Caller)
+        await caller.over
+    same(b"c", caller.back)
     return percentiles(times)
 
 
@@ -269,6 +304,7 @@ async def serve_datagrams(network: Network) -> Any:
 
 CLIENTS = {
     "protocol-echo": echo,
+    "protocol-connect": connections,
     "protocol-many": many,
     "protocol-write": write,
     "buffered-write": write,
