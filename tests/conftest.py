@@ -16,7 +16,8 @@ import pytest
 # A test run that was started in the background may have been told to ignore SIGINT, and children inherit
 # that: those that a test sends one must get it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-os.environ.pop("COLUMNS", None)  # which xdist sets: what commands print to a pipe is folded for it
+for _size in ("COLUMNS", "LINES"):  # which xdist sets: what commands print is folded for them
+    os.environ.pop(_size, None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -31,6 +31,7 @@ MODULES = {
     "install-units": "install_units",
     "ivshmem-server": "ivshmem_server",
     "libvirt-xml": "libvirt_xml",
+    "metrics": "metrics",
     "nc": "nc",
     "peers": "peers",
     "ping": "ping",
@@ -39,6 +40,7 @@ MODULES = {
     "run": "run",
     "socks5": "socks5",
     "ss": "ss",
+    "top": "top",
     "unbind": "bind",
 }
 """The module of shmsock.commands that has the subcommand. There it goes by its name, with underscores."""

@@ -67,7 +67,7 @@ def node_lines(node: Node) -> Iterator[str]:
         ways.insert(0, f"doorbell {section.doorbell['id']} ({section.doorbell['vectors']} vectors{gone})")
     yield f"    woken by {' or '.join(ways) or 'polling'}; rings of {human(node.ring_bytes)} in use"
     r = node.rates
-    if node.counts is None:
+    if "reads" not in r:
         yield "    its version shows no counters"
         return
     spins = r["spin_hits"] + r["spin_misses"]
@@ -81,5 +81,5 @@ def node_lines(node: Node) -> Iterator[str]:
     yield (
         f"    since it attached: {human(node.counts['bytes_in'])} received, "
         f"{human(node.counts['bytes_out'])} sent"
-        + (f"; {node.counts['healed']} lost wakeups just now" if node.counts["healed"] else "")
+        + (f"; {node.counts['healed']} wakeups were lost" if node.counts["healed"] else "")
     )

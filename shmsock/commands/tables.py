@@ -11,7 +11,9 @@ import click
 
 from shmsock.commands.console import say, width
 
-__all__ = ["Column", "Row", "fitting", "laid_out", "print_rows"]
+__all__ = ["Column", "Row", "cut", "fitting", "laid_out", "print_rows"]
+
+LEAST = 8
 
 
 class Column(NamedTuple):
@@ -21,7 +23,9 @@ class Column(NamedTuple):
     rank: int = 0
     left: bool = False
     least: int = 0
-    """Columns that it takes, whatever is in it."""
+    """What it takes, whatever is in it."""
+    cut: bool = False
+    """May it be cut where there is no room for it, nor for it to be left out?"""
 
 
 Row = Sequence[str]
@@ -38,9 +42,24 @@ def fitting(columns: Sequence[Column], rows: Sequence[Row], room: int | None) ->
     while room is not None and sum(wide[i] + 2 for i in chosen) - 2 > room:
         worst = max(chosen, key=lambda i: (columns[i].rank, i))
         if not columns[worst].rank:
+            _cut_down(
+                wide, [i for i in chosen if columns[i].cut], sum(wide[i] + 2 for i in chosen) - 2 - room
+            )
             break
         chosen.remove(worst)
     return [(i, wide[i]) for i in chosen]
+
+
+def _cut_down(wide: list[int], among: list[int], much: int) -> None:
+    """Make the widest of these narrower, by so much in all as far as they can be."""
+    while much > 0 and among and max(wide[i] for i in among) > LEAST:
+        wide[max(among, key=lambda i: wide[i])] -= 1
+        much -= 1
+
+
+def cut(text: str, room: int) -> str:
+    """Return as much of a text as there is room for, and a sign where there was more."""
+    return text if len(text) <= room else text[: max(room - 1, 0)] + "…"[:room]
 
 
 def laid_out(
@@ -52,7 +71,8 @@ def laid_out(
     """Return the line of a row. `colours`: of cells, by what they say."""
     cells = []
     for i, wide in chosen:
-        text = row[i].ljust(wide) if columns[i].left else row[i].rjust(wide)
+        text = cut(row[i], wide)
+        text = text.ljust(wide) if columns[i].left else text.rjust(wide)
         colour = (colours or {}).get(row[i])
         cells.append(click.style(text, fg=colour) if colour else text)
     return "  ".join(cells).rstrip()

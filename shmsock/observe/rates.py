@@ -19,7 +19,7 @@ from shmsock.observe.memory import memory_of
 from shmsock.observe.snapshot import BEAT_S, Content, Section, content_of, section_of, with_doorbells
 from shmsock.region.base import Region
 
-__all__ = ["Node", "View", "Watcher"]
+__all__ = ["LOOK_S", "Node", "View", "Watcher"]
 
 LOOK_S = 0.1
 """Positions in rings are counted modulo 4 GiB, of which half may pass between two looks: 20 GB/s."""
@@ -44,11 +44,12 @@ class Node:
     queued_in: int
     """Bytes for it that it has not read."""
     queued_out: int
-    counts: Counters | None
-    """Totals since it was seen first: of `bytes_in` and `bytes_out`, `sleeps` and `pumps` since it attached,
-    or its section was made. None: its version tells none."""
+    counts: Counters
+    """Totals since it attached (of `sleeps`: since the section was made). Those that it shows modulo 2**32
+    begin with that, and go on beyond it while they are watched. A version that shows none has only `sleeps`
+    and `pumps`."""
     rates: dict[str, float]
-    """What the same counters gained in a second. Without them, bytes by its connections."""
+    """What the same counters gained in a second, and in any case bytes, by its connections."""
 
     def as_json(self) -> dict[str, Any]:
         section = asdict(self.section)
@@ -62,11 +63,14 @@ class View:
 
     taken: float
     """Seconds since the epoch."""
+    url: str
     content: Content
     nodes: list[Node]
     connections: list[Connection]
     more: bool
     """There are more connections than were looked at."""
+    seconds: float
+    """Rates are of so many seconds."""
     displaced: str
     """Where the region's file is by now: see Region.displaced()."""
     history: dict[int, deque[float]] = field(default_factory=dict)
@@ -77,6 +81,8 @@ class View:
         del content["sections"]
         return {
             "taken": self.taken,
+            "seconds": self.seconds,
+            "url": self.url,
             "region": content,
             "displaced": self.displaced,
             "peers": [node.as_json() for node in self.nodes],
@@ -89,7 +95,7 @@ class _Total:
     """A counter that others may set to anything, summed up: what it gained, modulo `size`."""
 
     def __init__(self, now: int, size: int) -> None:
-        self.last, self.size, self.gained = now, size, 0
+        self.first, self.last, self.size, self.gained = now, now, size, 0
 
     def see(self, now: int) -> None:
         gain = (now - self.last) % self.size
@@ -114,7 +120,7 @@ class Watcher:
         self._surveys: deque[tuple[float, list[Seen]]] = deque()
         self._moved: dict[Key, _Total] = {}
         self._counted: dict[tuple[int, int], dict[str, _Total]] = {}
-        self._at: float | None = None  # the last view, and what had moved by then
+        self._at = 0.0  # the last view, or the first look, and what had moved by then
         self._then: tuple[dict[Key, int], dict[tuple[int, int], Counters]] = {}, {}
         self._history: dict[int, deque[float]] = {}
         self._slots: dict[tuple[int, int], SlotWords] = {}
@@ -153,7 +159,8 @@ class Watcher:
         while len(self._surveys) > 2 and now - self._surveys[1][0] >= BEAT_S:
             self._surveys.popleft()
         owned = [seen for seen in found if seen.claim]
-        first = len(self._surveys) == 1
+        if first := len(self._surveys) == 1 and not self._at:
+            self._at = now
         self._slots, self._more = slots_of(self.layout, (seen.section for seen in owned))
         for (section, slot), words in self._slots.items():
             key = section, slot, words.generation
@@ -182,10 +189,14 @@ class Watcher:
                 found[name] = value, 1 << (32 if name in SHOWN else 64)
         return found
 
+    def displaced(self) -> str:
+        """Tell where the region's file is by now: see Region.displaced()."""
+        return self._region.displaced()
+
     def view(self) -> View:
         """Describe the region as it was at the last look, with rates since the last view."""
         now, found = self._surveys[-1]
-        before, past = self._surveys[0]
+        past = self._surveys[0][1]
         sections = {
             s.section: section_of(self.layout, old, s, self._boot, [])
             for old, s in zip(past, found, strict=True)
@@ -193,7 +204,7 @@ class Watcher:
         sections = {s.number: s for s in with_doorbells(self._region, [*sections.values()])}
         owned = {number: s for number, s in sections.items() if s.state not in ("free", "left")}
         life = {seen.section: seen.life for seen in found}
-        took = now - (self._at if self._at is not None else before)
+        took = now - self._at
         rated = [self._rated(c, took) for c in connections(self.layout, self._slots, owned)]
         theirs: dict[int, list[Connection]] = {number: [] for number in owned}
         for c in rated:
@@ -203,11 +214,13 @@ class Watcher:
         self._remember(nodes, now)
         return View(
             taken=time.time(),
+            url=self._region.url,
             content=content_of(self.layout, list(sections.values())),
             nodes=nodes,
             connections=rated,
             more=self._more,
-            displaced=self._region.displaced(),
+            seconds=took,
+            displaced=self.displaced(),
             history=self._history,
         )
 
@@ -240,9 +253,6 @@ class Watcher:
         rates = {
             name: (total.gained - then.get(name, 0)) / took for name, total in totals.items() if took > 0
         }
-        counts = {
-            name: total.last if total.size > 1 << 32 else total.gained for name, total in totals.items()
-        }
         if "bytes_out" not in totals:
             rates["bytes_out"] = sum(out.rate or 0 for out, _ in ways)
             rates["bytes_in"] = sum(in_.rate or 0 for _, in_ in ways)
@@ -254,7 +264,7 @@ class Watcher:
             ring_bytes=sum(out.ring for out, _ in ways),
             queued_in=sum(in_.queued or 0 for _, in_ in ways),
             queued_out=sum(out.queued or 0 for out, _ in ways),
-            counts=counts if "bytes_out" in totals else None,
+            counts={name: total.first + total.gained for name, total in totals.items()},
             rates=rates,
         )
 

@@ -17,6 +17,7 @@ from typing import Any
 import shmsock
 
 HELD, COMING, AT_ONCE = 40, 200, 25
+WRITTEN = 300
 HELD_OPEN: list[asyncio.Transport] = []
 
 
@@ -87,6 +88,9 @@ async def main(region: str, name: str, peer: str | None) -> None:
             elif line == "quiet" and task is not None:
                 stop.set()
                 say(came=await task, **node.statistics())
+            elif line == "write":
+                HELD_OPEN[0].write(bytes(WRITTEN))
+                say(wrote=WRITTEN)
             elif line == "read":
                 for held in HELD_OPEN:
                     held.resume_reading()
