@@ -267,7 +267,7 @@ def _alone(region: str) -> str:
 
 def _start_it(region: str) -> str:
     return (
-        "start the server there (one that knows TCP alone, by `shmsock run --listen PORT`), "
+        "start the server there (one that knows nothing but TCP, by `shmsock run --listen PORT`), "
         f"or see who is there with `{command('info', region)}`"
     )
 

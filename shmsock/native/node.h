@@ -165,6 +165,8 @@ struct sh_node {
     uint64_t hot_ns, hot_turns;   /* how long the pump stays hot after something moved: time, and passes in vain */
     uint64_t pumped_ns, hit_ns;   /* when the last pass was; and the last hit: a pass that found that something had moved */
     uint64_t hit_moved, gap_ns;   /* sh_moved() at hit_ns; time between the last two hits */
+    uint64_t said, said_ahead;    /* how much this node had said when the last pass was over; and when it began */
+    uint8_t own_last, own_next[2]; /* did this node itself speak last? How often it did next, lately, after peers had spoken, and after it had: 0 to 3 */
     uint64_t credit_ns, idle_turns; /* how long passes may still be in vain; how many were, since the last hit */
     int one_cpu;
     int alone;                    /* nobody else wanted this CPU when a spin last offered it */

@@ -9,6 +9,9 @@
 
 /* ---- a pass ---- */
 
+/* How much this node said so far. */
+static uint64_t said(const sh_node *nd) { return nd->n[SH_N_WRITES] + nd->n[SH_N_NOTIFICATIONS]; }
+
 /* The bytes that are there are going to be read, and most likely answered: have the lines on their way that the peer had last. */
 static void foresee(const sh_ep *ep)
 {
@@ -25,6 +28,7 @@ static int pass(sh_node *nd, uint64_t *out, int max, uint64_t of, uint64_t now)
     int n = 0;
 
     nd->attention = 0;
+    nd->said_ahead = said(nd);
     for (uint32_t k = 0, j = nd->start; k < nd->g.peers; k++, j = j + 1 < nd->g.peers ? j + 1 : 0) {
         struct sh_link *l = &nd->links[j];
 
@@ -225,6 +229,32 @@ uint64_t sh_moved(sh_node *nd) { return nd->n[SH_N_READS] + nd->moved_messages +
  * would have to notify again. */
 int sh_pumped_just_now(sh_node *nd, uint64_t now) { return now - nd->pumped_ns < SKIP_NS; }
 
+static void spoke(sh_node *nd, int own)
+{
+    uint8_t *next = &nd->own_next[nd->own_last];
+
+    *next = (uint8_t)(own ? *next + (*next < 3) : *next - (*next > 0));
+    nd->own_last = (uint8_t)own;
+}
+
+/* Learn who speaks after whom: peers, who moved something or not in the last pass, or this node, before and after it. */
+static void learn(sh_node *nd, int moved)
+{
+    uint64_t now = said(nd), before = moved ? nd->said_ahead : now;
+
+    if (before != nd->said)
+        spoke(nd, 1);
+    if (moved)
+        spoke(nd, 0);
+    if (now != before)
+        spoke(nd, 1);
+    nd->said = now;
+}
+
+/* Is it most likely for this node to speak next? A bridge to sockets waits for peers and for sockets in turn, and a spin for peers while a socket is next
+ * only keeps the program behind that socket from the CPU. */
+int sh_is_next(const sh_node *nd) { return nd->own_next[nd->own_last] > 1; }
+
 /* After a pass: is another to follow at once? 0: no. 1: something is owed a pass, here or (`owed`) by the caller. 2: the pump is hot: something moved
  * lately, and shortly before that as well, and passes in vain have used no more than a quarter of the time. 3: it is hot, but yield this CPU first:
  * the peer that is to answer may need it. */
@@ -234,6 +264,7 @@ int sh_stay_hot(sh_node *nd, uint64_t now, int owed)
     int hot = now - nd->hit_ns < nd->hot_ns;
 
     nd->pumped_ns = now;
+    learn(nd, moved != nd->hit_moved);
     if (moved != nd->hit_moved) {
         nd->hit_moved = moved;
         nd->gap_ns = now - nd->hit_ns;
@@ -246,7 +277,7 @@ int sh_stay_hot(sh_node *nd, uint64_t now, int owed)
         credit = !hot ? credit + since / 4 : credit > since ? credit - since : 0;
     }
     nd->credit_ns = credit < CREDIT_CAP_NS ? credit : CREDIT_CAP_NS;
-    if (!hot || nd->gap_ns >= nd->hot_ns || !nd->credit_ns || nd->idle_turns >= nd->hot_turns)
+    if (!hot || sh_is_next(nd) || nd->gap_ns >= nd->hot_ns || !nd->credit_ns || nd->idle_turns >= nd->hot_turns)
         return owed || !sh_quiet(nd);
     return nd->idle_turns || nd->one_cpu ? 3 : 2;
 }
@@ -299,5 +330,5 @@ int sh_pump_more(sh_node *nd, uint64_t *out, int max, uint64_t now, uint64_t ns)
         }
         now = sh_clock_and_yield(nd, &yield_at, end);
     }
-    return !now && news(nd) ? pass(nd, out, max, nd->known_peers, sh_clock()) : 0;
+    return (!now || now >= end) && news(nd) ? pass(nd, out, max, nd->known_peers, sh_clock()) : 0;
 }

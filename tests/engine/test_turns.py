@@ -1,0 +1,85 @@
+"""After a pass the pump polls on, or lets the loop sleep: by who spoke after whom lately."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from shmsock.engine.connection import Connection
+from tests.engine.world import Node, World
+
+TIMES = 8
+
+
+class Turns:
+    """Node `a` and what it makes of a peer's news. `hot`: whether its pump polled on, pass by pass."""
+
+    def __init__(self) -> None:
+        self.world = World("eager", 0, peers=3, size=4 << 20)
+        self.a, self.b = self.world.attach("a"), self.world.attach("b")
+        self.b.listen()
+        self.ours, self.theirs = self.world.open(self.a, self.b)
+        self.world.quiet()
+        self.a.call(self.world.lib.sh_hot, self.a.engine.nd, 300_000, 1 << 62, 0)
+        self.hot: list[bool] = []
+
+    def passes(self, then: Callable[[], object] = lambda: None) -> None:
+        """Make a pass, and do that with what it found."""
+        self.world.advance(0.00001)
+        self.a.pump()
+        then()
+        stays = self.a.call(self.world.lib.sh_stay_hot, self.a.engine.nd, self.a.engine.home.now(), 0)
+        self.hot.append(stays > 1)
+
+    def peer_speaks(self) -> None:
+        self.says(self.b, self.theirs)
+
+    def speaks(self) -> None:
+        self.says(self.a, self.ours)
+
+    @staticmethod
+    def says(node: Node, conn: Connection) -> None:
+        assert node.write(conn, b"x" * 64) == 64
+
+    def hears(self) -> None:
+        assert self.a.read(self.ours) == b"x" * 64
+
+    def answers(self) -> None:
+        self.hears()
+        self.speaks()
+
+    def peer_hears(self) -> None:
+        self.b.pump()
+        assert self.b.read(self.theirs) == b"x" * 64
+
+
+@pytest.fixture
+def turns() -> Turns:
+    return Turns()
+
+
+def test_a_bridge_polls_on_after_its_own_words_and_not_after_the_peer_s(turns: Turns) -> None:
+    """What it hears goes to a socket, from which the answer comes: that has to run."""
+    for _ in range(TIMES):
+        turns.peer_speaks()
+        turns.passes(turns.hears)
+        turns.speaks()  # as the socket was readable
+        turns.passes()
+        turns.peer_hears()
+    assert turns.hot[-4:] == [False, True] * 2
+
+
+def test_who_answers_in_the_same_pass_polls_on(turns: Turns) -> None:
+    for _ in range(TIMES):
+        turns.peer_speaks()
+        turns.passes(turns.answers)
+        turns.peer_hears()
+    assert turns.hot[-4:] == [True] * 4
+
+
+def test_who_only_listens_polls_on(turns: Turns) -> None:
+    for _ in range(TIMES):
+        turns.peer_speaks()
+        turns.passes(turns.hears)
+    assert turns.hot[-4:] == [True] * 4
