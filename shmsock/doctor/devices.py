@@ -1,4 +1,4 @@
-"""ivshmem devices: BARs, drivers, and what interrupts take."""
+"""Devices that can have a region: ivshmem, with BARs, drivers and what interrupts take; persistent memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from shmsock.doctor.finding import Finding, errors_of
 from shmsock.errors import RegionError
 from shmsock.region.bar2 import the_device
+from shmsock.region.dax import DRIVER, DaxDevice, find_dax
 from shmsock.region.iommu import DEV, no_iommu, not_viable, read_group
 from shmsock.region.pci import SYSFS, PciDevice, find_devices
 from shmsock.region.processes import read_line
@@ -20,9 +21,25 @@ _NO_DOORBELLS = (
 
 
 def devices(sysfs: str = SYSFS, dev: str = DEV) -> Iterator[Finding]:
-    """Look at each ivshmem device of this machine."""
+    """Look at each ivshmem device of this machine, and at persistent memory."""
     for device in find_devices(sysfs):
         yield from _device(device, sysfs, dev)
+    for pmem in find_dax(sysfs):
+        yield _persistent(pmem)
+
+
+def _persistent(device: DaxDevice) -> Finding:
+    if device.driver != DRIVER and device.ours:
+        return Finding(
+            "driver",
+            "error",
+            f"{device} has the driver {device.driver or 'none'}, expected {DRIVER}",
+            "only that one lets programs map the memory as it is",
+            f"as root: daxctl reconfigure-device --mode=devdax {device.name}, or modprobe {DRIVER}",
+            device.url,
+        )
+    what = "" if device.ours else ", which shmsock did not make: it is used only when it is named"
+    return Finding("device", "ok", f"persistent memory {device}{what}", region=device.url)
 
 
 def _device(device: PciDevice, sysfs: str, dev: str) -> Iterator[Finding]:
@@ -53,9 +70,9 @@ def _device(device: PciDevice, sysfs: str, dev: str) -> Iterator[Finding]:
     if device.driver and not device.vfio:
         yield Finding(
             "driver",
-            "error",
+            "warning",
             f"{device.address} is bound to {device.driver}",
-            "a driver of the kernel keeps others from the device's memory",
+            "a driver may keep others from the device's memory, or switch it off when it lets go of it",
             f"as root: echo {device.address} > {device.directory}/driver/unbind",
             device.url,
         )

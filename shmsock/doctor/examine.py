@@ -18,11 +18,13 @@ from shmsock.doctor.regions import cannot_open, defaults_of_others, disk, form, 
 from shmsock.doctor.round_trips import try_all
 from shmsock.engine.layout import read_layout
 from shmsock.engine.memory import Memory, native_core
+from shmsock.errors import listing
 from shmsock.observe.snapshot import Content, inspect, old_files
 from shmsock.region.base import Region
+from shmsock.region.dax import choose_dax
 from shmsock.region.file import FileRegion
 from shmsock.region.iommu import DEV
-from shmsock.region.pci import SYSFS, find_devices
+from shmsock.region.pci import SYSFS
 from shmsock.region.processes import read_line
 
 __all__ = ["examine"]
@@ -37,19 +39,32 @@ def examine(
     """Examine this machine, and the region `url`; None: those that programs here would use. `attach`: be a
     peer for some seconds, which measures the memory and asks every other peer. `sysfs`, `dev`, `proc`: for
     tests."""
-    found = find_devices(sysfs)
     yield _machine(proc, sysfs)
-    yield from devices(sysfs, dev)
+    told: set[tuple[str, str]] = set()
+    for finding in devices(sysfs, dev):
+        if finding.level == "error":
+            told.add((finding.region, finding.name))
+        yield finding
     chosen = os.environ.get("SHMSOCK_REGION")
-    urls = [url] if url else [chosen] if chosen else [device.url for device in found]
+    urls = [url] if url else [chosen] if chosen else regions.device_urls(sysfs)
     if not urls:
         urls = [regions.default_url(sysfs=sysfs)]
         yield (without := _no_device(urls[0], sysfs))
         if without.level == "error":
             yield from disk(regions.parse_url(urls[0])[1])
             return
+    if len(urls) > 1:
+        yield Finding(
+            "several",
+            "note",
+            f"{len(urls)} devices: {listing(urls)}",
+            "programs that name none take the only one that is formatted, if there is one",
+            f"SHMSOCK_REGION={urls[0]}, or region= in the program",
+        )
     for each in urls:
-        yield from _region(each, attach, sysfs, proc)
+        for finding in _region(each, attach, sysfs, proc):
+            if (finding.region, finding.name) not in told:  # else it could not be opened for that reason
+                yield finding
 
 
 def _machine(proc: str, sysfs: str) -> Finding:
@@ -78,15 +93,22 @@ def _guest(proc: str) -> bool:
 
 
 def _no_device(url: str, sysfs: str) -> Finding:
-    """Tell that there is no ivshmem device: an error where there is nothing else to talk through, either."""
+    """Tell that there is no device: an error where there is nothing else to talk through, either."""
     maker = read_line(f"{sysfs}/class/dmi/id/sys_vendor")
     guest = maker in ("QEMU", "Red Hat", "KubeVirt")
     missing = regions.is_missing(url) and not old_files(regions.parse_url(url)[1])
-    sys_there = os.path.isdir(f"{sysfs}/bus/pci/devices")
+    seen = "no ivshmem device (PCI 1af4:1110) is here"
+    if not os.path.isdir(f"{sysfs}/bus/pci/devices"):
+        seen += f", nor {sysfs}/bus/pci/devices"
+    try:
+        choose_dax(sysfs)
+    except OSError as error:
+        if ": there is" in str(error):  # some, of which nothing can be made as it is
+            seen += f"; {error}"
     return Finding(
         "device",
         "error" if missing else "warning" if guest else "note",
-        "no ivshmem device (PCI 1af4:1110) is here" + ("" if sys_there else f", nor {sysfs}/bus/pci/devices"),
+        seen,
         f"programs use {url.removeprefix('file:')}, which only processes of this machine share",
         "in a guest, start QEMU with what `shmsock create` printed (`-device ivshmem-plain,...`); on the "
         "host, name the file that the guests have: SHMSOCK_REGION=/dev/shm/NAME, or make it with "

@@ -41,7 +41,8 @@ _TURNS = (
     ": in a guest, start", "; name the one", ": boot the guest", "; boot the guest", ": stop that one",
     ": bind it", ": start QEMU", ". Start QEMU", ": give the ivshmem device", "; mount it read-write",
     "; make it anew", ": make it anew", ": name it", ": name the file", ": start the server",
-    "; restart", ": restart them", ": make that first", ": truncated, or", ": name another",
+    "; restart", ": restart them", ": make that first", ": truncated, or", ": name another", ": as root,",
+    ": give the guest one",
 )  # fmt: skip
 
 

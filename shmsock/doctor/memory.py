@@ -21,6 +21,11 @@ _LOADS, _ROUNDS = 2048, 5
 _SLOW_READ, _SLOW_NS = 8, 20  # a cached load takes a nanosecond, one of a device's memory a hundred
 _SLOW_WRITE = 24  # writes that are combined are a few times slower than cached ones, single ones a hundred
 
+_DAX = (
+    "give the region to the guest as persistent memory, which is cached: `shmsock create --dax`, and what "
+    "`shmsock qemu-args --dax nvdimm` prints"
+)
+
 # The clock: tests put a slow one here.
 time_reads: Callable[[Any, int, int, int], int] = lib.sh_time_reads
 time_writes: Callable[[Any, int, int, int], int] = lib.sh_time_writes
@@ -96,8 +101,7 @@ def judge(url: str, mapping: Any, offset: int, length: int, *, write: bool) -> F
 def _mend(url: str, kind: str) -> str:
     if url.startswith("vfio:"):
         return (
-            "vfio maps a device's memory uncached; give the guest the same file as dax, whose memory is "
-            "cached (docs/vms.md), or use the device without vfio: `shmsock unbind`, then pci:"
+            f"vfio maps a device's memory uncached; {_DAX}, or do without vfio: `shmsock unbind`, then pci:"
         )
     if url.startswith("pci:"):
         wc = (
@@ -105,5 +109,5 @@ def _mend(url: str, kind: str) -> str:
             else "let shmsock open resource2_wc (the udev rule gives it to a group, too), so that writes are "
             "combined; "
         )  # fmt: skip
-        return wc + "give the guest the same file as dax, whose memory is cached (docs/vms.md)"
+        return wc + _DAX
     return "put the region's file into /dev/shm or on hugetlbfs: `shmsock create /dev/shm/NAME --size SIZE`"

@@ -127,19 +127,20 @@ def qemus(path: str, url: str, proc: str = "/proc") -> Iterator[Finding]:
 
 def _elsewhere(known: Iterable[int], url: str, proc: str) -> Iterator[Finding]:
     """Tell of QEMUs with ivshmem devices, none of which has this file."""
-    others = []
+    others: dict[int, str] = {}
     for pid in pids(proc):
         if int(pid) not in known and command_of(pid, proc).startswith(("qemu", "kvm")):
             with contextlib.suppress(OSError), open(f"{proc}/{pid}/cmdline", "rb") as file:
                 words = file.read(1 << 16).decode(errors="replace").split("\0")
                 if any(word.startswith(("ivshmem", '{"driver":"ivshmem')) for word in words):
-                    others.append(f"process {pid} ({command_of(pid, proc)})")
+                    others[int(pid)] = f"process {pid} ({command_of(pid, proc)})"
     if others:
         yield Finding(
             "qemu-elsewhere",
             "note",
-            f"{listing(others)} {'has' if len(others) == 1 else 'have'} an ivshmem device, with another file",
+            f"an ivshmem device with another file: {listing(others.values())}",
             "a guest that should be a peer here is none",
             "if it should be one: the same mem-path= (or ivshmem server) for every QEMU",
             url,
+            {"pids": list(others)},
         )

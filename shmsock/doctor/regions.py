@@ -51,7 +51,7 @@ def cannot_open(url: str, error: OSError, sysfs: str = SYSFS) -> Finding:
 def _cause(kind: str, path: str, error: OSError, sysfs: str) -> tuple[str, str, str]:
     """Return the name of the cause, why it matters, and what to do if the error does not say."""
     code = error.errno
-    if kind in ("pci", "vfio", "dax"):
+    if kind in ("auto", "dax", "pci", "vfio"):
         if code == errno.EPERM and lockdown(sysfs):
             mend = "boot the guest without Secure Boot, or with lockdown=none on the kernel's command line"
             return "lockdown", f"a locked down kernel ({lockdown(sysfs)}) maps no device's memory", mend

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
@@ -18,13 +19,18 @@ import pytest
 from shmsock.native._core import ffi
 
 from shmsock.doctor import memory
+from shmsock.doctor.devices import devices
 from shmsock.doctor.examine import examine
 from shmsock.engine import layout as lay
+from shmsock.region import bar2
 from tests.commands.test_cli import attach, good, shmsock, silence, usage  # noqa: F401
 from tests.region.conftest import NOBODY, FakeSysfs, in_child
 from tests.region.fake_vfio import put_in_group
+from tests.region.test_dax import add
 
 Attach = Callable[..., subprocess.Popen[str]]
+STRANGERS = 1 << 20 | os.getpid() << 2
+"""Three users that have nothing here."""
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="takes root")
 
 # A peer that beats, and whose loop does not turn.
@@ -160,7 +166,7 @@ def test_healthy_in_a_container(path: Path, attach: Attach) -> None:  # noqa: F8
 @ROOT
 def test_no_region_and_no_device() -> None:
     """A user who has not begun: there is no device, and nothing else either."""
-    found = only(in_child(wrong, NOBODY), "device")
+    found = only(in_child(wrong, STRANGERS), "device")
     assert "no ivshmem device (PCI 1af4:1110) is here" in found["seen"]
     assert "-device ivshmem-plain" in found["mend"]
 
@@ -235,12 +241,12 @@ def test_replaced_under_live_processes(path: Path, attach: Attach) -> None:  # n
 @ROOT
 def test_default_regions_of_two_users(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each has one, and is alone in it."""
-    regions = [Path(f"/dev/shm/shmsock-{uid}") for uid in (NOBODY, NOBODY - 1)]
+    regions = [Path(f"/dev/shm/shmsock-{uid}") for uid in (STRANGERS + 1, STRANGERS + 2)]
     try:
         for region in regions:
             good("create", region, "--size", "4M")
             os.chown(region, int(region.name[8:]), -1)
-        found = only(in_child(wrong, NOBODY), "other-users", "warning")
+        found = only(in_child(wrong, STRANGERS + 1), "other-users", "warning")
         assert f"({regions[1]})" in found["seen"]
         assert "SHMSOCK_REGION=/dev/shm/NAME" in found["mend"]
     finally:
@@ -430,6 +436,20 @@ def test_devices(
     assert mend in found[name]["mend"]
 
 
+def test_lockdown(sysfs: FakeSysfs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    sysfs.add()
+    security = Path(sysfs.root) / "kernel/security"
+    security.mkdir(parents=True)
+    (security / "lockdown").write_text("none [integrity] confidentiality\n")
+    monkeypatch.setattr(bar2, "map_device", forbidden)
+    found = of_sysfs(sysfs, tmp_path)["lockdown"]
+    assert "the kernel forbids to map" in found["seen"]
+    assert "lockdown=none" in found["mend"]
+
+
 def test_devices_that_are_not_bound(sysfs: FakeSysfs, tmp_path: Path) -> None:
     sysfs.add(doorbell=True)
     group = put_in_group(sysfs, 3, "0000:00:04.0")
@@ -445,6 +465,17 @@ def test_a_healthy_device(sysfs: FakeSysfs, tmp_path: Path) -> None:
     good("create", device / "resource2", "--size", "4M")
     (device / "resource2_wc").unlink()
     assert of_sysfs(sysfs, tmp_path) == {}
+
+
+def test_persistent_memory(sysfs: FakeSysfs, tmp_path: Path) -> None:
+    """One that another driver has, and one that is not ours."""
+    add(sysfs, "LNXSYSTM:00/ACPI0012:00", driver="kmem")
+    found = of_sysfs(sysfs, tmp_path)["driver"]
+    assert "dax:dax0.0 (" in found["seen"]
+    assert "--mode=devdax dax0.0" in found["mend"]
+    add(sysfs, "pci0000:00/0000:00:01.0/virtio0", 1, "00000000-0000-0000-0000-000000000001")
+    said = [finding.seen for finding in devices(sysfs.root) if finding.level == "ok"]
+    assert any("dax:dax1.0" in seen and "which shmsock did not make" in seen for seen in said)
 
 
 # -- the command
