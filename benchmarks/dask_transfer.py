@@ -25,7 +25,7 @@ def length(array: Any) -> int:
 
 
 def main(rounds: int) -> None:
-    """Use one cluster of each kind, in turns."""
+    """Use one cluster of each kind, in turns: in this order, and in the reverse one."""
     kinds = ("tcp", "shm")
     how: dict[str, Any] = {
         "n_workers": 2,
@@ -37,8 +37,8 @@ def main(rounds: int) -> None:
     clients = [Client(cluster) for cluster in clusters]
     for what, megabytes in (("100 MB", MEGABYTES), ("nothing", 0)):
         took: list[list[float]] = [[], []]
-        for _ in range(rounds + 1):
-            for client, times in zip(clients, took, strict=True):
+        for turn in range(rounds + 1):
+            for client, times in list(zip(clients, took, strict=True))[:: 1 if turn % 2 else -1]:
                 one, other = client.scheduler_info()["workers"]
                 there = client.submit(make, megabytes, workers=[one], pure=False)
                 wait(there)
