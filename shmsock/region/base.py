@@ -70,7 +70,7 @@ class Region:
     """
 
     url: str
-    """Canonical: "file:/dev/shm/x", "pci:0000:00:04.0", "vfio:0000:00:04.0" or
+    """Canonical: "file:/dev/shm/x", "pci:0000:00:04.0", "vfio:0000:00:04.0", "dax:dax0.0" or
     "ivshmem:/run/ivshmem.sock"."""
     kind: str
     """The part of `url` before the colon."""

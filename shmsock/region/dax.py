@@ -130,11 +130,20 @@ def choose_dax(sysfs: str = SYSFS) -> DaxDevice:
             f"{len(ours)} regions in persistent memory found, expected one: "
             f"{', '.join(map(str, ours[:8]))}; name the one to use, as region= or SHMSOCK_REGION",
         )
-    raise region_error(errno.ENODEV, f"no region in persistent memory found: {_explain_none(devices, sysfs)}")
+    raise _none("no region in persistent memory", sysfs)
 
 
-def _explain_none(devices: list[DaxDevice], sysfs: str) -> str:
-    """Tell what there is instead, and what to do."""
+def _none(what: str, sysfs: str) -> RegionError:
+    hint = _instead(sysfs) or (
+        "give the guest one with what `shmsock qemu-args --dax nvdimm` prints on the host (and here, as "
+        f"root, `modprobe -a nfit virtio_pmem`, then `{_MODULES}`)"
+    )
+    return region_error(errno.ENODEV, f"{what} found: {hint}")
+
+
+def _instead(sysfs: str = SYSFS) -> str:
+    """Tell what there is that is no region, and what to do; "": no persistent memory at all."""
+    devices = find_dax(sysfs)
     nd = f"{sysfs}/bus/nd/devices"
     names = _names(nd)
     block = [name for name in _names(f"{sysfs}/block") if name.startswith("pmem")]
@@ -150,10 +159,7 @@ def _explain_none(devices: list[DaxDevice], sysfs: str) -> str:
         )
     if any(name.startswith("namespace") for name in names):
         return f"there is persistent memory without a driver: as root, `{_MODULES}`"
-    return (
-        "give the guest one with what `shmsock qemu-args --dax nvdimm` prints on the host (and here, as "
-        f"root, `modprobe -a nfit virtio_pmem`, then `{_MODULES}`)"
-    )
+    return ""
 
 
 def open_dax(name: str, *, writable: bool = True, sysfs: str = SYSFS, dev: str = DEV) -> DaxRegion:
@@ -164,9 +170,7 @@ def open_dax(name: str, *, writable: bool = True, sysfs: str = SYSFS, dev: str =
     """
     device = next((device for device in find_dax(sysfs) if device.name == name), None)
     if device is None:
-        known = ", ".join(map(str, find_dax(sysfs)[:8]))
-        seen = f"there is {known}" if known else _explain_none([], sysfs)
-        raise region_error(errno.ENODEV, f"no device {name}: {seen}")
+        raise _none(f"no device {name}", sysfs)
     path = f"{dev}/{name}"
     if device.driver != DRIVER:
         raise region_error(

@@ -113,7 +113,7 @@ def region(shm_region: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 TYPED = {
     "shmsock inst": {"install-units"},
     "shmsock unbind --": {"--yes", "--dry-run", "--help"},
-    "shmsock install-units sysctl u": {"udev", "udev-vfio"},
+    "shmsock install-units sysctl u": {"udev", "udev-dax", "udev-vfio"},
     "shmsock bench --only echo,bulk,conn": {f"echo,bulk,connect{rest}" for rest in ("", "-10000", "ions")},
     "shmsock create x --size ": set(),
 }

@@ -161,7 +161,7 @@ def test_devices_that_cannot_be_used(sysfs: FakeSysfs) -> None:
     with pytest.raises(RegionError, match="has the driver kmem, expected device_dax") as caught:
         region.open("dax:/dev/dax3.0", sysfs=sysfs.root)
     assert caught.value.errno == errno.EBUSY
-    with pytest.raises(RegionNotFoundError, match=r"no device dax0\.0: there is dax:dax3\.0"):
+    with pytest.raises(RegionNotFoundError, match=r"no device dax0\.0 found: there is dax:dax3\.0"):
         region.open("dax:dax0.0", sysfs=sysfs.root)
     for number in 1, 2:
         add(sysfs, "ACPI0012:00", number)

@@ -6,6 +6,7 @@ SHMSOCK_LONG=1: all tests of streams that guests with ivshmem pass.
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shlex
 from collections.abc import Iterator
@@ -36,7 +37,8 @@ def two_guests(dax_pairs: _Pairs) -> Iterator[Pair]:
     yield from dax_pairs.lend()
 
 
-def test_guests_and_host_over_dax(two_guests: Pair, peers: Peers) -> None:
+def test_guests_and_host_over_dax(two_guests: Pair, peers: Peers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(test_streams, "FILE", test_streams.FILE // 5)
     test_streams.test_guests_and_host(two_guests, peers, uvloop=False)
 
 
@@ -91,3 +93,11 @@ def test_who_may_use_it(two_guests: Pair) -> None:
     shown = two_guests.a.run(as_nobody).text
     assert "region dax:dax0.0: 62 MiB" in shown
     assert "mapped from /dev/dax0.0 (nvdimm, pages of 2 MiB" in shown
+
+
+def test_doctor_is_content(two_guests: Pair) -> None:
+    format_region(two_guests.region)
+    said = json.loads(two_guests.b.run(["shmsock", "doctor", "--json"]).text)
+    levels = {(found["name"], found["level"]) for found in said["findings"]}
+    assert {("device", "ok"), ("memory-type", "ok")} <= levels
+    assert not {name for name, level in levels if level == "error"}
