@@ -68,7 +68,10 @@ def examine(
 
 
 def _machine(proc: str, sysfs: str) -> Finding:
-    kind = "a container" if _container(proc) else "a guest" if _guest(proc) else "a machine of its own"
+    contained = (
+        "a container (of the host's /dev/shm it has only what it was given: docker run --ipc=host, or -v)"
+    )
+    kind = contained if _container(proc) else "a guest" if _guest(proc) else "a machine of its own"
     seen = f"{kind}, Linux {platform.release()}, {platform.machine()}, Python {platform.python_version()}"
     return Finding("machine", "ok", seen)
 
@@ -150,8 +153,9 @@ def _region(url: str, attach: bool, sysfs: str, proc: str) -> Iterator[Finding]:
         if not attach and not opened.sparse:
             yield memory.judge(opened.url, opened.mmap, 0, 4096, write=False)
         name = opened.url
+        live = {section.number for section in content.sections if section.state == "live"}
     if attach:
-        yield from try_all(name)
+        yield from try_all(name, live)
 
 
 def _open(url: str, sysfs: str) -> tuple[Region, Finding | None]:

@@ -7,7 +7,7 @@ import contextlib
 import errno
 import os
 import statistics
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from dataclasses import asdict, dataclass
 
 from shmsock.aio.attach import attach
@@ -90,12 +90,11 @@ async def ask(
     node: Node, peers: list[Peer], count: int = 10, idle_s: float = IDLE_S, patience_s: float = PATIENCE_S
 ) -> list[Answers]:
     """Ask each peer `count` times in a row; all are left alone for `idle_s` seconds, and asked once more."""
-    first: dict[int, float | None] = {}
-    warm: dict[int, list[float]] = {}
+    answers = await asyncio.gather(*(_asked(node, peer, patience_s) for peer in peers))
+    first = {peer.section: answer for peer, answer in zip(peers, answers, strict=True)}
+    warm: dict[int, list[float]] = {peer.section: [] for peer in peers}
     for peer in peers:
-        first[peer.section] = await _asked(node, peer, patience_s)
-        times: list[float] = []
-        warm[peer.section] = times
+        times = warm[peer.section]
         while first[peer.section] is not None and len(times) < count:
             took = await _asked(node, peer, patience_s)
             if took is None:
@@ -130,20 +129,20 @@ async def _asked(node: Node, peer: Peer, patience_s: float) -> float | None:
     return None if took is None else took * 1e6
 
 
-def try_all(url: str, count: int = 10) -> list[Finding]:
-    """Attach, measure the memory, ask every live peer."""
+def try_all(url: str, live: Collection[int], count: int = 10) -> list[Finding]:
+    """Attach, measure the memory, and ask the owners of these sections, which are known to beat."""
     try:
-        return asyncio.run(_try_all(url, count))
+        return asyncio.run(_try_all(url, live, count))
     except OSError as error:
         text = str(error) if isinstance(error, RegionError) else error.strerror or str(error)
         seen, mend = errors_of(text, command("info", url))
         return [Finding("attach", "error", f"cannot attach: {seen}", "no program can, either", mend, url)]
 
 
-async def _try_all(url: str, count: int) -> list[Finding]:
+async def _try_all(url: str, live: Collection[int], count: int) -> list[Finding]:
     async with attached(url, None) as node:
         found = [_measure(node)]
-        others = [peer for peer in node.engine.peers.there() if peer.section != node.section]
+        others = [p for p in node.engine.peers.there() if p.section in live and p.section != node.section]
         return found + [_judge(url, answers) for answers in await ask(node, others, count)]
 
 

@@ -210,6 +210,13 @@ def test_something_else(shm: Path) -> None:
     assert "begins with 7f 45 4c 46" in only(wrong(shm / "region", look=False), "format")["seen"]
 
 
+def test_garbage_in_every_section(path: Path) -> None:
+    """Whatever is in there: told, and no crash."""
+    head = path.read_bytes()[: lay.HEADER]
+    path.write_bytes(head + os.urandom((4 << 20) - lay.HEADER))
+    assert list(wrong(path, look=False)) in (["peer-silent", "sections"], ["sections"])
+
+
 def test_another_version(path: Path) -> None:
     with path.open("r+b") as file:
         file.seek(lay.H_VERSION)
@@ -313,7 +320,8 @@ def test_a_stopped_peer(path: Path, attach: Attach) -> None:  # noqa: F811
     process = attach(path)
     process.send_signal(signal.SIGSTOP)
     os.waitid(os.P_PID, process.pid, os.WSTOPPED)
-    assert f"kill -CONT {process.pid}" in only(wrong(path), "peer-stopped", "warning")["mend"]
+    found = only(wrong(path, look=False), "peer-stopped", "warning")  # nor is it asked
+    assert f"kill -CONT {process.pid}" in found["mend"]
 
 
 def test_a_silent_peer(path: Path, attach: Attach) -> None:  # noqa: F811

@@ -16,8 +16,10 @@ import pytest
 
 from shmsock.guests.devices import Dax
 from tests.commands.test_cli import good
+from tests.doctor.test_doctor import not_well
 from tests.vm import test_regions, test_streams
 from tests.vm.peers import PeerError, Peers, assert_calm, format_region
+from tests.vm.test_doctor import in_guest
 
 if os.environ.get("SHMSOCK_LONG") == "1":
     from tests.vm.test_streams import *  # noqa: F403
@@ -71,6 +73,11 @@ def test_dax_ivshmem_and_host_over_one_file(two_guests: Pair, dax_pairs: _Pairs,
             got = one.ask("swap", host=other.name, port=PORT, size=2_000_000, timeout=120)
             assert (got["sent"], got["received"]) == (got["there_received"], got["there_sent"])
         assert_calm(*everybody)
+        for guest, what in (two_guests.a, "persistent memory dax:dax0.0 (62 MiB, nvdimm)"), (vm_c, "ivshmem"):
+            findings = in_guest(guest)
+            assert not_well(findings) == {}
+            assert sum(what in finding["seen"] for finding in findings if finding["name"] == "device") == 1
+            assert sum(finding["name"] == "round-trip" for finding in findings) == len(everybody)
 
         # /dev/pmem0 is there in vm-c, and mappings of it are copies: not a way to a region
         with pytest.raises(PeerError, match="is /dev/pmem0, a block device, whose mappings are copies"):
