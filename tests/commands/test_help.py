@@ -114,7 +114,9 @@ TYPED = {
     "shmsock inst": {"install-units"},
     "shmsock unbind --": {"--yes", "--dry-run", "--help"},
     "shmsock install-units sysctl u": {"udev", "udev-dax", "udev-vfio"},
-    "shmsock bench --only echo,bulk,conn": {f"echo,bulk,connect{rest}" for rest in ("", "-10000", "ions")},
+    "shmsock bench --only echo,bulk,conn": {
+        f"echo,bulk,connect{rest}" for rest in ("", "-10000", "-protocol", "ions")
+    },
     "shmsock create x --size ": set(),
 }
 
