@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import os
 import subprocess
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from shmsock.aio.pump import extension
 from shmsock.bench.child import have_uvloop
 from shmsock.bench.ends import probe
 
-__all__ = ["describe", "machine", "note_load"]
+__all__ = ["describe", "machine", "note_load", "now"]
 
 
 def machine() -> dict[str, Any]:
@@ -30,6 +31,10 @@ def machine() -> dict[str, Any]:
     if commit := _commit():
         found["commit"] = commit
     return found
+
+
+def now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def _commit() -> str | None:

@@ -1,58 +1,83 @@
-"""`shmsock bench --plot`: the distribution of round trips, and throughput by the size of a write."""
+"""The pictures of a report: ratios with their rounds, distributions, throughput, pauses, and what it costs.
+
+`shmsock bench --plot` has all of them in one file, `--html` each where it belongs.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from shmsock.bench.measures import Measure, Sweep
-from shmsock.bench.results import curve, have_histograms
-from shmsock.bench.words import amount, microseconds
+from shmsock.bench.measures import COST, IDLE, THINKS, Measure, Sweep
+from shmsock.bench.results import curve, flat
+from shmsock.bench.style import bar, colour, line
+from shmsock.bench.words import amount, count, duration, microseconds, percent, ratio, speed
 from shmsock.errors import region_error
 
-__all__ = ["need_matplotlib", "need_plot", "plot"]
+__all__ = ["Panel", "need_matplotlib", "need_plot", "panels", "plot"]
 
-NOTHING = "there is nothing to plot: measure round trips, such as --only echo,sizes"
-INCHES = (9.0, 5.0)
+NOTHING = "there is nothing to plot: measure round trips or throughput, such as --only echo,sizes"
+INCHES = 7.5
 ABREAST = 2
 NINES = {0: "0 %", 90: "90 %", 99: "99 %", 99.9: "99.9 %", 99.99: "99.99 %", 99.999: "99.999 %"}
+GREY = "#5f6368"
+COSTS = {column.key: column for column in COST}
+BARS = {"mb_s": speed, "per_s": count, "p50_us": microseconds}
+"""The figure of a measure that is shown as bars, by which of them it has, and how it is told."""
 
 
-def need_matplotlib() -> None:
+@dataclass(frozen=True)
+class Panel:
+    name: str
+    title: str
+    draw: Callable[[Any], None]
+    rows: int = 12
+    """How high, in lines of text."""
+    wide: bool = False
+
+    @property
+    def inches(self) -> tuple[float, float]:
+        return (INCHES * (1.6 if self.wide else 1), 1.2 + 0.25 * self.rows)
+
+
+def need_matplotlib(option: str = "--plot") -> None:
     if importlib.util.find_spec("matplotlib") is None:
-        raise region_error(2, "--plot draws with matplotlib: pip install 'shmsock[bench]'")
+        raise region_error(
+            2,
+            f"{option} draws with matplotlib: pip install 'shmsock[bench]'; or keep --json FILE, and where "
+            "matplotlib is: shmsock bench report FILE",
+        )
 
 
-def need_plot(measures: Iterable[Measure], sweeps: Iterable[Sweep] = ()) -> None:
-    """Raises RegionError when no picture could be drawn of these, whatever is measured."""
-    need_matplotlib()
-    if any(sweep.name == "sizes" for sweep in sweeps):
-        return
-    if not any(measure.timed for measure in measures):
+def need_plot(measures: Iterable[Measure], sweeps: Iterable[Sweep] = (), option: str = "--plot") -> list[str]:
+    """Tell which of these cannot be drawn. Raises RegionError when none can."""
+    need_matplotlib(option)
+    measures = list(measures)
+    drawn = [m for m in measures if m.kind in ("sporadic", "idle") or {c.key for c in m.columns} & {*BARS}]
+    if not drawn and not list(sweeps):
         raise region_error(22, NOTHING)
-    if not have_histograms():
-        raise region_error(2, "--plot draws HDR histograms: pip install 'shmsock[bench]' (hdrhistogram)")
+    return [measure.name for measure in measures if measure not in drawn]
 
 
 def plot(report: dict[str, Any], path: str) -> None:
     """An SVG, two pictures abreast. Raises RegionError: nothing to draw; OSError: not writable."""
     from matplotlib.figure import Figure
 
-    drawn = [kept for kept in report.get("measures", {}).values() if _curves(kept)]
-    sizes = report.get("sweeps", {}).get("sizes")
-    if not drawn and not sizes:
+    drawn = panels(report)
+    if not drawn:
         raise region_error(22, NOTHING)
-    count = len(drawn) + bool(sizes)
-    across = min(count, ABREAST)
-    down = -(-count // across)
-    figure = Figure(figsize=(INCHES[0] * across, INCHES[1] * down), layout="constrained")
+    across = min(len(drawn), ABREAST)
+    down = -(-len(drawn) // across)
+    figure = Figure(figsize=(INCHES * across, 4.6 * down), layout="constrained")
     all_axes = list(figure.subplots(down, across, squeeze=False).flat)
-    for axes, kept in zip(all_axes, drawn, strict=False):
-        _draw_curves(axes, kept)
-    if sizes:
-        _draw_sizes(all_axes[count - 1], sizes)
-    for axes in all_axes[count:]:
+    for axes, panel in zip(all_axes, drawn, strict=False):
+        panel.draw(axes)
+        axes.set_title(panel.title)
+    for axes in all_axes[len(drawn) :]:
         axes.set_axis_off()
     known = report["machine"]
     commit = f" at {known['commit']}" if "commit" in known else ""
@@ -60,35 +85,187 @@ def plot(report: dict[str, Any], path: str) -> None:
     figure.savefig(path, format="svg")
 
 
+def panels(report: dict[str, Any]) -> list[Panel]:
+    """Whatever can be drawn of it, what matters most first."""
+    measures, idle = report.get("measures", {}), [measure.name for measure in IDLE]
+    found = []
+    for costs, title in ((False, "Times as fast as TCP"), (True, "Times the CPU time of TCP")):
+        if rows := _ratios(measures, costs):
+            lines = 2 * len({name for name, *_ in rows}) + len(rows)
+            found.append(Panel(f"ratios-{costs:d}", title, partial(_draw_ratios, rows=rows), lines, True))
+    for name, kept in measures.items():
+        if drawn := _curves(kept):
+            found.append(Panel(f"curve-{name}", kept["title"], partial(_draw_curves, curves=drawn), 13))
+        elif not _pause(name) and name not in idle and (key := _bar_key(kept)):
+            draw = partial(_draw_bars, kept=kept, key=key, show=BARS[key])
+            found.append(Panel(f"bars-{name}", kept["title"], draw, max(4, 2 * len(kept["results"]))))
+    pauses = [(name, kept) for name, kept in measures.items() if _pause(name)]
+    if len(pauses) > 1:
+        draw = partial(_draw_pauses, pauses=sorted(pauses, key=lambda each: THINKS.index(_pause(each[0])[0])))
+        found.append(Panel("pauses", "64 B round trip after a pause, p50", draw, 13))
+    elif pauses:
+        ((name, kept),) = pauses
+        draw = partial(_draw_bars, kept=kept, key="p50_us", show=microseconds)
+        found.append(Panel(f"bars-{name}", f"{kept['title']}, p50", draw, max(4, 2 * len(kept["results"]))))
+    for name, sweep in report.get("sweeps", {}).items():
+        found.append(Panel(f"sweep-{name}", sweep["title"], partial(_draw_sweep, name=name, sweep=sweep), 13))
+    for name in idle:
+        if kept := measures.get(name):
+            draw = partial(_draw_bars, kept=_both_sides(kept), key="cpu", show=percent)
+            title = f"{kept['title']}: CPU of both processes"
+            found.append(Panel(f"bars-{name}", title, draw, max(4, 2 * len(kept["results"]))))
+    if probes := report.get("probe"):
+        found.append(Panel("probe", "Time that a spinning process lost", partial(_draw_probe, probes=probes)))
+    return found
+
+
+def _pause(name: str) -> list[int]:
+    """The microseconds in the name of a measure with pauses, if it is one."""
+    return [us for us in THINKS if name == f"think-{duration(us).replace(' ', '')}"]
+
+
+def _bar_key(kept: dict[str, Any]) -> str | None:
+    return next((key for key in BARS if all(key in r for r in kept["results"].values())), None)
+
+
+def _both_sides(kept: dict[str, Any]) -> dict[str, Any]:
+    return {**kept, "results": {label: r for label, r in kept["results"].items() if "cpu" in r}}
+
+
 def _curves(kept: dict[str, Any]) -> dict[str, str]:
+    if "mb_s" in next(iter(kept["results"].values()), {}):
+        return {}
     return {label: r["hdr"] for label, r in kept["results"].items() if r.get("hdr")}
 
 
-def _draw_curves(axes: Any, kept: dict[str, Any]) -> None:
+def _ratios(measures: dict[str, Any], costs: bool) -> list[tuple[str, str, str, dict[str, Any]]]:
+    """Measure, what is compared, label, and what was seen."""
+    return [
+        (name, kept["title"] + (f": {COSTS[key].heading}" if costs else ""), label, seen)
+        for name, kept in measures.items()
+        for label, r in kept["results"].items()
+        for key, seen in r.get("beside", {}).items()
+        if (key in COSTS) == costs
+    ]
+
+
+def _draw_ratios(axes: Any, rows: Sequence[tuple[str, str, str, dict[str, Any]]]) -> None:
+    """A line for each, from the lowest to the highest of its range; a dot for each round."""
+    at, last = 0.0, None
+    ticks: list[tuple[float, str]] = []
+    named: dict[str, Any] = {}
+    for name, what, label, seen in rows:
+        at += 1.0 if (name, what) == last else 1.8
+        if (name, what) != last:
+            ticks.append((at, what))
+        last = name, what
+        paint = line(label)
+        axes.plot(seen["each"], [at] * len(seen["each"]), ".", color=paint["color"], alpha=0.35, markersize=9)
+        axes.plot([seen["low"], seen["high"]], [at, at], color=paint["color"], linewidth=3, alpha=0.8)
+        (made,) = axes.plot([seen["ratio"]], [at], paint["marker"], color=paint["color"], markersize=9)
+        named.setdefault(label, made)
+        told = f"{ratio(seen['ratio'], False)}x"
+        axes.annotate(told, (max(seen["each"]), at), xytext=(6, 0), textcoords="offset points", va="center")
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xscale("log")
+    low = min(min(seen["each"]) for *_, seen in rows)
+    high = max(max(seen["each"]) for *_, seen in rows)
+    low, high = min(0.7, low), max(2.0, high)
+    axes.set_xlim(low / 1.2, high * (high / low) ** 0.12)
+    axes.set_ylim(at + 1, 0.6)
+    axes.legend(named.values(), list(named), fontsize=9, loc="best")
+    axes.set_yticks([where for where, _ in ticks], ["\n".join(textwrap.wrap(what, 30)) for _, what in ticks])
+    axes.tick_params(axis="y", length=0)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    axes.xaxis.set_minor_formatter(lambda value, _: "")
+    axes.set_xlabel("1x: the same as TCP")
+    axes.grid(True, axis="x", alpha=0.3)
+
+
+def _draw_curves(axes: Any, curves: dict[str, str]) -> None:
     """Each further nine as far to the right as the one before."""
-    for label, text in _curves(kept).items():
+    for label, text in curves.items():
         percentiles, times = curve(text)
         part = [(100 / (100 - p), t) for p, t in zip(percentiles, times, strict=True) if p < 100]
-        axes.plot([at for at, _ in part], [t for _, t in part], label=label)
+        paint = {**line(label), "marker": None}
+        axes.plot([at for at, _ in part], [t for _, t in part], label=label, **paint)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xticks([100 / (100 - p) for p in NINES], list(NINES.values()))
     axes.yaxis.set_major_formatter(lambda value, _: microseconds(value))
     axes.minorticks_off()
-    axes.set(title=f"{kept['title']}, {kept['where']}", xlabel="of all round trips", ylabel="took at most")
+    axes.set(xlabel="of all round trips", ylabel="took at most")
     axes.grid(True, alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=9)
 
 
-def _draw_sizes(axes: Any, sizes: dict[str, Any]) -> None:
-    at: list[int] = []
-    for label, found in sizes["results"].items():
-        at = [int(size) for size in found]
-        axes.plot(at, [r[sizes["figure"]] for r in found.values()], marker="o", label=label)
+def _draw_bars(axes: Any, kept: dict[str, Any], key: str, show: Callable[[float], str]) -> None:
+    """The median of the rounds, and from where to where they lie."""
+    results = kept["results"]
+    most = 0.0
+    for at, (label, r) in enumerate(results.items()):
+        each = [dict(flat(taken)).get(key, r[key]) for taken in r.get("rounds", [])] or [r[key]]
+        axes.barh(at, r[key], height=0.7, **bar(label))
+        axes.plot([min(each), max(each)], [at, at], color="black", linewidth=1.5, marker="|")
+        most = max(most, *each)
+        axes.annotate(f" {show(r[key])}", (max(r[key], *each), at), va="center")
+    axes.set_xlim(0, most * 1.25 or 1)
+    axes.set_yticks(range(len(results)), list(results))
+    axes.invert_yaxis()
+    axes.xaxis.set_major_formatter(lambda value, _: show(value) if value else "0")
+    axes.tick_params(axis="x", labelsize=9)
+    axes.locator_params(axis="x", nbins=5)
+    axes.grid(True, axis="x", alpha=0.3)
+
+
+def _draw_pauses(axes: Any, pauses: Sequence[tuple[str, dict[str, Any]]]) -> None:
+    labels = list(dict.fromkeys(label for _, kept in pauses for label in kept["results"]))
+    for label in labels:
+        each_pause = [(at, kept["results"].get(label)) for at, (_, kept) in enumerate(pauses)]
+        found = [(at, r) for at, r in each_pause if r]
+        axes.plot([at for at, _ in found], [r["p50_us"] for _, r in found], label=label, **line(label))
+        for at, r in found:
+            each = [taken["p50_us"] for taken in r.get("rounds", [])]
+            if each:
+                axes.plot([at, at], [min(each), max(each)], color=colour(label), linewidth=3, alpha=0.35)
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(pauses)), [duration(_pause(name)[0]) for name, _ in pauses])
+    axes.yaxis.set_major_formatter(lambda value, _: microseconds(value))
+    axes.yaxis.set_minor_formatter(lambda value, _: "")
+    axes.set(xlabel="pause before each")
+    axes.grid(True, alpha=0.3)
+    axes.legend(fontsize=9)
+
+
+def _draw_sweep(axes: Any, name: str, sweep: dict[str, Any]) -> None:
+    key, at = sweep["figure"], [0]
+    for label, found in sweep["results"].items():
+        at = [int(value) for value in found]
+        axes.plot(at, [r[key] for r in found.values()], label=label, **line(label))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xticks(at, [amount(size) for size in at])
+    say = amount if name == "sizes" else count
+    axes.set_xticks(at, [say(value) for value in at])
     axes.minorticks_off()
-    axes.set(title=sizes["title"], xlabel="size of a write", ylabel="MB/s")
+    axes.yaxis.set_major_formatter(lambda value, _: BARS[key](value))
+    axes.set(xlabel="size of a write" if name == "sizes" else "connections")
     axes.grid(True, alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=9)
+
+
+def _draw_probe(axes: Any, probes: Sequence[dict[str, Any]]) -> None:
+    most = 5.0
+    for shift, end in ((-0.2, "client"), (0.2, "server")):
+        lost = [taken[end]["lost"] for taken in probes]
+        most = max(most, *lost)
+        paint = {
+            "facecolor": GREY if end == "client" else "white",
+            "hatch": "" if end == "client" else "////",
+        }
+        axes.bar([at + shift for at in range(len(lost))], lost, 0.38, label=end, edgecolor=GREY, **paint)
+    axes.set_xticks(range(len(probes)), [str(number + 1) for number in range(len(probes))])
+    axes.set_ylim(0, most * 1.1)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0f} %")
+    axes.set(xlabel="round", ylabel="of 0.1 s")
+    axes.grid(True, axis="y", alpha=0.3)
+    axes.legend(fontsize=9)

@@ -17,7 +17,7 @@ from shmsock.bench import floor
 from shmsock.bench.child import cpus
 from shmsock.bench.compare import beside
 from shmsock.bench.hogs import hogs
-from shmsock.bench.machine import describe, machine, note_load
+from shmsock.bench.machine import describe, machine, note_load, now
 from shmsock.bench.marks import judged
 from shmsock.bench.measures import Measure, Sweep
 from shmsock.bench.pairs import Variant, peers, private_region
@@ -231,7 +231,14 @@ def bench(
     known = machine()
     console.print(describe(known))
     run = Bench(console, place, rounds, seconds, probe)
-    run.report = {"machine": known, "place": place.name, **(more or {}), "rounds": rounds, "seconds": seconds}
+    run.report = {
+        "machine": known,
+        "began": now(),
+        "place": place.name,
+        **(more or {}),
+        "rounds": rounds,
+        "seconds": seconds,
+    }
     run.run(measures, sweeps)
     note_load(console, known)
     if probe is not None:

@@ -50,7 +50,8 @@ def _measuring(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--seconds", type=click.FloatRange(0.01, 600), help="For each measure in a round."),
         click.option("--json", "file", type=file_or_dash, help="Write all figures there too."),
         click.option("--text", type=file, help="Write the tables there too."),
-        click.option("--plot", type=file, help="Draw an SVG of round trips and throughput."),
+        click.option("--plot", type=file, help="Draw an SVG of all that can be drawn."),
+        click.option("--html", type=file, help="Write a page with verdict, plots, and the JSON beside it."),
         click.option("--marks", is_flag=True, help="Judge by what the project itself wants to reach."),
     ):
         command = option(command)
@@ -80,13 +81,17 @@ def _write(
     from shmsock.bench import plot
     from shmsock.bench.runner import judge
 
-    file, text, picture = (options[name] for name in ("file", "text", "plot"))
-    for path in (file, text, picture):
+    file, text, picture, html = (options[name] for name in ("file", "text", "plot", "html"))
+    if html and not file:
+        file = str(Path(html).with_suffix(".json"))
+    for path in (file, text, picture, html):
         if path not in (None, "-"):
             _check_writable(Path(str(path)))
-    if picture:
-        plot.need_plot(measures, sweeps)
     out = console(record=text is not None)
+    if picture or html:
+        option = "--plot" if picture else "--html"
+        if rest := plot.need_plot(measures, sweeps, option):
+            out.print(f"In no plot, but in the figures: {', '.join(rest)}.", highlight=False)
     report = measure(out)
     if options["marks"]:
         judge(out, report)
@@ -98,6 +103,15 @@ def _write(
         Path(text).write_text(out.export_text(), encoding="utf-8")
     if picture:
         plot.plot(report, picture)
+    if html:
+        _write_page(report, html)
+
+
+def _write_page(report: Report, path: str) -> None:
+    from shmsock.bench.page import page
+
+    Path(path).write_text(page(report), encoding="utf-8")
+    click.echo(f"The report is {path}", err=True)
 
 
 def _check_writable(path: Path) -> None:
@@ -273,3 +287,21 @@ def connect(
     place = Remote((host, port), tcp, region, name, cpu)
     rounds, seconds = options["rounds"] or (6 if tcp else 3), options["seconds"] or (0.3 if tcp else 0.5)
     _write(lambda console: bench_remote(console, place, rounds, seconds, measures), options, measures)
+
+
+@bench.command()
+@click.argument("figures", type=click.Path(exists=True, dir_okay=False), metavar="FIGURES.json")
+@click.argument("page", required=False, type=click.Path(dir_okay=False, writable=True), metavar="[PAGE.html]")
+def report(figures: str, page: str | None) -> None:
+    """Draw what --json has kept, as --html does. Where matplotlib is: a guest may have none."""
+    from shmsock.bench import plot
+
+    path = page or str(Path(figures).with_suffix(".html"))
+    _check_writable(Path(path))
+    plot.need_matplotlib("the page")
+    try:
+        found = json.loads(Path(figures).read_text(encoding="utf-8"))
+        found["measures"], found["machine"]["shmsock"]
+    except (ValueError, KeyError, TypeError):
+        raise click.BadParameter(f"{figures} is not what `shmsock bench --json` writes") from None
+    _write_page(found, path)

@@ -214,7 +214,11 @@ def test_plot(tmp_path: Path) -> None:
         "machine": MACHINE,
         "measures": {
             "echo": {"title": "Round trips", "where": "here", "results": results},
-            "bulk": figures(**{TCP: {"mb_s": 1.0}}),
+            "bulk": {
+                "title": "One way",
+                "where": "here",
+                "results": {TCP: {"mb_s": 1.0}, OURS: {"mb_s": 12.5}},
+            },
         },
         "sweeps": {"sizes": {"title": "By size", "figure": "mb_s", "results": sizes}},
     }
@@ -223,10 +227,10 @@ def test_plot(tmp_path: Path) -> None:
     root = ElementTree.parse(file).getroot()
     assert root.tag.endswith("svg")
     said = file.read_text()
-    for text in ("Round trips, here", "By size", OURS, "99.99 %", "1 MiB", "at abc"):
+    for text in ("Round trips", "One way", "12.5 MB/s", "By size", OURS, "99.99 %", "1 MiB", "at abc"):
         assert text in said
     with pytest.raises(RegionError, match="nothing to plot"):
-        plot.plot({"machine": MACHINE, "measures": {"bulk": figures()}}, str(file))
+        plot.plot({"machine": MACHINE, "measures": {}}, str(file))
 
 
 def test_where_libraries_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:

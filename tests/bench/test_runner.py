@@ -177,7 +177,8 @@ def test_bench_list() -> None:
 
 
 @pytest.mark.parametrize(
-    ("package", "options"), [("hdrh", ("--only", "echo")), ("matplotlib", ("--plot", "x"))]
+    ("package", "options"),
+    [("hdrh", ("--only", "echo")), ("matplotlib", ("--plot", "x")), ("matplotlib", ("--html", "x"))],
 )
 def test_missing_packages_are_named(
     package: str, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
@@ -189,7 +190,7 @@ def test_missing_packages_are_named(
 
 
 @pytest.mark.parametrize("way", [(), ("--vm",), ("connect", "nowhere")])
-@pytest.mark.parametrize("option", ["--json", "--text", "--plot"])
+@pytest.mark.parametrize("option", ["--json", "--text", "--plot", "--html"])
 def test_files_that_cannot_be_written(
     way: tuple[str, ...], option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,25 +204,25 @@ def test_files_that_cannot_be_written(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("--only", "bulk"),
-        ("--vm", "--only", "bulk"),
-        ("connect", "nowhere", "--only", "bulk"),
-        ("--idle",),
-        ("--sporadic",),
-    ],
-)
-def test_nothing_to_plot(options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in ((runner, "bench"), (vm, "bench_guests"), (remote, "bench_remote")):
-        monkeypatch.setattr(module, name, lambda *_: pytest.fail("it was measured"))
-    assert "nothing to plot" in bad("bench", *options, "--plot", tmp_path / "x")
+@pytest.mark.parametrize("option", ["--plot", "--html"])
+def test_what_cannot_be_plotted_is_said_before(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "bench", lambda *_: pytest.fail("it was measured"))
+    assert "nothing to plot" in bad("bench", "--only", "memory", option, tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
+
+    def stop(console: Console, *_: Any) -> Any:
+        assert "In no plot, but in the figures: memory." in console.export_text()
+        raise RegionError(5, "stopped here")
+
+    monkeypatch.setattr(runner, "bench", stop)
+    said = bad("bench", "--only", "echo,memory", option, tmp_path / "x", "--text", tmp_path / "text")
+    assert "stopped here" in said
 
 
 @pytest.mark.parametrize("name", ["echo", "connect", "drain", "think-none"])
-def test_what_can_be_plotted_is_known_before(name: str) -> None:
+def test_what_has_a_histogram_is_known_before(name: str) -> None:
     measure = MEASURES[name]
     with Host(Console(file=io.StringIO())).open(measure) as take:
         found = take(next(v for v in measure.variants() if v.module == "shmsock"), 0.03)

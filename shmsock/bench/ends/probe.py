@@ -32,7 +32,7 @@ def spin(seconds: float) -> dict[str, float]:
             lost += now - last
             longest = max(longest, now - last)
         last = now
-    return {"lost": lost / (last - begin) * 100, "longest_us": longest / 1000}
+    return {"lost": lost / max(1, last - begin) * 100, "longest_us": longest / 1000}
 
 
 def machine() -> dict[str, Any]:
