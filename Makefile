@@ -42,6 +42,13 @@ bench: ## every measure beside TCP and others, into benchmarks/: a quarter of an
 	@mkdir -p benchmarks
 	@$(BIN)/shmsock bench --all --marks --json benchmarks/results.json --text benchmarks/results.txt --plot benchmarks/plot.svg
 
+.PHONY: bench-vm
+bench-vm: ## two guests: ivshmem, doorbells and dax beside virtio-net, as a page: a quarter of an hour
+	@.ci/setup vm
+	@.ci/setup venv .venv $(BIN)/python bench
+	@mkdir -p build
+	@$(BIN)/shmsock bench --vm --all --doorbells --dax --html build/bench-vm.html
+
 .PHONY: instructions
 instructions: ## instructions per operation of the core; fails where they have become more
 	@.ci/setup bench

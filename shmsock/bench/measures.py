@@ -19,6 +19,8 @@ __all__ = [
     "SPORADIC",
     "SUITE",
     "SWEEPS",
+    "VM",
+    "VM_SWEEPS",
     "Column",
     "Measure",
     "chosen",
@@ -52,10 +54,10 @@ SPEED = (
 MESSAGES = (Column("messages", "per_s", count, less=False, beside=True),)
 RATE = (Column("rate", "per_s", count, less=False, beside=True), *(replace(c, beside=False) for c in LATENCY))
 COST = (
-    Column("CPU an op", "cpu_us", microseconds, beside=True, cost=True),
-    Column("CPU a GB", "cpu_s_gb", seconds, beside=True, cost=True),
-    Column("host's CPU an op", "host_us", microseconds, beside=True, cost=True),
-    Column("host's CPU a GB", "host_s_gb", seconds, beside=True, cost=True),
+    Column("CPU/op", "cpu_us", microseconds, beside=True, cost=True),
+    Column("CPU/GB", "cpu_s_gb", seconds, beside=True, cost=True),
+    Column("host/op", "host_us", microseconds, beside=True, cost=True),
+    Column("host/GB", "host_s_gb", seconds, beside=True, cost=True),
 )
 OF_MEAN = Column("slowest of the mean", "slowest_of_mean", share, less=False)
 BESIDE = (*LATENCY, Column("p50 alone", "alone_p50_us", microseconds))
@@ -134,7 +136,7 @@ def costing(found: dict[str, Any]) -> dict[str, Any]:
 
 def with_cost(measure: Measure) -> Measure:
     """The same, with the CPU time that it takes."""
-    of_kinds = {"sporadic": LATENCY[:2], "echo": LATENCY[:3], "idle": SIDES}
+    of_kinds = {"sporadic": LATENCY[:2], "echo": LATENCY[:3], "datagram": LATENCY[:3], "idle": SIDES}
     told = of_kinds.get(measure.kind, measure.columns[:1])
     usage = () if measure.kind in ("sporadic", "idle", "datagram") else ("--usage",)
     return replace(
@@ -359,6 +361,16 @@ SWEEPS = (
     ),
 )
 MEASURES = {m.name: m for m in (*SUITE, *SPORADIC, *IDLE)}
+VM = tuple(
+    replace(MEASURES[name], own_loop=True)
+    for name in (
+        *("echo", "datagram", "bulk", "drain", "connect", "many"),
+        *(m.name for m in SPORADIC[: len(THINKS)]),
+        "idle",
+    )
+)
+"""Between guests."""
+VM_SWEEPS = (replace(SWEEPS[0], values=(64, 512, 4096, 32768, 262144)),)
 
 
 def chosen(names: str) -> tuple[list[Measure], list[Sweep]]:

@@ -32,10 +32,11 @@ KNOWN = {
     "shmsock": "shmsock",
     "commit": "at",
     "region": "region",
+    "memory": "memory",
     "load": "load",
     "load_after": "afterwards",
 }
-SETUP = ("virtualization", "qemu", "guest_kernel", "memory")
+SETUP = ("virtualization", "qemu", "guest_kernel", "network", "memory")
 HOW = (
     "Both sides of a ratio are measured one after the other, in each round, by the same program. A ratio is "
     "the median of the ratios of the rounds; its range is from the lowest round to the highest (from nine "
@@ -109,6 +110,7 @@ def _tiles(report: dict[str, Any], who: str) -> Iterator[str]:
         if not less:
             low, high = 1 / high, 1 / low  # of a cost less is better
         kind = "unsure" if not seen["agree"] else "good" if low > 1 else "bad" if high < 1 else "same"
+        kind = kind if seen["sure"] else "same"
         word = "as fast" if less and value < 1 else more
         at = ("measures", name, "results", who, "beside", key)
         large = _data(value, ratio(value, False) + TIMES, *at, "ratio")
@@ -218,11 +220,15 @@ def _where(report: dict[str, Any]) -> str:
     ends = {"where the run was started": report["machine"]}
     for end in ("client", "server"):
         for taken in report.get("probe", [])[:1]:
-            ends[f"{end}'s end"] = {**taken[end].get("machine", {}), "region": taken[end].get("region")}
+            ends[f"{end}'s end"] = {**taken[end], **taken[end].get("machine", {})}
     facts = [(end, ", ".join(_facts(known))) for end, known in ends.items()]
-    facts += [(key.replace("_", " "), str(report[key])) for key in SETUP if report.get(key)]
+    facts += [(key.replace("_", " "), _said(report[key])) for key in SETUP if report.get(key)]
     rows = (f"<tr><th>{escape(what)}</th><td class=text>{escape(text)}</td></tr>" for what, text in facts)
     return f"<h2>Measured on</h2><table class=facts>{''.join(rows)}</table>"
+
+
+def _said(what: Any) -> str:
+    return "; ".join(f"{who}: {text}" for who, text in what.items()) if isinstance(what, dict) else str(what)
 
 
 def _facts(known: dict[str, Any]) -> Iterator[str]:

@@ -18,6 +18,7 @@ from shmsock.errors import region_error
 from shmsock.region import create_file
 
 __all__ = [
+    "DAX",
     "DOORBELLS",
     "FLOOR",
     "OURS",
@@ -57,8 +58,8 @@ ADDRESSES = {
     "shmsock": "localhost",
     "shmsock.anyio": "localhost",
 }
-DOORBELLS = "doorbells"
-"""A note: how regions of guests are told apart."""
+DOORBELLS, DAX = "doorbells", "dax"
+"""Notes: how regions of guests are told apart."""
 OURS, TCP, UNIX, UDP = "shmsock, uvloop", "uvloop TCP", "uvloop UNIX", "uvloop UDP"
 STOCK = "stock asyncio on shmsock's uvloop loop"
 FLOOR = LABELS["floor"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from shmsock.bench.measures import COST, IDLE, THINKS, Measure, Sweep
+from shmsock.bench.measures import IDLE, THINKS, Measure, Sweep
 from shmsock.bench.results import curve, flat
 from shmsock.bench.style import bar, colour, line
 from shmsock.bench.words import amount, count, duration, microseconds, percent, ratio, speed
@@ -25,7 +25,12 @@ INCHES = 7.5
 ABREAST = 2
 NINES = {0: "0 %", 90: "90 %", 99: "99 %", 99.9: "99.9 %", 99.99: "99.99 %", 99.999: "99.999 %"}
 GREY = "#5f6368"
-COSTS = {column.key: column for column in COST}
+RATIOS: dict[str, Sequence[str]] = {
+    "Times as fast as TCP": ("p50_us", "mb_s", "per_s"),
+    "Times the CPU time of TCP": ("cpu_us", "cpu_s_gb"),
+    "Times the CPU time of TCP, as the host counts it": ("host_us", "host_s_gb"),
+}
+"""Titles, and the figures of which the ratios are."""
 BARS = {"mb_s": speed, "per_s": count, "p50_us": microseconds}
 """The figure of a measure that is shown as bars, by which of them it has, and how it is told."""
 
@@ -89,10 +94,10 @@ def panels(report: dict[str, Any]) -> list[Panel]:
     """Whatever can be drawn of it, what matters most first."""
     measures, idle = report.get("measures", {}), [measure.name for measure in IDLE]
     found = []
-    for costs, title in ((False, "Times as fast as TCP"), (True, "Times the CPU time of TCP")):
-        if rows := _ratios(measures, costs):
-            lines = 2 * len({name for name, *_ in rows}) + len(rows)
-            found.append(Panel(f"ratios-{costs:d}", title, partial(_draw_ratios, rows=rows), lines, True))
+    for part, (title, keys) in enumerate(RATIOS.items()):
+        if rows := _ratios(measures, keys):
+            lines = 2 * len({what for what, *_ in rows}) + len(rows)
+            found.append(Panel(f"ratios-{part}", title, partial(_draw_ratios, rows=rows), lines, True))
     for name, kept in measures.items():
         if drawn := _curves(kept):
             found.append(Panel(f"curve-{name}", kept["title"], partial(_draw_curves, curves=drawn), 13))
@@ -138,27 +143,27 @@ def _curves(kept: dict[str, Any]) -> dict[str, str]:
     return {label: r["hdr"] for label, r in kept["results"].items() if r.get("hdr")}
 
 
-def _ratios(measures: dict[str, Any], costs: bool) -> list[tuple[str, str, str, dict[str, Any]]]:
-    """Measure, what is compared, label, and what was seen."""
+def _ratios(measures: dict[str, Any], keys: Sequence[str]) -> list[tuple[str, str, dict[str, Any]]]:
+    """What is compared, label, and what was seen: those of one thing together."""
     return [
-        (name, kept["title"] + (f": {COSTS[key].heading}" if costs else ""), label, seen)
-        for name, kept in measures.items()
+        (kept["title"], label, seen)
+        for kept in measures.values()
+        for key in keys
         for label, r in kept["results"].items()
-        for key, seen in r.get("beside", {}).items()
-        if (key in COSTS) == costs
+        if (seen := r.get("beside", {}).get(key)) is not None
     ]
 
 
-def _draw_ratios(axes: Any, rows: Sequence[tuple[str, str, str, dict[str, Any]]]) -> None:
+def _draw_ratios(axes: Any, rows: Sequence[tuple[str, str, dict[str, Any]]]) -> None:
     """A line for each, from the lowest to the highest of its range; a dot for each round."""
-    at, last = 0.0, None
+    at, last = 0.0, ""
     ticks: list[tuple[float, str]] = []
     named: dict[str, Any] = {}
-    for name, what, label, seen in rows:
-        at += 1.0 if (name, what) == last else 1.8
-        if (name, what) != last:
+    for what, label, seen in rows:
+        at += 1.0 if what == last else 1.8
+        if what != last:
             ticks.append((at, what))
-        last = name, what
+        last = what
         paint = line(label)
         axes.plot(seen["each"], [at] * len(seen["each"]), ".", color=paint["color"], alpha=0.35, markersize=9)
         axes.plot([seen["low"], seen["high"]], [at, at], color=paint["color"], linewidth=3, alpha=0.8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["bar", "colour", "line"]
+__all__ = ["bar", "colour", "line", "on_asyncio"]
 
 KERNEL = "#5f6368"
 COLOURS = (
@@ -28,15 +28,15 @@ def colour(label: str) -> str:
 
 def line(label: str) -> dict[str, Any]:
     """Of TCP's and UDP's the line has dots, of asyncio's own loop gaps."""
-    style = "--" if _on_asyncio(label) else "-" if "TCP" not in label and "UDP" not in label else "-."
-    return {"color": colour(label), "linestyle": style, "marker": "s" if _on_asyncio(label) else "o"}
+    style = "--" if on_asyncio(label) else "-" if "TCP" not in label and "UDP" not in label else "-."
+    return {"color": colour(label), "linestyle": style, "marker": "s" if on_asyncio(label) else "o"}
 
 
 def bar(label: str) -> dict[str, Any]:
-    if _on_asyncio(label):
+    if on_asyncio(label):
         return {"facecolor": "white", "edgecolor": colour(label), "hatch": "////"}
     return {"facecolor": colour(label), "edgecolor": colour(label)}
 
 
-def _on_asyncio(label: str) -> bool:
+def on_asyncio(label: str) -> bool:
     return "asyncio" in label and "uvloop" not in label

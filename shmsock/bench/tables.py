@@ -46,7 +46,8 @@ def compared(column: Column, seen: dict[str, Any] | None) -> tuple[str, str]:
         return "", ""
     more, less = ("faster", "slower") if column.less else ("as much", "less")
     told = f"{seen['ratio']:.3g}x" if column.cost else times(seen["ratio"], more, less)
-    return told, between(seen["low"], seen["high"]) + ("" if seen["agree"] else " !")
+    rounds = between(seen["low"], seen["high"]) if len(seen["each"]) > 1 else ""
+    return told, rounds + ("" if seen["agree"] else " !")
 
 
 def cache_lines(results: list[dict[str, Any]]) -> str | None:

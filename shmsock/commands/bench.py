@@ -142,6 +142,7 @@ def _chosen(only: str) -> tuple[list[Any], list[Any]]:
 @click.option("--one-core", is_flag=True, help="With both processes on one core.")
 @click.option("--vm", is_flag=True, help="Between two guests, beside virtio-net. Needs root.")
 @click.option("--doorbells", is_flag=True, help="With --vm: an ivshmem-doorbell device too, through vfio.")
+@click.option("--dax", is_flag=True, help="With --vm: persistent memory too, as dax:.")
 @click.pass_context
 def bench(context: click.Context, /, **options: Any) -> None:
     """Measure round trips and throughput beside TCP. And beside what else there is: in the same run, medians
@@ -169,7 +170,9 @@ def bench(context: click.Context, /, **options: Any) -> None:
         if options["vm"]:
             from shmsock.bench.vm import bench_guests
 
-            return bench_guests(console, rounds, seconds, measures, options["doorbells"])
+            devices = {name: options[name] for name in ("doorbells", "dax")}
+            loops = ("uvloop", "asyncio") if options["everything"] else ()
+            return bench_guests(console, rounds, seconds, measures, sweeps, **devices, loops=loops)
         return runner.bench(console, runner.Host(console), rounds, seconds, measures, sweeps)
 
     _write(measure, options, measures, sweeps)
@@ -188,15 +191,15 @@ def _refuse(asked: set[str]) -> None:
     """Refuse what does not go together."""
     if {"vm", "one_core"} <= asked:
         raise click.UsageError("--one-core is about processes of this host: not with --vm")
-    if "doorbells" in asked and "vm" not in asked:
-        raise click.UsageError("--doorbells is about guests: only with --vm")
+    if asked & {"doorbells", "dax"} and "vm" not in asked:
+        raise click.UsageError("--doorbells and --dax are about guests: only with --vm")
     sets = [name for name in ("sporadic", "idle", "only", "everything", "one_core") if name in asked]
     names = {"everything": "--all", "one_core": "--one-core"}
     if (len(sets) > 1 and set(sets) - {"one_core", "idle", "sporadic"}) or {"sporadic", "idle"} <= asked:
         told = " and ".join(names.get(name, f"--{name}") for name in sets)
         raise click.UsageError(f"{told} choose measures: one at a time")
-    if "vm" in asked and asked & {"everything", "sizes", "connections"}:
-        raise click.UsageError("between guests there are the measures of streams: --vm goes with --only")
+    if "vm" in asked and "connections" in asked:
+        raise click.UsageError("between guests there are no sweeps but --sizes")
 
 
 def _plan(options: dict[str, Any]) -> tuple[list[Any], list[Any], int, float]:
@@ -214,12 +217,17 @@ def _plan(options: dict[str, Any]) -> tuple[list[Any], list[Any], int, float]:
         elif options["vm"]:
             measures = [m for m in measures if m.placement == "two"]
         return measures, [], *((3, 0.5) if options["sporadic"] else (1, 10.0))
+    if options["vm"] and options["everything"]:
+        need_histograms()
+        return list(known.VM), list(known.VM_SWEEPS), 3, 0.5
     sweeps = [s for s in known.SWEEPS if options["everything"] or options[s.name]]
+    if options["vm"] and sweeps:
+        sweeps = list(known.VM_SWEEPS)
     if options["only"]:
         measures, named = _chosen(options["only"])
         sweeps = [s for s in known.SWEEPS if s in sweeps or s in named]
-        if options["vm"] and (sweeps or any(m.name not in (*REMOTE, "idle") for m in measures)):
-            raise click.UsageError(f"between guests there are only {', '.join((*REMOTE, 'idle'))}")
+        if options["vm"] and any(m.name not in (*REMOTE, "datagram") for m in measures):
+            raise click.UsageError(f"between guests there are only {', '.join((*REMOTE, 'datagram'))}")
     elif options["everything"]:
         measures = list(known.SUITE)
     elif sweeps:

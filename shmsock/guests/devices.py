@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import secrets
 import socket
 import subprocess
@@ -13,6 +14,8 @@ from typing import ClassVar, Protocol
 
 from shmsock.guests.image import GuestUnavailable, command_path
 from shmsock.hypervisors import qemu
+
+VHOST = "/dev/vhost-net"
 
 
 class Device(Protocol):
@@ -82,6 +85,8 @@ class Tap:
     ifname: str
     mac: str
     address: str
+    vhost: bool = False
+    """The host's kernel moves the packets, not QEMU."""
 
     modules: ClassVar[tuple[str, ...]] = ("virtio_net",)
 
@@ -91,9 +96,9 @@ class Tap:
         return self.address.partition("/")[0]
 
     def arguments(self, index: int) -> list[str]:
-        name = f"net{index}"
+        name, vhost = f"net{index}", ",vhost=on" if self.vhost else ""
         return [
-            *("-netdev", f"tap,id={name},ifname={self.ifname},script=no,downscript=no"),
+            *("-netdev", f"tap,id={name},ifname={self.ifname},script=no,downscript=no{vhost}"),
             *("-device", f"virtio-net-pci,netdev={name},mac={self.mac}"),
         ]
 
@@ -139,7 +144,12 @@ class Bridge:
         number = len(self._taps)
         tag = ":".join(self._tag[i : i + 2] for i in (0, 2, 4))
         address = f"{next(self._hosts)}/{self._prefix}"
-        tap = Tap(f"shm-{self._tag}t{number}", f"52:54:{tag}:{number:02x}", address)
+        tap = Tap(
+            f"shm-{self._tag}t{number}",
+            f"52:54:{tag}:{number:02x}",
+            address,
+            os.access(VHOST, os.R_OK | os.W_OK),
+        )
         self._taps.append(tap)
         _ip("tuntap", "add", tap.ifname, "mode", "tap")
         _ip("link", "set", tap.ifname, "master", self.name, "up")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 
 from shmsock.aio.attach import prepare_region
+from shmsock.guests.devices import Device
 from shmsock.guests.qemu import Fleet, Guest, Ivshmem
 from shmsock.region import open_file
 from shmsock.region.sizes import format_size
@@ -26,8 +28,11 @@ class GuestsFailed(OSError):
         self.strerror = message
 
 
-def boot_pair(console: Console, fleet: Fleet, **more: Any) -> tuple[list[Guest], str]:
-    """vm-a and vm-b, up and running on one formatted region; and the path of that on this host."""
+def boot_pair(
+    console: Console, fleet: Fleet, beside: Sequence[Device] = (), **more: Any
+) -> tuple[list[Guest], str]:
+    """vm-a and vm-b, up and running on one formatted region; and the path of that on this host. Both have the
+    devices `beside` it, too; of each of `more` one."""
     path = fleet.shared_file(REGION_BYTES)
     with open_file(str(path)) as region:
         region.allocate()
@@ -38,7 +43,7 @@ def boot_pair(console: Console, fleet: Fleet, **more: Any) -> tuple[list[Guest],
         for name in ("vm-a", "vm-b"):
             own = {key: value[len(guests)] for key, value in more.items()}
             device = Ivshmem(path, REGION_BYTES)
-            guests.append(fleet.boot(name, ivshmem=[device], memory_mb=MEMORY_MB, **own))
+            guests.append(fleet.boot(name, ivshmem=[device, *beside], memory_mb=MEMORY_MB, **own))
         for guest in guests:
             guest.wait_ready()
     accel = {"tcg": "software emulation (TCG): only ratios mean anything", "kvm": "KVM"}[guests[0].accel]

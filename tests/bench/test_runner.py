@@ -165,7 +165,7 @@ def test_bench_bad_usage() -> None:
     assert "one at a time" in usage("bench", "--all", "--only", "echo")
     assert "only with --vm" in usage("bench", "--idle", "--doorbells")
     assert "no measure 'fast'; there are echo" in usage("bench", "--only", "fast")
-    assert "--vm goes with --only" in usage("bench", "--vm", "--all")
+    assert "no sweeps but --sizes" in usage("bench", "--vm", "--connections")
     assert "between guests there are only echo" in usage("bench", "--vm", "--only", "anyio")
     assert "come after its name" in usage("bench", "--all", "serve")
 

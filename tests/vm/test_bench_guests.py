@@ -1,18 +1,23 @@
-"""`shmsock bench serve` in one guest, `shmsock bench connect` in the other."""
+"""`shmsock bench serve` in one guest, `connect` in the other; and what `make bench-vm` does, in short."""
 
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from shmsock.bench.pairs import OURS, TCP, UDP
+from tests.commands.test_cli import good
+
 if TYPE_CHECKING:
     from tests.vm.conftest import Pair
 
-pytestmark = pytest.mark.vm
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(600)]
 
-SECONDS = 60
+SECONDS = 120
 
 
 def test_serve_and_connect(two_guests: Pair) -> None:
@@ -29,3 +34,32 @@ def test_serve_and_connect(two_guests: Pair) -> None:
     (figures,) = report["measures"]["echo"]["results"].values()
     assert 0 < figures["p50_us"] <= figures["max_us"]
     assert "to vm-b" in done.text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes root to make a bridge")
+def test_every_way_beside_virtio_net(tmp_path: Path) -> None:
+    """TCP, ivshmem-plain, ivshmem-doorbell and persistent memory in the same two guests."""
+    page = tmp_path / "page.html"
+    what = ("--only", "echo,datagram,idle", "--rounds", 1, "--seconds", "0.1", "--marks", "--html", page)
+    said = good("bench", "--vm", "--doorbells", "--dax", *what)
+    report = json.loads(page.with_suffix(".json").read_text())
+    assert list(report["measures"]) == ["echo", "datagram", "idle"]
+    ours = [OURS, f"{OURS}, doorbells", f"{OURS}, dax"]
+    for name, measure in report["measures"].items():
+        assert list(measure["results"]) == [UDP if name == "datagram" else TCP, *ours]
+    echo = report["measures"]["echo"]["results"]
+    for label in ours:
+        assert echo[label]["host_us"] > 0 < echo[label]["cpu_us"]
+        assert set(echo[label]["beside"]) == {"p50_us", "cpu_us", "host_us"}
+    judged = {(mark["who"], mark["at_most"]) for mark in report["marks"] if mark["measure"] == "idle"}
+    assert judged == {(OURS, 2.0), (f"{OURS}, doorbells", 0.5)}
+    assert report["qemu"].startswith("QEMU emulator version")
+    told = [report["memory"][label].partition(":")[0] for label in ours]
+    assert told == ["pci", "vfio", "dax"]
+    assert all("a load" in text for text in report["memory"].values())
+    (probe,) = report["probe"]
+    assert [probe[end]["machine"]["kernel"] for end in ("client", "server")] == [report["guest_kernel"]] * 2
+    assert "vm-a to vm-b, TCP over virtio-net" in said
+    assert [found["who"] for found in report["verdict"]] == ours
+    assert "doorbells" in page.read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import importlib
 import json
 import os
 import platform
@@ -19,6 +20,8 @@ __all__ = ["CLIENTS", "here", "machine", "spin"]
 GAP_NS = 100_000
 """Between two looks at the clock: no step of Python takes so long, whoever emulates it."""
 SPIN_MS = 100
+HEADER_BYTES = 4096
+"""Of a region: all that everybody may read."""
 
 
 def spin(seconds: float) -> dict[str, float]:
@@ -57,8 +60,13 @@ def machine() -> dict[str, Any]:
 
 
 def here(writer: asyncio.StreamWriter) -> dict[str, Any]:
+    """This end's machine and, where it has one, its region: as what kind of memory it is mapped."""
     node = writer.get_extra_info("shmsock_node")
-    return {"machine": machine(), "region": node.region.url if node is not None else None}
+    if node is None:
+        return {"machine": machine()}
+    region, memory = node.region, importlib.import_module("shmsock.doctor.memory")
+    found = memory.judge(region.url, region.mmap, 0, HEADER_BYTES, write=False)
+    return {"machine": machine(), "region": region.url, "memory": found.seen}
 
 
 async def probe(network: Network, options: argparse.Namespace, _: list[int]) -> dict[str, Any]:
