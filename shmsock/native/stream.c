@@ -113,12 +113,13 @@ int64_t sh_read_step(sh_ep *ep, sh_taker *to, uint32_t want, uint32_t min, int h
     return sh_take_out(ep, to, 0, at_most(found, want));
 }
 
-/* The first piece gave n: read on, what there is and what comes meanwhile, as long as the turn may last. What ends it is told by the next read. */
+/* The first piece gave n: read on while pieces are full, what comes meanwhile as well, as long as the turn may last. What ends it is told by the next
+ * read. */
 static int64_t read_on(sh_ep *ep, void *to, uint32_t want, int64_t n, int hurry)
 {
     int64_t some = n;
 
-    while (some > 0 && n < want && !(hurry && sh_over(ep->nd))) {
+    while (some >= (int64_t)PIECE && n < want && !(hurry && sh_over(ep->nd))) {
         struct sh_plain plain = {{sh_take_plain}, (char *)to + n};
 
         some = sh_read_some(ep, &plain.taker, at_most(PIECE, want - (uint32_t)n));
