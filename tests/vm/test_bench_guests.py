@@ -41,10 +41,10 @@ def test_serve_and_connect(two_guests: Pair) -> None:
 def test_every_way_beside_virtio_net(tmp_path: Path) -> None:
     """TCP, ivshmem-plain, ivshmem-doorbell and persistent memory in the same two guests."""
     page = tmp_path / "page.html"
-    what = ("--only", "echo,datagram,idle", "--rounds", 1, "--seconds", "0.1", "--marks", "--html", page)
+    what = ("--only", "echo,datagram", "--rounds", 1, "--seconds", "0.1", "--marks", "--html", page)
     said = good("bench", "--vm", "--doorbells", "--dax", *what)
     report = json.loads(page.with_suffix(".json").read_text())
-    assert list(report["measures"]) == ["echo", "datagram", "idle"]
+    assert list(report["measures"]) == ["echo", "datagram"]
     ours = [OURS, f"{OURS}, doorbells", f"{OURS}, dax"]
     for name, measure in report["measures"].items():
         assert list(measure["results"]) == [UDP if name == "datagram" else TCP, *ours]
@@ -52,8 +52,7 @@ def test_every_way_beside_virtio_net(tmp_path: Path) -> None:
     for label in ours:
         assert echo[label]["host_us"] > 0 < echo[label]["cpu_us"]
         assert set(echo[label]["beside"]) == {"p50_us", "cpu_us", "host_us"}
-    judged = {(mark["who"], mark["at_most"]) for mark in report["marks"] if mark["measure"] == "idle"}
-    assert judged == {(OURS, 2.0), (f"{OURS}, doorbells", 0.5)}
+    assert {mark["who"] for mark in report["marks"] if mark["measure"] == "echo"} == {OURS}
     assert report["qemu"].startswith("QEMU emulator version")
     told = [report["memory"][label].partition(":")[0] for label in ours]
     assert told == ["pci", "vfio", "dax"]
