@@ -10,7 +10,7 @@ from dataclasses import asdict
 import click
 
 from shmsock.commands.group import Failed
-from shmsock.commands.params import attaching, check_environ
+from shmsock.commands.params import check_environ
 
 __all__ = ["ping"]
 
@@ -34,8 +34,8 @@ __all__ = ["ping"]
     help="Seconds to wait for an answer.",
 )
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
-@attaching
-def ping(host: str, count: int, timeout: float, as_json: bool, region: str | None, name: str | None) -> None:
+@click.option("--region", metavar="URL", help="The region; without it SHMSOCK_REGION, or what is found.")
+def ping(host: str, count: int, timeout: float, as_json: bool, region: str | None) -> None:
     """Ask HOST, a peer's name or the number of its section, for an answer, and tell how long it took.
 
     It needs nothing of the peer's program: its event loop answers. Tells who wakes whom, and the time of a
@@ -47,10 +47,10 @@ def ping(host: str, count: int, timeout: float, as_json: bool, region: str | Non
     from shmsock.doctor.round_trips import Answers, ask, attached, duration
     from shmsock.engine.peers import Peer
 
-    check_environ(name)
+    check_environ()
 
     async def asked() -> list[Answers]:
-        async with attached(region, name) as node:
+        async with attached(region, "ping") as node:
             peers, listeners = node.engine.peers, node.engine.listeners
             found: list[Peer]
             if host.isdecimal():

@@ -67,13 +67,11 @@ def duration(us: float) -> str:
 
 
 @contextlib.asynccontextmanager
-async def attached(url: str | None, name: str | None) -> AsyncIterator[Node]:
-    """Be a peer for a while. `name` None: one that says what this is."""
+async def attached(url: str | None, what: str) -> AsyncIterator[Node]:
+    """Be a peer for a while, by a name that says `what` it is."""
     kept = {key: os.environ.pop(key) for key in _NOT_OURS if key in os.environ}
-    if name is not None and "SHMSOCK_NAME" in kept:
-        os.environ["SHMSOCK_NAME"] = kept["SHMSOCK_NAME"]
     try:
-        coming = attach(url, name=name or f"doctor-{os.urandom(3).hex()}")
+        coming = attach(url, name=f"{what}-{os.urandom(3).hex()}")
         node = await asyncio.wait_for(coming, ATTACH_S)
         try:
             yield node
@@ -140,7 +138,7 @@ def try_all(url: str, live: Collection[int], count: int = 10) -> list[Finding]:
 
 
 async def _try_all(url: str, live: Collection[int], count: int) -> list[Finding]:
-    async with attached(url, None) as node:
+    async with attached(url, "doctor") as node:
         found = [_measure(node)]
         others = [p for p in node.engine.peers.there() if p.section in live and p.section != node.section]
         return found + [_judge(url, answers) for answers in await ask(node, others, count)]
