@@ -101,6 +101,14 @@ class PlainPump:
         if not (self.scheduled or self.closed):
             self._owner.pump_follows()
 
+    def over(self) -> bool:
+        """Is the budget of this turn, which is begun if need be, used up?"""
+        if self.closed:
+            return False
+        if not self.scheduled:
+            self.begin_turn()
+        return bool(self._engine.lib.sh_over(self._engine.nd))
+
     def may_spin(self) -> bool:
         """Say no: it is not known what else is to be run."""
         return False

@@ -23,7 +23,6 @@ from types import CoroutineType, SimpleNamespace, coroutine
 from typing import Any
 
 from shmsock.aio.direct import resume
-from shmsock.aio.node import Node
 from shmsock.aio.pump import extension
 from shmsock.aio.tls import start_tls
 from shmsock.aio.transport import ShmTransport
@@ -148,11 +147,8 @@ class ShmStreamWriter(asyncio.StreamWriter):
     def __init__(self, transport: ShmTransport, protocol: Any, reader: Any, loop: Any) -> None:
         # asyncio's makes a future, too, that nobody uses
         self._transport, self._protocol, self._reader, self._loop = transport, protocol, reader, loop
-        self._attach()
-
-    def _attach(self) -> None:
-        self.write = self._transport.write  # type: ignore[method-assign]  # one call less on the way
-        self._fast_path = self._transport.fast_path
+        self.write = transport.write  # type: ignore[method-assign]  # one call less on the way
+        self._fast_path = transport.fast_path
 
     async def wait_closed(self) -> None:
         """Wait as asyncio's does. For a task that has just closed connection_lost() is called at once: as
@@ -160,8 +156,11 @@ class ShmStreamWriter(asyncio.StreamWriter):
         protocol: Any = self._protocol
         transport: Any = self._transport
         if getattr(transport, "just_lost", False):
-            await _share_turn(transport.node)
-            if not protocol.is_told_by(transport) or transport.lost_by is not None:
+            if transport.node.pump.over():
+                await yield_once()
+            # a program's own protocol is told by the loop
+            ours = type(protocol).connection_lost is _connection_lost and transport._protocol is protocol
+            if not ours or transport.lost_by is not None:
                 await yield_once()
             elif transport.just_lost:
                 transport.call_connection_lost(None)
@@ -248,13 +247,12 @@ class ShmStreamReaderProtocol(asyncio.StreamReaderProtocol):
                 closed.exception()  # nobody need ask for it, and the collector may finalize it before __del__
             return
         self._connection_lost = True
-        if (reader := self._stream_reader) is not None:  # type: ignore[attr-defined]
+        reader = None if self._stream_reader_wr is None else self._stream_reader_wr()
+        if type(reader) is ShmStreamReader and reader._waiter is None:
+            reader._eof = True
+        elif reader is not None:
             reader.feed_eof()
         self._stream_reader_wr = self._stream_writer = self._task = self._transport = None
-
-    def is_told_by(self, transport: ShmTransport) -> bool:
-        """Is the end of that transport told to this, and to no program's own protocol?"""
-        return type(self).connection_lost is _connection_lost and transport.get_protocol() is self
 
     def __del__(self) -> None:
         """Do nothing: asyncio's does here what connection_lost() has done."""
@@ -276,7 +274,8 @@ class ShmStreamReaderProtocol(asyncio.StreamReaderProtocol):
         transport = self._transport
         if isinstance(transport, ShmTransport):
             transport._check_thread()
-            await _share_turn(transport.node)
+            if transport.node.pump.over():
+                await yield_once()
         self._drain_waiters = self._drain_waiters or deque()
         await super()._drain_helper()  # type: ignore[misc]
         if isinstance(transport, ShmTransport):
@@ -318,15 +317,6 @@ def _handled(transport: ShmTransport, task: asyncio.Task[None]) -> None:
         transport.node.loop.call_exception_handler({**what, "transport": transport})
     if error is not None or task.cancelled():
         transport.close()
-
-
-async def _share_turn(node: Node) -> None:
-    """Let the loop turn once when the budget of this turn is used up."""
-    if not node.closed:
-        if not node.pump.scheduled:
-            node.pump.begin_turn()
-        if node.lib.sh_over(node.nd):
-            await yield_once()
 
 
 def _sets(*kinds: Any) -> set[str]:

@@ -506,7 +506,8 @@ class ShmTransport(FlowControl, asyncio.Transport):
         self._resume_protocol()
         if not self._pending:  # the protocol may have written
             if self._closing:
-                self._finish_close()
+                self._hang_up()
+                self._end(None)
             elif self._eof_wanted:
                 self.conn.finish()
             self.node.flushed()
@@ -553,11 +554,8 @@ class ShmTransport(FlowControl, asyncio.Transport):
             return
         self._closing, self.fast_path.can_write = True, False
         if not self._pending:
-            self._finish_close()
-
-    def _finish_close(self) -> None:
-        self._hang_up()
-        self._end(None)
+            self._hang_up()
+            self._end(None)
 
     def _hang_up(self) -> None:
         """FIN; or, when bytes are left that nobody will read, a reset behind what was written: the peer shall
@@ -616,7 +614,8 @@ class ShmTransport(FlowControl, asyncio.Transport):
             self._poll.close()
         self.fast_path.detach()
         node.transports.discard(self)
-        node.flushed()
+        if node._flushed is not None:
+            node.flushed()
         if not node.loop.is_closed():
             node.loop.call_soon(self.call_connection_lost, error, context=self.context)
 

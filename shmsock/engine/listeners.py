@@ -124,7 +124,7 @@ class Listeners:
         connection."""
         for _ in self._slice:
             port = next(self._ephemeral)
-            if _key(port, datagram) not in self.mine:
+            if (_key(port, True) if datagram else port) not in self.mine:
                 break
         return port
 
@@ -241,7 +241,7 @@ class Listeners:
         return [x for x in self.mine.get(_key(port, datagram), ()) if self.serves(x, peer)]
 
     def serves(self, listener: Listener, peer: Peer) -> bool:
-        return listener.serving and (not listener.flags & LOCAL or self.peers.same_kernel(peer))
+        return listener._serving and (not listener.flags & LOCAL or self.peers.same_kernel(peer))
 
     def in_turn(self, group: list[Listener]) -> Listener:
         """Choose of several listeners of one port the one whose turn was longest ago."""

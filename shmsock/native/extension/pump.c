@@ -251,6 +251,15 @@ static PyObject *pump_spin_for_answer(Pump *pump, PyObject *const *args, Py_ssiz
     return n < 0 ? Py_NewRef(Py_None) : list_of(words, n);
 }
 
+/* over(): is this turn's budget used up? Whoever asks goes on in it, so a pass follows. */
+static PyObject *pump_over(Pump *pump, PyObject *unused)
+{
+    (void)unused;
+    if (pump->closed)
+        Py_RETURN_FALSE;
+    return sh_schedule_pump(pump) < 0 ? NULL : PyBool_FromLong(sh_over(pump->nd));
+}
+
 static PyObject *pump_may_spin(Pump *pump, PyObject *unused) { (void)unused; return PyBool_FromLong(sh_may_spin(pump)); }
 static PyObject *pump_will_run(Pump *pump, PyObject *unused) { (void)unused; return none_unless(sh_will_run(pump)); }
 static PyObject *pump_runs(Pump *pump, PyObject *unused) { (void)unused; return none_unless(sh_runs(pump)); }
@@ -390,6 +399,7 @@ static PyMethodDef methods[] = {
     {"fit", METHOD(pump_fit, "May the node be used here? If not, check() says why, if anything is wrong.")},
     {"begin_turn", METHOD(pump_begin_turn, "Give this turn of the loop a budget of its own, and have a pass follow it.")},
     {"stir", METHOD(pump_stir, "Have a pass follow what the engine has done.")},
+    {"over", METHOD(pump_over, "Is the budget of this turn, which is begun if need be, used up?")},
     {"may_spin", METHOD(pump_may_spin, "Is nothing else to be run by this loop, as far as can be known?")},
     {"spin_for_answer", (PyCFunction)(void (*)(void))pump_spin_for_answer, METH_FASTCALL, "Busy-poll for the answer of that peer, for that slot: True, what it said otherwise, or None."},
     {"will_run", METHOD(pump_will_run, "Note that the pump woke a task.")},
