@@ -21,6 +21,7 @@ __all__ = ["Commands", "Failed", "message"]
 MODULES = {
     "bench": "bench",
     "bind": "bind",
+    "bundle": "bundle",
     "completion": "completion",
     "create": "create",
     "demo": "demo",
@@ -44,6 +45,9 @@ MODULES = {
     "unbind": "bind",
 }
 """The module of shmsock.commands that has the subcommand. There it goes by its name, with underscores."""
+
+
+CORE = "shmsock.native._core"
 
 
 class Failed(click.ClickException):
@@ -79,7 +83,14 @@ class Commands(click.Group):
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         if name not in MODULES:
             return None
-        module = importlib.import_module(f"shmsock.commands.{MODULES[name]}")
+        try:
+            module = importlib.import_module(f"shmsock.commands.{MODULES[name]}")
+        except ImportError as error:
+            if error.name != CORE:
+                raise
+            from shmsock.commands.coreless import without_core
+
+            return without_core(name, str(error))
         command: click.Command = getattr(module, name.replace("-", "_"))
         if "_SHMSOCK_COMPLETE" in os.environ:  # a shell asks, and no command runs
             from shmsock.commands.complete import attach_values
@@ -95,6 +106,10 @@ class Commands(click.Group):
             if error.errno == errno.EPIPE:
                 raise
             raise Failed(message(error)) from error
+        except ImportError as error:  # shmsock.pyz with another Python
+            if error.name != CORE:
+                raise
+            raise Failed(str(error)) from None
         except KeyboardInterrupt:
             click.echo("\nshmsock: interrupted", err=True)
             sys.exit(130)

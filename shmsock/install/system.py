@@ -12,7 +12,7 @@ from importlib import resources
 from shmsock.region import udev
 from shmsock.region.sizes import short_size
 
-__all__ = ["NAMES", "SystemFile", "program", "system_files"]
+__all__ = ["NAMES", "SystemFile", "system_files", "this_program"]
 
 HUGE_PAGE = 2 << 20
 _UNITS = "/etc/systemd/system/"
@@ -93,8 +93,18 @@ NAMES = {name: kind.what for name, kind in _KINDS.items()}
 """What can be installed, and what it is."""
 
 
-def system_files(name: str, *, region: str, size: int, group: str | None = None) -> Iterator[SystemFile]:
-    """Make the files that go by `name`, for a region of that path and size, open to `group`."""
+def system_files(
+    name: str,
+    *,
+    region: str = "/dev/shm/vms",
+    size: int = 256 << 20,
+    group: str | None = None,
+    program: str | None = None,
+) -> Iterator[SystemFile]:
+    """Make the files that go by `name`, for a region of that path and size, open to `group`.
+
+    `program`: what runs shmsock there; by default what runs it here.
+    """
     kind = _KINDS[name]
     group = group or kind.group
     then = list(kind.then)
@@ -102,7 +112,7 @@ def system_files(name: str, *, region: str, size: int, group: str | None = None)
         then.insert(
             0, f"groupadd --system --force {group}; usermod -aG {group} USER    # who then logs in again"
         )
-    shmsock = program()
+    shmsock = program or this_program()
     words = {
         "GROUP": group,
         "PAGES": str(-(-size // HUGE_PAGE)),
@@ -120,7 +130,7 @@ def system_files(name: str, *, region: str, size: int, group: str | None = None)
         yield SystemFile(path, text, tuple(then) if path == kind.files[-1] else ())
 
 
-def program() -> str:
+def this_program() -> str:
     """The command that runs this shmsock: its script, else the interpreter with the module."""
     beside = os.path.join(os.path.dirname(sys.executable), "shmsock")
     for path in (os.path.abspath(sys.argv[0]), beside):

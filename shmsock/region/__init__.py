@@ -22,7 +22,6 @@ from shmsock.region import dax, pci
 from shmsock.region.base import Region
 from shmsock.region.create import Prepare, create_file, open_default
 from shmsock.region.file import open_file
-from shmsock.region.occupants import claimed_by, is_formatted, region_id
 from shmsock.region.pci import PciDevice, find_devices
 from shmsock.region.sizes import format_size
 
@@ -186,6 +185,8 @@ def _choose(sysfs: str) -> str:
 
 def _id(url: str, sysfs: str) -> int:
     """Read the id of the region there; 0: there is none, or none that can be read."""
+    from shmsock.region.occupants import region_id
+
     try:
         with open(url, writable=False, sysfs=sysfs) as region:
             return region_id(region)
@@ -229,6 +230,8 @@ def open_region(
     Raises what open() raises, RegionFormatError when the region has fewer than `size` bytes, and
     RegionExistsError for a formatted one, unless with `force` or without `writable`.
     """
+    from shmsock.region.occupants import claimed_by, is_formatted  # the C core: devices are listed without
+
     with open(url, writable=writable) as region:
         if size is not None and not 0 < size <= region.size:
             raise format_error(

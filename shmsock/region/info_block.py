@@ -15,7 +15,6 @@ from collections.abc import Callable
 from functools import partial
 
 from shmsock.errors import format_error, region_error
-from shmsock.native._core import lib
 from shmsock.region.base import MINIMUM, map_bytes
 from shmsock.region.sizes import format_size
 
@@ -32,7 +31,6 @@ _SIGNATURE, _FILES = b"NVDIMM_DAX_INFO\0", b"NVDIMM_PFN_INFO\0"
 # after, alignment, size of a page, size of the kernel's struct page. A checksum ends the block.
 _WORDS = struct.Struct("<16s16s16sIHHQQIIIIIH")
 _VERSION, _IN_RAM, _STRUCT_PAGE = (1, 4), 1, 64
-_MAGIC: bytes = lib.SH_MAGIC.to_bytes(8, "little")[:-1]
 
 Read = Callable[[int, int], bytes]
 """Reads so many bytes, from an offset on."""
@@ -40,7 +38,10 @@ Read = Callable[[int, int], bytes]
 
 def find(read: Read, size: int, name: str) -> tuple[int, int]:
     """Find where in `size` bytes the region lies: offset and length. Raises RegionFormatError."""
-    if size < 2 * UNIT or read(len(_MAGIC), 0) == _MAGIC:
+    from shmsock.native._core import lib  # not needed to list devices, and shmsock.pyz may have none
+
+    magic: bytes = lib.SH_MAGIC.to_bytes(8, "little")[:-1]
+    if size < 2 * UNIT or read(len(magic), 0) == magic:
         return 0, size
     block = read(_BYTES, _AT)  # once: others may write there
     signature = block[:16]

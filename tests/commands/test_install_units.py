@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from shmsock.cli import cli
-from shmsock.install.system import NAMES, program
+from shmsock.install.system import NAMES, this_program
 from shmsock.region import udev
 from tests.test_docs import unknown_options
 
@@ -49,7 +49,7 @@ def test_everything_is_written_where_it_belongs(root: Path) -> None:
 
 def test_units_run_commands_that_there_are(root: Path) -> None:
     text = "\n".join(path.read_text() for path in (root / "etc/systemd/system").iterdir())
-    commands = re.findall(rf"^Exec(?:Start|Stop)={re.escape(program())} (.*)", text, re.MULTILINE)
+    commands = re.findall(rf"^Exec(?:Start|Stop)={re.escape(this_program())} (.*)", text, re.MULTILINE)
     assert len(commands) == 5
     assert [bad for command in commands if (bad := unknown_options(["shmsock", *command.split()]))] == []
     assert "create /dev/shm/vms-1 --size 1G --mode 0660" in commands

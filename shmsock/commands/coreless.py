@@ -1,0 +1,29 @@
+"""What subcommands do where the C core cannot be loaded: say so, and `shmsock info` shows the devices."""
+
+from __future__ import annotations
+
+import click
+
+from shmsock.commands.console import human
+from shmsock.commands.group import Failed
+from shmsock.region.pci import find_devices
+
+__all__ = ["without_core"]
+
+
+def without_core(name: str, why: str) -> click.Command:
+    """Make the subcommand that fails with `why`."""
+
+    def fail(words: tuple[str, ...]) -> None:
+        for device in find_devices() if name == "info" else ():
+            size = device.bars[2].size
+            click.echo(f"{device.address} {device.model}, {human(size)}, driver: {device.driver or 'none'}")
+        raise Failed(why)
+
+    return click.Command(
+        name,
+        callback=fail,
+        params=[click.Argument(["words"], nargs=-1, type=click.UNPROCESSED)],
+        help="Needs the C core, which cannot be loaded here.",
+        context_settings={"ignore_unknown_options": True},
+    )
