@@ -5,20 +5,19 @@ from __future__ import annotations
 import click
 
 from shmsock.commands.console import human
-from shmsock.commands.group import Failed
 from shmsock.region.pci import find_devices
 
 __all__ = ["without_core"]
 
 
-def without_core(name: str, why: str) -> click.Command:
+def without_core(name: str, why: click.ClickException) -> click.Command:
     """Make the subcommand that fails with `why`."""
 
     def fail(words: tuple[str, ...]) -> None:
         for device in find_devices() if name == "info" else ():
             size = device.bars[2].size
             click.echo(f"{device.address} {device.model}, {human(size)}, driver: {device.driver or 'none'}")
-        raise Failed(why)
+        raise why
 
     return click.Command(
         name,

@@ -90,7 +90,7 @@ class Commands(click.Group):
                 raise
             from shmsock.commands.coreless import without_core
 
-            return without_core(name, str(error))
+            return without_core(name, Failed(str(error)))
         command: click.Command = getattr(module, name.replace("-", "_"))
         if "_SHMSOCK_COMPLETE" in os.environ:  # a shell asks, and no command runs
             from shmsock.commands.complete import attach_values

@@ -10,6 +10,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import os
+import runpy
 import sys
 import zipfile
 from collections.abc import Sequence
@@ -58,6 +59,4 @@ class Compiled(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 if __name__ == "__main__":
     sys.meta_path.insert(0, Compiled(os.path.dirname(os.path.abspath(__file__))))
-    from shmsock.cli import main
-
-    main()
+    runpy.run_module("shmsock", run_name="__main__")
