@@ -266,11 +266,15 @@ class Connection(Held):
         elif not self.orphaned_ns:
             self.orphaned_ns = now_ns or 1
             self.slots.orphans.add(self)
+            if self.home.trace:
+                self.home.trace("is left with what its peer sent: %r", self)
             self.home.lib.sh_ep_orphan(self.ep)
 
     def violated(self, seen: str) -> None:
         """Abort, as the peer wrote what no honest one writes; `seen` says what."""
         self.error = violation(f"{self.remote[0]!r} (section {self.peer})", seen)
+        if self.home.trace:
+            self.home.trace("violation, %s: %r", seen, self)
         self.abort()
         self.link.offence()
 
@@ -290,6 +294,8 @@ class Connection(Held):
     def finish(self) -> None:
         """Publish FIN behind what was written (write_eof)."""
         if self.state is OPEN:
+            if self.home.trace:
+                self.home.trace("FIN: %r", self)
             self.home.lib.sh_ep_finish(self.ep)
             self.home.stir()
 
@@ -320,6 +326,8 @@ class Connection(Held):
 
     def let_go(self) -> None:
         """Go to FREE: the caller has the core close or release the slot."""
+        if self.home.trace:
+            self.home.trace("lets go (%s): %r", self.error or "no error", self)
         self.state = FREE
         if self.handler is not None:
             self.handler.freed()  # `ep` may be another connection's after this

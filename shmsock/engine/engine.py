@@ -32,6 +32,7 @@ from shmsock.engine.listeners import LOCAL, Listener, Listeners
 from shmsock.engine.peers import Peer, Peers
 from shmsock.engine.settings import Settings
 from shmsock.engine.slots import Slots, Storage
+from shmsock.engine.trace import NOTABLE, Trace
 from shmsock.engine.wakes import Wakes
 from shmsock.errors import NodeClosedError, node_closed, peer_gone
 from shmsock.native._core import lib
@@ -111,6 +112,7 @@ class Engine:
         self._reap: dict[int, tuple[int, int, int]] = {}
         self._alone_ns: int | None = None  # since when it has listened and nobody was there
         self._told_alone = False
+        self._traced: dict[str, int] = {}
         self._next_safety = now_ns + SAFETY_NS
         self._sample_at(now_ns)
         #: Connections that are being opened, and that are not worth waiting for when the peer is silent.
@@ -137,6 +139,10 @@ class Engine:
         self.links.start()
         self.memory.fence()
         self.memory.store(at + lay.STATE, lay.LIVE)
+        if self.home.trace:
+            self.home.trace(
+                "attached as process %d, to sections of %d slots", identity.pid, self.layout.slots
+            )
         self.peers.refresh_all(now_ns)
 
     def publish(self, addresses: Sequence[Address]) -> None:
@@ -300,9 +306,20 @@ class Engine:
             self._sample_at(self._next_sample)
             self.lib.sh_sweep(self.nd)
             self.once_a_second()
+            if self.home.trace:
+                self._trace_counts(self.home.trace)
             if self.peers.alone:
                 self._note_alone(now_ns)
             self.lib.sh_safety(self.nd)
+
+    def _trace_counts(self, trace: Trace) -> None:
+        now = self.statistics()
+        gained = [
+            f"{n} +{now[n] - self._traced.get(n, 0)}" for n in NOTABLE if now[n] > self._traced.get(n, 0)
+        ]
+        self._traced = now
+        if gained:
+            trace("in the last second: %s", ", ".join(gained))
 
     def _note_alone(self, now_ns: int) -> None:
         """Notice, once, that this node listens and nobody comes: one on other memory than its peers looks

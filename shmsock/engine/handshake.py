@@ -49,7 +49,10 @@ class Handshake:
         if slot < 0:
             raise self.slots.no_room(slot)
         home.stir()
-        return Connection(home, self.slots, link, slot, local, (remote, port))
+        conn = Connection(home, self.slots, link, slot, local, (remote, port))
+        if home.trace:
+            home.trace("asks section %d for a connection: %r", section, conn)
+        return conn
 
     def connect_again(self, host: Any, port: int) -> Connection | None:
         """Ask the peer that was found for (host, port) before. None: it is to be looked up. It may have been
@@ -62,7 +65,10 @@ class Handshake:
             return None
         home.stir()
         link = self.links.all[peer.section]
-        return Connection(home, self.slots, link, slot, (home.name, own), (peer.name, port))
+        conn = Connection(home, self.slots, link, slot, (home.name, own), (peer.name, port))
+        if home.trace:
+            home.trace("asks section %d again for a connection: %r", peer.section, conn)
+        return conn
 
     def _link_up(self, link: Link, adopted: int, port: int, remote: str) -> None:
         """Adopt a peer that was not adopted yet, or has started anew. Raises the reason when it cannot be."""
@@ -88,6 +94,8 @@ class Handshake:
         if not peer.here:
             self.peers.met(peer)
         self.home.counts["connected"] += 1
+        if self.home.trace:
+            self.home.trace("accepted by its peer: %r", conn)
 
     def accepted(
         self, what: int, more: int, now_ns: int, tell: Callable[[Callable[[Any], object], Any], object]
@@ -106,6 +114,9 @@ class Handshake:
         if not peer.live:
             self.peers.heard(peer, now_ns)
         home.counts["accepted"] += 1
+        if home.trace:
+            what_for = "datagrams" if index == DATAGRAMS else "a connection"
+            home.trace("accepts %s of section %d: %r", what_for, section, conn)
         if index == DATAGRAMS:
             self.accept(conn)
         elif listener is None or not self.listeners.serves(listener, peer):
@@ -131,6 +142,8 @@ class Handshake:
             if bits != SPACE:
                 conn.inspect(bits)
             return
+        if home.trace:
+            home.trace("refused, reason %d: %r", reason, conn)
         conn.release()
         if reason in (NO_SLOT, NO_MEMORY):
             home.emit(conn.failed, self.slots.none_left(reason == NO_SLOT, conn.remote[0]))

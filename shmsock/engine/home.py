@@ -10,6 +10,7 @@ from typing import Any
 from shmsock.engine.counters import OF_ENGINE
 from shmsock.engine.layout import Layout
 from shmsock.engine.settings import Settings
+from shmsock.engine.trace import trace_of
 from shmsock.errors import node_closed
 from shmsock.region.private import zeros
 
@@ -29,6 +30,8 @@ class Home:
     ) -> None:
         self.layout, self.memory = layout, layout.memory
         self.section, self.name, self.settings, self.rng = section, name, settings, rng
+        #: Told of each event, in words; None: nobody asked for that.
+        self.trace = trace_of(name, section)
         self.ffi, self.lib = layout.memory.core
         #: What `nd` points to; whoever keeps that keeps this.
         self.private = zeros(self.lib.sh_node_bytes(layout.geometry))
@@ -70,6 +73,8 @@ class Home:
 
     def end(self, why: OSError) -> None:
         """End the node: nothing is stored from now on. Of several reasons the first stands."""
+        if self.trace and self.ended is None:
+            self.trace("over: %s", why)
         self.ended = self.ended or why
         self.lib.sh_node_inert(self.nd)
 

@@ -74,6 +74,8 @@ class Links:
     def adopt(self, section: int, now_ns: int) -> None:
         """End what belonged to the peer's former life, and listen to its present one."""
         home, peer = self.home, self.peers[section]
+        if home.trace:
+            home.trace("adopts a new life of section %d (%s)", section, peer.name)
         self.late.discard(section)
         self._end(section, now_ns)
         home.counts["adoptions"] += 1
@@ -96,6 +98,8 @@ class Links:
     def drop(self, section: int, now_ns: int) -> None:
         """End everything with one peer, and start towards it anew: what a later life of it, or the same one
         continued, needs."""
+        if self.home.trace:
+            self.home.trace("drops the link to section %d (%s)", section, self.peers[section].name)
         self._end(section, now_ns)
         self._restart(self.all[section])
         self.home.lib.sh_adopt(self.home.nd, section)
@@ -104,6 +108,8 @@ class Links:
         """Drop the link, and do not adopt the peer for a while (nothing it says is heard): 1 s, and twice as
         long each time, up to 60."""
         link = self.all[section]
+        if self.home.trace:
+            self.home.trace("does not listen to section %d for %d s: violations", section, link.backoff_s)
         self._end(section, now_ns)
         self._restart(link)
         self.late.add(section)

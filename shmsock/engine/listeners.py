@@ -159,6 +159,8 @@ class Listeners:
         self._store(index, port | flags << 16)
         listener = self.by_index[index] = Listener(self, index, port, backlog, flags)
         self.mine.setdefault(_key(port, datagram), []).append(listener)
+        if self.home.trace:
+            self.home.trace("listens on %d%s", port, " for datagrams" if datagram else "")
         return listener
 
     def _open_any(self, backlog: int, reuse: bool, local: bool, datagram: bool) -> Listener:
@@ -218,6 +220,8 @@ class Listeners:
         return 0 if closed else entry
 
     def remove(self, listener: Listener) -> None:
+        if self.home.trace:
+            self.home.trace("listens on %d no more", listener.port)
         key = _key(listener.port, bool(listener.flags & DATAGRAM))
         self.mine[key].remove(listener)
         if not self.mine[key]:

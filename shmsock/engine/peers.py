@@ -120,6 +120,10 @@ class Peers:
         now = (peer.incarnation, peer.live or peer.coming, peer.doorbell)
         if now != peer.told:
             peer.told = now
+            if self.home.trace:
+                there = "live" if peer.live else "coming" if peer.coming else "gone"
+                bell = f", doorbell {peer.doorbell[0]}" if peer.doorbell else ""
+                self.home.trace("section %d (%s) is %s%s", peer.section, peer.name, there, bell)
             self.changed(peer)
 
     def refresh_all(self, now_ns: int) -> None:

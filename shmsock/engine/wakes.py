@@ -95,6 +95,9 @@ class Wakes:
             lib.sh_set_wake_out(nd, peer.section, FUTEX if self._by_futex(peer) else NONE, -1, 0, 0)
         wake_in = (BY_DOORBELL if number is not None else 0) | (BY_FUTEX if self._by_futex(peer) else 0)
         lib.sh_set_wake_in(nd, peer.section, wake_in, int(there))
+        if there and self.home.trace:
+            ways = self.way(peer), self.way_out(peer)
+            self.home.trace("section %d (%s) wakes us by %s, we it by %s", peer.section, peer.name, *ways)
 
     def update_all(self) -> None:
         for peer in self.peers.all:
