@@ -30,7 +30,7 @@ int sh_asked(sh_node *nd, uint64_t now)
     if (poll(&(struct pollfd){.fd = nd->loop_fd, .events = POLLIN}, 1, 0) == 1) {
         nd->ask_ns = 0;
         if (!__atomic_exchange_n(&nd->beaten, 0, __ATOMIC_RELAXED)) /* a beat is no news of others */
-            nd->vain_ns = now;
+            nd->vain_ns = nd->ready_ns = now;
     }
     return !nd->ask_ns;
 }

@@ -149,7 +149,7 @@ void sh_hot(sh_node *nd, uint64_t hot_ns, uint64_t hot_turns, int one_cpu);
 int sh_pumped_just_now(sh_node *nd, uint64_t now);
 int sh_stay_hot(sh_node *nd, uint64_t now, int owed);
 uint64_t sh_moved(sh_node *nd);
-int sh_is_next(const sh_node *nd);
+int sh_is_next(const sh_node *nd, uint64_t now);
 int sh_pump(sh_node *nd, uint64_t *out, int max);
 int sh_pump_more(sh_node *nd, uint64_t *out, int max, uint64_t now, uint64_t ns);
 int sh_quiet(sh_node *nd);

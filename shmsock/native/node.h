@@ -172,6 +172,7 @@ struct sh_node {
     int alone;                    /* nobody else wanted this CPU when a spin last offered it */
     int quick;                    /* where it is not offered, a short spin was enough for the last wait */
     uint64_t vain_ns;             /* when a nap was in vain, or another of the loop's descriptors was ready, for the last time */
+    uint64_t ready_ns;            /* when one was */
     uint64_t late_ns;             /* when it came back late, for the last time; atomic */
     uint64_t crowded_ns;          /* somebody did, and kept it for long: until then it is not offered again; atomic */
     int attention;                /* a notification spoke of a message or a new life: the pump must run */

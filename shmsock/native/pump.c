@@ -6,6 +6,7 @@
 #define SAFE_SLOTS 1024        /* slots that one safety poll looks at */
 #define AHEAD 16 /* slots whose words are fetched at the same time */
 #define SKIP_NS 50000u         /* a pass so soon after the last may be left out */
+#define BRIDGE_NS 100000000u   /* for so long after a socket was ready during a spin, one counts as likely to be next */
 
 /* ---- a pass ---- */
 
@@ -251,9 +252,9 @@ static void learn(sh_node *nd, int moved)
     nd->said = now;
 }
 
-/* Is it most likely for this node to speak next? A bridge to sockets waits for peers and for sockets in turn, and a spin for peers while a socket is next
- * only keeps the program behind that socket from the CPU. */
-int sh_is_next(const sh_node *nd) { return nd->own_next[nd->own_last] > 1; }
+/* Is it most likely for this node to speak next, and are there sockets that would have it speak? A bridge waits for peers and for sockets in turn, and a spin
+ * for peers while a socket is next only keeps the program behind that socket from the CPU. */
+int sh_is_next(const sh_node *nd, uint64_t now) { return nd->own_next[nd->own_last] > 1 && now - nd->ready_ns < BRIDGE_NS; }
 
 /* After a pass: is another to follow at once? 0: no. 1: something is owed a pass, here or (`owed`) by the caller. 2: the pump is hot: something moved
  * lately, and shortly before that as well, and passes in vain have used no more than a quarter of the time. 3: it is hot, but yield this CPU first:
@@ -277,7 +278,7 @@ int sh_stay_hot(sh_node *nd, uint64_t now, int owed)
         credit = !hot ? credit + since / 4 : credit > since ? credit - since : 0;
     }
     nd->credit_ns = credit < CREDIT_CAP_NS ? credit : CREDIT_CAP_NS;
-    if (!hot || sh_is_next(nd) || nd->gap_ns >= nd->hot_ns || !nd->credit_ns || nd->idle_turns >= nd->hot_turns)
+    if (!hot || sh_is_next(nd, now) || nd->gap_ns >= nd->hot_ns || !nd->credit_ns || nd->idle_turns >= nd->hot_turns)
         return owed || !sh_quiet(nd);
     return nd->idle_turns || nd->one_cpu ? 3 : 2;
 }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -59,15 +60,55 @@ def turns() -> Turns:
     return Turns()
 
 
-def test_a_bridge_polls_on_after_its_own_words_and_not_after_the_peer_s(turns: Turns) -> None:
-    """What it hears goes to a socket, from which the answer comes: that has to run."""
+@pytest.fixture
+def ready(turns: Turns) -> Iterator[Callable[[], None]]:
+    """ready(): another descriptor of the loop is ready during a spin."""
+    fd = os.eventfd(0)
+    lib, nd = turns.world.lib, turns.a.engine.nd
+    turns.a.call(lib.sh_loop, nd, fd)
+
+    def one() -> None:
+        os.eventfd_write(fd, 1)
+        turns.a.call(lib.sh_turn, nd)
+        turns.world.now += 60_000
+        lib.sh_fake_time(turns.world.now)
+        assert turns.a.call(lib.sh_over, nd)
+        os.eventfd_read(fd)
+        turns.a.call(lib.sh_turn, nd)
+
+    yield one
+    turns.a.call(lib.sh_loop, nd, -1)
+    os.close(fd)
+
+
+def passes_on(turns: Turns) -> None:
     for _ in range(TIMES):
         turns.peer_speaks()
         turns.passes(turns.hears)
-        turns.speaks()  # as the socket was readable
+        turns.speaks()
         turns.passes()
         turns.peer_hears()
+
+
+def test_a_bridge_polls_on_after_its_own_words_and_not_after_the_peer_s(
+    turns: Turns, ready: Callable[[], None]
+) -> None:
+    """What it hears goes to a socket, from which the answer comes: that has to run."""
+    ready()
+    passes_on(turns)
     assert turns.hot[-4:] == [False, True] * 2
+    turns.world.advance(0.2)
+    passes_on(turns)
+    assert turns.hot[-4:] == [True] * 4  # it has to be seen again
+    ready()
+    passes_on(turns)
+    assert turns.hot[-4:] == [False, True] * 2
+
+
+def test_without_sockets_who_speaks_next_polls_on(turns: Turns) -> None:
+    """Such as who closes a connection, and opens another one."""
+    passes_on(turns)
+    assert turns.hot[-4:] == [True] * 4
 
 
 def test_who_answers_in_the_same_pass_polls_on(turns: Turns) -> None:

@@ -157,7 +157,7 @@ static int next_pass(Pump *pump, uint64_t *words, int *n, uint64_t now, int told
     if (told && !alone) /* those who were told something run first: falling asleep can wait */
         return 0;
     hot = sh_stay_hot(pump->nd, now, owes);
-    if (pump->nd->hot_ns && sh_is_crowded(pump->nd, now) && !sh_is_next(pump->nd)) {
+    if (pump->nd->hot_ns && sh_is_crowded(pump->nd, now) && !sh_is_next(pump->nd, now)) {
         /* they may have written to sockets, and uvloop holds such writes back until the turn ends: wait only if no nap was in vain lately */
         if (alone && (!told || sh_nap_ns(pump->nd, now) == SH_NAP_MAX_NS) && (*n = wait_for_more(pump, words, now)))
             return 1;
