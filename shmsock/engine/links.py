@@ -74,13 +74,13 @@ class Links:
     def adopt(self, section: int, now_ns: int) -> None:
         """End what belonged to the peer's former life, and listen to its present one."""
         home, peer = self.home, self.peers[section]
-        if home.trace:
-            home.trace("adopts a new life of section %d (%s)", section, peer.name)
         self.late.discard(section)
         self._end(section, now_ns)
         home.counts["adoptions"] += 1
         home.lib.sh_adopt(home.nd, section)
         self.peers.refresh(peer, now_ns)
+        if home.trace:
+            home.trace("adopts a new life of section %d (%s)", section, peer.name)
         self.watch_lock(peer)
         if not peer.live:  # its tag may come before its state says that it is there
             self._sample_soon(now_ns)

@@ -72,8 +72,11 @@ def test_what_two_processes_hold(region: Path, start: Start) -> None:
         stood, there = client.tell("quiet"), server.tell("tell")
         assert stood["came"]
         a, b = {"section": "1", "name": "vm-a"}, {"section": "0", "name": "vm-b"}
-        while value(found := scrape(), "node_reads_total", **a) < stood["reads"]:
-            pass  # the next beat shows it
+        while any(  # each shows it with its next beat
+            value(found := scrape(), "node_reads_total", **who) < told["reads"]
+            for who, told in ((a, stood), (b, there))
+        ):
+            pass
         for name, counter in (
             ("sent_bytes", "bytes_out"),
             ("received_bytes", "bytes_in"),
