@@ -17,6 +17,10 @@ from shmsock.observe.snapshot import BEAT_S
 
 __all__ = ["metrics"]
 
+PATIENCE_S = 5.0
+MOST = 64
+"""Threads, each of which serves a connection, but for a few."""
+
 
 @click.command()
 @region_argument
@@ -118,6 +122,7 @@ def _serve(host: str, port: int, registry: Any, exporter: Exporter) -> None:
         server, serving = start_http_server(port, host, registry)
     except OSError as error:
         raise Failed(f"cannot listen at {host}:{port}: {error.strerror or error}") from None
+    _bound(server)
     looking = threading.Thread(target=exporter.run, daemon=True)
     looking.start()
     try:
@@ -131,3 +136,24 @@ def _serve(host: str, port: int, registry: Any, exporter: Exporter) -> None:
         server.shutdown()
         server.server_close()
         looking.join(5)
+
+
+def _bound(server: Any) -> None:
+    """Have a server that takes a thread for each connection give up those who say nothing, and refuse more
+    than there can be scrapers."""
+    take = server.process_request
+
+    class Impatient(server.RequestHandlerClass):  # type: ignore[misc]
+        timeout = PATIENCE_S
+
+        def handle(self) -> None:
+            with contextlib.suppress(TimeoutError, ConnectionError):
+                super().handle()
+
+    def take_if_few(request: Any, address: Any) -> None:
+        if threading.active_count() > MOST:
+            server.shutdown_request(request)
+        else:
+            take(request, address)
+
+    server.RequestHandlerClass, server.process_request = Impatient, take_if_few

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from shmsock.commands.metrics import MOST
 from shmsock.testing import make_region
 from tests.observe.conftest import Process, command, said
 from tests.observe.holders import HELD
@@ -52,6 +55,7 @@ def exporter(region: Path) -> Iterator[Callable[[], Samples]]:
                 assert answer.headers["Content-Type"].startswith("text/plain")
                 return samples(answer.read().decode())
 
+        scrape.url = url  # type: ignore[attr-defined]
         yield scrape
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 0
@@ -112,6 +116,37 @@ def test_a_region_that_goes_and_comes_back(region: Path) -> None:
         while not value(found := scrape(), "up"):
             pass
         assert value(found, "region_bytes") == 16 << 20
+
+
+def test_clients_that_say_nothing(region: Path) -> None:
+    with exporter(region) as scrape:
+        at = urlsplit(scrape.url)  # type: ignore[attr-defined]
+        held = [socket.create_connection((at.hostname, at.port), timeout=30) for _ in range(2 * MOST)]
+        for one in held:
+            with suppress(ConnectionError):
+                one.sendall(b"GET /metrics HTTP/1.0\r\n")
+        answers = []
+        for one in held:
+            with suppress(ConnectionError):  # an end that comes while bytes are unread is a reset
+                answers.append(one.recv(1))
+            one.close()
+        assert not any(answers)
+        assert value(scrape(), "up") == 1
+
+
+def test_no_more_clients_than_there_are_threads_for(region: Path) -> None:
+    with exporter(region) as scrape:
+        at = urlsplit(scrape.url)  # type: ignore[attr-defined]
+        held = [socket.create_connection((at.hostname, at.port), timeout=30) for _ in range(2 * MOST)]
+        answered = 0
+        for one in held[::-1]:
+            with suppress(ConnectionError):
+                one.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+                answered += one.recv(1) == b"H"
+        for one in held:
+            one.close()
+        assert answered < MOST
+        assert value(scrape(), "up") == 1
 
 
 def test_once(region: Path, start: Start) -> None:
