@@ -17,8 +17,8 @@ from shmsock.doctor.processes import qemus
 from shmsock.doctor.regions import cannot_open, defaults_of_others, disk, form, mapped, place
 from shmsock.doctor.round_trips import try_all
 from shmsock.engine.layout import read_layout
-from shmsock.engine.memory import Memory, native_core
 from shmsock.errors import listing
+from shmsock.observe.memory import memory_of
 from shmsock.observe.snapshot import Content, inspect, old_files
 from shmsock.region.base import Region
 from shmsock.region.dax import choose_dax
@@ -143,11 +143,11 @@ def _region(url: str, attach: bool, sysfs: str, proc: str) -> Iterator[Finding]:
         yield from _around(opened, content, proc)
         if content.state == "formatted":
             yield from peers(opened, content)
-            core = Memory(native_core(), opened.mmap, write_combining=opened.write_combining)
+            seen = memory_of(opened)
             try:
-                yield from room(opened, content, read_layout(core))
+                yield from room(opened, content, read_layout(seen))
             finally:
-                core.release()
+                seen.release()
         attach = attach and writable is None and content.state == "formatted"
         attach = attach and any(section.state in ("free", "left", "dead") for section in content.sections)
         if not attach and not opened.sparse:

@@ -41,8 +41,10 @@ def read_line(path: str) -> str:
 
 
 def command_of(pid: str | int, proc: str = "/proc") -> str:
-    """Tell what a process runs, also when it has ended just now."""
-    return read_line(f"{proc}/{pid}/comm") or "ending"
+    """Tell what a process runs, also when it has ended just now. It has chosen that name itself, and it is
+    printed on terminals."""
+    name = read_line(f"{proc}/{pid}/comm") or "ending"
+    return "".join(c if c.isprintable() else "?" for c in name)
 
 
 def name_of(pid: str, proc: str = "/proc") -> str:

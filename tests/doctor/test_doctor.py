@@ -23,6 +23,7 @@ from shmsock.doctor.devices import devices
 from shmsock.doctor.examine import examine
 from shmsock.engine import layout as lay
 from shmsock.region import bar2
+from shmsock.region.processes import command_of
 from tests.commands.test_cli import attach, good, shmsock, silence, usage  # noqa: F401
 from tests.region.conftest import NOBODY, FakeSysfs, in_child
 from tests.region.fake_vfio import put_in_group
@@ -229,6 +230,29 @@ def test_another_version(path: Path) -> None:
 def test_truncated(path: Path) -> None:
     os.truncate(path, 1 << 20)
     assert "has 4 MiB, and 1 MiB of it are here" in only(wrong(path), "size")["seen"]
+
+
+def test_truncated_while_it_is_looked_at(path: Path, attach: Attach) -> None:  # noqa: F811
+    attach(path, "vm-a")
+    code = """
+import os, sys
+from shmsock.doctor.examine import examine
+try:
+    for finding in examine(sys.argv[1], attach=False):
+        if finding.name == "peers":
+            os.truncate(sys.argv[1], 0)
+except OSError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "was made smaller while it was looked at" in done.stdout
+
+
+def test_a_process_with_a_name_for_terminals(tmp_path: Path) -> None:
+    (tmp_path / "17").mkdir()
+    (tmp_path / "17/comm").write_bytes(b"qemu\x1b[31m\rx\xff\n")
+    assert command_of(17, str(tmp_path)) == "qemu?[31m?x\N{REPLACEMENT CHARACTER}"
 
 
 def test_replaced_under_live_processes(path: Path, attach: Attach) -> None:  # noqa: F811
