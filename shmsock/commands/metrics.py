@@ -157,3 +157,4 @@ def _bound(server: Any) -> None:
             take(request, address)
 
     server.RequestHandlerClass, server.process_request = Impatient, take_if_few
+    server.socket.listen(MOST)  # else the sixth of a burst is kept waiting for seconds
