@@ -21,10 +21,10 @@ __all__ = ["Child", "ChildError", "cpus", "have_uvloop", "python"]
 class ChildError(OSError):
     """A child ended before it said what it was asked for: why, or its own words went to stderr."""
 
-    def __init__(self, argv: list[str], status: int, why: str = "") -> None:
+    def __init__(self, argv: list[str], status: int, why: str = "", number: int | None = None) -> None:
         role = next((a for a in argv if a in ("server", "client", "serve", "echo", "send")), argv[-1])
         said = f"the {role} process ended with exit status {status}; it says why above"
-        super().__init__(None, why or said)
+        super().__init__(number, why or said)
         self.strerror = str(self.args[1])
 
 
@@ -61,8 +61,8 @@ class Child:
         if not text:
             raise ChildError(self.argv, self.process.wait())
         said: dict[str, Any] = json.loads(text)
-        if list(said) == ["error"]:
-            raise ChildError(self.argv, self.process.wait(), said["error"])
+        if next(iter(said), "") == "error":
+            raise ChildError(self.argv, self.process.wait(), said["error"], said.get("errno"))
         return said
 
     def tell(self, line: str) -> None:

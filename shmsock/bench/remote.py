@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -52,7 +53,13 @@ def serve(
             for variant in ends(tcp):
                 host, own = tcp if tcp and variant.is_tcp else (None, port)
                 to = ("--port", own, *(("--host", host) if host else ()), *pinned(cpu))
-                said = stack.enter_context(Child(variant.role("server", *to), env)).line()
+                try:
+                    said = stack.enter_context(Child(variant.role("server", *to), env)).line()
+                except ChildError as error:
+                    if variant.is_tcp and error.errno == errno.EADDRINUSE:
+                        what = f"--tcp: TCP port {own} is in use here; choose another, or 0 for a free one"
+                        raise region_error(errno.EADDRINUSE, what) from error
+                    raise
                 console.print(f"{variant.label}: {said['host']} port {said['port']}", soft_wrap=True)
             while os.read(0, 4096):
                 pass
@@ -100,9 +107,18 @@ class Remote:
             with Child(variant.role("client", *to, *more), self.env) as client:
                 return checked(variant, client.line())
         except ChildError as error:
+            what = f"{variant.label} to {host} port {port}: {error.strerror}"
+            if not _nobody(variant, error):
+                raise region_error(max(0, error.errno or 0) or errno.EIO, what) from error
             there = f"shmsock bench serve --{'tcp' if variant.is_tcp else 'listen'} {port}"
-            what = f"{variant.label} to {host} port {port}: {error.strerror}; does `{there}` run there?"
-            raise region_error(errno.ECONNREFUSED, what) from error
+            raise region_error(errno.ECONNREFUSED, f"{what}; does `{there}` run there?") from error
+
+
+def _nobody(variant: Variant, error: ChildError) -> bool:
+    """Does nobody listen, or is there no such peer? Of several addresses only the text tells."""
+    if error.errno == socket.EAI_NONAME:
+        return variant.is_shmsock
+    return error.errno == errno.ECONNREFUSED or f"[Errno {errno.ECONNREFUSED}]" in str(error.strerror)
 
 
 def bench_remote(

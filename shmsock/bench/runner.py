@@ -10,6 +10,7 @@ from functools import cached_property, partial
 from itertools import product
 from typing import Any, Protocol
 
+import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -145,10 +146,15 @@ class Bench:
                 bar.update(task, description=text, advance=by)
 
             if self.probe is not None:
+                measured = sum(len(taken.variants) * taken.measure.times for taken in plan.values())
+                self._tell(
+                    f"{self.rounds} rounds, with {self.rounds * measured * self.seconds:.0f} s of measuring"
+                )
                 for number in range(self.rounds):
                     self.report.setdefault("probe", []).append(self.probe())
                     for taken in plan.values():
                         self._take(taken, [number], step)
+                    self._tell(f"round {number + 1} of {self.rounds} is done")
             for show, parts in shown:
                 known = [plan[part.name] for part in parts if part.name in plan]
                 if len(known) < len(parts):
@@ -157,6 +163,11 @@ class Bench:
                     for taken in known:
                         self._take(taken, range(self.rounds), step)
                 show(known)
+
+    def _tell(self, text: str) -> None:
+        """Say on stderr how far it is, where no terminal shows a bar."""
+        if not self.console.is_terminal:
+            click.echo(text, err=True)
 
     def _plan(self, measures: Sequence[Measure]) -> dict[str, Taken]:
         wheres = [(measure, self.place.where(measure)) for measure in measures]
@@ -167,7 +178,7 @@ class Bench:
         measure = taken.measure
         with self.place.open(measure) as take:
             for number, variant in product(numbers, taken.variants):
-                step(f"{measure.name}: round {number + 1} of {self.rounds}, {variant.label}", 0)
+                step(f"{measure.name} {number + 1}/{self.rounds}, {variant.label}", 0)
                 if (line := self.place.cache_line_ns()) is not None:
                     taken.lines.setdefault(variant.label, []).append(line)
                 found = take(variant, self.seconds * measure.times)
@@ -205,14 +216,15 @@ def judge(console: Console, report: dict[str, Any]) -> None:
 
 
 def progress(console: Console) -> Progress:
-    """On a terminal; it goes when all is done."""
+    """On a terminal; it goes when all is done. The bar has what the words leave of the line."""
     return Progress(
-        TextColumn("  {task.description:<56}"),
-        BarColumn(),
+        TextColumn("  {task.description:<36}"),
+        BarColumn(bar_width=None),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=console,
         transient=True,
+        expand=True,
         disable=not console.is_terminal,
     )
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import pytest
 
 from shmsock.bench.pairs import OURS, TCP, private_region
 from shmsock.bench.remote import REMOTE
-from tests.commands.test_cli import SECONDS, bad, good, usage
+from tests.commands.test_cli import SECONDS, bad, shmsock, usage
 
 
 @contextmanager
@@ -42,8 +43,11 @@ def test_serve_and_connect(tmp_path: Path) -> None:
         with serving(*options) as (process, (tcp, port)):
             where = ("--region", region, "--port", port, "--against", f"tcp://127.0.0.1:{tcp}")
             short = ("--rounds", "2", "--seconds", "0.03", "--json", file)
-            said = good("bench", "connect", "there", *where, "--only", "echo,bulk", *short)
+            done = shmsock("bench", "connect", "there", *where, "--only", "echo,bulk", *short)
         assert process.returncode == 0  # its input ended
+    said = done.stdout
+    assert done.exit_code == 0, done.output
+    assert done.stderr.splitlines()[1:] == ["round 1 of 2 is done", "round 2 of 2 is done"]  # no terminal
     assert "to there, TCP to 127.0.0.1" in said
     report = json.loads(file.read_text())
     assert (report["host"], report["port"]) == ("there", int(port))
@@ -109,3 +113,17 @@ def test_bad_usage() -> None:
     assert "the host is missing" in usage("bench", "connect", "there", "--against", "tcp://7001")
     assert "between two machines there are echo" in usage("bench", "connect", "there", "--only", "anyio")
     assert "echo" in REMOTE
+
+
+def test_the_hint_is_about_who_is_not_there(tmp_path: Path) -> None:
+    region = tmp_path / "none"
+    said = bad("bench", "connect", "there", "--region", f"file:{region}", "--seconds", "0.03")
+    assert f"{region} does not exist" in said
+    assert "bench serve" not in said
+
+
+def test_a_tcp_port_in_use_is_said() -> None:
+    with private_region("bench", 32 << 20, 4) as region, socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = bad("bench", "serve", "--listen", "0", "--region", region, "--tcp", f"127.0.0.1:{port}")
+    assert said == f"shmsock: --tcp: TCP port {port} is in use here; choose another, or 0 for a free one\n"

@@ -148,5 +148,6 @@ def main() -> None:
             run = runner(options.loop, options.shm_loop)
             run(serve(options) if options.role == "server" else measure(options))
     except (OSError, ValueError) as error:
-        say({"error": (error.strerror if isinstance(error, OSError) else "") or str(error)})
+        told = (error.strerror if isinstance(error, OSError) else "") or str(error)
+        say({"error": told, "errno": getattr(error, "errno", None)})
         sys.exit(1)
