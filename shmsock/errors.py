@@ -147,9 +147,9 @@ def format_error(message: str, path: str | None = None) -> RegionFormatError:
     return made
 
 
-def disk_full(path: str, need: int = 0, hint: str = "") -> RegionError:
-    """Build ENOSPC, for when `need` bytes (0: unknown) of `path` cannot be backed with storage."""
-    room = f"room for {need} bytes more" if need else "room left"
+def disk_full(path: str, need: str = "", hint: str = "") -> RegionError:
+    """Build ENOSPC, for when `need` ("2 GiB"; "": unknown) of `path` cannot be backed with storage."""
+    room = f"room for {need} more" if need else "room left"
     do = hint or "free some space, or use a smaller region"
     return region_error(errno.ENOSPC, f"disk full: the file system of {path} has no {room}; {do}", path)
 

@@ -98,7 +98,7 @@ def test_errors_can_be_pickled() -> None:
         (errors.port_taken("b", 80, "process 7"), OSError, errno.EADDRINUSE, "process 7 has the port"),
         (errors.ports_exhausted("b", 40000, 40009), OSError, errno.EADDRINUSE, "40000 to 40009"),
         (errors.no_listeners(448), OSError, errno.ENOBUFS, "448: close servers"),
-        (errors.disk_full("/x", 4096), errors.RegionError, errno.ENOSPC, "disk full"),
+        (errors.disk_full("/x", "4 KiB"), errors.RegionError, errno.ENOSPC, "disk full"),
         (errors.format_error("bad", "/x"), errors.RegionFormatError, errno.EINVAL, "bad"),
         (errors.node_closed("vm-a"), errors.NodeClosedError, errno.EBADF, "attach again"),
         (errors.violation("vm-b", "tail 9"), ConnectionResetError, errno.ECONNRESET, "tail 9"),

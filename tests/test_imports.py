@@ -52,7 +52,7 @@ def test_creating_a_region(tmp_path: Path) -> None:
     found = modules(HELP.format(["create", str(tmp_path / "region"), "--size", "16M"]))
     assert (tmp_path / "region").exists()
     commands = {name for name in found if name.startswith("shmsock.commands.")}
-    assert commands == {f"shmsock.commands.{n}" for n in ("console", "create", "group", "params")}
+    assert commands == {f"shmsock.commands.{n}" for n in ("create", "group", "params")}
     assert not {name.partition(".")[0] for name in found} & {"anyio", "rich", "uvloop"}
 
 

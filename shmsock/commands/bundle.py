@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from shmsock.commands.console import human
 from shmsock.commands.group import Failed
+from shmsock.region.sizes import human
 
 __all__ = ["bundle"]
 

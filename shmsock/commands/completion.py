@@ -19,7 +19,7 @@ FILES = {
 @click.command()
 @click.argument("shell", type=click.Choice(list(FILES)))
 def completion(shell: str) -> None:
-    """Print what has SHELL complete commands, options and values.
+    """Print the script of completion for SHELL.
 
     \b
       source <(shmsock completion bash)   # in ~/.bashrc

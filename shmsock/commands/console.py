@@ -14,7 +14,7 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["console", "human", "say", "short", "width"]
+__all__ = ["console", "say", "short", "width"]
 
 
 def width() -> int | None:
@@ -53,15 +53,6 @@ def say(lines: Iterable[str]) -> None:
                 break_on_hyphens=False,
             )
         )
-
-
-def human(size: int) -> str:
-    """A size in the unit that suits it: "61.4 MiB"."""
-    value, units = float(size), ["bytes", "KiB", "MiB", "GiB", "TiB"]
-    while value >= 1024 and len(units) > 1:
-        value /= 1024
-        del units[0]
-    return f"{size} bytes" if units[0] == "bytes" else f"{value:.4g} {units[0]}"
 
 
 def short(number: float, step: int = 1000) -> str:

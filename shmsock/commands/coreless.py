@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from shmsock.commands.console import human
 from shmsock.region.pci import find_devices
+from shmsock.region.sizes import human
 
 __all__ = ["without_core"]
 

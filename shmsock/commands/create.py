@@ -11,14 +11,13 @@ import click
 
 from shmsock import region as regions
 from shmsock.aio.attach import prepare_region
-from shmsock.commands.console import human
 from shmsock.commands.params import Mode, Size, peers_option
 from shmsock.errors import command, region_error
 from shmsock.hypervisors import qemu
 from shmsock.observe.snapshot import Content, busy_sections, inspect
 from shmsock.region.base import Region
 from shmsock.region.locks import SERVER_LOCK
-from shmsock.region.sizes import format_size
+from shmsock.region.sizes import format_size, human
 
 __all__ = ["create"]
 

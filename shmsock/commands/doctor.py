@@ -27,7 +27,7 @@ _COLOURS = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "red"}
 @click.option("--look", is_flag=True, help="Only look: attach to nothing, ask no peer.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def doctor(region: str | None, look: bool, as_json: bool) -> None:
-    """Find out what is wrong here: in a guest, on the host, or in a container.
+    """Find out what is wrong, in guests and on hosts.
 
     Examines REGION; without it those that programs would use: SHMSOCK_REGION, all ivshmem devices, or the
     default region. Attaches to it for some seconds, to measure the memory and to ask every peer for an
@@ -58,9 +58,9 @@ def doctor(region: str | None, look: bool, as_json: bool) -> None:
 def lines(finding: Finding) -> Iterator[str]:
     """Tell of a finding, in the width of the terminal. What is to be copied stays as it is."""
     width = max(shutil.get_terminal_size().columns, 40)
-    head = f"{finding.level:<8}{finding.name:<13} "
+    head = f"{finding.level:<8}{finding.name:<14} "
     first, *rest = _folded(finding.seen, width, len(head))
-    yield click.style(f"{finding.level:<8}", fg=_COLOURS[finding.level]) + f"{finding.name:<13} {first}"
+    yield click.style(f"{finding.level:<8}", fg=_COLOURS[finding.level]) + f"{finding.name:<14} {first}"
     yield from (" " * len(head) + line for line in rest)
     if finding.level == "ok":
         return

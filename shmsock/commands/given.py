@@ -14,7 +14,7 @@ from shmsock.errors import command
 from shmsock.hypervisors.qemu import DAX
 from shmsock.region.base import Description
 from shmsock.region.file import owner_name
-from shmsock.region.sizes import format_size
+from shmsock.region.sizes import format_size, short_size
 
 __all__ = ["Given", "given_options"]
 
@@ -35,6 +35,8 @@ class Given(NamedTuple):
     @classmethod
     def of(cls, region: str | None, doorbell: str | None, dax: str | None) -> Given:
         """Look at the region. Raises RegionError, click.UsageError."""
+        if region and doorbell:
+            raise click.UsageError("--doorbell gives the memory of that server: name no REGION beside it")
         region = region or os.environ.get("SHMSOCK_REGION")
         kind, path = regions.parse_url(_absolute(region)) if region and not doorbell else ("", "")
         if doorbell and dax:
@@ -50,9 +52,10 @@ class Given(NamedTuple):
         with regions.open_file(path, writable=False) as opened:
             size, about = os.stat(path).st_size, opened.describe()
             if dax and not opened.origin:
+                anew = command("create", path, f"--dax --size {short_size(size)} --force")
                 raise Failed(
-                    f"region {path} is not made for --dax: a guest would find no /dev/dax0.0; make it with "
-                    f"`{command('create', path, '--dax --size 64M')}`"
+                    f"region {path} is not made for --dax: a guest would find no /dev/dax0.0; make one by "
+                    f"another name, or anew: `{anew}`"
                 )
         if not dax and size & (size - 1):
             raise Failed(

@@ -13,14 +13,14 @@ from typing import Any
 import click
 
 from shmsock import region as regions
-from shmsock.commands.console import human, say, width
+from shmsock.commands.console import say, width
 from shmsock.commands.group import Failed, message
 from shmsock.commands.tables import Column, fitting, print_rows
 from shmsock.errors import RegionError, other_memory
 from shmsock.observe.describe import describe_device, describe_region
 from shmsock.observe.snapshot import Content, OldFile, Section, inspect, old_files
 from shmsock.region.place import restart
-from shmsock.region.sizes import format_size
+from shmsock.region.sizes import format_size, human
 from shmsock.region.storage import disk_words
 
 __all__ = ["info"]
@@ -127,6 +127,9 @@ def region_lines(region: dict[str, Any]) -> Iterator[str]:
         page = format_size(region["page_size"])
         known = human(region["allocated"])
         yield f"{where} ({region['file_system']}, pages of {page}, {known} of it allocated)"
+        if region["dax"]:
+            whole = format_size(region["file_size"])
+            yield f"    made for --dax: the file has {whole}, as QEMU's size= must say"
         if words := disk_words(region["file_system"]):
             yield f"    {words}"
         yield f"    mode {region['mode']}, uid {region['uid']}, gid {region['gid']}" + (

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import grp
+import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import click
 from shmsock.commands.group import Failed
 from shmsock.commands.params import Size
 from shmsock.install.system import NAMES, SystemFile, system_files
+from shmsock.region.file import owner_name
 
 __all__ = ["install_units"]
 
@@ -38,6 +42,8 @@ def install_units(names: tuple[str, ...], only_print: bool, root: str, force: bo
     if not re.fullmatch(r"/[\w./:,=+-]+", options["region"]):
         raise click.BadParameter("expected an absolute path of plain characters", param_hint="--region")
     files = [file for name in dict.fromkeys(names or NAMES) for file in system_files(name, **options)]
+    if root == "/":
+        _warn_of_groups(files)
     if only_print:
         for number, file in enumerate(files):
             click.echo(f"{chr(10) if number else ''}# {file.path}\n{file.text}", nl=False)
@@ -48,11 +54,28 @@ def install_units(names: tuple[str, ...], only_print: bool, root: str, force: bo
             if path.exists() and path.read_text(encoding="utf-8") != file.text:
                 raise Failed(f"{path} is there and differs: look at it, then --force. Nothing was written")
     for file, path in targets:
-        _write(file, path)
+        try:
+            _write(file, path)
+        except PermissionError:
+            raise Failed(
+                f"{path} cannot be written by {owner_name(os.geteuid())}: as root, or --print"
+            ) from None
     click.echo("then, as root:")
     units = any(file.path.startswith("/etc/systemd/") for file in files)
     for command in [*(["systemctl daemon-reload"] if units else []), *(c for f in files for c in f.then)]:
         click.echo(f"    {command}")
+
+
+def _warn_of_groups(files: Iterable[SystemFile]) -> None:
+    """Tell of groups that units name and this machine has not: such a unit does not start."""
+    known = {group.gr_name for group in grp.getgrall()}
+    named = {name for f in files for name in re.findall(r"^(?:Socket)?Group=(.+)$", f.text, re.MULTILINE)}
+    for name in sorted(named - known):
+        click.echo(
+            f"shmsock: warning: there is no group {name!r} here, and a unit that names it does not start: "
+            f"`groupadd --system {name}`, or --group",
+            err=True,
+        )
 
 
 def _write(file: SystemFile, path: Path) -> None:

@@ -10,13 +10,14 @@ from typing import Any, TypeVar
 import click
 
 from shmsock import region as regions
-from shmsock.commands.console import human, short
-from shmsock.commands.group import Failed
+from shmsock.commands.console import short
+from shmsock.commands.group import Failed, message
 from shmsock.observe.rates import Node, Watcher
 from shmsock.observe.snapshot import inspect
 from shmsock.region.pci import PciDevice
+from shmsock.region.sizes import human
 
-__all__ = ["json_option", "node_lines", "opened", "region_argument", "tell"]
+__all__ = ["errors_told", "json_option", "node_lines", "opened", "region_argument", "tell"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 PORTS = 12
@@ -26,10 +27,22 @@ json_option = click.option("--json", "as_json", is_flag=True, help="For programs
 
 
 @contextlib.contextmanager
-def opened(url: str | None) -> Iterator[Watcher]:
+def errors_told(as_json: bool) -> Iterator[None]:
+    """Print an error as JSON, too, for who asked for that: {"error": ...}."""
+    try:
+        yield
+    except (OSError, Failed) as error:
+        text = message(error) if isinstance(error, OSError) else error.message
+        if as_json and not isinstance(error, BrokenPipeError):
+            tell({"error": text})
+        raise
+
+
+@contextlib.contextmanager
+def opened(url: str | None, as_json: bool = False) -> Iterator[Watcher]:
     """Open a region to be looked at: the one that programs would use if none is named. Raises Failed when
     there is nothing in it to be seen."""
-    with regions.open(url, writable=False, probe=_is_formatted) as region:
+    with errors_told(as_json), regions.open(url, writable=False, probe=_is_formatted) as region:
         try:
             watcher = Watcher(region)
         except OSError:

@@ -45,7 +45,7 @@ def peers(region: str | None, info: bool, no_header: bool, watch: float, as_json
     Changes nothing. Kernel is "here" for processes of this one. A loop that sleeps is woken by its peers.
     Queued are the bytes for it that it has not read. Without REGION: the one that programs would use.
     """
-    with opened(region) as watcher:
+    with opened(region, as_json) as watcher:
         view = watcher.watch(watch)
     if as_json:
         shown = view.as_json()

@@ -10,6 +10,7 @@ from dataclasses import asdict
 import click
 
 from shmsock.commands.group import Failed
+from shmsock.commands.observing import errors_told
 from shmsock.commands.params import check_environ
 
 __all__ = ["ping"]
@@ -36,11 +37,12 @@ __all__ = ["ping"]
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @click.option("--region", metavar="URL", help="The region; without it SHMSOCK_REGION, or what is found.")
 def ping(host: str, count: int, timeout: float, as_json: bool, region: str | None) -> None:
-    """Ask HOST, a peer's name or the number of its section, for an answer, and tell how long it took.
+    """Ask HOST, a peer, for answers, and time them.
 
-    It needs nothing of the peer's program: its event loop answers. Tells who wakes whom, and the time of a
-    round trip twice: warm, and from idle, after a second without traffic. That one takes milliseconds where
-    a peer is not woken but polls, and more in a guest without KVM; nothing is wrong then.
+    HOST is a peer's name, or the number of its section. It needs nothing of the peer's program: its event
+    loop answers. Tells who wakes whom, and the time of a round trip twice: warm, and from idle, after a
+    second without traffic. That one takes milliseconds where a peer is not woken but polls, and more in a
+    guest without KVM; nothing is wrong then.
 
     Exit status: 0 when every peer of that name answered, else 1.
     """
@@ -54,6 +56,9 @@ def ping(host: str, count: int, timeout: float, as_json: bool, region: str | Non
             peers, listeners = node.engine.peers, node.engine.listeners
             found: list[Peer]
             if host.isdecimal():
+                there = node.engine.layout.peers
+                if int(host) >= there:
+                    raise Failed(f"section {host}: the region has {there}, from 0 on")
                 found = [peer for peer in peers.there() if peer.section == int(host)]
             else:
                 wanted = None if listeners.is_own_machine(host) else listeners.peer_name(host)
@@ -62,24 +67,22 @@ def ping(host: str, count: int, timeout: float, as_json: bool, region: str | Non
                 raise listeners.unknown(int(host) if host.isdecimal() else host)
             return await ask(node, found, count, patience_s=timeout)
 
-    try:
+    with errors_told(as_json):
         found = asyncio.run(asked())
-    except OSError as error:
-        raise Failed(error.strerror or str(error)) from None
     if as_json:
         click.echo(json.dumps([asdict(answers) for answers in found], indent=2))
     for answers in [] if as_json else found:
         kernel = "this kernel" if answers.here else "another kernel"
         click.echo(f"{answers.name}: section {answers.section}, process {answers.pid}, {kernel}")
         click.echo(f"    {answers.ways()}")
-        if answers.warm:
-            low, high = min(answers.warm), max(answers.warm)
+        if answers.warm_us:
+            low, high = min(answers.warm_us), max(answers.warm_us)
             click.echo(
-                f"    {len(answers.warm)} warm: min {duration(low)}, median "
-                f"{duration(statistics.median(answers.warm))}, max {duration(high)}"
+                f"    {len(answers.warm_us)} warm: min {duration(low)}, median "
+                f"{duration(statistics.median(answers.warm_us))}, max {duration(high)}"
             )
-        if answers.idle is not None:
-            click.echo(f"    from idle: {duration(answers.idle)}")
+        if answers.idle_us is not None:
+            click.echo(f"    from idle: {duration(answers.idle_us)}")
         if not answers.answered:
             click.echo(f"    no answer within {timeout:g} s")
     if not all(answers.answered for answers in found):

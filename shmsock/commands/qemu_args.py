@@ -9,6 +9,7 @@ import click
 from shmsock.commands.given import Given, given_options
 from shmsock.commands.params import Size
 from shmsock.hypervisors import qemu
+from shmsock.region.sizes import format_size, short_size
 
 __all__ = ["qemu_args"]
 
@@ -35,6 +36,11 @@ def qemu_args(
         qemu-system-x86_64 -m 2G ... $(shmsock qemu-args /dev/shm/vms)
     """
     given = Given.of(region, doorbell, dax)
+    if given.how in qemu.DAX and max_memory <= given.size:
+        raise click.UsageError(
+            f"--max-memory {short_size(max_memory)} has no room for the {format_size(given.size)} of the "
+            "region and the guest's own memory"
+        )
     try:
         if given.how == "doorbell":
             # vfio in the guest wants an IOMMU, and that QEMU has it before the devices.

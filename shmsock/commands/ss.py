@@ -8,12 +8,13 @@ from dataclasses import asdict
 
 import click
 
-from shmsock.commands.console import human, say, short
+from shmsock.commands.console import say, short
 from shmsock.commands.observing import json_option, node_lines, opened, region_argument, tell
 from shmsock.commands.tables import Column, print_rows
 from shmsock.observe.connections import Connection, Way
 from shmsock.observe.rates import Node, View
 from shmsock.observe.snapshot import BEAT_S
+from shmsock.region.sizes import human
 
 __all__ = ["ss"]
 
@@ -67,7 +68,7 @@ def ss(
     for it, Send-Q those that it wrote and its peer has not read yet. Without REGION: the one that programs
     would use.
     """
-    with opened(region) as watcher:
+    with opened(region, as_json) as watcher:
         view = watcher.watch(watch)
     found = _chosen(view, host, port, streams, datagrams)
     if as_json:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shmsock.commands.console import human, short, width
+from shmsock.commands.console import short, width
 from shmsock.commands.observing import opened, region_argument
 from shmsock.commands.tables import Column, cut, fitting, laid_out
 from shmsock.observe.connections import Connection, Way
@@ -25,6 +25,7 @@ from shmsock.observe.snapshot import BEAT_S
 
 if TYPE_CHECKING:
     from rich.text import Text
+from shmsock.region.sizes import human
 
 __all__ = ["top"]
 
@@ -134,7 +135,7 @@ def top(
     """
     choice = Choice(sort, interval)
     choice.reverse = reverse
-    with opened(region) as watcher:
+    with opened(region, as_json) as watcher:
         if as_json or count or not (sys.stdin.isatty() and sys.stdout.isatty()):
             _print(watcher, choice, count, as_json)
         else:

@@ -127,20 +127,18 @@ def qemus(path: str, url: str, proc: str = "/proc") -> Iterator[Finding]:
 
 def _elsewhere(known: Iterable[int], url: str, proc: str) -> Iterator[Finding]:
     """Tell of QEMUs with ivshmem devices, none of which has this file."""
-    others: dict[int, str] = {}
+    others: list[int] = []
     for pid in pids(proc):
         if int(pid) not in known and command_of(pid, proc).startswith(("qemu", "kvm")):
             with contextlib.suppress(OSError), open(f"{proc}/{pid}/cmdline", "rb") as file:
                 words = file.read(1 << 16).decode(errors="replace").split("\0")
                 if any(word.startswith(("ivshmem", '{"driver":"ivshmem')) for word in words):
-                    others[int(pid)] = f"process {pid} ({command_of(pid, proc)})"
+                    others.append(int(pid))
     if others:
         yield Finding(
             "qemu-elsewhere",
             "note",
-            f"an ivshmem device with another file: {listing(others.values())}",
-            "a guest that should be a peer here is none",
-            "if it should be one: the same mem-path= (or ivshmem server) for every QEMU",
-            url,
-            {"pids": list(others)},
+            f"with other memory, so no peers here: {listing(others)}",
+            region=url,
+            data={"pids": others},
         )

@@ -88,7 +88,9 @@ def mapped(region: Region) -> Iterator[Finding]:
     else:
         where = f"from {region.path}"
     locks = "" if region.can_lock else "; it knows no locks, so the dead are found by their beat alone"
-    yield Finding("mapped", "ok", f"{format_size(region.size)} ({where}){locks}", region=region.url)
+    yield Finding(
+        "mapped", "ok", f"{region.url}: {format_size(region.size)} ({where}){locks}", region=region.url
+    )
 
 
 def form(region: Region, content: Content) -> Finding:

@@ -29,7 +29,7 @@ _NOT_OURS = ("SHMSOCK_SECTION", "SHMSOCK_PUBLISH", "SHMSOCK_NAME")  # they are m
 
 @dataclass(frozen=True)
 class Answers:
-    """What a peer answered, in microseconds. `warm` is empty, or `idle` None, where no answer came."""
+    """What a peer answered, in microseconds. `warm_us` is empty, or `idle_us` None, where no answer came."""
 
     name: str
     section: int
@@ -40,13 +40,13 @@ class Answers:
     """How it wakes us: doorbell, futex or polling."""
     wakes: str
     """How we wake it: doorbell, futex or nothing."""
-    first: float | None
-    warm: list[float]
-    idle: float | None
+    first_us: float | None
+    warm_us: list[float]
+    idle_us: float | None
 
     @property
     def answered(self) -> bool:
-        return self.idle is not None or bool(self.warm)
+        return self.idle_us is not None or bool(self.warm_us)
 
     def ways(self) -> str:
         how = {"polling": "it does not wake us, we poll", "nothing": "we do not wake it, it polls"}
@@ -56,8 +56,8 @@ class Answers:
         )
 
     def times(self) -> str:
-        parts = [f"warm {duration(statistics.median(self.warm))}"] if self.warm else []
-        parts += [f"from idle {duration(self.idle)}"] if self.idle is not None else []
+        parts = [f"warm {duration(statistics.median(self.warm_us))}"] if self.warm_us else []
+        parts += [f"from idle {duration(self.idle_us)}"] if self.idle_us is not None else []
         return ", ".join(parts)
 
 

@@ -16,6 +16,7 @@ from shmsock.engine.memory import Memory
 from shmsock.errors import format_error, region_error
 from shmsock.native._core import lib
 from shmsock.region.ivshmem_protocol import MAX_ID, MAX_VECTORS
+from shmsock.region.sizes import format_size
 
 __all__ = [
     "MAX_PEERS",
@@ -397,7 +398,8 @@ def too_small(memory: Memory, peers: int = 1) -> str:
     need = next(s for s in (1 << k for k in range(12, 40)) if default_slots(memory, s, peers))
     count = f"{peers} peers" if peers > 1 else "even one peer"
     fewer = ", or ask for fewer peers" if peers > 1 else ""
-    return f"{memory.size} bytes are too few for a region of {count}: make it {need} or more{fewer}"
+    has, wanted = format_size(memory.size), format_size(need)
+    return f"{has} are too few for a region of {count}: make it {wanted} or more{fewer}"
 
 
 def format_region(memory: Memory, *, peers: int = 16, rng: random.Random | None = None) -> Layout:
@@ -481,8 +483,6 @@ def read_layout(memory: Memory) -> Layout:
 
 def larger(layout: Layout, enough: Callable[[Layout], bool]) -> tuple[str, int] | None:
     """Find a larger region, of as many peers, that is `enough`. Returns size and peers, for messages."""
-    from shmsock.region.sizes import format_size
-
     for factor in (1 << k for k in range(1, 20)):
         size = layout.region_bytes * factor
         slots = default_slots(layout.memory, size, layout.peers)

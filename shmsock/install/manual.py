@@ -23,6 +23,12 @@ shmsock \- sockets for asyncio over the shared memory of virtual machines
 .RI [ ARGS ...]
 .SH DESCRIPTION
 """
+_STATUS = (
+    "0: done; 1: it failed, and a line on stderr says why; 2: wrong usage; 130: interrupted.",
+    "doctor: 1 where it finds an error; warnings and notes leave it 0.",
+    "ping: 0 only if every peer of that name answered.",
+    "run: that of the program; 126: it cannot be started; 127: there is no such command.",
+)
 
 
 def walk(cli: click.Command) -> Iterator[tuple[click.Command, click.Context]]:
@@ -60,7 +66,7 @@ def manual(cli: click.Command, environment: Iterable[tuple[str, str]]) -> str:
     lines += [".SH ENVIRONMENT"]
     for name, what in environment:
         lines += [".TP", rf"\fB{_quoted(name)}\fR", _quoted(what)]
-    lines += [".SH EXIT STATUS", "0: done; 1: it failed, and a line on stderr says why; 2: wrong usage."]
+    lines += [".SH EXIT STATUS", *map(_quoted, _STATUS)]
     lines += [".SH SEE ALSO", ".BR qemu (1),", ".BR virsh (1),", ".BR systemd.unit (5)"]
     return "\n".join(lines) + "\n"
 

@@ -113,10 +113,13 @@ def system_files(
             0, f"groupadd --system --force {group}; usermod -aG {group} USER    # who then logs in again"
         )
     shmsock = program or this_program()
+    # Its interpreter, too, as systemd would find it: that of a virtual environment leads elsewhere.
+    needed = [shmsock] if program else [shmsock, sys.prefix + "/", os.path.realpath(sys.executable)]
+    at_home = any(re.search(r"(^|[\s:])/(home|root|run/user)/", where) for where in needed)
     words = {
         "GROUP": group,
         "PAGES": str(-(-size // HUGE_PAGE)),
-        "PROTECT_HOME": "read-only" if re.search(r"(^|[\s:])/(home|root)/", shmsock) else "yes",
+        "PROTECT_HOME": "read-only" if at_home else "yes",
         "REGION": region,
         "SHMSOCK": shmsock,
         "SIZE": short_size(size),

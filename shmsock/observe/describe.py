@@ -6,6 +6,7 @@ from typing import Any
 
 from shmsock.observe.snapshot import old_files
 from shmsock.region.base import Region
+from shmsock.region.file import FileRegion
 from shmsock.region.pci import PciDevice
 
 __all__ = ["describe_device", "describe_region"]
@@ -14,11 +15,14 @@ __all__ = ["describe_device", "describe_region"]
 def describe_region(region: Region) -> dict[str, Any]:
     """Describe how it is mapped."""
     known, bell = region.describe(), region.doorbell
+    origin = region.origin if isinstance(region, FileRegion) else 0
     return {
         "url": region.url,
         "kind": region.kind,
         "path": region.path,
         "size": region.size,
+        "dax": origin > 0,
+        "file_size": origin + region.size if region.kind == "file" else None,
         "write_combining": region.write_combining,
         "file_system": known.filesystem,
         "page_size": known.page_size,

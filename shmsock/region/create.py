@@ -19,7 +19,7 @@ from shmsock.region import info_block, locks, storage
 from shmsock.region.base import MINIMUM, Region, identity_of
 from shmsock.region.file import FileRegion, check_regular, explain_open, open_file, owner_name
 from shmsock.region.processes import open_elsewhere, users_of
-from shmsock.region.sizes import format_size, round_up
+from shmsock.region.sizes import format_size, human, round_up
 
 __all__ = ["DEFAULT_SIZE", "create_file", "open_default"]
 
@@ -236,7 +236,7 @@ def _temporary(
             os.fchmod(fd, mode)
         except OSError as error:
             if error.errno == errno.ENOSPC:
-                raise disk_full(path, size) from None
+                raise disk_full(path, human(size)) from None
             raise region_error(
                 error.errno or errno.EIO,
                 f"cannot make {path} {format_size(size)} long: {error.strerror}",

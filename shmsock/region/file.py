@@ -14,7 +14,7 @@ from shmsock.errors import RegionError, command, disk_full, format_error, region
 from shmsock.region import info_block, storage
 from shmsock.region.base import MINIMUM, Description, Region, check_size, identity_of, map_bytes
 from shmsock.region.place import LOCAL, Place, holders, restart
-from shmsock.region.sizes import format_size
+from shmsock.region.sizes import format_size, human
 
 __all__ = ["FileRegion", "check_regular", "explain_open", "open_file", "owner_name", "whose"]
 
@@ -116,9 +116,9 @@ class FileRegion(Region):
                 hint = storage.huge_page_hint(length, self._fs.block_size)
             else:
                 free = os.fstatvfs(fd)
-                room = format_size(free.f_bavail * free.f_frsize)
+                room = human(free.f_bavail * free.f_frsize)
                 hint = f"{room} are free: make room, or use a smaller region"
-            raise disk_full(self.path, length, hint) from None
+            raise disk_full(self.path, human(length), hint) from None
 
     def peek(self, length: int, offset: int = 0) -> bytes:
         """Read bytes from `offset` on, not through the mapping: there even reading a hole takes a page."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["format_size", "parse_size", "round_up", "short_size"]
+__all__ = ["format_size", "human", "parse_size", "round_up", "short_size"]
 
 _UNITS = "KMGT"
 _SIZE = re.compile(r"\s*([0-9]{1,19})\s*(?:([kmgt])i?)?b?\s*", re.IGNORECASE | re.ASCII)
@@ -36,6 +36,15 @@ def format_size(size: int) -> str:
         size //= 1024
         unit += 1
     return f"{size} {_UNITS[unit - 1]}iB" if unit else f"{size} bytes"
+
+
+def human(size: int) -> str:
+    """Write `size` bytes, rounded, in the unit that suits it: "61.4 MiB"."""
+    value, units = float(size), ["bytes", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
+        value /= 1024
+        del units[0]
+    return f"{size} bytes" if units[0] == "bytes" else f"{value:.4g} {units[0]}"
 
 
 def short_size(size: int) -> str:

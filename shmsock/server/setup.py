@@ -21,7 +21,7 @@ from shmsock.errors import RegionError, RegionExistsError, disk_full, format_err
 from shmsock.region import locks, storage
 from shmsock.region.base import Region, identity_of, map_bytes
 from shmsock.region.file import FileRegion, owner_name
-from shmsock.region.sizes import format_size, round_up
+from shmsock.region.sizes import format_size, human, round_up
 
 __all__ = [
     "MEMFD",
@@ -184,8 +184,8 @@ def _check_power(size: int, what: str, path: str | None = None) -> None:
 def _make_memfd(size: int, peers: int) -> Store:
     """All of its storage taken, and its size fixed for good: nobody who has it can make others crash."""
     if size > (free := _available()):  # taking it all the same would have the kernel kill somebody
-        room = format_size(free // 4096 * 4096)
-        raise disk_full(MEMFD, size, f"{room} of memory are free: use a smaller size")
+        room = human(free)
+        raise disk_full(MEMFD, human(size), f"{room} of memory are free: use a smaller size")
     with contextlib.ExitStack() as undo:
         fd = os.memfd_create("shmsock-ivshmem", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         undo.callback(os.close, fd)
@@ -194,7 +194,7 @@ def _make_memfd(size: int, peers: int) -> Store:
             os.posix_fallocate(fd, 0, size)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
-                raise disk_full(MEMFD, size, "use a smaller size, or a file on huge pages") from None
+                raise disk_full(MEMFD, human(size), "use a smaller size, or a file on huge pages") from None
             raise
         mapping = map_bytes(fd, size, True)
         # Of an open() of its own, since locks and close() go with that.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import encodings.ascii  # noqa: F401  (a child that is nobody may not read Python's own files)
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -355,7 +356,7 @@ def test_info_of_the_dead_and_the_silent(path: Path, attach: Attach) -> None:
     [
         (bytes(1 << 20), "unformatted", "all zero"),
         (bytes(1 << 20), "unformatted", "too few for a region of 16 peers"),
-        (bytes(5000), "broken", "5000 bytes are too few for a region of even one peer: make it 32768"),
+        (bytes(5000), "broken", "5000 bytes are too few for a region of even one peer: make it 32 KiB"),
         (b"\x7fELF" + bytes(1 << 20), "foreign", "begins with 7f 45 4c 46"),
         (bytes(16) + b"\x01" + bytes(1 << 20), "unformatted", "did not come to the end"),
         (lay.MAGIC.to_bytes(8, "little") + b"\x09" + bytes(1 << 20), "broken", "version 9"),
@@ -565,3 +566,21 @@ def test_a_region_that_testing_made(shm: Path) -> None:
     with open_file(str(made)) as region:
         prepare_region(region, 5)  # harmless: it is formatted already
     assert states(made) == ["free"] * 3
+
+
+@pytest.mark.parametrize("command", [("peers",), ("ss",), ("top", "-n", 1), ("ping", "a", "--region")])
+def test_errors_are_json_for_who_asked_for_that(command: tuple[object, ...], tmp_path: Path) -> None:
+    done = shmsock(*command, tmp_path / "none", "--json")
+    assert done.exit_code == 1
+    told = json.loads(done.stdout)["error"]
+    assert done.stderr == f"shmsock: {told}\n"
+    assert "does not exist" in told
+
+
+def test_sizes_are_told_in_units(tmp_path: Path) -> None:
+    assert "1 MiB are too few for a region of 16 peers: make it 2 MiB or more" in bad(
+        "create", tmp_path / "small", "--size", "1M"
+    )
+    said = bad("create", "/dev/shm/shmsock-test-large", "--size", "1048576M")
+    assert "no room for 1 TiB more" in said
+    assert re.search(r"; [\d.]+ [KMG]iB are free", said)

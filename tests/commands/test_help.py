@@ -40,6 +40,14 @@ def test_help_fits_a_terminal(path: str) -> None:
     assert [line for line in shown.splitlines() if len(line) > 80] == []
 
 
+@pytest.mark.parametrize("path", [p for p, (c, _) in COMMANDS.items() if isinstance(c, click.Group)])
+def test_summaries_are_whole(path: str) -> None:
+    shown = CliRunner().invoke(cli, [*path.split()[1:], "--help"], terminal_width=80).output
+    commands = shown.partition("\nCommands:\n")[2].splitlines()
+    assert commands
+    assert [line for line in commands if line.endswith("...") or line.startswith("   ")] == []
+
+
 @for_each_command
 def test_every_option_has_help_and_shows_its_default(path: str) -> None:
     command, context = COMMANDS[path]

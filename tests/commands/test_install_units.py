@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -11,8 +12,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from shmsock.cli import cli
-from shmsock.install.system import NAMES, this_program
+from shmsock.install.system import NAMES, system_files, this_program
 from shmsock.region import udev
+from tests.region.conftest import NOBODY, in_child
 from tests.test_docs import unknown_options
 
 
@@ -97,6 +99,42 @@ def test_what_is_done_then(tmp_path: Path) -> None:
         "systemctl",
     ]
     assert "usermod -aG shmsock USER" in then
+
+
+@pytest.mark.parametrize(
+    ("prefix", "python", "protect"),
+    [
+        ("/opt/shm", "/usr/bin/python3", "yes"),
+        ("/opt/shm", "/root/.pyenv/versions/3.11.7/bin/python3.11", "read-only"),
+        ("/home/me/venv", "/usr/bin/python3", "read-only"),
+    ],
+)
+def test_a_unit_may_read_where_its_interpreter_is(
+    prefix: str, python: str, protect: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shmsock.install.system.this_program", lambda: "/opt/shm/bin/shmsock")
+    monkeypatch.setattr("sys.prefix", prefix)
+    monkeypatch.setattr("os.path.realpath", lambda _: python)
+    assert [file.text for file in system_files("region") if f"\nProtectHome={protect}\n" in file.text]
+
+
+def test_a_group_that_is_not_there_is_told() -> None:
+    said = install_units("region", "--print", "--group", "nobody-has-this").stderr
+    assert "no group 'nobody-has-this' here" in said
+    assert "no group" not in install_units("region", "--print", "--group", "root").stderr
+    assert "no group" not in install_units("udev", "--print", "--group", "nobody-has-this").stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_who_may_not_write_is_told_what_to_do() -> None:
+    def as_nobody() -> tuple[int, str]:
+        done = install_units("sysctl", "--root", "/usr")
+        return done.exit_code, done.stderr
+
+    code, said = in_child(as_nobody, NOBODY)
+    assert code == 1
+    assert "cannot be written by" in said
+    assert "as root, or --print" in said
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import tempfile
@@ -61,6 +62,13 @@ def test_dax(path: Path, kind: str) -> None:
     assert "is not made for --dax: a guest would find no /dev/dax0.0" in bad(
         "qemu-args", plain, "--dax", kind
     )
+    again = bad("qemu-args", plain, "--dax", kind).rpartition("`shmsock ")[2].partition("`")[0]
+    good(*shlex.split(again))  # the file is there: its advice has --force
+    assert "/plain" in good("qemu-args", plain, "--dax", kind)
+    assert "--max-memory 1K has no room" in usage("qemu-args", path, "--dax", kind, "--max-memory", "1K")
+    shown = json.loads(good("info", path, "--json"))["regions"][0]
+    assert (shown["dax"], shown["file_size"]) == (True, 16 << 20)
+    assert "made for --dax: the file has 16 MiB" in good("info", path)
 
 
 def test_what_cannot_be_given(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,5 +79,6 @@ def test_what_cannot_be_given(path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert "has 5 MiB, expected a power of two, as a BAR has" in bad("qemu-args", path)
     assert "--size 8MiB" in bad("qemu-args", path)
     assert "name the REGION, set SHMSOCK_REGION, or use --doorbell" in usage("qemu-args")
+    assert "name no REGION beside it" in usage("qemu-args", path, "--doorbell", "/run/a")
     assert "one of them" in usage("qemu-args", "--doorbell", "/run/a", "--dax", "nvdimm")
     assert "a device of this guest" in usage("qemu-args", "pci:auto")

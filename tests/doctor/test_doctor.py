@@ -135,10 +135,11 @@ def test_healthy(path: Path, attach: Attach) -> None:  # noqa: F811
     assert wrong(path, look=False) == {}
     said = good("doctor", path)
     assert said.endswith("nothing is wrong\n")
+    assert f"ok      mapped         file:{path}:" in said
     for name in "vm-a", "vm-b":
-        (line,) = (line for line in said.splitlines() if line.startswith(f"ok      round-trip    {name} "))
+        (line,) = (line for line in said.splitlines() if line.startswith(f"ok      round-trip     {name} "))
         assert "answers: " in line
-    assert "memory-type   cached (write-back)" in said
+    assert "memory-type    cached (write-back)" in said
     assert all(len(line) <= 80 for line in said.splitlines())
 
 
@@ -527,11 +528,13 @@ def test_ping(path: Path, attach: Attach) -> None:  # noqa: F811
     assert "3 warm: min " in said
     assert "from idle: " in said
     (answers,) = json.loads(good("ping", 0, "--region", path, "-c", 3, "--json"))
-    assert (answers["name"], len(answers["warm"])) == ("vm-a", 3)
-    assert answers["idle"] > 0
+    assert (answers["name"], len(answers["warm_us"])) == ("vm-a", 3)
+    assert answers["idle_us"] > 0
     done = shmsock("ping", "vm-x", "--region", path)
     assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
     assert "no peer named 'vm-x'" in done.stderr
+    done = shmsock("ping", 99, "--region", path)
+    assert (done.exit_code, done.stderr) == (1, "shmsock: section 99: the region has 4, from 0 on\n")
     process.send_signal(signal.SIGSTOP)
     os.waitid(os.P_PID, process.pid, os.WSTOPPED)
     done = shmsock("ping", "vm-a", "--region", path, "-W", 0.2)
