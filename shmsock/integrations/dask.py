@@ -166,12 +166,13 @@ class Shm(Comm):
         if stream.ended:
             raise CommClosedError(f"in {self}: the peer is gone")
         pieces, size = _pieces(frames)
-        if self._sending is None:
-            if len(pieces) == 1 and (taken := stream.send_nowait(pieces[0])):
-                pieces = [memoryview(pieces[0])[taken:]] if taken < size else []
-            if pieces:
-                self._sending = asyncio.create_task(self._send())
+        if self._sending is None and len(pieces) == 1 and (taken := stream.send_nowait(pieces[0])):
+            pieces = [memoryview(pieces[0])[taken:]] if taken < size else []
         self._unsent += pieces
+        if self._sending is None and self._unsent:
+            sending = asyncio.create_task(self._send())
+            if not sending.done():  # as an eager one may be
+                self._sending = sending
         return size
 
     async def _send(self) -> None:

@@ -169,6 +169,29 @@ def test_writes_do_not_wait_for_their_reader(shm_region: Path) -> None:
     run(main)
 
 
+def test_what_is_to_be_sent_is_there_before_its_task(shm_region: Path) -> None:
+    """An eager task, of 3.12, runs its first step within create_task()."""
+
+    async def main() -> None:
+        async with comms("shm://localhost") as (a, b, _):
+            there = []
+
+            def factory(loop: Any, coro: Any, **kwds: Any) -> Any:
+                there.append(len(a._unsent))
+                return asyncio.Task(coro, loop=loop, **kwds)
+
+            asyncio.get_running_loop().set_task_factory(factory)
+            try:
+                await a.write({"x": to_serialize(np.zeros(3_000_000, "u1"))})
+            finally:
+                asyncio.get_running_loop().set_task_factory(None)
+            assert len(there) == 1
+            assert there[0] > 0
+            await b.read()
+
+    run(main)
+
+
 def test_a_close_that_is_given_up_goes_on(shm_region: Path) -> None:
     async def main() -> None:
         async with comms("shm://") as (a, b, _):

@@ -76,11 +76,11 @@ def test_what_two_processes_hold(region: Path, start: Start) -> None:
         stood, there = client.tell("quiet"), server.tell("tell")
         assert stood["came"]
         a, b = {"section": "1", "name": "vm-a"}, {"section": "0", "name": "vm-b"}
+        found = before
         while any(  # each shows it with its next beat
-            value(found := scrape(), "node_reads_total", **who) < told["reads"]
-            for who, told in ((a, stood), (b, there))
+            value(found, "node_reads_total", **who) < told["reads"] for who, told in ((a, stood), (b, there))
         ):
-            pass
+            found = scrape()
         for name, counter in (
             ("sent_bytes", "bytes_out"),
             ("received_bytes", "bytes_in"),
@@ -121,7 +121,9 @@ def test_a_region_that_goes_and_comes_back(region: Path) -> None:
 def test_clients_that_say_nothing(region: Path) -> None:
     with exporter(region) as scrape:
         at = urlsplit(scrape.url)  # type: ignore[attr-defined]
-        held = [socket.create_connection((at.hostname, at.port), timeout=30) for _ in range(2 * MOST)]
+        held = [
+            socket.create_connection((at.hostname or "", at.port or 0), timeout=30) for _ in range(2 * MOST)
+        ]
         for one in held:
             with suppress(ConnectionError):
                 one.sendall(b"GET /metrics HTTP/1.0\r\n")
@@ -137,7 +139,9 @@ def test_clients_that_say_nothing(region: Path) -> None:
 def test_no_more_clients_than_there_are_threads_for(region: Path) -> None:
     with exporter(region) as scrape:
         at = urlsplit(scrape.url)  # type: ignore[attr-defined]
-        held = [socket.create_connection((at.hostname, at.port), timeout=30) for _ in range(2 * MOST)]
+        held = [
+            socket.create_connection((at.hostname or "", at.port or 0), timeout=30) for _ in range(2 * MOST)
+        ]
         answered = 0
         for one in held[::-1]:
             with suppress(ConnectionError):
