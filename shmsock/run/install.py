@@ -6,6 +6,7 @@ it: asyncio.run, runners, policies, uvloop.run, threads, subclasses. A program t
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from _thread import allocate_lock
@@ -33,6 +34,28 @@ def install(rules: Rules | None = None) -> None:
             reach(sys.modules[name], rules)
         else:
             sys.meta_path.insert(0, _AfterImport(name, reach, rules))
+    if (
+        rules is None
+        and os.environ.get("SHMSOCK_LISTEN")
+        and os.environ.get("SHMSOCK_RUN") == str(os.getpid())
+    ):
+        atexit.register(_at_the_end, os.getpid())
+
+
+def _at_the_end(pid: int) -> None:
+    from shmsock.run.notices import tell_of_unoffered
+
+    tell_of_unoffered(_listen(None), pid)
+
+
+def _listen(rules: Rules | None) -> frozenset[int]:
+    """The ports that are to be offered; none where the variables are wrong, which is told elsewhere."""
+    from shmsock.run.rules import Rules
+
+    try:
+        return (Rules.from_environ() if rules is None else rules).listen
+    except ValueError:
+        return frozenset()
 
 
 def _reach_asyncio(asyncio: Any, rules: Rules | None) -> None:
@@ -124,6 +147,26 @@ def _reach_socket(socket: Any, rules: Rules | None) -> None:
         return look_up(host, *args, **kwds)
 
     socket.getaddrinfo = getaddrinfo
+    if os.environ.get("SHMSOCK_LISTEN") if rules is None else rules.listen:
+        _watch_accept(socket.socket, rules)
+
+
+def _watch_accept(kind: Any, rules: Rules | None) -> None:
+    """Tell of a program that accepts connections itself at a port that its loops were to offer."""
+    accept, ports = kind.accept, _listen(rules)
+
+    def accept_and_tell(self: Any) -> Any:
+        got = accept(self)
+        asyncio = sys.modules.get("asyncio")
+        if asyncio is None or asyncio._get_running_loop() is None:
+            name = self.getsockname()
+            if isinstance(name, tuple) and name[1] in ports:
+                from shmsock.run.notices import unoffered
+
+                unoffered(name[1])
+        return got
+
+    kind.accept = accept_and_tell
 
 
 class _AfterImport:

@@ -20,7 +20,7 @@ from shmsock.aio.node import Node
 from shmsock.aio.published import peer_of, published_by
 from shmsock.aio.server import Server
 from shmsock.engine.connection import Connection
-from shmsock.run.notices import warn
+from shmsock.run.notices import offered, warn
 from shmsock.run.rules import Rules
 from shmsock.run.server import JointServer
 
@@ -223,6 +223,7 @@ class RunLoop(ShmLoop):
         if not found:
             return own
         number = found.pop()  # all sockets of a server have one port
+        offered.add(number)
         same = {key: kwds[key] for key in _MEANT_FOR_BOTH if key in kwds}
         used: Node | None = None
 

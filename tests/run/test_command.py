@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.run.programs import program, result
+from tests.run.programs import free_port, program, result
 
 ASYNCIO = (
     "import asyncio as a; a.new_event_loop().close(); print('RunLoop' in str(a.SelectorEventLoop.mro()))"
@@ -207,3 +208,42 @@ def test_an_asyncio_that_was_imported_before_is_reached(tmp_path: Path) -> None:
     code = f"import asyncio, shmsock.run.install; shmsock.run.install.install(); {ASYNCIO}"
     done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
     assert done.stdout == "True\n", done
+
+
+SERVE = """
+import socket, sys
+server = socket.create_server(("127.0.0.1", {port}))
+print("ready", flush=True)
+if {accepts}:
+    server.accept()[0].close()
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("accepts", [False, True])
+def test_a_port_that_no_loop_listened_on_is_told_once(accepts: bool) -> None:
+    port = free_port()
+    with program(["--listen", str(port)], "-c", SERVE.format(port=port, accepts=accepts)) as running:
+        running.wait_for("ready")
+        if accepts:
+            socket.create_connection(("127.0.0.1", port)).close()
+            running.wait_for("is not offered on shared memory")
+        assert running.process.stdin is not None
+        running.process.stdin.close()
+        assert running.ends() == 0
+        told = [line for line in running.lines if f"nothing listened on {port} through asyncio" in line]
+        assert len(told) == 1
+        assert f"`shmsock forward shm:{port} tcp:127.0.0.1:{port}`" in told[0]
+
+
+def test_nothing_is_told_of_a_port_that_a_loop_or_a_child_may_have_listened_on(shm_region: Path) -> None:
+    port = free_port()
+    listens = (
+        "import asyncio, os\nasync def main():\n"
+        f" (await asyncio.start_server(print, '127.0.0.1', {port})).close()\n"
+    )
+    forks = "if os.fork():\n os.wait()\nelse:\n asyncio.run(main())"
+    for how in ("asyncio.run(main())", forks):
+        with program(["--listen", str(port), "--region", str(shm_region)], "-c", listens + how) as running:
+            assert running.ends() == 0
+            assert [line for line in running.lines if "nothing listened" in line] == []
