@@ -29,12 +29,13 @@ def worker(role: str, *more: object) -> list[str]:
     return [sys.executable, "-m", "shmsock.bench.worker", role, *(str(m) for m in more)]
 
 
-def progress_bar(console: Console) -> Progress:
+def progress_bar(console: Console, speed: bool = True) -> Progress:
+    """Its speed is that of the moment."""
     return Progress(
         TextColumn("  {task.description:<14}"),
         BarColumn(),
         DownloadColumn(),
-        TransferSpeedColumn(),
+        *([TransferSpeedColumn()] if speed else []),
         console=console,
     )
 

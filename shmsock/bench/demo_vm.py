@@ -14,6 +14,7 @@ from rich.table import Table
 from shmsock.bench.child import Child, have_uvloop
 from shmsock.bench.demo import progress_bar, worker
 from shmsock.bench.vm import explained
+from shmsock.bench.words import speed
 from shmsock.guests.pair import GuestsFailed, boot_pair
 from shmsock.guests.qemu import Command, Fleet, Guest
 
@@ -51,6 +52,9 @@ class _Demo:
         self.loop = ("--loop", "uvloop" if have_uvloop() else "asyncio")
 
     def run(self) -> bool:
+        self.console.print(
+            "This takes about half a minute; without KVM, which is tried first, about 3 minutes."
+        )
         guests, path = boot_pair(self.console, self.fleet)
         a, b = guests
         for guest in guests:
@@ -68,6 +72,11 @@ class _Demo:
             command.close_stdin()
             command.wait(LINE_S, check=True)
         self.console.print(self.table)
+        self.console.print(
+            "MB/s: of each way, from the first byte until both ends had all of it.",
+            style="dim",
+            highlight=False,
+        )
         return self.good
 
     def _start(self, guest: Guest, role: str, *more: object) -> Command:
@@ -80,9 +89,9 @@ class _Demo:
             raise GuestsFailed(f"{guest.name} has network devices, expected none: {', '.join(found)}")
         self.console.print(f"  {guest.name}: no network device; /sys/class/net has only {found[0]}")
 
-    def _row(self, who: str, what: str, speed: str, good: bool, arrived: str) -> None:
+    def _row(self, who: str, what: str, rate: str, good: bool, arrived: str) -> None:
         self.good &= good
-        self.table.add_row(who, what, speed, f"[green]{arrived}[/]" if good else "[red]NO[/]")
+        self.table.add_row(who, what, rate, f"[green]{arrived}[/]" if good else "[red]NO[/]")
 
     def _file_both_ways(self, a: Guest, b: Guest) -> None:
         """Files of random bytes in the guests' own memory; hashed at both ends while they pass."""
@@ -93,14 +102,14 @@ class _Demo:
                 for done in made:
                     done.result()
         send = ("send", "vm-b", "--bytes", self.size, "--file", "/tmp/file", "--both")
-        with progress_bar(self.console) as bar, self._start(a, *send) as command:
+        with progress_bar(self.console, speed=False) as bar, self._start(a, *send) as command:
             tasks = {"sent": bar.add_task("vm-a to vm-b", total=self.size)}
             tasks["received"] = bar.add_task("vm-b to vm-a", total=self.size)
             said = self._follow(guest_lines(command), bar, tasks)
-        speed = f"{self.size / said['seconds'] / 1e6:.0f} MB/s each way"
+        rate = speed(self.size / said["seconds"] / 1e6)
         what = f"{self.size / 1e6:.0f} MB, both ways at once"
         for way, sha in (("vm-a to vm-b", said["sha256_sent"]), ("vm-b to vm-a", said["sha256_received"])):
-            self._row(way, what, speed, said["same"], f"SHA-256 {sha[:12]}... at both ends")
+            self._row(way, what, rate, said["same"], f"SHA-256 {sha[:12]}... at both ends")
 
     def _follow(
         self, lines: Iterator[dict[str, Any]], bar: Progress, tasks: dict[str, Any]
@@ -118,8 +127,8 @@ class _Demo:
         self._echo_row(f"{guest.name} to {to}", said)
 
     def _echo_row(self, way: str, said: dict[str, Any]) -> None:
-        speed = f"p50 {said['p50_us']:.0f} us, p99 {said['p99_us']:.0f} us"
-        self._row(way, f"{said['count']} echoes of 64 B", speed, True, "every byte as it was sent")
+        took = f"p50 {said['p50_us']:.0f} us, p99 {said['p99_us']:.0f} us"
+        self._row(way, f"{said['count']} echoes of 64 B", took, True, "every byte as it was sent")
 
     def _third_peer(self, path: str) -> None:
         """This host, on the very same file."""
@@ -132,6 +141,6 @@ class _Demo:
                 size = max(1, self.size // 10)
                 with Child(worker("send", name, *own, "--bytes", size)) as child:
                     *_, said = child.lines()
-            speed = f"{size / said['seconds'] / 1e6:.0f} MB/s"
+            rate = speed(size / said["seconds"] / 1e6)
             sha = f"SHA-256 {said['sha256_sent'][:12]}... at both ends"
-            self._row(f"host to {name}", f"{size / 1e6:.0f} MB", speed, said["same"], sha)
+            self._row(f"host to {name}", f"{size / 1e6:.1f} MB", rate, said["same"], sha)

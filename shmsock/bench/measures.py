@@ -9,7 +9,18 @@ from typing import Any
 from shmsock.bench import pairs as over
 from shmsock.bench.pairs import Variant
 from shmsock.bench.results import have_histograms
-from shmsock.bench.words import amount, count, duration, microseconds, nbytes, percent, seconds, share, speed
+from shmsock.bench.words import (
+    amount,
+    count,
+    duration,
+    microseconds,
+    nbytes,
+    percent,
+    rate,
+    seconds,
+    share,
+    speed,
+)
 
 __all__ = [
     "BOTH",
@@ -49,10 +60,10 @@ LATENCY = tuple(
 )
 SPEED = (
     Column("throughput", "mb_s", speed, less=False, beside=True),
-    Column("writes", "per_s", count, less=False),
+    Column("writes", "per_s", rate, less=False),
 )
-MESSAGES = (Column("messages", "per_s", count, less=False, beside=True),)
-RATE = (Column("rate", "per_s", count, less=False, beside=True), *(replace(c, beside=False) for c in LATENCY))
+MESSAGES = (Column("messages", "per_s", rate, less=False, beside=True),)
+RATE = (Column("rate", "per_s", rate, less=False, beside=True), *(replace(c, beside=False) for c in LATENCY))
 COST = (
     Column("CPU/op", "cpu_us", microseconds, beside=True, cost=True),
     Column("CPU/GB", "cpu_s_gb", seconds, beside=True, cost=True),
@@ -68,7 +79,7 @@ QUIET = tuple(
     for heading, key, show in (
         ("CPU", "cpu", percent),
         ("kernel", "system", percent),
-        ("sleeps", "sleeps_s", count),
+        ("sleeps", "sleeps_s", rate),
     )
 )
 MEMORY = (
@@ -78,8 +89,8 @@ MEMORY = (
     Column("beyond them", "beyond_bytes", nbytes),
 )
 FAIR = (
-    Column("all together", "per_s", count, less=False, beside=True),
-    Column("slowest", "slowest_s", count, less=False),
+    Column("all together", "per_s", rate, less=False, beside=True),
+    Column("slowest", "slowest_s", rate, less=False),
     replace(OF_MEAN, heading="of the mean"),
 )
 
@@ -213,7 +224,7 @@ BOTH = Measure(
     over.variants,
     (
         *(replace(c, key=f"echo_{c.key}") for c in LATENCY[:2]),
-        replace(SPEED[0], heading="64 KiB writes", key="write_mb_s"),
+        replace(SPEED[0], heading="writes", key="write_mb_s"),
     ),
 )
 """For the demo."""

@@ -17,7 +17,7 @@ from shmsock.bench.measures import COST, IDLE, MEASURES, SWEEPS, Column, Measure
 from shmsock.bench.plot import Panel, panels
 from shmsock.bench.style import colour
 from shmsock.bench.verdict import SAID, how_sure
-from shmsock.bench.words import percent, ratio
+from shmsock.bench.words import percent, ratio, share
 
 __all__ = ["page"]
 
@@ -41,13 +41,12 @@ HOW = (
     "Both sides of a ratio are measured one after the other, in each round, by the same program. A ratio is "
     "the median of the ratios of the rounds; its range is from the lowest round to the highest (from nine "
     "rounds on without the outermost, as long as it is 95 % sure). The median of all rounds that could be "
-    "taken is in it with a probability of {sure:.0%}, whatever the distribution, as long as the load stays "
+    "taken is in it with a probability of {sure}, whatever the distribution, as long as the load stays "
     "what it was. Dots are rounds. They disagree when the highest is more than twice the lowest. CPU time is "
     "that of the two processes, as their own kernels count it; the host's is that of both QEMU processes. "
     "The probe spins at both ends, and counts the time that passes without it: others had the processor."
 )
 STYLE = Path(__file__).with_name("page.css")
-TIMES = "\N{MULTIPLICATION SIGN}"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 """A browser holds the page to it: nothing is asked of anybody."""
 
@@ -111,11 +110,11 @@ def _tiles(report: dict[str, Any], who: str) -> Iterator[str]:
             low, high = 1 / high, 1 / low  # of a cost less is better
         kind = "unsure" if not seen["agree"] else "good" if low > 1 else "bad" if high < 1 else "same"
         kind = kind if seen["sure"] else "same"
-        word = "as fast" if less and value < 1 else more
+        word = less if less and value < 1 else more
         at = ("measures", name, "results", who, "beside", key)
-        large = _data(value, ratio(value, False) + TIMES, *at, "ratio")
+        large = _data(value, _factor(value, not less), *at, "ratio")
         rounds = "" if seen["agree"] else "<b class=odd>rounds disagree:</b> "
-        yield _tile(kind, what.removesuffix(" takes"), large, word, rounds + _low_to_high(seen, at))
+        yield _tile(kind, what.removesuffix(" takes"), large, word, rounds + _low_to_high(seen, at, not less))
     idle = measures.get("idle", {}).get("results", {})
     if "cpu" in idle.get(who, {}):
         others = ", ".join(f"{label} {percent(r['cpu'])}" for label, r in idle.items() if "TCP" in label)
@@ -130,8 +129,21 @@ def _tile(kind: str, what: str, large: str, word: str, small: str) -> str:
     )
 
 
-def _low_to_high(seen: dict[str, Any], at: tuple[str, ...]) -> str:
-    return " to ".join(_data(seen[key], ratio(seen[key], False), *at, key) for key in ("low", "high"))
+def _factor(value: float, is_cost: bool) -> str:
+    """ "12x": so many times faster, or slower, as the terminal has it; a cost is told as it is."""
+    return ratio(value if is_cost or value >= 1 else 1 / value, False) + "x"
+
+
+def _low_to_high(seen: dict[str, Any], at: tuple[str, ...], is_cost: bool) -> str:
+    """The lesser first. Where one end is slower and one faster, each says which it is."""
+    keys = ["low", "high"]
+    is_slower, is_both = seen["high"] < 1 and not is_cost, seen["low"] < 1 <= seen["high"] and not is_cost
+    if is_slower:
+        keys.reverse()
+    told = {key: _factor(seen[key], is_cost) for key in keys}
+    if is_both:
+        told = {"low": f"{told['low']} slower", "high": f"{told['high']} faster"}
+    return " to ".join(_data(seen[key], told[key], *at, key) for key in keys)
 
 
 def _warnings(report: dict[str, Any]) -> str:
@@ -169,7 +181,7 @@ def _tables(report: dict[str, Any]) -> Iterator[str]:
         for label, r in kept["results"].items():
             at = ("measures", name, "results", label)
             cells = [_data(r[c.key], c.show(r[c.key]), *at, c.key) if c.key in r else "" for c in columns]
-            cells += [_range(r.get("beside", {}).get(c.key), (*at, "beside", c.key)) for c in beside]
+            cells += [_range(r.get("beside", {}).get(c.key), (*at, "beside", c.key), c.cost) for c in beside]
             rows.append((label, cells))
         yield _table(f"{kept['title']}, {kept['where']}", heads, rows)
 
@@ -180,12 +192,13 @@ def _columns(name: str) -> tuple[Column, ...]:
     return tuple(known.values())
 
 
-def _range(seen: dict[str, Any] | None, at: tuple[str, ...]) -> str:
+def _range(seen: dict[str, Any] | None, at: tuple[str, ...], is_cost: bool) -> str:
     if seen is None:
         return ""
     odd = "" if seen["agree"] else ' <b class=odd title="rounds disagree">!</b>'
-    large = _data(seen["ratio"], ratio(seen["ratio"], False) + TIMES, *at, "ratio")
-    return f"<b>{large}</b> <small>{_low_to_high(seen, at)}{odd}</small>"
+    word = "" if is_cost else " faster" if seen["ratio"] >= 1 else " slower"
+    large = _data(seen["ratio"], _factor(seen["ratio"], is_cost) + word, *at, "ratio")
+    return f"<b>{large}</b> <small>{_low_to_high(seen, at, is_cost)}{odd}</small>"
 
 
 def _sweeps(report: dict[str, Any]) -> Iterator[str]:
@@ -238,4 +251,4 @@ def _facts(known: dict[str, Any]) -> Iterator[str]:
 
 
 def _how(report: dict[str, Any]) -> str:
-    return f"<h2>How to read it</h2><p>{HOW.format(sure=spread(range(report['rounds']))['sure'])}</p>"
+    return f"<h2>How to read it</h2><p>{HOW.format(sure=share(spread(range(report['rounds']))['sure']))}</p>"

@@ -15,7 +15,7 @@ from typing import Any
 from shmsock.bench.measures import IDLE, THINKS, Measure, Sweep
 from shmsock.bench.results import curve, flat
 from shmsock.bench.style import bar, colour, line
-from shmsock.bench.words import amount, count, duration, microseconds, percent, ratio, speed
+from shmsock.bench.words import amount, count, duration, microseconds, percent, rate, ratio, speed
 from shmsock.errors import region_error
 
 __all__ = ["Panel", "need_matplotlib", "need_plot", "panels", "plot"]
@@ -31,7 +31,7 @@ RATIOS: dict[str, Sequence[str]] = {
     "Times the CPU time of TCP, as the host counts it": ("host_us", "host_s_gb"),
 }
 """Titles, and the figures of which the ratios are."""
-BARS = {"mb_s": speed, "per_s": count, "p50_us": microseconds}
+BARS = {"mb_s": speed, "per_s": rate, "p50_us": microseconds}
 """The figure of a measure that is shown as bars, by which of them it has, and how it is told."""
 
 
@@ -181,10 +181,24 @@ def _draw_ratios(axes: Any, rows: Sequence[tuple[str, str, dict[str, Any]]]) -> 
     axes.legend(named.values(), list(named), fontsize=9, loc="best")
     axes.set_yticks([where for where, _ in ticks], ["\n".join(textwrap.wrap(what, 30)) for _, what in ticks])
     axes.tick_params(axis="y", length=0)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-    axes.xaxis.set_minor_formatter(lambda value, _: "")
+    _label_log(axes.xaxis, lambda value: f"{value:g}x")
     axes.set_xlabel("1x: the same as TCP")
     axes.grid(True, axis="x", alpha=0.3)
+
+
+def _label_log(axis: Any, show: Callable[[float], str]) -> None:
+    """Label 1, 2 and 5 of each decade; no more than the decades where they are many."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high <= low * 1e4 else (1,)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, _: show(value))
+
+
+def _short(us: float) -> str:
+    """ "0.5 us", "20 us", "5 ms": of a tick."""
+    return f"{us:g} us" if us < 1000 else f"{us / 1000:g} ms"
 
 
 def _draw_curves(axes: Any, curves: dict[str, str]) -> None:
@@ -197,8 +211,8 @@ def _draw_curves(axes: Any, curves: dict[str, str]) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xticks([100 / (100 - p) for p in NINES], list(NINES.values()))
-    axes.yaxis.set_major_formatter(lambda value, _: microseconds(value))
     axes.minorticks_off()
+    _label_log(axes.yaxis, _short)
     axes.set(xlabel="of all round trips", ylabel="took at most")
     axes.grid(True, alpha=0.3)
     axes.legend(fontsize=9)
@@ -235,8 +249,7 @@ def _draw_pauses(axes: Any, pauses: Sequence[tuple[str, dict[str, Any]]]) -> Non
                 axes.plot([at, at], [min(each), max(each)], color=colour(label), linewidth=3, alpha=0.35)
     axes.set_yscale("log")
     axes.set_xticks(range(len(pauses)), [duration(_pause(name)[0]) for name, _ in pauses])
-    axes.yaxis.set_major_formatter(lambda value, _: microseconds(value))
-    axes.yaxis.set_minor_formatter(lambda value, _: "")
+    _label_log(axes.yaxis, _short)
     axes.set(xlabel="pause before each")
     axes.grid(True, alpha=0.3)
     axes.legend(fontsize=9)
@@ -252,7 +265,7 @@ def _draw_sweep(axes: Any, name: str, sweep: dict[str, Any]) -> None:
     say = amount if name == "sizes" else count
     axes.set_xticks(at, [say(value) for value in at])
     axes.minorticks_off()
-    axes.yaxis.set_major_formatter(lambda value, _: BARS[key](value))
+    _label_log(axes.yaxis, BARS[key])
     axes.set(xlabel="size of a write" if name == "sizes" else "connections")
     axes.grid(True, alpha=0.3)
     axes.legend(fontsize=9)

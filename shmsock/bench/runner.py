@@ -189,7 +189,7 @@ class Bench:
         (taken,) = known
         results = taken.results()
         title = f"{measure.title}, {taken.where}; {self._times(measure)}"
-        self.console.print(measure_table(measure, taken.variants, title, results))
+        self.console.print(measure_table(measure, taken.variants, title, results, self.console.width))
         kept = {"title": measure.title, "where": taken.where, "results": results}
         self.report.setdefault("measures", {})[measure.name] = kept
 
@@ -199,7 +199,7 @@ class Bench:
             for label, figures in taken.results().items():
                 found.setdefault(label, {})[str(value)] = figures
         title = f"{sweep.title}, {known[0].where}; {self._times(sweep.measure)}"
-        self.console.print(sweep_table(sweep, title, found))
+        self.console.print(sweep_table(sweep, title, found, self.console.width))
         kept = {"title": sweep.title, "where": known[0].where, "figure": sweep.column.key, "results": found}
         self.report.setdefault("sweeps", {})[sweep.name] = kept
 

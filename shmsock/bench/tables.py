@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich import box
@@ -9,7 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from shmsock.bench.compare import reference
+from shmsock.bench.compare import DISAGREE, reference
 from shmsock.bench.measures import Column, Measure, Sweep
 from shmsock.bench.pairs import Variant
 from shmsock.bench.words import between, nanoseconds, ratio, times, verdict
@@ -17,8 +18,14 @@ from shmsock.bench.words import between, nanoseconds, ratio, times, verdict
 __all__ = ["mark_table", "measure_table", "sweep_table"]
 
 
-def table(*headings: str, left: int = 1) -> Table:
-    """What is on the left may be folded between words, figures are not."""
+ODD = " !"
+"""Beside the rounds of what is not to be trusted."""
+NAME = 20
+"""A name of so many characters is never folded; a longer one is, between words."""
+
+
+def table(*headings: str, left: int = 1, least: int = 0) -> Table:
+    """What is on the left may be folded between words, figures are not. `least`: of the first column."""
     made = Table(
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -26,18 +33,43 @@ def table(*headings: str, left: int = 1) -> Table:
     )
     for number, heading in enumerate(headings):
         is_left = number < left
-        made.add_column(heading, justify="left" if is_left else "right", no_wrap=not is_left, overflow="fold")
+        made.add_column(
+            heading,
+            justify="left" if is_left else "right",
+            no_wrap=not is_left,
+            overflow="fold",
+            min_width=least if number == 0 else None,
+        )
     return made
 
 
-def titled(title: str, made: Table, *below: str | None) -> Group:
+def titled(title: str, made: Table | Group, *below: str | None) -> Group:
     """A title is as wide as the terminal, not as its table."""
     return Group(Text(title, style="bold"), made, *(Text(text, style="dim") for text in below if text))
 
 
 def folded(heading: str) -> str:
-    """In lines of a figure's width."""
-    return heading.replace(" ", "\n") if len(heading) > 10 else heading
+    """In two lines, of about one width."""
+    if len(heading) <= 10:
+        return heading
+    breaks = [at for at, letter in enumerate(heading) if letter == " "] or [len(heading)]
+    at = min(breaks, key=lambda at: abs(len(heading) - 2 * at))
+    return f"{heading[:at]}\n{heading[at + 1 :]}"
+
+
+def name_width(names: Iterable[str]) -> int:
+    """Tell what names take at least, so that none of them is broken within a word."""
+    return max(len(part) for name in names for part in ([name] if len(name) <= NAME else name.split()))
+
+
+def cell_width(*cells: str) -> int:
+    return max(len(line) for cell in cells for line in cell.split("\n"))
+
+
+def fitting(widths: Sequence[int], room: int) -> int:
+    """How many columns, from the left, fit: each has two spaces beside it."""
+    taken = [sum(width + 2 for width in widths[:count]) for count in range(len(widths) + 1)]
+    return max(count for count, total in enumerate(taken) if count == 0 or total <= room)
 
 
 def compared(column: Column, seen: dict[str, Any] | None) -> tuple[str, str]:
@@ -46,8 +78,11 @@ def compared(column: Column, seen: dict[str, Any] | None) -> tuple[str, str]:
         return "", ""
     more, less = ("faster", "slower") if column.less else ("as much", "less")
     told = f"{seen['ratio']:.3g}x" if column.cost else times(seen["ratio"], more, less)
-    rounds = between(seen["low"], seen["high"]) if len(seen["each"]) > 1 else ""
-    return told, rounds + ("" if seen["agree"] else " !")
+    low, high = seen["low"], seen["high"]
+    if high < 1 and not column.cost:
+        low, high = 1 / high, 1 / low  # so many times slower, as what is told
+    rounds = between(low, high) if len(seen["each"]) > 1 else ""
+    return told, rounds + ("" if seen["agree"] else ODD)
 
 
 def cache_lines(results: list[dict[str, Any]]) -> str | None:
@@ -59,29 +94,56 @@ def cache_lines(results: list[dict[str, Any]]) -> str | None:
     return "A cache line took " + (low if low == high else f"{low} to {high}") + " there and back."
 
 
-def measure_table(measure: Measure, variants: list[Variant], title: str, results: dict[str, Any]) -> Group:
+def measure_table(
+    measure: Measure, variants: list[Variant], title: str, results: dict[str, Any], room: int = 80
+) -> Group:
+    """A row for each label. Figures for which there is no room are left out, which is said."""
     columns = [c for c in measure.columns if any(c.key in r for r in results.values())]
     bases = {v.label: reference(measure, v, variants, results) for v in variants}
     than = "its loop's" if measure.own_loop else next(filter(None, bases.values()), None)
     ratios = [c for c in columns if c.beside and not c.cost] if than and len(results) > 1 else []
-    named = [f"beside\n{than}", "rounds"]
-    if len(ratios) != 1:
-        named = [folded(f"{c.heading} beside") for c in ratios]
-    made = table("", *(folded(c.heading) for c in columns), *named)
-    for label, r in results.items():
+    named = [f"beside\n{than}", "rounds"] if len(ratios) == 1 else [f"{c.heading}\nbeside" for c in ratios]
+    beside = []
+    for r in results.values():
         cells = [compared(c, r.get("beside", {}).get(c.key)) for c in ratios]
-        told = cells[0] if len(ratios) == 1 else [told for told, _ in cells]
-        made.add_row(label, *(c.show(r[c.key]) if c.key in r else "" for c in columns), *told)
-    return titled(title, made, cache_lines(list(results.values())))
+        beside.append([*cells[0]] if len(ratios) == 1 else [told for told, _ in cells])
+    if len(ratios) == 1 and not any(row[1] for row in beside):
+        named, beside = named[:1], [row[:1] for row in beside]
+    heads = [folded(c.heading) for c in columns]
+    rows = [[c.show(r[c.key]) if c.key in r else "" for c in columns] for r in results.values()]
+    least = name_width(results)
+    room -= 2 + least + sum(cell_width(*column) + 2 for column in zip(named, *beside, strict=True))
+    shown = max(1, fitting([cell_width(*column) for column in zip(heads, *rows, strict=True)], room))
+    made = table("", *heads[:shown], *named, least=least)
+    for label, row, more in zip(results, rows, beside, strict=True):
+        made.add_row(label, *row[:shown], *more)
+    left_out = ", ".join(c.heading for c in columns[shown:])
+    is_odd = any(cell.endswith(ODD) for row in beside for cell in row)
+    return titled(
+        title,
+        made,
+        cache_lines(list(results.values())),
+        f"!: its rounds differ by more than {DISAGREE:g} times." if is_odd else None,
+        f"Not shown, for the width: {left_out}." if left_out else None,
+    )
 
 
-def sweep_table(sweep: Sweep, title: str, results: dict[str, dict[str, Any]]) -> Group:
-    """A row for each value, a column for each label."""
-    made = table("", *(label.replace(" ", "\n") for label in results))
-    for value in sweep.values:
-        found = [r[str(value)] for r in results.values()]
-        made.add_row(sweep.say(value), *(sweep.column.show(r[sweep.column.key]) for r in found))
-    return titled(title, made, cache_lines([figures for r in results.values() for figures in r.values()]))
+def sweep_table(sweep: Sweep, title: str, results: dict[str, dict[str, Any]], room: int = 80) -> Group:
+    """A row for each value, a column for each label; as many tables as it takes."""
+    said = [sweep.say(value) for value in sweep.values]
+    columns = [
+        [folded(label), *(sweep.column.show(r[str(value)][sweep.column.key]) for value in sweep.values)]
+        for label, r in results.items()
+    ]
+    made = []
+    while columns:
+        count = max(1, fitting([cell_width(*column) for column in columns], room - 2 - cell_width(*said)))
+        made.append(table("", *(head for head, *_ in columns[:count]), least=cell_width(*said)))
+        for what, *cells in zip(said, *(cells for _, *cells in columns[:count]), strict=True):
+            made[-1].add_row(what, *cells)
+        del columns[:count]
+    lines = cache_lines([figures for r in results.values() for figures in r.values()])
+    return titled(title, Group(*made), lines)
 
 
 def mark_table(marks: list[dict[str, Any]]) -> Group:

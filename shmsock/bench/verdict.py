@@ -10,7 +10,7 @@ from rich.console import Console
 from shmsock.bench.compare import DISAGREE
 from shmsock.bench.measures import COST
 from shmsock.bench.style import on_asyncio
-from shmsock.bench.words import between, microseconds, percent, ratio
+from shmsock.bench.words import between, microseconds, percent, ratio, share
 
 __all__ = ["how_sure", "say_verdict", "warnings"]
 
@@ -48,7 +48,7 @@ def how_sure(report: dict[str, Any]) -> str:
     if report["rounds"] < 2 or not seen:
         return "Of one round: how much rounds differ is not known."
     return (
-        f"Ranges: the ratios of {report['rounds']} rounds; with {min(seen):.0%} the median is in them, "
+        f"Ranges: the ratios of {report['rounds']} rounds; with {share(min(seen))} the median is in them, "
         "while the load is the same."
     )
 

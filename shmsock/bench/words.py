@@ -11,6 +11,7 @@ __all__ = [
     "nanoseconds",
     "nbytes",
     "percent",
+    "rate",
     "ratio",
     "seconds",
     "share",
@@ -46,6 +47,10 @@ def count(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:.1f}"
 
 
+def rate(value: float) -> str:
+    return f"{count(value)}/s"
+
+
 def nbytes(value: float) -> str:
     return f"{value:,.0f} B"
 
@@ -64,12 +69,13 @@ def duration(us: int) -> str:
 
 
 def percent(value: float) -> str:
-    """Tell percents of one CPU."""
+    """Tell percents of one CPU: "0.25 %", "12 %"."""
     return f"{value:.2f} %" if value < 10 else f"{value:.0f} %"
 
 
 def share(value: float) -> str:
-    return f"{value:.0%}"
+    """ "97 %" of what is 1."""
+    return f"{value * 100:.0f} %"
 
 
 def between(low: float, high: float) -> str:
@@ -79,9 +85,9 @@ def between(low: float, high: float) -> str:
 
 
 def times(value: float, more: str, less: str) -> str:
-    """ "12x faster", "1.3x slower"."""
+    """ "12x faster", "1.3x slower", "the same"."""
     factor, word = (value, more) if value >= 1 else (1 / value, less)
-    return f"{factor:.3g}x {word}"
+    return "the same" if ratio(factor) == "1" else f"{ratio(factor)}x {word}"
 
 
 def ratio(value: float, parts: bool = True) -> str:

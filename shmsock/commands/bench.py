@@ -104,14 +104,15 @@ def _write(
     if picture:
         plot.plot(report, picture)
     if html:
-        _write_page(report, html)
+        _write_page(report, html, str(file))
 
 
-def _write_page(report: Report, path: str) -> None:
+def _write_page(report: Report, path: str, figures: str) -> None:
     from shmsock.bench.page import page
 
     Path(path).write_text(page(report), encoding="utf-8")
-    click.echo(f"The report is {path}", err=True)
+    where = "above" if figures == "-" else figures
+    click.echo(f"The report is {path}, its figures are {where}", err=True)
 
 
 def _check_writable(path: Path) -> None:
@@ -312,4 +313,4 @@ def report(figures: str, page: str | None) -> None:
         found["measures"], found["machine"]["shmsock"]
     except (ValueError, KeyError, TypeError):
         raise click.BadParameter(f"{figures} is not what `shmsock bench --json` writes") from None
-    _write_page(found, path)
+    _write_page(found, path, figures)

@@ -89,7 +89,7 @@ def test_a_verdict_of_rounds_that_agree() -> None:
     text = "64 B echo 90 to 120 times faster, an echo each ms takes 1.5 to 2 times the CPU time"
     assert report["verdict"] == [{"who": OURS, "than": TCP, "text": text}]
     assert f"{OURS} beside {TCP}: {text}." in said
-    assert "the ratios of 3 rounds; with 75% the median is in them" in said
+    assert "the ratios of 3 rounds; with 75 % the median is in them" in said
     assert report["warnings"] == []
     assert "Not sure" not in said
 

@@ -92,7 +92,7 @@ def test_marks_between_guests() -> None:
 def test_every_mark_is_about_a_measure() -> None:
     """And every measure of the suite has one, but what is only shown."""
     assert {mark.measure for mark in MARKS} <= set(MEASURES)
-    assert {m.name for m in SUITE} - {mark.measure for mark in MARKS} == {"one-core-bulk"}
+    assert {m.name for m in SUITE} - {mark.measure for mark in MARKS} == {"one-core-bulk", "connect-protocol"}
     for mark in MARKS:
         assert (mark.most is None) != (mark.least is None)
 
@@ -110,11 +110,11 @@ def test_mark_table() -> None:
 TWO = [Variant("asyncio", "uvloop"), Variant("shmsock", "uvloop")]
 
 
-def compared(name: str, variants: list[Variant], results: dict[str, Any]) -> Any:
+def compared(name: str, variants: list[Variant], results: dict[str, Any], room: int = 300) -> Any:
     """The table of results that are those of one round."""
     found = {label: {**r, "rounds": [r]} for label, r in results.items()}
     beside(MEASURES[name], variants, found)
-    return measure_table(MEASURES[name], variants, "title", found)
+    return measure_table(MEASURES[name], variants, "title", found, room)
 
 
 def test_measure_table() -> None:
@@ -138,19 +138,38 @@ def test_measure_table() -> None:
     assert "cache line" not in said  # none is known
 
 
-def test_tables_fit_in_80_columns() -> None:
-    """No figure is folded or cut."""
-    names = (STOCK, "multiprocessing.Pipe", "C loop over the ring", TCP)
+@pytest.mark.parametrize("width", [60, 80])
+def test_tables_fit(width: int) -> None:
+    """No figure is folded or cut, and no name within a word."""
+    names = (STOCK, "multiprocessing.Pipe", "shmsock, asyncio", TCP)
     slow = {"p50_us": 123.4, "p99_us": 123456.0, "p999_us": 123456.0, "max_us": 123456.0, "cpu_us": 999.9}
     results = {name: {**slow, "mb_s": 12345.6, "per_s": 1234567.0, "cache_line_ns": 104.0} for name in names}
-    variants = [Variant("asyncio", "uvloop", stock=True), Variant("pipe"), Variant("floor"), TWO[0]]
+    own = Variant("shmsock", "asyncio")
+    variants = [Variant("asyncio", "uvloop", stock=True), Variant("pipe"), own, TWO[0]]
     for name in ("echo", "bulk", "connect"):
-        said = told(compared(name, variants, results), width=80)
-        assert max(len(line.rstrip()) for line in said.splitlines()) <= 80
+        said = told(compared(name, variants, results, width), width=width)
+        assert max(len(line.rstrip()) for line in said.splitlines()) <= width
         assert "\N{HORIZONTAL ELLIPSIS}" not in said
-        cells = ("123.4 us", "123.5 ms", "1x faster") if name == "echo" else ("1,234,567", "1x as much")
-        for word in (*cells, "beside"):
+        cells = ("123.4 us", "the same") if name == "echo" else ("1,234,567/s", "the same")
+        for word in (*cells, "beside", "multiprocessing.Pipe", "shmsock, asyncio", "stock asyncio on"):
             assert word in said
+        assert "rounds" not in said  # of one there is no range
+        assert ("Not shown, for the width: " in said) == (
+            name == "connect" or (name == "echo" and width == 60)
+        )
+    row = {str(value): {"mb_s": 0.1234, "cache_line_ns": 90.0} for value in SWEEPS[0].values}
+    said = told(sweep_table(SWEEPS[0], "title", dict.fromkeys("abcdefg", row), width), width=width)
+    assert said.count("0.123 MB/s") == 7 * len(row)
+    assert {*"abcdefg"} <= {*said.split()}
+
+
+def test_rounds_that_disagree_are_explained_below() -> None:
+    each = {TCP: (60.0, 60.0), OURS: (1.0, 30.0)}
+    found = {label: {"p50_us": p[0], "rounds": [{"p50_us": v} for v in p]} for label, p in each.items()}
+    beside(MEASURES["echo"], TWO, found)
+    said = told(measure_table(MEASURES["echo"], TWO, "title", found))
+    assert "2 to 60 !" in said
+    assert "!: its rounds differ by more than 2 times." in said
 
 
 def test_a_ratio_is_to_the_network_of_the_same_loop() -> None:

@@ -154,7 +154,7 @@ def test_it_says_what_is_faster_and_how_sure_that_is(text: str) -> None:
         "12 %",
         "QEMU 7.2",
         "pci:0000:00:04.0",
-        "probability of 75%",
+        "probability of 75 %",
         "ten idle connections",
     ):
         assert line in words
