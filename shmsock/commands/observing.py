@@ -13,17 +13,34 @@ from shmsock import region as regions
 from shmsock.commands.console import short
 from shmsock.commands.group import Failed, message
 from shmsock.observe.rates import Node, Watcher
-from shmsock.observe.snapshot import inspect
+from shmsock.observe.snapshot import BEAT_S, inspect
 from shmsock.region.pci import PciDevice
 from shmsock.region.sizes import human
 
-__all__ = ["errors_told", "json_option", "node_lines", "opened", "region_argument", "tell"]
+__all__ = [
+    "errors_told",
+    "json_option",
+    "no_header_option",
+    "node_lines",
+    "opened",
+    "region_argument",
+    "tell",
+    "watch_option",
+]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 PORTS = 12
 
 region_argument = click.argument("region", required=False, metavar="[REGION]")
 json_option = click.option("--json", "as_json", is_flag=True, help="For programs.")
+no_header_option = click.option("-H", "--no-header", is_flag=True, help="Leave the headings out.")
+watch_option = click.option(
+    "--watch",
+    type=click.FloatRange(BEAT_S),
+    default=BEAT_S,
+    show_default=True,
+    help="Seconds to watch it, for rates and for who is alive.",
+)
 
 
 @contextlib.contextmanager

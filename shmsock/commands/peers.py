@@ -6,10 +6,17 @@ import click
 
 from shmsock.commands.console import short
 from shmsock.commands.info import COLOURS
-from shmsock.commands.observing import json_option, node_lines, opened, region_argument, tell
+from shmsock.commands.observing import (
+    json_option,
+    no_header_option,
+    node_lines,
+    opened,
+    region_argument,
+    tell,
+    watch_option,
+)
 from shmsock.commands.tables import Column, print_rows
 from shmsock.observe.rates import Node
-from shmsock.observe.snapshot import BEAT_S
 
 __all__ = ["peers"]
 
@@ -30,14 +37,8 @@ COLUMNS = (
 @click.command()
 @region_argument
 @click.option("-i", "--info", is_flag=True, help="Show more: ports, how it is woken, and what it counts.")
-@click.option("-H", "--no-header", is_flag=True, help="Leave the headings out.")
-@click.option(
-    "--watch",
-    type=click.FloatRange(BEAT_S),
-    default=BEAT_S,
-    show_default=True,
-    help="Seconds to watch it, for rates and for who is alive.",
-)
+@no_header_option
+@watch_option
 @json_option
 def peers(region: str | None, info: bool, no_header: bool, watch: float, as_json: bool) -> None:
     """Show who is attached, and what they do.

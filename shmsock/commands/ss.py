@@ -9,11 +9,18 @@ from dataclasses import asdict
 import click
 
 from shmsock.commands.console import say, short
-from shmsock.commands.observing import json_option, node_lines, opened, region_argument, tell
+from shmsock.commands.observing import (
+    json_option,
+    no_header_option,
+    node_lines,
+    opened,
+    region_argument,
+    tell,
+    watch_option,
+)
 from shmsock.commands.tables import Column, print_rows
 from shmsock.observe.connections import Connection, Way
 from shmsock.observe.rates import Node, View
-from shmsock.observe.snapshot import BEAT_S
 from shmsock.region.sizes import human
 
 __all__ = ["ss"]
@@ -40,14 +47,8 @@ COLUMNS = (
     "-i", "--info", is_flag=True, help="Show more: rings, who waits for what, and what peers count."
 )
 @click.option("-s", "--summary", is_flag=True, help="Show only how many there are.")
-@click.option("-H", "--no-header", is_flag=True, help="Leave the headings out.")
-@click.option(
-    "--watch",
-    type=click.FloatRange(BEAT_S),
-    default=BEAT_S,
-    show_default=True,
-    help="Seconds to watch it, for rates and for who is alive.",
-)
+@no_header_option
+@watch_option
 @json_option
 def ss(
     region: str | None,
