@@ -29,6 +29,7 @@ from shmsock.engine.layout import default_slots, format_region, is_blank, read_l
 from shmsock.engine.listeners import Listener
 from shmsock.engine.memory import Memory
 from shmsock.errors import RegionError, RegionFormatError
+from shmsock.region.sizes import parse_size
 from tests.engine.world import KERNEL, MS, Node, World, fake_core, send
 
 OTHER = b"kernel-of-host-B"
@@ -142,10 +143,9 @@ def test_random_headers_are_refused_or_make_sense() -> None:
 @pytest.mark.parametrize("size", [4096, 8192, 65536])
 def test_too_small_a_region_says_what_would_do(size: int) -> None:
     memory = blank(size)
-    with pytest.raises(RegionFormatError, match=r"make it (\d+) or more") as info:
+    with pytest.raises(RegionFormatError, match=r"make it \d+ [KM]iB or more") as info:
         format_region(memory, peers=64)
-    words = str(info.value).split("make it ")[1].split()
-    need = int(words[0])
+    need = parse_size(str(info.value).split("make it ")[1].split(" or more")[0])
     assert default_slots(memory, need, 64)
     assert not default_slots(memory, need // 2, 64)
     for peers in (0, 65, -1):
