@@ -9,9 +9,9 @@ BIN := .venv/bin
 # Most tests wait more than they compute: one at a time more than there are CPUs.
 AT_ONCE := -n $(shell expr $$(nproc) + 1)
 QUICK := $(AT_ONCE) -m "not vm and not slow"
-# The tests of a file share guests, and so does one process. Files in their order: the long ones are not the last.
+# The tests of a file share guests, and so does one process. Files in this order: the long ones are not the last.
 GUESTS := $(AT_ONCE) --dist loadfile --no-loadscope-reorder -m "vm or slow" \
-	$(shell grep -lrE 'mark\.(vm|slow)\b' tests --include='test_*.py' | sort)
+	$(shell grep -lrE 'mark\.(vm|slow)\b' tests --include='test_*.py' | sort -r)
 # What depends on the Python version: asyncio's contract, its loops, anyio. The rest runs on one.
 ACROSS := -n $(shell nproc) -m "not vm and not slow and not control" tests/conformance tests/anyio_face \
 	tests/aio/test_streams.py tests/aio/test_datagram.py tests/aio/test_cpython.py tests/aio/test_cpython_loop.py \
@@ -67,6 +67,10 @@ scale: setup ## 10,000 connections twenty times in a row, 30,000, and 16 process
 apps: setup ## libraries and servers as they are: the long forms of their tests, and a table beside TCP
 	@SHMSOCK_LONG=1 $(BIN)/python -m pytest -q $(AT_ONCE) tests/integrations tests/forward/test_apps.py
 	@$(BIN)/python -m tests.integrations.rates
+
+.PHONY: guests
+guests: setup ## the tests in guests at length: pip in one without a network, all of streams over dax, redis-benchmark
+	@SHMSOCK_LONG=1 $(BIN)/python -m pytest -q $(GUESTS)
 
 .PHONY: test-quick
 test-quick: setup ## the tests without guests, on one Python

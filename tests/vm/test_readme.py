@@ -22,7 +22,7 @@ SECONDS = 500.0  # under emulation, beside others
 README = Path(__file__).resolve().parents[2] / "README.md"
 BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 #: What the README cannot know: a path of this test's own, addresses of its guests, and how long to measure.
-SHORT = ["--only", "echo", "--rounds", "2", "--seconds", "0.1"]
+SHORT = ["--only", "echo", "--rounds", "1", "--seconds", "0.1"]
 
 
 def commands() -> list[list[str]]:
