@@ -105,7 +105,7 @@ def test_what_is_done_then(tmp_path: Path) -> None:
     ("prefix", "python", "protect"),
     [
         ("/opt/shm", "/usr/bin/python3", "yes"),
-        ("/opt/shm", "/root/pythons/3.11/bin/python3.11", "read-only"),
+        ("/opt/shm", "/home/me/python/bin/python3.11", "read-only"),
         ("/home/me/venv", "/usr/bin/python3", "read-only"),
     ],
 )
