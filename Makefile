@@ -87,9 +87,10 @@ check: lint ## ruff, mypy, and the C core with every compiler's warnings as erro
 	@$(BIN)/python -m pytest -q tests/native/test_build.py tests/test_house.py
 
 .PHONY: docs
-docs: setup ## write the generated parts of the documents
+docs: setup ## write the generated parts of the documents, and the site: build/site/index.html
 	@$(BIN)/python -m tests.test_docs
 	@$(BIN)/python -m tests.commands.test_help
+	@$(BIN)/python -m tests.test_site
 
 .PHONY: format
 format: setup ## let ruff lay out the Python files

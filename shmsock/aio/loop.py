@@ -351,5 +351,6 @@ def loop_factory(
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
-    """Returns a new loop of asyncio's on which hosts that end in `.shm` are peers of the region."""
+    """Returns a new loop of asyncio's on which hosts that end in `.shm` are peers of the region. Raises
+    what asyncio.new_event_loop() does."""
     return loop_factory()()

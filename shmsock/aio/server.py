@@ -117,17 +117,20 @@ class Server(asyncio.AbstractServer):
 
     @property
     def sockets(self) -> tuple[Any, ...]:
+        """The stand-in for the listening socket, whose getsockname() tells (name, port); none when closed."""
         return () if self._listener is None else (self._socket,)
 
     def get_loop(self) -> asyncio.AbstractEventLoop:
+        """Return the loop of the node."""
         loop: asyncio.AbstractEventLoop = self._node.loop
         return loop
 
     def is_serving(self) -> bool:
+        """Return whether connections are accepted."""
         return self._serving
 
     async def start_serving(self) -> None:
-        """Accept connections from now on; harmless when repeated."""
+        """Accept connections from now on, also when this is cancelled; harmless when repeated."""
         self._start()
         await asyncio.sleep(0)
 
@@ -171,7 +174,8 @@ class Server(asyncio.AbstractServer):
             self._wake()
 
     async def wait_closed(self) -> None:
-        """Wait until close() was called and, as in Python from 3.12 on, the last connection has ended."""
+        """Wait until close() was called and, as in Python from 3.12 on, the last connection has ended.
+        Cancelling ends the waiting alone."""
         if self._listener is None and (not self._transports or sys.version_info < (3, 12)):
             return
         waiter = self._node.loop.create_future()

@@ -202,8 +202,8 @@ async def create_shm_datagram_socket(
     node: Node | None = None,
 ) -> ShmDatagramSocket:
     """Take `local_port` (0: one is chosen) for datagrams from and to all peers, as anyio.create_udp_socket()
-    does over UDP. The parameters, what is raised and what cancelling does are those of
-    create_shm_listener()."""
+    does over UDP. The parameters and what cancelling does are those of create_shm_listener(). Raises what
+    that does."""
     port = check_port(local_port)
     node = node or await current_node(region, name, listening=True)
     return ShmDatagramSocket(node, node.bind_datagram(_host(local_host), port, reuse_port=reuse_port))
@@ -221,8 +221,9 @@ async def create_connected_shm_datagram_socket(
     node: Node | None = None,
 ) -> ConnectedShmDatagramSocket:
     """Take `local_port` (0: one is chosen) for datagrams from and to (remote_host, remote_port) alone, as
-    anyio.create_connected_udp_socket() does over UDP. Raises socket.gaierror (nobody has the remote name),
-    and what create_shm_listener() does."""
+    anyio.create_connected_udp_socket() does over UDP. `remote_host`: a peer's name, a section number, or None
+    or "localhost" for this machine. Raises socket.gaierror (nobody has the remote name), and what
+    create_shm_listener() does; other parameters and cancelling are as there."""
     remote, port = (_host(remote_host), check_port(remote_port)), check_port(local_port)
     node = node or await current_node(region, name, listening=True)
     return ConnectedShmDatagramSocket(
@@ -247,7 +248,8 @@ class ShmConnectable(ByteStreamConnectable):
             raise ValueError("port number out of range")
 
     async def connect(self) -> ShmStream:
-        """Connect, as connect_shm() does. Raises anyio.ConnectionFailed, whatever the reason."""
+        """Connect, as connect_shm() does. Raises anyio.ConnectionFailed, whatever the reason. Cancelling
+        leaves nothing behind."""
         try:
             return await connect_shm(self.host, self.port, region=self.region, name=self.name, node=self.node)
         except OSError as error:

@@ -141,7 +141,8 @@ class ShmDatagramSocket(_Datagrams, UnreliableObjectStream[tuple[bytes, Address]
         await self._send(*item)
 
     async def sendto(self, data: bytes, host: str, port: int) -> None:
-        """Send `data` to (host, port), as send() does."""
+        """Send `data` to (host, port): send() with the parts of its item. Raises, and when cancelled leaves,
+        what send() does."""
         await self._send(data, (host, port))
 
 
@@ -155,5 +156,5 @@ class ConnectedShmDatagramSocket(_Datagrams, UnreliableObjectStream[bytes]):
 
     async def send(self, item: bytes) -> None:
         """Send a datagram, and wait while much of what was sent has no room yet. Raises as receive() does,
-        and OSError (EMSGSIZE: more than 65507 bytes)."""
+        and OSError (EMSGSIZE: more than 65507 bytes). Cancelled, it has been sent, or not begun."""
         await self._send(item, None)

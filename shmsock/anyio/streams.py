@@ -204,7 +204,8 @@ class ShmStream(Resource, ByteStream):
 
     def send_nowait(self, item: bytes) -> int:
         """Put into the ring what there is room for, without waiting, and return how many bytes that is. 0 as
-        well when nothing more can be sent, and for what is no bytes object: send() says why."""
+        well when nothing more can be sent, and for what is no bytes object: send() says why. Raises
+        BusyResourceError while something is being sent."""
         if self._sending:
             raise BusyResourceError("writing to")
         taken: int | None = self._fast_path.put(item)
@@ -247,7 +248,7 @@ class ShmStream(Resource, ByteStream):
 
     async def send_eof(self) -> None:
         """Have the peer get EndOfStream behind what was sent; receiving goes on. Raises
-        ClosedResourceError."""
+        ClosedResourceError, BusyResourceError while something is being sent. Cancelled, it is not begun."""
         if self._sending:
             raise BusyResourceError("writing to")
         self._sending = True

@@ -107,7 +107,7 @@ class ShmSite(web.BaseSite):
         return f"{'https' if self._ssl_context else 'http'}://{self._address or '*'}.shm:{self.port}"
 
     async def start(self) -> None:
-        """Begin to accept connections."""
+        """Begin to accept connections. Raises what create_server() does. Cancelling leaves nothing behind."""
         await super().start()
         assert self._runner.server is not None
         self._server = server = await create_server(
