@@ -62,6 +62,7 @@ __all__ = [
     "region_error",
     "section_taken",
     "sections_full",
+    "upgrade_needed",
     "violation",
     "went_away",
     "wrong_thread",
@@ -394,6 +395,12 @@ def violation(peer: object, seen: str, expected: str = "") -> ProtocolViolation:
     return ProtocolViolation(
         errno.ECONNRESET, f"peer {peer} broke the protocol: {seen}{rest}; connection reset"
     )
+
+
+def upgrade_needed(why: str) -> ConnectionRefusedError:
+    """Build the error for a peer whose version this one cannot talk to. Its errno tells it from a port that
+    nobody listens on: who has another way may take that."""
+    return ConnectionRefusedError(errno.EPROTONOSUPPORT, why)
 
 
 def forked(what: str) -> ForkedError:

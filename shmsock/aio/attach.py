@@ -25,6 +25,7 @@ from shmsock import address, region
 from shmsock.aio.driver import Loop, slowness
 from shmsock.aio.node import Node
 from shmsock.aio.publisher import Publisher, own_addresses
+from shmsock.engine import features
 from shmsock.engine import layout as lay
 from shmsock.engine.attach import PATIENCE_S, claim_section, name_taken, release_claim
 from shmsock.engine.engine import Engine
@@ -229,7 +230,7 @@ async def _make(
         futex = us.doorbells and memory.has_futex(word)
         flags = lay.FLAG_COUNTS
         flags |= (lay.FLAG_LOCKED if opened.can_lock else 0) | (lay.FLAG_FUTEX if futex else 0)
-        identity = Identity(own, boot, machine, os.getpid(), flags, opened.identity)
+        identity = Identity(own, boot, machine, os.getpid(), flags, opened.identity, terms=features.OWN)
         keepers: list[Heartbeat] = []
 
         def watch(peer: Peer, on: bool) -> None:

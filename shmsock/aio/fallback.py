@@ -5,6 +5,7 @@ hosts file, SHMSOCK_HOSTS, whose lines are those of /etc/hosts.
     it is full: no section, no slot, no memory               TCP
     nobody has the name, or who has it is silent, or goes    TCP
     away before it answers
+    it runs another version, and one has to be upgraded      TCP
     the peer is there, and nobody listens at the port        refused, as TCP would be: that is an answer
 
 What fails after that (TLS, say) fails.
@@ -19,6 +20,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from errno import EPROTONOSUPPORT
 from typing import Any
 
 from shmsock.address import SUFFIX, is_any, is_local, normalize_name
@@ -129,10 +131,12 @@ def targets(host: object, port: int, given: Fallback) -> list[tuple[str, int]]:
 
 
 def is_answer(error: OSError, node: Node | None, host: Any) -> bool:
-    """Did the peer itself say no, or is the given node over? Then there is nothing to fall back from."""
+    """Did the peer itself say no, or is the given node over? Then there is nothing to fall back from. (There
+    is, where one of both has to be upgraded.)"""
     if isinstance(error, NodeClosedError):
         return True
-    if not isinstance(error, ConnectionRefusedError) or node is None or not node.engine.alive:
+    refused = isinstance(error, ConnectionRefusedError) and error.errno != EPROTONOSUPPORT
+    if not refused or node is None or not node.engine.alive:
         return False
     peers = node.engine.peers
     if isinstance(host, int):

@@ -126,7 +126,11 @@ class Node:
                         raise
                     raise refused from None  # the last one there was
                 local = (self.name, local_port or self.engine.listeners.ephemeral())
-                conn = self.engine.connect(peer.section, port, local=local, remote=peer.name)
+                try:
+                    conn = self.engine.connect(peer.section, port, local=local, remote=peer.name)
+                except ConnectionRefusedError as error:  # one of other version, say
+                    tried, refused = (*tried, peer.section), error
+                    continue
                 self._meet(conn, meanwhile)
             elif conn.state is State.OPENING and self.engine.peers.killed(self.engine.peers[conn.peer]):
                 self.engine.listeners.forget(host, port)

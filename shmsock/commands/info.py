@@ -155,7 +155,8 @@ def content_lines(content: Content, everything: bool) -> Iterator[str]:
         yield f"    {content.state}: {content.problem}"
         return
     yield (
-        f"    format version {content.version}, id {content.region_id}, {human(content.bytes or 0)}: "
+        f"    format version {content.version}{f' by {content.release}' if content.release else ''}, "
+        f"id {content.region_id}, {human(content.bytes or 0)}: "
         f"{content.peers} sections of {human(content.section_bytes)}, each with "
         f"up to {content.connections_per_peer} connections and {human(content.ring_bytes_per_peer)} for rings"
     )
@@ -172,6 +173,7 @@ def content_lines(content: Content, everything: bool) -> Iterator[str]:
             f"    doorbell {told}: of a former ivshmem server, and rung in vain; start the server, then "
             "all of its peers anew, guests included"
         )
+    yield from (f"    {told}" for told in (content.upgrade, *(s.upgrade for s in content.sections)) if told)
     there = [section for section in content.sections if section.state in THERE]
     if len(there) == 1:
         yield f"    section {there[0].number} is alone: {other_memory()}"
@@ -200,7 +202,7 @@ def _print_sections(content: Content, everything: bool) -> None:
     print_rows([columns[n] for n in few], shown, more, indent="    ", colours=COLOURS)
 
 
-_WORDS = ("section", "state", "name", "pid", "boot")
+_WORDS = ("section", "state", "name", "pid", "boot", "version")
 _LISTS = ("woken by", "listens on", "connections", "publishes")
 
 
@@ -211,6 +213,7 @@ def _cells(section: Section, names: dict[int, str | None]) -> list[str]:
         section.name or "",
         "" if section.pid is None else str(section.pid),
         "here" if section.here else (section.boot or "")[:8],
+        section.release or "",
         _woken_by(section),
         _ports(section),
         _connections(section, names),

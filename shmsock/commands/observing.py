@@ -85,6 +85,10 @@ def tell(document: dict[str, Any]) -> None:
 def node_lines(node: Node) -> Iterator[str]:
     """Tell more of a node than a row can: ports, and what it counts."""
     section = node.section
+    bits = f", features {', '.join(map(str, section.features))}" if section.features else ""
+    yield f"    runs shmsock {section.release}{bits}"
+    if section.upgrade:
+        yield f"    {section.upgrade}"
     if section.ports:
         rest = len(section.ports) - PORTS
         ports = ", ".join(map(str, section.ports[:PORTS])) + (f" and {rest} more" if rest > 0 else "")

@@ -145,7 +145,7 @@ def _region(url: str, attach: bool, sysfs: str, proc: str) -> Iterator[Finding]:
             yield from peers(opened, content)
             seen = memory_of(opened)
             try:
-                yield from room(opened, content, read_layout(seen))
+                yield from room(opened, content, read_layout(seen, looks=True))
             finally:
                 seen.release()
         attach = attach and writable is None and content.state == "formatted"

@@ -42,7 +42,7 @@ _TURNS = (
     ": bind it", ": start QEMU", ". Start QEMU", ": give the ivshmem device", "; mount it read-write",
     "; make it anew", ": make it anew", ": name it", ": name the file", ": start the server",
     "; restart", ": restart them", ": make that first", ": truncated, or", ": name another", ": as root,",
-    ": give the guest one",
+    ": give the guest one", ": upgrade it", "; or make it",
 )  # fmt: skip
 
 

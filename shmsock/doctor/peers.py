@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from shmsock.doctor.finding import Finding
+from shmsock.doctor.finding import Finding, errors_of
 from shmsock.engine.layout import Layout
 from shmsock.errors import command, other_memory
 from shmsock.native._core import lib
@@ -26,13 +26,17 @@ def alone(content: Content) -> bool:
 def peers(region: Region, content: Content) -> Iterator[Finding]:
     """Tell of the owners of all sections, as they are seen from outside."""
     url, state = region.url, Counter(section.state for section in content.sections)
-    live = [s.name or "no name" for s in content.sections if s.state == "live"]
-    yield Finding(
-        "peers", "ok", f"{len(live)} live" + (f": {', '.join(live[:16])}" if live else ""), region=url
-    )
+    live = [s for s in content.sections if s.state == "live"]
+    told = ", ".join(f"{s.name or 'no name'} runs {s.release}" for s in live[:16])
+    yield Finding("peers", "ok", f"{len(live)} live" + (f": {told}" if live else ""), region=url)
     if len(live) == 1 and alone(content):
         yield Finding(
-            "alone", "note", f"{live[0]} is alone", "nobody else is on this memory", other_memory(), url
+            "alone",
+            "note",
+            f"{live[0].name or 'no name'} is alone",
+            "nobody else is on this memory",
+            other_memory(),
+            url,
         )
     for section in content.sections:
         if section.state == "dead":
@@ -46,6 +50,10 @@ def peers(region: Region, content: Content) -> Iterator[Finding]:
             )
         elif section.state == "silent":
             yield _silent(region, section)
+        if section.upgrade and section.state == "live":
+            seen, mend = errors_of(section.upgrade, "")
+            why = "it and this version do not connect to each other; others are not concerned"
+            yield Finding("peer-version", "warning", seen, why, mend, url)
         if section.doorbell_gone and section.doorbell:
             yield Finding(
                 "doorbell",
@@ -82,7 +90,7 @@ def _silent(region: Region, section: Section) -> Finding:
 def room(region: Region, content: Content, layout: Layout) -> Iterator[Finding]:
     """Tell whose slots or ring memory are used up: an eighth is kept for those who hold little."""
     for section in content.sections:
-        if section.state not in _THERE:
+        if section.state not in _THERE or not section.readable:
             continue
         rings = [slot.ring for slot in layout.slots_in_use(section.number)]
         used, ring_bytes = len(rings), min(sum(rings), layout.arena_bytes)

@@ -96,7 +96,8 @@ def mapped(region: Region) -> Iterator[Finding]:
 def form(region: Region, content: Content) -> Finding:
     """Tell whether the region is formatted, and as this version does it."""
     if content.state == "formatted":
-        seen = f"version {content.version}, id {content.region_id}, for {content.peers} peers"
+        made = f" by {content.release}" if content.release else ""
+        seen = f"version {content.version}{made}, id {content.region_id}, for {content.peers} peers"
         return Finding("format", "ok", seen, region=region.url)
     why = "nobody can attach to it"
     mend = _format_mend(region)
@@ -110,7 +111,10 @@ def form(region: Region, content: Content) -> Finding:
             f"start a program there, or compare: {other_memory()}",
             region.url,
         )
-    if content.version is not None and content.version != lay.VERSION:
+    if content.upgrade:
+        seen, mend = errors_of(content.upgrade, "")
+        return Finding("version", "error", seen, why, mend, region.url)
+    if content.version is not None and content.version not in lay.VERSIONS:
         seen = f"it has format version {content.version}, and this shmsock {lay.VERSION}"
         why, mend = "all peers of a region must have one version", f"install one shmsock everywhere; {mend}"
         return Finding("version", "error", seen, why, mend, region.url)

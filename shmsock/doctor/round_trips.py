@@ -15,6 +15,7 @@ from shmsock.aio.node import Node
 from shmsock.aio.round_trip import round_trip
 from shmsock.doctor import memory
 from shmsock.doctor.finding import Finding, errors_of
+from shmsock.engine.features import OWN
 from shmsock.engine.peers import Peer
 from shmsock.errors import RegionError, command, region_error
 
@@ -122,7 +123,9 @@ async def ask(
 async def _asked(node: Node, peer: Peer, patience_s: float) -> float | None:
     try:
         took = await round_trip(node, peer, patience_s)
-    except ConnectionError:
+    except ConnectionError as error:
+        if error.errno == errno.EPROTONOSUPPORT:
+            raise
         return None  # it left, or was killed, just now
     return None if took is None else took * 1e6
 
@@ -141,6 +144,7 @@ async def _try_all(url: str, live: Collection[int], count: int) -> list[Finding]
     async with attached(url, "doctor") as node:
         found = [_measure(node)]
         others = [p for p in node.engine.peers.there() if p.section in live and p.section != node.section]
+        others = [p for p in others if p.who and not OWN.refuses(p.who.terms, "")]
         return found + [_judge(url, answers) for answers in await ask(node, others, count)]
 
 

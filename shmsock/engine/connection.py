@@ -117,6 +117,8 @@ class Link:
         self.backoff_s = 1
         self.ignore_until_ns = 0
         self.adoptions: deque[int] = deque(maxlen=ADOPTIONS_PER_S)  # when, by the pump's clock
+        self.features = 0  # that both sides have, as they were when the peer's tag was adopted
+        self.refused = ""  # why that tag was not adopted, and which side is to be upgraded
 
     def offence(self, violations: int = 1) -> None:
         """Count violations. After three the pump drops the link; not at once, as the caller is in the middle

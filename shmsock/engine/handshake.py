@@ -13,7 +13,7 @@ from shmsock.engine.links import Links
 from shmsock.engine.listeners import Listeners
 from shmsock.engine.peers import Peers
 from shmsock.engine.slots import Slots
-from shmsock.errors import violation
+from shmsock.errors import upgrade_needed, violation
 from shmsock.native._core import lib
 
 __all__ = ["Handshake"]
@@ -38,8 +38,8 @@ class Handshake:
         or failed. While the peer's backlog is full, it is asked again and again.
 
         Raises OSError (ENOBUFS) when slots or arena are exhausted, OSError (ENOSPC) when the disk is full,
-        ConnectionRefusedError when nobody is there, ProtocolViolation while that peer is ignored for its
-        violations.
+        ConnectionRefusedError when nobody is there, or one side has to be upgraded, ProtocolViolation while
+        that peer is ignored for its violations.
         """
         home, link = self.home, self.links[section]
         adopted = home.lib.sh_adopted(home.nd, section)
@@ -84,6 +84,8 @@ class Handshake:
             )
         if adopted in (0, EMPTY):
             self.links.adopt(link.section, now_ns)
+            if link.refused:
+                raise upgrade_needed(link.refused)
 
     # -- what the core has done
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from shmsock.address import Address, may_be_published, packed, unpacked
 from shmsock.engine.counters import SHOWN
+from shmsock.engine.features import NONE, OWN, Terms
 from shmsock.engine.memory import Memory
 from shmsock.errors import format_error, region_error
 from shmsock.native._core import lib
@@ -29,6 +30,7 @@ __all__ = [
     "is_blank",
     "larger",
     "read_layout",
+    "region_terms",
     "too_small",
     "version_and_size",
 ]
@@ -36,6 +38,7 @@ __all__ = [
 # native/LAYOUT.md says what these are; the core's numbers are the only ones
 MAGIC: int = lib.SH_MAGIC
 VERSION: int = lib.SH_VERSION
+VERSIONS: tuple[int, ...] = (lib.SH_VERSION, lib.SH_VERSION_BITS)
 HEADER: int = lib.SH_HEADER_SIZE
 MAX_PEERS: int = lib.SH_MAX_PEERS
 LISTENERS: int = lib.SH_LISTENERS
@@ -43,6 +46,10 @@ H_MAGIC: int = lib.SH_HEADER_MAGIC
 H_VERSION: int = lib.SH_HEADER_VERSION
 H_ID: int = lib.SH_HEADER_REGION_ID
 H_BYTES: int = lib.SH_HEADER_REGION_BYTES
+H_FEATURES: int = lib.SH_HEADER_FEATURES
+H_TO_LINK: int = lib.SH_HEADER_TO_LINK
+H_TO_LOOK: int = lib.SH_HEADER_TO_LOOK
+H_RELEASE: int = lib.SH_HEADER_RELEASE
 CLAIM: int = lib.SH_SECTION_CLAIM
 BEAT: int = lib.SH_SECTION_BEAT
 PUMPS: int = lib.SH_SECTION_PUMPS
@@ -59,9 +66,12 @@ PID: int = lib.SH_SECTION_PID
 DEV: int = lib.SH_SECTION_DEV
 INO: int = lib.SH_SECTION_INO
 SLOTS_USED: int = lib.SH_SECTION_SLOTS_USED
+FEATURES: int = lib.SH_SECTION_FEATURES
+TO_LINK: int = lib.SH_SECTION_TO_LINK
+TO_LOOK: int = lib.SH_SECTION_TO_LOOK
 LEFT: int = lib.SH_SECTION_LEFT
 DOORBELL: int = lib.SH_SECTION_DOORBELL
-RESERVED: int = lib.SH_SECTION_RESERVED
+RELEASE: int = lib.SH_SECTION_RELEASE
 OWNER: int = lib.SH_SECTION_OWNER
 PUBLISHED: int = lib.SH_SECTION_PUBLISHED
 ADDRESS: int = lib.SH_SECTION_ADDRESS
@@ -108,6 +118,7 @@ class Identity:
     file: tuple[int, int]
     claim: int = 0
     """The claim word under which it was written: of another's claim it says nothing."""
+    terms: Terms = NONE
 
     def lock_tells(self, boot_id: bytes, file: tuple[int, int]) -> bool:
         """Would this process see it if the owner's section lock fell: same kernel, same file?"""
@@ -268,6 +279,12 @@ class Layout:
         word = self.memory.load(self.section(index) + SLEEP_SEQ)
         return word >> 2, bool(word & 1)
 
+    def terms(self, index: int) -> Terms:
+        """What the section's owner says of its version. (SYNC FEATURES: after its tag was read; partner:
+        write_identity().)"""
+        load, at = self.memory.load, self.section(index)
+        return _terms(load(at + RELEASE), load(at + FEATURES), load(at + TO_LINK), load(at + TO_LOOK))
+
     def is_read_by(self, section: int, reader: int) -> bool:
         """Has the reader left messages of the section's last owner unread, or does it still read what that
         published?"""
@@ -328,6 +345,7 @@ class Layout:
             flags=word(FLAGS),
             file=(word(DEV), word(INO)),
             claim=word(OWNER),
+            terms=_terms(word(RELEASE), word(FEATURES), word(TO_LINK), word(TO_LOOK)),
         )
 
     def published_word(self, index: int) -> int:
@@ -361,6 +379,7 @@ class Layout:
         memory.store(at + PUBLISHED, word | len(some))
 
     def write_identity(self, index: int, who: Identity, incarnation: int) -> None:
+        """Store the own identity. (SYNC FEATURES: before any tag of this life; partner: terms().)"""
         memory, at = self.memory, self.section(index)
         memory.store(at + N_LISTENERS, 0)
         memory.write(at + NAME, who.name.encode("ascii").ljust(64, b"\0"))
@@ -370,9 +389,20 @@ class Layout:
         memory.store(at + DEV, who.file[0])
         memory.store(at + INO, who.file[1])
         memory.store(at + FLAGS, who.flags)
-        memory.store(at + RESERVED, 0)
+        release, least, features, to_link, to_look = who.terms
+        memory.store(at + RELEASE, least << 32 | release)
+        memory.store(at + FEATURES, features)
+        memory.store(at + TO_LINK, to_link)
+        memory.store(at + TO_LOOK, to_look)
         memory.store(at + OWNER, who.claim)
         memory.store(at + INCARNATION, incarnation)
+
+
+def _terms(release: int, features: int, to_link: int, to_look: int) -> Terms:
+    """Terms from their words. Releases without them store 0 for the first, and leave the others as they
+    were."""
+    release, least = release & 0xFFFFFFFF, release >> 32
+    return Terms(release, least, features, to_link, to_look) if release else NONE
 
 
 def _slots_fit(memory: Memory, size: int, peers: int, log2_slots: int) -> Any:
@@ -432,6 +462,7 @@ def format_region(memory: Memory, *, peers: int = 16, rng: random.Random | None 
     layout = Layout(memory, region_id, memory.size)
     memory.store(H_BYTES, memory.size)
     memory.store(H_VERSION, VERSION)
+    memory.store(H_RELEASE, OWN.release)
     memory.fence()
     memory.store(H_MAGIC, MAGIC)  # last: whoever sees the magic sees the rest
     return layout
@@ -452,8 +483,9 @@ def is_blank(memory: Memory) -> bool:
     return memory.size >= HEADER and memory.load(H_MAGIC) == 0
 
 
-def read_layout(memory: Memory) -> Layout:
-    """Check the header, once. Raises RegionFormatError that says what was seen and what to do."""
+def read_layout(memory: Memory, *, looks: bool = False) -> Layout:
+    """Check the header, once. `looks`: nothing will be written. Raises RegionFormatError that says what was
+    seen and what to do."""
     if memory.size < HEADER:
         raise format_error(f"the region has {memory.size} bytes, expected at least {HEADER}: truncated?")
     magic, version = memory.load(H_MAGIC), memory.load(H_VERSION)
@@ -465,11 +497,16 @@ def read_layout(memory: Memory) -> Layout:
             f"the region has magic {magic:#x}, expected {MAGIC:#x}: {state}; run "
             "`shmsock create --force` on the host when nobody has it mapped, no QEMU either"
         )
-    if version != VERSION:
+    if version not in VERSIONS:
         raise format_error(
             f"the region has format version {version}, this shmsock knows {VERSION}: use the same shmsock "
             "on every VM; "
             "when nobody has the region mapped, no QEMU either, `shmsock create --force` makes it anew"
+        )
+    terms = region_terms(memory)
+    if barred := OWN.barred(terms, "the region was made by", looks):
+        raise format_error(
+            f"{barred}; or make it anew, when nobody has it mapped, no QEMU either: `shmsock create --force`"
         )
     size = memory.load(H_BYTES)
     if size > memory.size:
@@ -479,6 +516,12 @@ def read_layout(memory: Memory) -> Layout:
             "given a smaller size= than the file has"
         )
     return Layout(memory, memory.load(H_ID), size)
+
+
+def region_terms(memory: Memory) -> Terms:
+    """What a region needs of those who use it, and which release made it."""
+    load = memory.load
+    return _terms(load(H_RELEASE), load(H_FEATURES), load(H_TO_LINK), load(H_TO_LOOK))
 
 
 def larger(layout: Layout, enough: Callable[[Layout], bool]) -> tuple[str, int] | None:

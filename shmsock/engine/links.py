@@ -76,14 +76,29 @@ class Links:
         home, peer = self.home, self.peers[section]
         self.late.discard(section)
         self._end(section, now_ns)
-        home.counts["adoptions"] += 1
-        home.lib.sh_adopt(home.nd, section)
         self.peers.refresh(peer, now_ns)
+        if self._adopt(section):
+            home.counts["adoptions"] += 1
         if home.trace:
-            home.trace("adopts a new life of section %d (%s)", section, peer.name)
+            why = self.all[section].refused
+            home.trace("adopts a new life of section %d (%s)%s", section, peer.name, why and f"? No: {why}")
         self.watch_lock(peer)
         if not peer.live:  # its tag may come before its state says that it is there
             self._sample_soon(now_ns)
+
+    def _adopt(self, section: int) -> bool:
+        """Adopt the peer's tag, unless one of both has to be upgraded first: then nothing that it says is
+        heard, until it has another tag."""
+        home, link, own = self.home, self.all[section], self.peers.me.terms
+        tag = home.layout.tag(section, home.section)
+        theirs = home.layout.terms(section)  # SYNC FEATURES: once, behind the tag; partner: write_identity()
+        link.features = own.shared(theirs)
+        link.refused = own.refuses(theirs, f"peer {self.peers[section].name!r} (section {section}) runs")
+        if link.refused:
+            return False
+        if home.lib.sh_adopt(home.nd, section) != tag:  # it began anew meanwhile: maybe with other terms
+            self._restart(link)
+        return True
 
     def watch_lock(self, peer: Peer) -> None:
         """Have the lock of a live peer's section watched, once in each life of it."""
@@ -102,7 +117,7 @@ class Links:
             self.home.trace("drops the link to section %d (%s)", section, self.peers[section].name)
         self._end(section, now_ns)
         self._restart(self.all[section])
-        self.home.lib.sh_adopt(self.home.nd, section)
+        self._adopt(section)
 
     def punish(self, section: int, now_ns: int) -> None:
         """Drop the link, and do not adopt the peer for a while (nothing it says is heard): 1 s, and twice as

@@ -12,6 +12,9 @@
 #define SH_MAGIC 0x314b434f534d4853ull /* the bytes "SHMSOCK1" */
 enum sh_limit {
     SH_VERSION = 5,
+    SH_VERSION_BITS = 6, /* the same, with bits in the header that peers of 0.1 must not overlook */
+    SH_RELEASE = 0 << 24 | 2 << 16 | 0, /* major, minor and patch of this release, as in pyproject.toml */
+    SH_LEAST_RELEASE = 0, /* the oldest release that can talk to this one; 0: every one of this layout */
     SH_LINE = 64,
     SH_PAGE = 4096,
     SH_MAX_PEERS = 64,
@@ -34,13 +37,19 @@ enum sh_limit {
     SH_DATAGRAM_MAX = 65507, /* as UDP over IPv4 */
     SH_COPY_MAX = 1 << 20 /* bytes copied in one piece: between two, the core checks that the section is still this node's */
 };
-enum sh_header_at { SH_HEADER_MAGIC = 0, SH_HEADER_VERSION = 8, SH_HEADER_REGION_ID = 16, SH_HEADER_REGION_BYTES = 24, SH_HEADER_SIZE = 4096 };
+enum sh_feature { SH_FEATURE_BITS = 1 }; /* of a node: it looks at the bits of others. All that are known stand in SH_FEATURES */
+#define SH_FEATURES 0x1ull
+enum sh_header_at {
+    SH_HEADER_MAGIC = 0, SH_HEADER_VERSION = 8, SH_HEADER_REGION_ID = 16, SH_HEADER_REGION_BYTES = 24, SH_HEADER_FEATURES = 32,
+    SH_HEADER_TO_LINK = 40, SH_HEADER_TO_LOOK = 48, SH_HEADER_RELEASE = 56, SH_HEADER_SIZE = 4096
+};
 enum sh_section_at {
     SH_SECTION_CLAIM = 0x000, SH_SECTION_BEAT = 0x040, SH_SECTION_PUMPS = 0x048, SH_SECTION_COUNTS = 0x050, SH_SECTION_SLEEP_SEQ = 0x080,
     SH_SECTION_INCARNATION = 0x0c0, SH_SECTION_STATE = 0x0c8, SH_SECTION_LISTENERS = 0x0d0, SH_SECTION_FLAGS = 0x0d8, SH_SECTION_SLOTS_USED = 0x0e0,
+    SH_SECTION_FEATURES = 0x0e8, SH_SECTION_TO_LINK = 0x0f0, SH_SECTION_TO_LOOK = 0x0f8,
     SH_SECTION_NAME = 0x100, SH_SECTION_MACHINE_ID = 0x140, SH_SECTION_BOOT_ID = 0x150, SH_SECTION_PID = 0x160,
     SH_SECTION_DEV = 0x168, SH_SECTION_INO = 0x170, SH_SECTION_LEFT = 0x178, SH_SECTION_DOORBELL = 0x180,
-    SH_SECTION_RESERVED = 0x188, SH_SECTION_OWNER = 0x190, SH_SECTION_PUBLISHED = 0x198, SH_SECTION_ADDRESS = 0x1a0,
+    SH_SECTION_RELEASE = 0x188, SH_SECTION_OWNER = 0x190, SH_SECTION_PUBLISHED = 0x198, SH_SECTION_ADDRESS = 0x1a0,
     SH_SECTION_LISTENER = 0x200, SH_SECTION_SIZE = 4096
 };
 enum sh_pair_at { SH_PAIR_NOTIFY_SEQ = 0x00, SH_PAIR_KICKED_FOR = 0x08, SH_PAIR_LOG = 0x10, SH_PAIR_ENDED_NAP = 0x30, SH_PAIR_OUTBOX = 0x40, SH_PAIR_INBOX = 0x80, SH_PAIR_USERS = 0xc0, SH_PAIR_SIZE = 0x100 };

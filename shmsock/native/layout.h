@@ -20,7 +20,11 @@ struct sh_header {
     uint64_t version;      /* SH_VERSION */
     uint64_t region_id;    /* random:40 | 0:8 | log2(slots):8 | peers:8; compare-and-swapped from 0 */
     uint64_t region_bytes; /* the size all offsets were computed from */
-    uint8_t reserved[SH_PAGE - 32];
+    uint64_t features;     /* enum sh_feature, of the region: to be ignored by who does not know them */
+    uint64_t to_link;      /* who does not know these may look only */
+    uint64_t to_look;      /* nor that */
+    uint64_t release;      /* the oldest that may attach:32 | of the formatter:32, see SH_RELEASE */
+    uint8_t reserved[SH_PAGE - 64];
 };
 
 struct sh_section { /* first page of a section */
@@ -36,7 +40,9 @@ struct sh_section { /* first page of a section */
     uint64_t listeners;   /* entries of listener[] in use, as an upper bound */
     uint64_t flags;       /* SH_FLAG_* */
     uint64_t slots_used;  /* one more than the highest slot that was ever used, by whomever */
-    uint8_t pad3[24];
+    uint64_t features;    /* that the owner offers, if its release is not 0 */
+    uint64_t to_link;     /* that it needs of those who link to it, */
+    uint64_t to_look;     /* or look at more than its identity */
     uint8_t name[64]; /* NUL padded */
     uint8_t machine_id[16];
     uint8_t boot_id[16];
@@ -45,7 +51,7 @@ struct sh_section { /* first page of a section */
     uint64_t ino;
     uint64_t left; /* departures counted over the region: the smaller, the longer ago */
     uint64_t doorbell; /* id:32 | vectors:32 of the owner's ivshmem doorbell; 0: it has none */
-    uint64_t reserved1;
+    uint64_t release;  /* the oldest that may link:32 | the owner's:32; 0: it has no bits */
     uint64_t owner; /* claim word under which this identity was written */
     uint64_t published; /* half of the incarnation:32 | changes:24 | addresses that follow:8; SH_PUBLISHING: being written */
     uint8_t address[SH_ADDRESSES][16]; /* of the owner's machine, IPv4 as ::ffff:a.b.c.d */
@@ -105,6 +111,10 @@ SH_AT(header, magic, HEADER_MAGIC);
 SH_AT(header, version, HEADER_VERSION);
 SH_AT(header, region_id, HEADER_REGION_ID);
 SH_AT(header, region_bytes, HEADER_REGION_BYTES);
+SH_AT(header, features, HEADER_FEATURES);
+SH_AT(header, to_link, HEADER_TO_LINK);
+SH_AT(header, to_look, HEADER_TO_LOOK);
+SH_AT(header, release, HEADER_RELEASE);
 SH_SIZE(header, HEADER_SIZE);
 SH_AT(section, claim, SECTION_CLAIM);
 SH_AT(section, beat, SECTION_BEAT);
@@ -116,6 +126,9 @@ SH_AT(section, state, SECTION_STATE);
 SH_AT(section, listeners, SECTION_LISTENERS);
 SH_AT(section, flags, SECTION_FLAGS);
 SH_AT(section, slots_used, SECTION_SLOTS_USED);
+SH_AT(section, features, SECTION_FEATURES);
+SH_AT(section, to_link, SECTION_TO_LINK);
+SH_AT(section, to_look, SECTION_TO_LOOK);
 SH_AT(section, name, SECTION_NAME);
 SH_AT(section, machine_id, SECTION_MACHINE_ID);
 SH_AT(section, boot_id, SECTION_BOOT_ID);
@@ -124,7 +137,7 @@ SH_AT(section, dev, SECTION_DEV);
 SH_AT(section, ino, SECTION_INO);
 SH_AT(section, left, SECTION_LEFT);
 SH_AT(section, doorbell, SECTION_DOORBELL);
-SH_AT(section, reserved1, SECTION_RESERVED);
+SH_AT(section, release, SECTION_RELEASE);
 SH_AT(section, owner, SECTION_OWNER);
 SH_AT(section, published, SECTION_PUBLISHED);
 SH_AT(section, address, SECTION_ADDRESS);

@@ -16,7 +16,15 @@ from shmsock.engine.layout import Layout, SlotWords, read_layout
 from shmsock.errors import format_error
 from shmsock.observe.connections import Connection, Way, connections, slots_of
 from shmsock.observe.memory import memory_of
-from shmsock.observe.snapshot import BEAT_S, Content, Section, content_of, section_of, with_doorbells
+from shmsock.observe.snapshot import (
+    BEAT_S,
+    Content,
+    Section,
+    content_of,
+    is_readable,
+    section_of,
+    with_doorbells,
+)
 from shmsock.region.base import Region
 
 __all__ = ["LOOK_S", "Node", "View", "Watcher"]
@@ -112,7 +120,7 @@ class Watcher:
         self._region, self._length = region, history
         self._memory = memory_of(region)
         try:
-            self.layout: Layout = read_layout(self._memory)
+            self.layout: Layout = read_layout(self._memory, looks=True)
         except BaseException:
             self._memory.release()
             raise
@@ -149,7 +157,7 @@ class Watcher:
 
     def look(self) -> None:
         """See what has moved since the last look."""
-        now_there = read_layout(self._memory)
+        now_there = read_layout(self._memory, looks=True)
         if (now_there.region_id, now_there.region_bytes) != (self.layout.region_id, self.layout.region_bytes):
             path = self._region.path
             raise format_error(f"region {path} was formatted anew while it was looked at: try again", path)
@@ -158,7 +166,7 @@ class Watcher:
         self._surveys.append((now, found))
         while len(self._surveys) > 2 and now - self._surveys[1][0] >= BEAT_S:
             self._surveys.popleft()
-        owned = [seen for seen in found if seen.claim]
+        owned = [seen for seen in found if seen.claim and is_readable(seen)]
         if first := len(self._surveys) == 1 and not self._at:
             self._at = now
         self._slots, self._more = slots_of(self.layout, (seen.section for seen in owned))

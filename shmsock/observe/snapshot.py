@@ -14,7 +14,8 @@ from typing import Any
 from shmsock.address import boot_id
 from shmsock.engine import layout as lay
 from shmsock.engine.attach import Seen, survey
-from shmsock.engine.layout import Layout, SlotWords, read_layout, too_small, version_and_size
+from shmsock.engine.features import NONE, OWN, release_text
+from shmsock.engine.layout import Layout, SlotWords, read_layout, region_terms, too_small, version_and_size
 from shmsock.observe.memory import memory_of
 from shmsock.region.base import Region, map_bytes
 from shmsock.region.file import FileRegion
@@ -30,6 +31,7 @@ __all__ = [
     "busy_sections",
     "content_of",
     "inspect",
+    "is_readable",
     "old_files",
     "section_of",
     "sections",
@@ -60,6 +62,14 @@ class Section:
     """That id is not the present server's: it was a former one's, and kicks nobody, or somebody else."""
     futex: bool = False
     """Do peers under its kernel kick it by a futex? With neither, it polls."""
+    release: str | None = None
+    """The version of shmsock that it says it runs; "0.1": one that does not say."""
+    features: list[int] = field(default_factory=list)
+    """Bits of what it offers to those who link to it."""
+    upgrade: str = ""
+    """Why this version and its do not connect, and which side is to be upgraded."""
+    readable: bool = True
+    """May this version look at more than its identity?"""
     ports: list[int] = field(default_factory=list)
     addresses: list[str] = field(default_factory=list)
     """Internet addresses of its machine, as it publishes them."""
@@ -78,6 +88,10 @@ class Content:
     """formatted, unformatted, foreign, or broken (too small, too)."""
     problem: str = ""
     version: int | None = None
+    release: str | None = None
+    """The version of shmsock that formatted it; None: one that did not say."""
+    upgrade: str = ""
+    """Why programs of this version may not attach, and what is to be upgraded."""
     region_id: str | None = None
     bytes: int | None = None
     peers: int = 0
@@ -112,9 +126,11 @@ def inspect(region: Region, watch_s: float = BEAT_S) -> Content:
             )
         version, size = version_and_size(memory)
         try:
-            layout = read_layout(memory)
+            layout = read_layout(memory, looks=True)
         except OSError as error:
-            return Content("broken", error.strerror or str(error), version, bytes=size)
+            barred = OWN.barred(region_terms(memory), "the region was made by", looks=True)
+            barred = barred if version in lay.VERSIONS else ""
+            return Content("broken", error.strerror or str(error), version, upgrade=barred, bytes=size)
         return content_of(layout, sections(layout, region, watch_s))
     finally:
         memory.release()
@@ -122,9 +138,12 @@ def inspect(region: Region, watch_s: float = BEAT_S) -> Content:
 
 def content_of(layout: Layout, found: list[Section]) -> Content:
     """Describe a region that is formatted."""
+    terms = region_terms(layout.memory)
     return Content(
         "formatted",
-        version=lay.VERSION,
+        version=version_and_size(layout.memory)[0],
+        release=release_text(terms.release) if terms.release else None,
+        upgrade=OWN.barred(terms, "the region was made by"),
         region_id=f"{layout.region_id:#018x}",
         bytes=layout.region_bytes,
         peers=layout.peers,
@@ -186,7 +205,9 @@ def section_of(layout: Layout, first: Seen, now: Seen, boot: bytes, slots: Itera
         state = "attaching"
     else:
         state = "leaving" if now.state == lay.LEAVING else "live"
-    shown = who is not None and state not in ("free", "left")
+    terms = who.terms if who else NONE
+    named = who is not None and state not in ("free", "left")
+    shown = named and is_readable(now)
     bell = layout.doorbell(now.section) if shown else None
     return Section(
         number=now.section,
@@ -197,10 +218,19 @@ def section_of(layout: Layout, first: Seen, now: Seen, boot: bytes, slots: Itera
         here=who is not None and who.boot_id == boot != bytes(16),
         doorbell={"id": bell[0], "vectors": bell[1]} if bell else None,
         futex=shown and who is not None and bool(who.flags & lay.FLAG_FUTEX),
+        release=release_text(terms.release) if named else None,
+        features=[bit for bit in range(64) if named and terms.offers >> bit & 1],
+        upgrade=OWN.refuses(terms, f"section {now.section} ({who.name}) runs") if named and who else "",
+        readable=not named or shown,
         ports=sorted({port for port, _ in layout.listener_entries(now.section)}) if shown else [],
         addresses=sorted(map(str, layout.published(now.section, now.life)[1])) if shown else [],
         connections=_connections(slots) if shown else [],
     )
+
+
+def is_readable(seen: Seen) -> bool:
+    """May this version look at more of a section than its owner's identity?"""
+    return seen.who is None or not OWN.barred(seen.who.terms, "", looks=True)
 
 
 def slot_state(words: SlotWords) -> str:

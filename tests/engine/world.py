@@ -29,6 +29,7 @@ from shmsock.engine.connection import STALE, Connection, Link
 from shmsock.engine.datagram_links import Incoming, Outgoing
 from shmsock.engine.datagrams import Endpoint
 from shmsock.engine.engine import Engine
+from shmsock.engine.features import OWN, Terms
 from shmsock.engine.layout import Identity, Layout, format_region
 from shmsock.engine.listeners import Listener
 from shmsock.engine.memory import Core, Memory
@@ -444,19 +445,26 @@ class World:
         locked: bool = True,
         settings: Settings = SETTINGS,
         doorbell: Doorbell | None = None,
+        terms: Terms = OWN,
     ) -> Node:
-        node = self.process(name, kernel=kernel, machine=machine, locked=locked)
+        node = self.process(name, kernel=kernel, machine=machine, locked=locked, terms=terms)
         node.doorbell = doorbell
         self.start(node, settings)
         return node
 
     def process(
-        self, name: str, *, kernel: bytes = KERNEL, machine: bytes = MACHINE, locked: bool = True
+        self,
+        name: str,
+        *,
+        kernel: bytes = KERNEL,
+        machine: bytes = MACHINE,
+        locked: bool = True,
+        terms: Terms = OWN,
     ) -> Node:
         """One that has not attached yet."""
         cpu = next(c for c in reversed(self._free_cpus) if not self.lib.sh_fake_pending(c))
         self._free_cpus.remove(cpu)
-        who = Identity(name, kernel, machine, 4242, lay.FLAG_LOCKED if locked else 0, FILE)
+        who = Identity(name, kernel, machine, 4242, lay.FLAG_LOCKED if locked else 0, FILE, terms=terms)
         return Node(self, cpu, who, FakeLocks(self.kernels.setdefault(kernel, {})))
 
     def start(self, node: Node, settings: Settings = SETTINGS, claim: Claim | None = None) -> None:

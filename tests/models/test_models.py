@@ -45,6 +45,8 @@ RIGHT = [
     "reuse DROPS=0",
     "reuse DROPS=0 N=3",
     "used",
+    "features",
+    "features LIVES=4",
 ]
 
 WRONG = [
@@ -131,6 +133,9 @@ WRONG = [
     "used USED_ANEW",
     "used ARENA_FIRST",
     "used STEP_NONE",
+    "features BITS_LATE",
+    "features BITS_FIRST",
+    "features NO_COMPARE",
 ]
 
 
