@@ -63,6 +63,12 @@ test: lint ## everything: checks, all Python versions there are, real guests
 scale: setup ## 10,000 connections twenty times in a row, 30,000, and 16 processes with 600 each
 	@SHMSOCK_SCALE_ROUNDS=20 $(BIN)/python -m pytest -q -m slow tests/aio/test_scale.py
 
+HOURS := 3
+.PHONY: soak
+soak: setup ## HOURS=3 of hundreds of connections among processes that die; a report with plots in build/soak
+	@.ci/setup venv .venv $(BIN)/python bench
+	@$(BIN)/python -m tests.soak --hours $(HOURS) --report build/soak
+
 .PHONY: apps
 apps: setup ## libraries and servers as they are: the long forms of their tests, and a table beside TCP
 	@SHMSOCK_LONG=1 $(BIN)/python -m pytest -q $(AT_ONCE) tests/integrations tests/forward/test_apps.py
