@@ -89,8 +89,8 @@ lint: setup
 	@$(BIN)/mypy
 
 .PHONY: check
-check: lint ## ruff, mypy, and the C core with every compiler's warnings as errors
-	@$(BIN)/python -m pytest -q tests/native/test_build.py tests/test_house.py
+check: lint ## ruff, mypy, pyright on the public face, and the C core with every compiler's warnings as errors
+	@$(BIN)/python -m pytest -q tests/native/test_build.py tests/test_house.py tests/test_types.py
 
 .PHONY: docs
 docs: setup ## write the generated parts of the documents, and the site: build/site/index.html

@@ -45,6 +45,7 @@ if __name__ == "__main__":
     try:
         main(int(sys.argv[1]) if len(sys.argv) > 1 else 100)
     except RuntimeError as error:
-        while error.__cause__:  # the cluster did not start, as the scheduler did not, as there is no region
-            error = error.__cause__
-        sys.exit(f"dask_cluster: {error}")
+        why: BaseException = error
+        while why.__cause__:  # the cluster did not start, as the scheduler did not, as there is no region
+            why = why.__cause__
+        sys.exit(f"dask_cluster: {why}")

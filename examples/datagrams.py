@@ -13,8 +13,8 @@ PORT = 8125
 
 
 class Collector(asyncio.DatagramProtocol):
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport, self.counts = transport, Counter()
+    def connection_made(self, transport: asyncio.DatagramTransport) -> None:  # type: ignore[override]
+        self.transport, self.counts = transport, Counter[str]()
 
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
         self.counts[word := data.decode(errors="replace")] += 1
@@ -29,7 +29,7 @@ class Sender(asyncio.DatagramProtocol):
         if not self.answer.done():  # ("*" asks all of them)
             self.answer.set_result(f"{data.decode()} (says {addr[0]})")
 
-    def error_received(self, exc: OSError) -> None:
+    def error_received(self, exc: Exception) -> None:
         if not self.answer.done():
             self.answer.set_exception(exc)
 

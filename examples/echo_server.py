@@ -26,7 +26,8 @@ async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
 
 
 async def main() -> None:
-    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, asyncio.current_task().cancel)
+    if task := asyncio.current_task():
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, task.cancel)
     server = await shmsock.start_server(handle, port=int(sys.argv[1]) if len(sys.argv) > 1 else 7000)
     name, port = server.sockets[0].getsockname()
     print(f"listening on {name!r}, port {port}", flush=True)

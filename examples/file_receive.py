@@ -10,7 +10,8 @@ import shmsock
 
 async def main(path: str, port: int) -> None:
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGINT, asyncio.current_task().cancel)
+    if task := asyncio.current_task():
+        loop.add_signal_handler(signal.SIGINT, task.cancel)
     done = loop.create_future()
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import shmsock
 
 PORT = 7003
-METHODS = {"add": lambda *numbers: sum(numbers), "divide": lambda a, b: a / b, "upper": str.upper}
+METHODS: dict[str, Any] = {"add": lambda *them: sum(them), "divide": lambda a, b: a / b, "upper": str.upper}
 
 
 async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

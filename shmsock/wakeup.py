@@ -30,6 +30,8 @@ def eventfd() -> int:
 class Heartbeat:
     """The heartbeat thread of one node. Owns the eventfd `fd`. After stop() calls do nothing."""
 
+    fd: int
+
     def __init__(self, core: Core, nd: Any, *, lock_fd: int, look_cap_us: int, futex: bool = False) -> None:
         """Start the thread. `lock_fd`: the file whose locks are watched. `futex`: peers can wake this node by
         a futex. `look_cap_us`: the longest pause, in microseconds, between two polls of peers that cannot.
@@ -37,8 +39,8 @@ class Heartbeat:
         self._core, self._lib, self._nd = core, core.lib, nd  # the thread looks at `nd`
         self.fd = eventfd()
         #: What `native` points to; whoever keeps that keeps this.
-        self.private = core.ffi.new("uint8_t[]", core.lib.sh_heartbeat_bytes())
-        self.native = core.ffi.cast("sh_heartbeat *", self.private)
+        self.private: Any = core.ffi.new("uint8_t[]", core.lib.sh_heartbeat_bytes())
+        self.native: Any = core.ffi.cast("sh_heartbeat *", self.private)
         status = core.lib.sh_heartbeat_start(
             self.native, nd, self.fd, lock_fd, BEAT_NS, look_cap_us * 1000, int(futex)
         )

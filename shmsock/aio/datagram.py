@@ -31,6 +31,9 @@ class ShmDatagramTransport(FlowControl, asyncio.DatagramTransport):
     kept, up to Settings.datagram_queue_bytes."""
 
     max_size = DATAGRAM_MAX
+    node: Node
+    endpoint: Endpoint
+    context: contextvars.Context
 
     def __init__(
         self,

@@ -68,6 +68,8 @@ def slowness(call: Callable[[], int]) -> int:
 class Opening:
     """A connection that waits for its answer."""
 
+    early: bool
+
     by_name = False
     waiter: asyncio.Future[None] | None = None
     error: OSError | None = None
@@ -134,7 +136,9 @@ class Driver:
         self._tune(slow)
         context.run(loop.add_reader, heartbeat.fd, self.pump._wake)
         listen = functools.partial(context.run, loop.add_reader)
-        self.doorbells = DoorbellListener(engine, doorbell, listen, loop.remove_reader, self.pump.woken, node)
+        self.doorbells: DoorbellListener = DoorbellListener(
+            engine, doorbell, listen, loop.remove_reader, self.pump.woken, node
+        )
         self.pump.listens = doorbell is not None
         engine.home.stir = self.pump.stir
         engine.on_down, engine.on_alone = self._report_down, self._report_alone

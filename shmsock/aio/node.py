@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from shmsock.address import is_any, is_local, normalize_name
+from shmsock.aio.doorbells import DoorbellListener
 from shmsock.aio.driver import Driver, Loop, Opening
 from shmsock.aio.publisher import Publisher
 from shmsock.aio.watch import Watch
@@ -42,6 +43,16 @@ class Node:
     forked child ForkedError, after the end NodeClosedError.
     """
 
+    engine: Engine
+    heartbeat: Heartbeat
+    region: Region
+    lib: Any
+    nd: Any
+    name: str
+    section: int
+    ident: int
+    pid: int
+
     def __init__(
         self, region: Region, engine: Engine, heartbeat: Heartbeat, loop: Loop, slow: int = 1
     ) -> None:
@@ -58,10 +69,10 @@ class Node:
         self.publisher: Publisher | None = None
         bell = region.doorbell if engine.settings.doorbells else None
         self._driver = Driver(engine, heartbeat, loop, bell, slow, self, self.flushed)
-        self.pump = self._driver.pump
+        self.pump: Any = self._driver.pump
         self.context: contextvars.Context = self.pump.context
-        self.doorbell_listener = self._driver.doorbells
-        self.watch = Watch(self)
+        self.doorbell_listener: DoorbellListener = self._driver.doorbells
+        self.watch: Watch = Watch(self)
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else f"section {self.section}"

@@ -58,7 +58,7 @@ class Watch:
 
     def __init__(self, node: Watched) -> None:
         self.node = node
-        self.lost = ""  # what Region.displaced() said
+        self.lost: str = ""  # what Region.displaced() said
         self.name: str | None = None  # as an implicit node was asked for
         self.former: weakref.ref[Any] | None = None  # whose place this one has taken
         self.retired = False

@@ -61,6 +61,8 @@ class End:
     """What node and engine know of a stream, a listener or a datagram socket, so that one that is dropped can
     be collected. At most one task waits on each side."""
 
+    node: Node
+    closed: bool
     flushing = False
 
     def __init__(self, node: Node) -> None:

@@ -111,6 +111,10 @@ FREE, OPENING, OPEN = State  # an attribute of an Enum takes as long as a call, 
 class Link:
     """What this node has to do with one peer."""
 
+    home: Home
+    section: int
+    violations: int
+
     def __init__(self, home: Home, section: int) -> None:
         self.home, self.section = home, section
         self.violations = 0
@@ -163,6 +167,15 @@ class Connection(Held):
     silent), and freed() in the middle of a release.
     """
 
+    home: Home
+    link: Link
+    slots: Slots[Connection]
+    peer: int
+    local: tuple[str, int]
+    remote: tuple[str, int]
+    orphaned_ns: int
+    state: State
+
     # Values that most connections never change are the class's, which saves time in __init__.
     state = OPENING
     accepted = False
@@ -186,7 +199,8 @@ class Connection(Held):
     ) -> None:
         """In OPENING. `slot` is what the core gave."""
         self.home, self.slots, self.link = home, slots, link
-        self.slot, self.peer = slot, link.section
+        self.slot: int = slot
+        self.peer = link.section
         self.local, self.remote = local, remote
         slots.connections[slot] = self
 

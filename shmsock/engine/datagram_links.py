@@ -68,7 +68,7 @@ class Gate:
     __slots__ = ("can_write",)
 
     def __init__(self, conn: Connection, link: Outgoing) -> None:
-        self.can_write = False
+        self.can_write: bool = False
 
 
 class Route(NamedTuple):
@@ -100,6 +100,11 @@ def remember(known: dict[Any, Any], key: Any, value: Any) -> None:
 class Outgoing:
     """The link that this node opened to a peer: handler of its connection."""
 
+    conn: Connection
+    ep: Any
+    home: Home
+    ring: int
+
     def __init__(
         self,
         home: Home,
@@ -113,7 +118,7 @@ class Outgoing:
         over; returns the endpoints that have sent through it."""
         self.home, self.conn, self.ep, self.ring = home, conn, conn.ep, conn.ring[1]
         self._room, self._forget = room, forget
-        self.gate = gate(conn, self)
+        self.gate: Any = gate(conn, self)
         self.gate.can_write = False
         self.queue: deque[Waiting] = deque()
         self._over = False
@@ -237,6 +242,10 @@ class Outgoing:
 class Incoming:
     """A link that a peer opened: handler of its connection. It is always drained, so that no endpoint that is
     paused stands in the way of another."""
+
+    conn: Connection
+    ep: Any
+    home: Home
 
     def __init__(
         self,

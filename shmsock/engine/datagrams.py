@@ -47,6 +47,14 @@ class Endpoint:
     source); space() when `unsent` went down; refused(error) when nobody received what a connected endpoint
     sent or, with a NodeClosedError, when this node is over."""
 
+    home: Home
+    listener: Listener
+    owner: Datagrams
+    local: tuple[str, int]
+    remote: Address | None
+    paused: bool
+    closed: bool
+
     def __init__(self, owner: Datagrams, listener: Listener, remote: Address | None, given: Any) -> None:
         self.owner, self.home, self.listener = owner, owner.home, listener
         self.local, self.remote = (owner.home.name, listener.port), remote
@@ -230,6 +238,10 @@ class Datagrams:
     """All endpoints of a node, and the links that they share.
 
     `connect(section, port, local=, remote=)` opens a connection, as Handshake.connect() does."""
+
+    home: Home
+    listeners: Listeners
+    peers: Peers
 
     def __init__(
         self,

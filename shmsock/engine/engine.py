@@ -15,8 +15,10 @@ Each part is given those that it uses, and knows none above it.
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from shmsock.address import Address
 from shmsock.engine import layout as lay
@@ -29,6 +31,7 @@ from shmsock.engine.home import Home
 from shmsock.engine.layout import Identity, Layout
 from shmsock.engine.links import Links
 from shmsock.engine.listeners import LOCAL, Listener, Listeners
+from shmsock.engine.memory import Memory
 from shmsock.engine.peers import Peer, Peers
 from shmsock.engine.settings import Settings
 from shmsock.engine.slots import Slots, Storage
@@ -58,6 +61,25 @@ class Engine:
 
     `events` holds what is to be told, oldest first: each a call and its argument, to be made after the pass.
     """
+
+    home: Home
+    claim: Claim
+    name: str
+    section: int
+    settings: Settings
+    ffi: Any
+    layout: Layout
+    lib: Any
+    memory: Memory
+    nd: Any
+    counts: dict[str, int]
+    events: deque[tuple[Callable[[Any], object], Any]]
+    connect: Callable[..., Connection]
+    connect_again: Callable[[Any, int], Connection | None]
+    owed: tuple[Any, ...]
+    private: Any
+    handshake: Handshake
+    datagrams: Datagrams
 
     def __init__(
         self,
@@ -93,13 +115,15 @@ class Engine:
         self.on_alone: Callable[[], object] = lambda: None
         self.once_a_second: Callable[[], object] = lambda: None
 
-        self.peers = Peers(home, identity, locks)
+        self.peers: Peers = Peers(home, identity, locks)
         self.slots: Slots[Connection] = Slots(home, storage)
-        self.connections = self.slots.connections
-        self.wakes = Wakes(home, self.peers, doorbell, futex)
+        self.connections: dict[int, Connection] = self.slots.connections
+        self.wakes: Wakes = Wakes(home, self.peers, doorbell, futex)
         self.peers.changed = self._peer_changed
-        self.listeners = Listeners(home, self.peers, self._ports_of_connections)
-        self.links = Links(home, self.peers, self.slots, watch or (lambda peer, on: None), self._sample_soon)
+        self.listeners: Listeners = Listeners(home, self.peers, self._ports_of_connections)
+        self.links: Links = Links(
+            home, self.peers, self.slots, watch or (lambda peer, on: None), self._sample_soon
+        )
         self.handshake = Handshake(home, self.peers, self.links, self.slots, self.listeners)
         #: Ask a section for a connection, or the one that was found before: see Handshake.
         self.connect, self.connect_again = self.handshake.connect, self.handshake.connect_again

@@ -26,6 +26,12 @@ DATAGRAMS: int = lib.SH_LISTENERS  # the entry of what is for no listener
 class Handshake:
     """Opens and accepts connections. `accept`, set from above, takes those that are to carry datagrams."""
 
+    home: Home
+    links: Links
+    peers: Peers
+    listeners: Listeners
+    slots: Slots[Connection]
+
     def __init__(
         self, home: Home, peers: Peers, links: Links, slots: Slots[Connection], listeners: Listeners
     ) -> None:

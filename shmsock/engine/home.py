@@ -9,8 +9,9 @@ from typing import Any
 
 from shmsock.engine.counters import OF_ENGINE
 from shmsock.engine.layout import Layout
+from shmsock.engine.memory import Memory
 from shmsock.engine.settings import Settings
-from shmsock.engine.trace import trace_of
+from shmsock.engine.trace import Trace, trace_of
 from shmsock.errors import node_closed
 from shmsock.region.private import zeros
 
@@ -25,21 +26,30 @@ class Home:
     in an event loop.
     """
 
+    layout: Layout
+    memory: Memory
+    name: str
+    rng: random.Random
+    section: int
+    settings: Settings
+    ffi: Any
+    lib: Any
+
     def __init__(
         self, layout: Layout, section: int, name: str, settings: Settings, rng: random.Random
     ) -> None:
         self.layout, self.memory = layout, layout.memory
         self.section, self.name, self.settings, self.rng = section, name, settings, rng
         #: Told of each event, in words; None: nobody asked for that.
-        self.trace = trace_of(name, section)
+        self.trace: Trace | None = trace_of(name, section)
         self.ffi, self.lib = layout.memory.core
         #: What `nd` points to; whoever keeps that keeps this.
-        self.private = zeros(self.lib.sh_node_bytes(layout.geometry))
-        self.nd = self.memory.node(self.private, layout.geometry, section)
+        self.private: Any = zeros(self.lib.sh_node_bytes(layout.geometry))
+        self.nd: Any = self.memory.node(self.private, layout.geometry, section)
         #: Where the core puts bytes that it takes out of a ring, and a buffer whose slices are bytes.
         room = self.ffi.new("char[]", self.lib.SH_COPY_MAX)
-        self.room = room, self.ffi.buffer(room)
-        self.counts = dict.fromkeys(OF_ENGINE, 0)
+        self.room: tuple[Any, Any] = room, self.ffi.buffer(room)
+        self.counts: dict[str, int] = dict.fromkeys(OF_ENGINE, 0)
         #: Called whenever something was published, or an event is to be told, maybe outside of a pass: one
         #: should follow. (The own node may be the peer, and nobody kicks itself.)
         self.stir: Callable[[], object] = lambda: None

@@ -149,6 +149,11 @@ class SlotWords(NamedTuple):
 class Layout:
     """The geometry of a formatted region: a function of its id and size alone."""
 
+    geometry: Any
+    memory: Memory
+    region_bytes: int
+    region_id: int
+
     def __init__(self, memory: Memory, region_id: int, region_bytes: int) -> None:
         ffi, lib = memory.core
         g = ffi.new("sh_geometry *")

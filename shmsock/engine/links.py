@@ -22,6 +22,10 @@ SECOND_NS = 1_000_000_000
 class Links:
     """One Link per section, the own one included."""
 
+    home: Home
+    peers: Peers
+    slots: Slots[Connection]
+
     def __init__(
         self,
         home: Home,
@@ -34,7 +38,7 @@ class Links:
         soon after this moment."""
         self.home, self.peers, self.slots = home, peers, slots
         self._watch, self._sample_soon = watch, sample_soon
-        self.all = [Link(home, i) for i in range(home.layout.peers)]
+        self.all: list[Link] = [Link(home, i) for i in range(home.layout.peers)]
         self.late: set[int] = set()  # peers whose tag changed while they were ignored
 
     def __getitem__(self, section: int) -> Link:

@@ -49,6 +49,12 @@ class Listener:
     """A port that is listened on. `handler`, the driver's, is called with each connection that was accepted;
     that of a port for datagrams is its Endpoint."""
 
+    closed: bool
+    flags: int
+    index: int
+    owner: Listeners
+    port: int
+
     def __init__(self, owner: Listeners, index: int, port: int, backlog: int, flags: int) -> None:
         self.owner, self.index, self.port, self.flags = owner, index, port, flags
         self.handler: Any = None
@@ -99,6 +105,9 @@ class Listeners:
     one: publish the entry as tentative, fence, scan the others of that name. Somebody who listens wins over
     who is tentative; of two tentative ones the lower section wins, and the other one withdraws.
     """
+
+    home: Home
+    peers: Peers
 
     def __init__(self, home: Home, peers: Peers, used: Callable[[], set[int]]) -> None:
         """`used`: returns the own ports of connections."""
@@ -211,7 +220,8 @@ class Listeners:
 
     def entry(self, peer: Peer, port: int, datagram: bool = False) -> int:
         """Look a port up in a peer's table: index << 8 | flags; 0 when it does not listen there."""
-        return self.home.memory.find_listener(self.home.layout.geometry, peer.section, port, datagram)
+        found: int = self.home.memory.find_listener(self.home.layout.geometry, peer.section, port, datagram)
+        return found
 
     def reachable(self, peer: Peer, port: int, datagram: bool = False) -> int:
         """Return the entry of a peer's port if this node may use it, else 0."""

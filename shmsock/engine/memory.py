@@ -32,8 +32,8 @@ class Memory:
         self.core = core
         self._buffer = core.ffi.from_buffer("uint8_t[]", mapping)
         self._base = core.ffi.cast("void *", self._buffer)  # until release(): then __getattr__ is asked
-        self.size = len(self._buffer)
-        self.wc = int(write_combining)
+        self.size: int = len(self._buffer)
+        self.wc: int = int(write_combining)
 
     # -- words
 

@@ -3,7 +3,7 @@ below 3), and at each beat while somebody is in doubt; the clock is the caller's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from shmsock.address import Address
 from shmsock.engine import layout as lay
@@ -29,7 +29,7 @@ class Peer:
         self.incarnation = 0
         self.claim = 0
         self.who: Identity | None = None
-        self.name = f"section-{section}"
+        self.name: str = f"section-{section}"
         self.locked = False  # this process would see it if the lock of its section fell
         self.live = False
         self.coming = False  # about to say that it is there: it may kick before that
@@ -37,7 +37,7 @@ class Peer:
         self.watched = False  # the heartbeat was asked to watch its lock
         self.doorbell: tuple[int, int] | None = None  # id and vectors, as it says
         self.addresses: frozenset[Address] = frozenset()  # of its machine, as it says; see Peers.claiming()
-        self.published = (0, 0)  # the life and the word that they were read of
+        self.published: tuple[int, int] = (0, 0)  # the life and the word that they were read of
         #: life, live or coming, and its doorbell, as `changed` was last told of
         self.told: tuple[object, ...] = (0, False, None)
         self.forsaken = False  # the server says that its id is gone: dead, if its beat is still as well
@@ -51,17 +51,23 @@ class Peer:
 class Peers:
     """The owners of all sections. The own one is a peer too, as a node may connect to itself."""
 
+    home: Home
+    layout: lay.Layout
+    locks: Locks | None
+    own: int
+    alone: bool
+
     def __init__(self, home: Home, identity: Identity, locks: Locks | None = None) -> None:
         """`identity`: the own one. `locks`: of the region's file, None where there are none."""
         self.home, self.layout, self.own, self.locks = home, home.layout, home.section, locks
-        self.pin = home.settings.pin or {}
+        self.pin: Mapping[str, int] = home.settings.pin or {}
         self.me = identity
-        self.dead_after_ns = int(home.settings.dead_after_s * 1e9)
+        self.dead_after_ns: int = int(home.settings.dead_after_s * 1e9)
         #: Told of each peer that came, went or changed its doorbell.
         self.changed: Callable[[Peer], None] = lambda peer: None
         self._here = 0  # mask of sections whose owners may be under this kernel, as the core knows it
         self._unread = 0  # mask of sections that looked different and were not read yet
-        self.all = [Peer(i) for i in range(self.layout.peers)]
+        self.all: list[Peer] = [Peer(i) for i in range(self.layout.peers)]
         self._survey, self._beat = self.layout.survey()
         self.alone = True  # nobody else has been seen so far
         self.some: list[Peer] = []  # those of whom there is, or was, something to be told

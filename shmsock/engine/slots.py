@@ -42,6 +42,8 @@ H = TypeVar("H", bound=Held)
 class Slots(Generic[H]):
     """The slots of this section that are in use."""
 
+    home: Home
+
     def __init__(self, home: Home, storage: Storage | None) -> None:
         self.home, self._storage, lib = home, storage, home.lib
         self.connections: dict[int, H] = {}

@@ -32,6 +32,10 @@ class Wakes:
     """How one node is woken and wakes others. `doorbell`: ours, if any; `futex`: words of this mapping can be
     waited for."""
 
+    futex: bool
+    home: Home
+    peers: Peers
+
     def __init__(self, home: Home, peers: Peers, doorbell: Doorbell | None, futex: bool) -> None:
         self.home, self.peers, self.doorbell, self.futex = home, peers, doorbell, futex
 

@@ -97,7 +97,7 @@ class ShmSite(web.BaseSite):
         node: Node | None = None,
     ) -> None:
         super().__init__(runner, ssl_context=ssl_context)
-        self.port = (8443 if ssl_context else 8080) if port is None else port
+        self.port: int = (8443 if ssl_context else 8080) if port is None else port
         self._address = host
         self._more: dict[str, Any] = {"reuse_port": reuse_port, "region": region, "name": name, "node": node}
 

@@ -40,6 +40,8 @@ class Holder:
 class Place:
     """A path, and what it led to when this was made: `identity` is its (st_dev, st_ino)."""
 
+    path: str
+
     def __init__(self, path: str, identity: tuple[int, int]) -> None:
         self.path, self._identity = path, identity
         self._view = _view()
