@@ -73,6 +73,7 @@ docs/tuning
 docs/differences-from-tcp
 docs/limits
 docs/trust
+docs/compatibility
 docs/benchmarks
 ```
 

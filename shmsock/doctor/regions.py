@@ -116,7 +116,7 @@ def form(region: Region, content: Content) -> Finding:
         return Finding("version", "error", seen, why, mend, region.url)
     if content.version is not None and content.version not in lay.VERSIONS:
         seen = f"it has format version {content.version}, and this shmsock {lay.VERSION}"
-        why, mend = "all peers of a region must have one version", f"install one shmsock everywhere; {mend}"
+        why, mend = "all peers of a region must have one layout", f"install one shmsock everywhere; {mend}"
         return Finding("version", "error", seen, why, mend, region.url)
     if content.bytes and content.bytes > region.size:
         seen = f"the region has {format_size(content.bytes)}, and {format_size(region.size)} of it are here"

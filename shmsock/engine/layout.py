@@ -503,9 +503,10 @@ def read_layout(memory: Memory, *, looks: bool = False) -> Layout:
             "`shmsock create --force` on the host when nobody has it mapped, no QEMU either"
         )
     if version not in VERSIONS:
+        newer = version > max(VERSIONS)
+        do = "upgrade it here, `pip install -U shmsock`" if newer else "upgrade those who made it"
         raise format_error(
-            f"the region has format version {version}, this shmsock knows {VERSION}: use the same shmsock "
-            "on every VM; "
+            f"the region has format version {version}, this shmsock knows {VERSION}: {do}; "
             "when nobody has the region mapped, no QEMU either, `shmsock create --force` makes it anew"
         )
     terms = region_terms(memory)

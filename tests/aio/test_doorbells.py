@@ -511,7 +511,7 @@ def test_rung_for_nothing(run: Run, server: Server, caplog: pytest.LogCaptureFix
         (
             lay.H_VERSION,
             99,
-            r"has format version 99, this shmsock knows \d+: use the same shmsock on every VM",
+            r"has format version 99, this shmsock knows \d+: upgrade it here",
         ),
         (lay.H_BYTES, 2 * SIZE, rf"formatted with {2 * SIZE} bytes, but only {SIZE} are there"),
         (lay.H_ID, 1 << 63, "do not go together"),
