@@ -17,7 +17,6 @@ from typing import Any
 
 import click
 import pytest
-from shmsock.native._core import lib
 
 import shmsock
 from shmsock.cli import cli
@@ -25,6 +24,7 @@ from shmsock.engine import counters
 from shmsock.engine.layout import default_slots
 from shmsock.engine.memory import Memory, native_core
 from shmsock.engine.settings import Settings
+from shmsock.native._core import lib
 from shmsock.observe.connections import MOST
 from shmsock.region.sizes import format_size
 
@@ -298,6 +298,13 @@ def test_environment_variables_are_those_of_the_code() -> None:
     source = "\n".join(read(file) for file in (ROOT / "shmsock").rglob("*.py"))
     read_there = set(re.findall(r"environ[^\n]*?\"(SHMSOCK_[A-Z_]+)\"", source))
     assert read_there == set(re.findall(r"^\| `(SHMSOCK_[A-Z_]+)`", read(TUNING), re.MULTILINE))
+
+
+def test_files_that_are_named_by_version_are_of_this_one() -> None:
+    version = re.search(r'^version = "(.*)"$', read(ROOT / "pyproject.toml"), re.MULTILINE)
+    assert version is not None
+    named = re.findall(r"shmsock-(\d+\.\d+\.\d+)", "".join(map(read, (ROOT / "docs").glob("*.md"))))
+    assert set(named) == {version[1]}
 
 
 def test_counters_are_those_of_the_code() -> None:

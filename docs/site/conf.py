@@ -93,6 +93,7 @@ docs/site/reference/commands
 :caption: Project
 CHANGELOG
 CONTRIBUTING
+SECURITY
 docs/architecture
 shmsock/native/LAYOUT
 tests/models/README
