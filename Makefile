@@ -69,6 +69,12 @@ soak: setup ## HOURS=3 of hundreds of connections among processes that die; a re
 	@.ci/setup venv .venv $(BIN)/python bench
 	@$(BIN)/python -m tests.soak --hours $(HOURS) --report build/soak
 
+MINUTES := 10
+.PHONY: hostile
+hostile: setup ## MINUTES=10 beside a peer that lies in its own section, and 10 beside one that writes everywhere
+	@$(BIN)/python -m tests.soak --seconds $$(($(MINUTES) * 60)) --lies own
+	@$(BIN)/python -m tests.soak --seconds $$(($(MINUTES) * 60)) --lies everywhere
+
 .PHONY: apps
 apps: setup ## libraries and servers as they are: the long forms of their tests, and a table beside TCP
 	@SHMSOCK_LONG=1 $(BIN)/python -m pytest -q $(AT_ONCE) tests/integrations tests/forward/test_apps.py

@@ -3,8 +3,9 @@ all the time: `python -m tests.soak --hours 3`, or `make soak HOURS=3`.
 
 Every byte is checked, every connection has to end as it should unless its peer was killed just then, every
 timer has to be on time, and what a process holds has to be the same at the end as at the beginning. Exits
-with 1 and the faults where that does not hold. `--report DIRECTORY` writes soak.json, and soak.svg with
-plots.
+with 1 and the faults where that does not hold. With `--lies` one more process writes nonsense: into its own
+section, and then only what it takes part in may break; or into everything, and then all may, but no process
+may crash, hang or grow. `--report DIRECTORY` writes soak.json, and soak.svg with plots.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import signal
 import statistics
 import sys
@@ -27,6 +29,8 @@ import anyio
 import click
 import trustme
 
+from tests.soak.peer import LOST
+
 STILL = {"busy_poll_us": 0, "hot_us": 0}
 POLLED = {"doorbells": False}
 KINDS: dict[str, tuple[str, str, dict[str, Any], bool]] = {
@@ -39,6 +43,9 @@ KINDS: dict[str, tuple[str, str, dict[str, Any], bool]] = {
     "anyio": ("asyncio", "anyio", STILL, False),
     "bells": ("trio", "anyio", STILL, True),
 }
+LIAR = "liar"
+"""The name of the process that writes nonsense, where there is one; and its kind."""
+LIAR_KIND: tuple[str, str, dict[str, Any], bool] = ("asyncio", "streams", {}, False)
 STEADY = ("asyncio", "uvloop", "trio")
 """Those that live from the first minute to the last: what they hold has to stay the same."""
 EXCUSED_BEFORE_S, EXCUSED_AFTER_S = 0.5, 10.0
@@ -75,14 +82,25 @@ class Death:
 
 class Soak:
     def __init__(
-        self, directory: Path, seconds: float, clients: int, pause_s: float, bulk: int, seed: int
+        self,
+        directory: Path,
+        seconds: float,
+        clients: int,
+        pause_s: float,
+        bulk: int,
+        seed: int,
+        lies: str | None,
     ) -> None:
+        self.lies = lies
+        self.kinds = {**KINDS, LIAR: LIAR_KIND} if lies else KINDS
         self.directory, self.seconds, self.clients = directory, seconds, clients
         self.pause_s, self.bulk, self.dice = pause_s, bulk, random.Random(seed)
         self.peers: dict[str, Peer] = {}
-        self.samples: dict[str, list[dict[str, Any]]] = {name: [] for name in KINDS}
+        self.samples: dict[str, list[dict[str, Any]]] = {name: [] for name in self.kinds}
         self.faults: list[dict[str, Any]] = []
+        self.heard: list[str] = []
         self.said: list[str] = []
+        self.lost = 0
         self.deaths: list[Death] = []
         self.totals: Counter[str] = Counter()
         self.start = time.monotonic()
@@ -132,20 +150,28 @@ class Soak:
 
         async def keep() -> None:
             while line := await stream.readline():
-                self.said.append(f"{name}: {line.decode().rstrip()}")
+                told = f"{name}: {line.decode().rstrip()}"
+                self.heard.append(told)
+                # Who lost its section says so, which is right.
+                if not self.lies or (
+                    name != LIAR and re.match(rb"[\w.]+: ", line) and b"NodeClosedError" not in line
+                ):
+                    self.said.append(told)
 
         return asyncio.ensure_future(keep())
 
     async def start_peer(self, name: str) -> None:
-        loop, face, settings, by_server = KINDS[name]
+        loop, face, settings, by_server = self.kinds[name]
         configuration = {
             "name": name,
             "loop": loop,
             "face": face,
             "settings": settings,
             "region": f"ivshmem:{self.socket}" if by_server else self.region,
-            "hosts": list(KINDS),
-            "secure": [other for other, kind in KINDS.items() if kind[1] == "streams"],
+            "hosts": list(self.kinds),
+            "file": self.region,
+            "lies": self.lies if name == LIAR else None,
+            "secure": [other for other, kind in self.kinds.items() if kind[1] == "streams"],
             "certificates": str(self.directory),
             "clients": self.clients,
             "pause_s": self.pause_s,
@@ -193,16 +219,22 @@ class Soak:
         await peer.process.wait()
         await asyncio.gather(*peer.readers)
         self.totals.update(
-            {key: peer.last.get(key, 0) for key in ("bytes", "exchanges", "connects", "datagrams")}
+            {key: peer.last.get(key, 0) for key in ("bytes", "exchanges", "connects", "datagrams", "words")}
         )
 
-    def all_run(self) -> bool:
-        """Has none ended that was not asked to? Then the rest is of no use."""
+    async def all_run(self) -> bool:
+        """Has none ended that was not asked to? Then the rest is of no use. But where everything is written
+        over a process may lose its section: it comes back then."""
+        for peer in list(self.peers.values()):
+            if peer.process.returncode == LOST and (self.lies == "everywhere" or peer.name == LIAR):
+                await self.gone(peer)
+                self.lost += 1
+                await self.start_peer(peer.name)
         return all(peer.process.returncode is None for peer in self.peers.values())
 
     async def trouble(self) -> None:
         """Kill, stop, or end one of the mortal peers, and bring it back."""
-        peer = self.peers[self.dice.choice([name for name in KINDS if name not in STEADY])]
+        peer = self.peers[self.dice.choice([name for name in self.kinds if name not in STEADY])]
         how = self.dice.choice(["SIGKILL", "SIGKILL", "SIGTERM", "SIGSTOP 0.3 s", "SIGSTOP 4 s"])
         death = Death(peer.name, how, time.monotonic())
         self.deaths.append(death)
@@ -229,17 +261,18 @@ class Soak:
     async def run(self) -> None:
         server = await self.make_region()
         try:
-            await asyncio.gather(*map(self.start_peer, KINDS))
+            await asyncio.gather(*map(self.start_peer, self.kinds))
             await asyncio.sleep(1)
             self.start = time.monotonic()
             self.faults.clear()  # of the time in which not all were there
             for samples in self.samples.values():
                 samples.clear()
-            while time.monotonic() - self.start < self.seconds and self.all_run():
+            while time.monotonic() - self.start < self.seconds and await self.all_run():
                 await asyncio.sleep(self.dice.random() * 3)
                 await self.trouble()
-            await asyncio.sleep(EXCUSED_AFTER_S)
-            if self.all_run():
+            if self.lies != "everywhere":
+                await asyncio.sleep(EXCUSED_AFTER_S)
+            if await self.all_run():
                 await self.end()
         finally:
             for process in [server, *(peer.process for peer in self.peers.values())]:
@@ -257,6 +290,8 @@ class Soak:
             excused = fault["fault"] != "wrong" and any(
                 death.excuses(n, at) for death in self.deaths for n in names
             )
+            if fault["fault"] != "late":
+                excused |= self.lies == "everywhere" or (self.lies is not None and LIAR in names)
             if not excused:
                 ends = f"{fault['name']} with {fault['host']}"
                 found.append(f"{at - self.start:.1f} s: {ends}: {fault['fault']}: {fault['error'][:200]}")
@@ -265,7 +300,7 @@ class Soak:
     def growth(self) -> list[str]:
         """What the steady peers hold more of in the last third than in the first, after the warm-up."""
         found = []
-        for name in STEADY:
+        for name in STEADY if not self.lost else ():
             samples = [sample for sample in self.samples[name] if sample["at"] > WARM_UP * self.seconds]
             third = len(samples) // 3
             if not third:
@@ -283,6 +318,8 @@ class Soak:
         """What is still held when all is over."""
         found = []
         for name, peer in self.peers.items():
+            if peer.process.returncode == LOST and self.lies:
+                continue
             if peer.process.returncode != 0:
                 found.append(f"{name} ended with {peer.process.returncode}")
             elif peer.last["connections"] > LINKS:
@@ -297,6 +334,7 @@ class Soak:
             "seconds": round(time.monotonic() - self.start),
             **self.totals,
             "deaths": Counter(death.how for death in self.deaths),
+            "sections_lost": self.lost,
             "broken_by_deaths": len(self.faults) - len(self.unexcused()),
             "latest_timer_s": max((s["late_s"] for name in STEADY for s in self.samples[name]), default=None),
             "verdict": self.verdict(),
@@ -344,6 +382,7 @@ def plot(soak: Soak, path: Path) -> None:
 @click.option(
     "--bulk", default=4 << 20, show_default=True, help="Most bytes of an exchange, in one direction."
 )
+@click.option("--lies", type=click.Choice(["own", "everywhere"]), help="Have a process write nonsense.")
 @click.option("--seed", type=int, help="By chance where it is not given.")
 @click.option("--report", type=click.Path(path_type=Path), help="Where soak.json and soak.svg go.")
 def main(
@@ -352,17 +391,23 @@ def main(
     clients: int,
     pause_s: float,
     bulk: int,
+    lies: str | None,
     seed: int | None,
     report: Path | None,
 ) -> None:
     seed = random.SystemRandom().getrandbits(32) if seed is None else seed
     with tempfile.TemporaryDirectory() as directory:
-        soak = Soak(Path(directory), seconds or hours * 3600, clients, pause_s, bulk, seed)
+        soak = Soak(Path(directory), seconds or hours * 3600, clients, pause_s, bulk, seed, lies)
         asyncio.run(soak.run())
     summary = {"seed": seed, **soak.summary()}
     if report:
         report.mkdir(parents=True, exist_ok=True)
-        everything = {**summary, "samples": soak.samples, "deaths": [vars(death) for death in soak.deaths]}
+        everything = {
+            **summary,
+            "samples": soak.samples,
+            "heard": soak.heard,
+            "deaths": [vars(death) for death in soak.deaths],
+        }
         (report / "soak.json").write_text(json.dumps(everything))
         plot(soak, report / "soak.svg")
     print(json.dumps(summary, indent=1))

@@ -39,10 +39,13 @@ from tests.soak.exchange import (
     open_side,
     read_header,
 )
+from tests.soak.hand import Hand
 
 PORT, TLS, DATAGRAMS = 7000, 7001, 7002
 DATAGRAM = struct.Struct(">QI")
 TICK_S = 0.05
+LOST = 3
+"""The exit code of a process whose node ended, as its section was overwritten."""
 LATE_S = 1.0
 """A timer that comes so much later than asked for, beside what the kernel gave to others, hangs."""
 
@@ -187,10 +190,15 @@ class Peer:
         self.dice = random.Random(configuration["seed"])
         self.settings = shmsock.Settings(**configuration["settings"])
         self.region: str = configuration["region"]
+        self.file: str = configuration["file"]
+        self.lies: str | None = configuration["lies"]
         self.face = Anyio() if configuration["face"] == "anyio" else Streams(configuration["certificates"])
         self.counts: Counter[str] = Counter()
         self.late_s = 0.0
         self.stopping = False
+
+    def scribbled(self, words: int) -> None:
+        self.counts["words"] += words
 
     def say(self, **what: Any) -> None:
         print(json.dumps({"name": self.name, "at": time.monotonic(), **what}), flush=True)
@@ -286,6 +294,7 @@ class Peer:
     async def client(self, seed: float) -> None:
         dice = random.Random(seed)
         while not self.stopping:
+            self.face.node.check()
             await anyio.sleep(dice.random() * self.pause_s)
             await (self.datagrams if dice.random() < 0.1 else self.connection)(dice)
 
@@ -327,6 +336,10 @@ class Peer:
     async def main(self) -> None:
         async with shmsock.attach(self.region, name=self.name, settings=self.settings) as node:
             self.face.node = node
+            if self.lies:
+                everywhere = self.lies == "everywhere"
+                engine = node.engine
+                Hand(self.file, engine.layout, engine.section, everywhere, self.scribbled).start()
             fresh = self.sample(node)
             async with self.face.serve(self.accepted), anyio.create_task_group() as group:
                 group.start_soon(self.echo_datagrams)
@@ -352,9 +365,16 @@ class Peer:
         await anyio.to_thread.run_sync(sys.stdin.readline, abandon_on_cancel=True)
 
 
+def run(peer: Peer) -> None:
+    backend = "trio" if peer.loop == "trio" else "asyncio"
+    options = {"use_uvloop": peer.loop == "uvloop"} if backend == "asyncio" else {}
+    try:
+        anyio.run(peer.main, backend=backend, backend_options=options)
+    except BaseException:
+        if not peer.face.node.closed:
+            raise
+        sys.exit(LOST)  # whatever it was that noticed
+
+
 if __name__ == "__main__":
-    peer = Peer(json.loads(sys.argv[1]))
-    if peer.loop == "trio":
-        anyio.run(peer.main, backend="trio")
-    else:
-        anyio.run(peer.main, backend="asyncio", backend_options={"use_uvloop": peer.loop == "uvloop"})
+    run(Peer(json.loads(sys.argv[1])))
