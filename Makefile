@@ -58,6 +58,7 @@ instructions: ## instructions per operation of the core; fails where they have b
 test: lint ## everything: checks, all Python versions there are, real guests
 	@$(BIN)/python -m pytest -q $(QUICK)
 	@.ci/both '.ci/matrix $(ACROSS)' '$(BIN)/python -m pytest $(GUESTS)'
+	@$(BIN)/python -m release.check tested
 
 .PHONY: scale
 scale: setup ## 10,000 connections twenty times in a row, 30,000, and 16 processes with 600 each
@@ -87,6 +88,21 @@ guests: setup ## the tests in guests at length: pip in one without a network, al
 .PHONY: test-quick
 test-quick: setup ## the tests without guests, on one Python
 	@$(BIN)/python -m pytest -q $(QUICK)
+
+.PHONY: wheels
+wheels: setup ## the sdist, and a wheel for each Python and platform, checked, into dist/: minutes
+	@$(BIN)/python -m release.wheels
+
+.PHONY: test-wheels
+test-wheels: setup ## install what dist/ has in bare roots, musl's and arm64's too, and in a guest; needs root
+	@$(BIN)/python -m release.tried
+	@SHMSOCK_LONG=1 $(BIN)/python -m pytest -q $(AT_ONCE) --dist loadfile tests/release tests/vm/test_wheels.py
+
+.PHONY: release
+release: ## check that this tree can be released, and build it into dist/; publishes nothing
+	@$(BIN)/python -m release.check before
+	@$(MAKE) --no-print-directory docs wheels test-wheels
+	@$(BIN)/python -m release.check after
 
 .PHONY: lint
 lint: setup

@@ -15,6 +15,8 @@ import shmsock.native as _native  # noqa: F401  (first: it says when nothing was
 if _TYPE_CHECKING:
     from shmsock.public import *  # noqa: F403
 
+__version__ = "0.2.0"
+
 _ROOMS = ("address", "aio", "anyio", "engine", "errors", "region", "testing", "wakeup")
 
 

@@ -23,7 +23,7 @@ from urllib.parse import unquote, urlparse
 
 from shmsock.install import BundleError
 
-__all__ = ["wheels_for", "wheels_from_here"]
+__all__ = ["installed_wheels", "wheels_for", "wheels_from_here"]
 
 _LEFT_OUT = {"INSTALLER", "REQUESTED", "RECORD", "direct_url.json"}
 _SOURCES = ("pyproject.toml", "README.md", "LICENSE", "shmsock", "examples")
@@ -31,7 +31,12 @@ _SOURCES = ("pyproject.toml", "README.md", "LICENSE", "shmsock", "examples")
 
 def wheels_from_here(add: Sequence[str], into: Path) -> None:
     """Make wheels of shmsock, pip, `add`, and what they need, from what is installed. Raises BundleError."""
-    wanted, seen = {"shmsock", "pip", *add}, set()
+    installed_wheels(["shmsock", "pip", *add], into)
+
+
+def installed_wheels(names: Sequence[str], into: Path) -> None:
+    """Make wheels of what is installed, and of what it needs. Raises BundleError."""
+    wanted, seen = set(names), set()
     while wanted:
         seen |= wanted
         wanted = set(_needs(wanted)) - seen

@@ -13,7 +13,7 @@
 enum sh_limit {
     SH_VERSION = 5,
     SH_VERSION_BITS = 6, /* the same, with bits in the header that peers of 0.1 must not overlook */
-    SH_RELEASE = 0 << 24 | 2 << 16 | 0, /* major, minor and patch of this release, as in pyproject.toml */
+    SH_RELEASE = 0 << 24 | 2 << 16 | 0, /* major, minor and patch of this release, as in __init__.py */
     SH_LEAST_RELEASE = 0, /* the oldest release that can talk to this one; 0: every one of this layout */
     SH_LINE = 64,
     SH_PAGE = 4096,

@@ -93,6 +93,13 @@ def test_one_file_without_the_core(bundle: Bundle, tmp_path: Path) -> None:
     assert udev.pci_rule() in run("install-units", "udev", "--print")[1]
 
 
+def alone(commands: str, folder: Path, env: dict[str, str]) -> None:
+    """Run them on this host, without a network and a compiler."""
+    hidden = EACH_COMPILER % "mount --bind /bin/false"
+    argv = ["unshare", "--mount", "--net", "sh", "-c", f"{hidden}; ! cc --version && {commands}"]
+    subprocess.run(argv, cwd=folder, env={**os.environ, **env}, check=True)
+
+
 @pytest.fixture
 def guest(two_guests: Pair) -> Iterator[Guest]:
     """A guest in which /opt can be written to, and no compiler works."""
@@ -112,10 +119,8 @@ def test_installed_in_a_guest(bundle: Bundle, guest: Guest, two_guests: Pair) ->
         for command in bundle.commands:
             guest.run(["sh", "-c", command], env=env, timeout=SECONDS)
     else:
-        hidden = EACH_COMPILER % "mount --bind /bin/false"
         commands = " && ".join(command.replace("/opt/shmsock", place) for command in bundle.commands)
-        alone = ["unshare", "--mount", "--net", "sh", "-c", f"{hidden}; ! cc --version && {commands}"]
-        subprocess.run(alone, cwd=bundle.file.parent, env={**os.environ, **env}, check=True)
+        alone(commands, bundle.file.parent, env)
         guest.run(["sh", "-c", bundle.commands[0]])
     installed = guest.run([f"{place}/bin/python", "-c", "import shmsock; print(shmsock.__file__)"])
     assert installed.text.startswith(f"{place}/lib/")
