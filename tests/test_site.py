@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import subprocess
@@ -18,7 +19,13 @@ import pytest
 from lxml import html
 
 from shmsock.cli import cli
+from shmsock.doctor.finding import Finding
+from shmsock.doctor.round_trips import Answers
 from shmsock.install.manual import walk
+from shmsock.observe.connections import Connection, End, Way
+from shmsock.observe.metrics import COUNTERS
+from shmsock.observe.rates import Node
+from shmsock.observe.snapshot import Content, Section
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = [
@@ -100,6 +107,20 @@ def test_every_command_and_option_is_in_the_reference(documented: set[str]) -> N
     assert wanted - documented == set()
 
 
+@pytest.mark.slow
+def test_what_programs_read_is_in_the_reference(site: Path, documented: set[str]) -> None:
+    """The fields of `--json`, whose objects these are, and the names of metrics."""
+    of_node = {"asleep", "connections", "links", "ring_bytes", "queued_in", "queued_out", "counts", "rates"}
+    wanted = {f"{Node.__module__}.Node.{name}" for name in of_node}
+    assert of_node | {"section"} == {field.name for field in dataclasses.fields(Node)}
+    for kind in (Content, Section, Connection, End, Way, Answers, Finding):
+        wanted |= {f"{kind.__module__}.{kind.__name__}.{field.name}" for field in dataclasses.fields(kind)}
+    assert wanted - documented == set()
+    told = (site / "docs/site/reference/metrics.html").read_text(encoding="utf-8")
+    assert [name for name, _ in COUNTERS.values() if f"shmsock_node_{name}_total" not in told] == []
+    assert "shmsock_queued_bytes" in told
+
+
 def attributes(page: Path, *names: str) -> list[str]:
     tree = html.parse(str(page))
     return [str(value) for name in names for value in tree.xpath(name)]
@@ -121,6 +142,24 @@ def test_nothing_comes_from_another_host(site: Path) -> None:
     assert "url(http" not in styles
     assert "url(//" not in styles
     assert "@import" not in styles
+
+
+#: Where links lead out of it. Nobody fetches them here: look at a new one before it is written down.
+OUTSIDE = {
+    "https://cwiki.apache.org/confluence/display/KAFKA/KIP-35+-+Retrieving+protocol+version",
+    "https://docs.kernel.org/filesystems/ext4/globals.html",
+    "https://docs.oasis-open.org/virtio/virtio/v1.2/virtio-v1.2.html",
+    "https://github.com/delta-io/delta/blob/master/PROTOCOL.md",
+    "https://github.com/pradyunsg/furo",
+    "https://keepachangelog.com/en/1.1.0/",
+    "https://semver.org/spec/v2.0.0.html",
+}
+
+
+@pytest.mark.slow
+def test_links_to_other_sites_are_known(site: Path) -> None:
+    links = {link for page in site.rglob("*.html") for link in attributes(page, "//a/@href")}
+    assert {link for link in links if urlsplit(link).scheme or urlsplit(link).netloc} == OUTSIDE
 
 
 @pytest.mark.slow

@@ -14,6 +14,9 @@ from sphinx.application import Sphinx
 
 import shmsock
 import shmsock.anyio
+from shmsock.observe.metrics import RegionCollector
+from shmsock.observe.rates import View
+from shmsock.observe.snapshot import Content
 
 project = "shmsock"
 author = "The shmsock authors"
@@ -86,6 +89,9 @@ docs/site/reference/anyio
 docs/site/reference/integrations
 docs/site/reference/testing
 docs/site/reference/commands
+docs/site/reference/json
+docs/site/reference/metrics
+docs/site/reference/environment
 ```
 
 ```{toctree}
@@ -104,6 +110,7 @@ docs/glossary
 #: "`region`, `name`: see attach(). `settings`: ...": a parameter begins where a sentence does.
 PARAMETER = re.compile(r"(?:^|(?<=[.)] ))((?:`\w+`(?:, | and )?)+(?: and the [\w ,]+)?): ")
 SENTENCE = re.compile(r"(?<=[.)]) (?=(?:Returns?|Raises?) )")
+ADDRESS = re.compile(r"\b(tcp|udp|http)(?=:\S)")
 CALLED = re.compile(r"(?<![\w.`])((?:Node\.|shmsock\.)?\w+)\(\)")
 NAMES = {called: f"shmsock.{name}" for name in shmsock.__all__ for called in (name, f"shmsock.{name}")}
 NAMES["Node.aclose"] = "shmsock.Node.aclose"
@@ -131,19 +138,43 @@ def on_docstring(app: Sphinx, what: str, name: str, obj: Any, options: Any, line
 
 
 def on_command(app: Sphinx, context: Any, lines: list[str]) -> None:
-    """Give what keeps its lines (behind \\b) as it is; a star is no markup."""
+    """Give what keeps its lines (behind \\b) as it is; a star is no markup, and an address no link."""
     shown: list[str] = []
     for line in lines:
         kept = line.startswith("| ")
         if kept and not (shown and shown[-1].startswith("   ")):
             shown += [".. code-block:: text", ""]
-        shown.append("   " + line[2:] if kept else line.replace("*", r"\*"))
+        if not line.startswith(".. "):
+            line = "   " + line[2:] if kept else ADDRESS.sub(r"\1\\", line.replace("*", r"\*"))
+        shown.append(line)
     lines[:] = shown
+
+
+def metrics() -> str:
+    view = View(0, "", Content("formatted"), [], [], False, 0, "")
+    ends = {"counter": "_total", "info": "_info"}
+    rows = [
+        f"| `{m.name}{ends.get(m.type, '')}` | {m.type} | {', '.join(m._labelnames)} | {m.documentation} |"
+        for m in RegionCollector("", lambda: view).collect()
+    ]
+    return "\n".join(["| name | type | labels | what |", "|---|---|---|---|", *rows])
+
+
+def environment() -> str:
+    """Take the table of docs/tuning.md, with links from here."""
+    tuning = (Path(__file__).resolve().parents[1] / "tuning.md").read_text(encoding="utf-8")
+    rows = [line for line in tuning.splitlines() if line.startswith("| `SHMSOCK_")]
+    table = "\n".join(["| variable | default | what |", "|---|---|---|", *rows])
+    return re.sub(r"\]\((\w+\.md)", r"](../../\1", table)
 
 
 def on_source(app: Sphinx, name: str, source: list[str]) -> None:
     if name == root_doc:
         source[0] += CONTENTS
+    elif name.endswith("reference/metrics"):
+        source[0] = source[0].replace("METRICS", metrics())
+    elif name.endswith("reference/environment"):
+        source[0] = source[0].replace("VARIABLES", environment())
 
 
 def on_finish(app: Sphinx, error: Exception | None) -> None:
@@ -153,6 +184,7 @@ def on_finish(app: Sphinx, error: Exception | None) -> None:
 
 def setup(app: Sphinx) -> None:
     app.connect("autodoc-process-docstring", on_docstring)
-    app.connect("sphinx-click-process-description", on_command)
+    for part in ("description", "options", "arguments", "epilog"):
+        app.connect(f"sphinx-click-process-{part}", on_command)
     app.connect("source-read", on_source)
     app.connect("build-finished", on_finish)
