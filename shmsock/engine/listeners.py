@@ -12,7 +12,7 @@ from typing import Any
 from shmsock.address import Address, is_local, normalize_name
 from shmsock.engine import layout as lay
 from shmsock.engine.home import Home
-from shmsock.engine.peers import Peer, Peers
+from shmsock.engine.peers import FORSAKEN_SAMPLES, Peer, Peers
 from shmsock.errors import (
     name_malformed,
     name_unknown,
@@ -375,11 +375,12 @@ class Listeners:
 
     def known(self, host: Any, port: int) -> tuple[Peer, int, int] | None:
         """Return the peer that was found before, its life, and the entry of its port, if it beats. While its
-        beat stands, a namesake may have taken its place, and all have to be compared."""
+        beat stands for longer than beats take, a namesake may have taken its place, and all have to be
+        compared."""
         found = self._found.get((host, port)) if host is None or type(host) is str else None
-        if found is None or found[0].samples or not found[0].live or found[0].incarnation != found[1]:
+        if found is None or not found[0].live or found[0].incarnation != found[1]:
             return None
-        return found
+        return None if found[0].samples >= FORSAKEN_SAMPLES else found
 
     def forget(self, host: Any, port: int) -> None:
         """Have the peer looked up again that was found before."""

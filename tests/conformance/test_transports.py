@@ -440,6 +440,45 @@ async def test_eof_waits_while_paused(net: TransportNetwork) -> None:
         assert s.events == ["made", "eof", "lost"]
 
 
+@pytest.mark.parametrize("does", ["nothing", "close", "abort", "pause", "raise", "keep"])
+async def test_last_bytes_that_come_with_the_end(net: TransportNetwork, does: str) -> None:
+    """Whatever their protocol does about them, the end comes behind them, or not at all."""
+    raised: list[Any] = []
+
+    class Last(KeepsOpen if does == "keep" else Recorder):  # type: ignore[misc]
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if does in ("close", "abort"):
+                getattr(self.transport, does)()
+            elif does == "pause":
+                self.transport.pause_reading()
+            elif does == "raise":
+                raise ZeroDivisionError
+
+    async with pair(net, server=Last) as (c, s):
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, what: raised.append(what["exception"]))
+        s.transport.write(b"first")  # nothing is new to either end
+        assert await c.got(5) == b"first"
+        c.transport.write(b"last")
+        c.transport.close()
+        assert await s.got(4) == b"last"
+        if does == "pause":
+            await turns(20)
+            assert s.events == ["made", "data"]
+            s.transport.resume_reading()
+        if does == "keep":
+            await s.eof()
+            assert not s.transport.is_closing()
+            s.transport.close()
+        error = await s.lost()
+        assert isinstance(error, ZeroDivisionError) if does == "raise" else error is None
+        assert [type(x) for x in raised] == [ZeroDivisionError] * (does == "raise")
+        told = [] if does in ("close", "abort", "raise") else ["eof"]
+        assert s.events == ["made", "data", *told, "lost"]
+        assert await c.lost() is None
+
+
 async def test_closing_ends_reading(net: TransportNetwork) -> None:
     async with pair(net) as (c, s):
         c.transport.close()

@@ -213,6 +213,23 @@ def test_who_was_found_is_not_asked_while_its_beat_stands_and_a_namesake_is_ther
     assert {a.call(a.engine.listeners.find, "host", 80).section for _ in range(9)} == {c.section}
 
 
+def test_who_was_found_is_known_while_its_beat_is_merely_not_due() -> None:
+    """Samples may follow each other faster than beats: one that finds nothing new says nothing yet."""
+    world = World()
+    a = world.attach("a")
+    b = world.attach("host", kernel=b"kernel-of-host-B")
+    world.quiet()
+    b.listen(80)
+    world.drain()
+    a.call(a.engine.listeners.find, "host", 80)
+    world.kill(b)
+    known = {}
+    while a.peer(b).samples < 4:
+        world.advance(0.01)
+        known[a.peer(b).samples] = a.engine.listeners.known("host", 80) is not None
+    assert known == {0: True, 1: True, 2: True, 3: False, 4: False}
+
+
 def test_names(world: World) -> None:
     a, b = world.pair()
     found, known = a.call(a.engine.listeners.elsewhere, "b", 80)

@@ -90,7 +90,7 @@ static int tell(Pump *pump, uint64_t *words, int n, uint64_t now)
         FastPath *p = kind == SH_EV_SLOT && slot < pump->slots ? pump->fast_paths[slot] : NULL;
         DatagramIn *in = kind == SH_EV_SLOT && slot < pump->slots ? pump->datagram_ins[slot] : NULL;
         PyObject *whose = in ? (PyObject *)in : (PyObject *)p;
-        int r = 0;
+        int r = 0, last;
 
         if (kind == SH_EV_ACCEPTED && !pump->closed && !type && sh_ep_is_open(&pump->nd->eps[words[i] & 0xffff])) {
             if ((r = accepted(pump, words[i], now)) < 0)
@@ -98,17 +98,21 @@ static int tell(Pump *pump, uint64_t *words, int n, uint64_t now)
             told |= r > 0;
             continue;
         }
-        if (whose && bits && !(bits & UNUSUAL) && (in || p->can_write)) {
+        /* before an end come bytes: who is given the last ones mostly closes as well, and then Python has nothing to do */
+        last = !in && bits & SH_POLL_DATA && bits & UNUSUAL && !(bits & (SH_POLL_RESET | SH_POLL_BAD));
+        if (whose && bits && (last || !(bits & UNUSUAL)) && (in || p->can_write)) {
+            const sh_ep *ep = &pump->nd->eps[slot];
+
             Py_INCREF(whose);
             if (in)
                 r = sh_datagram_in_drain(in);
             else if (p->protocol)
                 r = sh_fast_path_deliver(p);
-            else if (p->waiter && p->can_read)
+            else if (p->waiter && p->can_read && !last)
                 r = sh_fast_path_wake(p) < 0 ? -1 : 1;
             Py_DECREF(whose);
             told |= r > 0;
-            if (r > 0)
+            if (r > 0 && (!last || pump->closed || ep->closing || ep->gen != words[i] >> 40))
                 continue;
             if (r < 0 && !type) /* Ctrl-C, say. Raised when all others have been told: a loop may be run again to clean up */
                 PyErr_Fetch(&type, &value, &trace);
@@ -161,6 +165,8 @@ static int next_pass(Pump *pump, uint64_t *words, int *n, uint64_t now, int told
         /* they may have written to sockets, and uvloop holds such writes back until the turn ends: wait only if no nap was in vain lately */
         if (alone && (!told || sh_nap_ns(pump->nd, now) == SH_NAP_MAX_NS) && (*n = wait_for_more(pump, words, now)))
             return 1;
+        if (hot > 1 && !alone && pump->queue_visible) /* those in the queue run first, and then it naps: much less to be woken from than sleep */
+            return 0;
         hot = owes || !sh_quiet(pump->nd);
     }
     if (!hot)
