@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from shmsock.native._core import ffi
 
 from shmsock.aio.write_buffer import OutgoingFile, WriteBuffer
+from shmsock.native._core import ffi
 from tests.aio.conftest import Run, World, until
 from tests.aio.processes import pattern
 

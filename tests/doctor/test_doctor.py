@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shmsock.native._core import ffi
 
 from shmsock.doctor import memory
 from shmsock.doctor.devices import devices
 from shmsock.doctor.examine import examine
 from shmsock.engine import layout as lay
+from shmsock.native._core import ffi
 from shmsock.region import bar2
 from shmsock.region.processes import command_of
 from tests.commands.test_cli import attach, good, shmsock, silence, usage  # noqa: F401

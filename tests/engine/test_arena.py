@@ -7,10 +7,10 @@ import mmap
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shmsock.native._core import lib
 
 from shmsock.engine.layout import default_slots
 from shmsock.engine.memory import Memory
+from shmsock.native._core import lib
 from tests.engine.world import fake_core
 
 MIN_RING: int = lib.SH_MIN_RING
