@@ -42,6 +42,7 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Any
 
+from shmsock.engine.features import NONE
 from shmsock.engine.home import Home
 from shmsock.engine.slots import Held, Slots
 from shmsock.errors import violation, wrong_thread
@@ -121,8 +122,8 @@ class Link:
         self.backoff_s = 1
         self.ignore_until_ns = 0
         self.adoptions: deque[int] = deque(maxlen=ADOPTIONS_PER_S)  # when, by the pump's clock
-        self.features = 0  # that both sides have, as they were when the peer's tag was adopted
-        self.refused = ""  # why that tag was not adopted, and which side is to be upgraded
+        self.terms = NONE  # the peer's, as they were when its tag was adopted, or was not because of them
+        self.features = 0  # that both sides have
 
     def offence(self, violations: int = 1) -> None:
         """Count violations. After three the pump drops the link; not at once, as the caller is in the middle

@@ -90,8 +90,8 @@ class Handshake:
             )
         if adopted in (0, EMPTY):
             self.links.adopt(link.section, now_ns)
-            if link.refused:
-                raise upgrade_needed(link.refused)
+            if refusal := self.links.refusal(link.section):
+                raise upgrade_needed(refusal)
 
     # -- what the core has done
 

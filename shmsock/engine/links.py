@@ -80,12 +80,13 @@ class Links:
         home, peer = self.home, self.peers[section]
         self.late.discard(section)
         self._end(section, now_ns)
+        adopted = self._adopt(section)
+        home.counts["adoptions"] += adopted
         self.peers.refresh(peer, now_ns)
-        if self._adopt(section):
-            home.counts["adoptions"] += 1
-        if home.trace:
-            why = self.all[section].refused
-            home.trace("adopts a new life of section %d (%s)%s", section, peer.name, why and f"? No: {why}")
+        if home.trace and adopted:
+            home.trace("adopts a new life of section %d (%s)", section, peer.name)
+        elif home.trace:
+            home.trace("adopts no life of section %d: %s", section, self.refusal(section))
         self.watch_lock(peer)
         if not peer.live:  # its tag may come before its state says that it is there
             self._sample_soon(now_ns)
@@ -93,16 +94,20 @@ class Links:
     def _adopt(self, section: int) -> bool:
         """Adopt the peer's tag, unless one of both has to be upgraded first: then nothing that it says is
         heard, until it has another tag."""
-        home, link, own = self.home, self.all[section], self.peers.me.terms
+        home, link = self.home, self.all[section]
         tag = home.layout.tag(section, home.section)
-        theirs = home.layout.terms(section)  # SYNC FEATURES: once, behind the tag; partner: write_identity()
-        link.features = own.shared(theirs)
-        link.refused = own.refuses(theirs, f"peer {self.peers[section].name!r} (section {section}) runs")
-        if link.refused:
+        link.terms = home.layout.terms(section)  # SYNC FEATURES: behind the tag; partner: write_identity()
+        link.features = self.peers.me.terms.shared(link.terms)
+        if self.refusal(section):
             return False
         if home.lib.sh_adopt(home.nd, section) != tag:  # it began anew meanwhile: maybe with other terms
             self._restart(link)
         return True
+
+    def refusal(self, section: int) -> str:
+        """Say why there is no link, and which side is to be upgraded; "": there may be one."""
+        who = f"peer {self.peers[section].name!r} (section {section}) runs"
+        return self.peers.me.terms.refuses(self.all[section].terms, who)
 
     def watch_lock(self, peer: Peer) -> None:
         """Have the lock of a live peer's section watched, once in each life of it."""

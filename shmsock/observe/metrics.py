@@ -78,6 +78,7 @@ class RegionCollector:
                 "state": node.section.state,
                 "pid": str(node.section.pid or ""),
                 "boot": node.section.boot or "",
+                "version": node.section.release or "",
             }
             info.add_metric(labels(node), known)
         yield info

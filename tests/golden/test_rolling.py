@@ -14,9 +14,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 import shmsock
 from shmsock import region as regions
+from shmsock.cli import cli
+from shmsock.doctor.finding import Finding
+from shmsock.doctor.peers import peers
 from shmsock.engine.features import OWN, release_text
 from shmsock.observe.snapshot import Section, inspect
 from tests.golden.test_golden import restore
@@ -131,6 +135,14 @@ KINDS = {
 }
 
 
+def told(path: str) -> tuple[Finding, str, str]:
+    """What doctor, info and peers tell of a peer that this version does not connect to."""
+    with regions.open(path, writable=False) as opened:
+        (finding,) = [f for f in peers(opened, inspect(opened)) if f.name == "peer-version"]
+    texts = [CliRunner().invoke(cli, [*words, path]).output for words in (["info"], ["peers", "-i"])]
+    return finding, texts[0], texts[1]
+
+
 def terms(kind: str) -> dict[str, str]:
     least, more, to_link, to_look = KINDS[kind]
     return {"TERMS": f"{NEW} {least} {OWN.features | more} {to_link} {to_look}"}
@@ -163,9 +175,15 @@ async def with_server_to_come(path: str, kind: str) -> None:
             assert there.upgrade == ""
             await connects(path)
             return
-        told = line(r"shmsock 9\.0\.0" if kind == "minimum" else "feature 40", "here")
+        lacks = "shmsock 9.0.0" if kind == "minimum" else "feature 40"
         assert "upgrade it here, " in there.upgrade
-        with pytest.raises(ConnectionRefusedError, match=told):
+        finding, *told_of = await asyncio.to_thread(told, path)
+        assert finding.level == "warning"
+        assert finding.seen.endswith(f"needs {lacks}, and this is shmsock {THIS}")
+        assert finding.mend == "upgrade it here, `pip install -U 'shmsock>=9.0.0'`"
+        for text in told_of:
+            assert re.search("runs shmsock 9.0.0 .*upgrade it here", text.replace("\n", " ")), text
+        with pytest.raises(ConnectionRefusedError, match=line(re.escape(lacks), "here")):
             await connects(path)
 
 
