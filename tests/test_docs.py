@@ -25,7 +25,7 @@ from shmsock.engine.layout import default_slots
 from shmsock.engine.memory import Memory, native_core
 from shmsock.engine.settings import Settings
 from shmsock.native._core import lib
-from shmsock.observe.connections import MOST
+from shmsock.observe.snapshot import MOST
 from shmsock.region.sizes import format_size
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -289,7 +289,7 @@ def test_bounds_are_those_of_the_code() -> None:
         "messages on their way between two peers": lib.SH_MAX_MESSAGES,
         "a datagram": lib.SH_DATAGRAM_MAX,
         "datagrams that wait in an endpoint": defaults.datagram_queue_bytes >> 20,
-        "slots that `shmsock ss`, `top` and `metrics` look at": MOST,
+        "slots that `shmsock ss`, `top` and `info` look at": MOST,
     }.items():
         assert re.match(rf"{most:,}\b", rows[what]), what
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 import time
 from typing import Any
@@ -19,7 +20,9 @@ __all__ = ["metrics"]
 
 PATIENCE_S = 5.0
 MOST = 64
-"""Threads, each of which serves a connection, but for a few."""
+"""Connections that have not asked yet: a thread serves each."""
+SLOTS = 100_000
+"""More than others look at: nobody waits for a screen."""
 
 
 @click.command()
@@ -87,7 +90,7 @@ class Exporter:
         """Look until `over` is set."""
         while not self.over.is_set():
             try:
-                with opened(self._region) as watcher:
+                with opened(self._region, most=SLOTS) as watcher:
                     self._follow(watcher)
             except OSError as error:
                 self._error = error
@@ -139,22 +142,46 @@ def _serve(host: str, port: int, registry: Any, exporter: Exporter) -> None:
 
 
 def _bound(server: Any) -> None:
-    """Have a server that takes a thread for each connection give up those who say nothing, and refuse more
-    than there can be scrapers."""
-    take = server.process_request
+    """Have a server that takes a thread for each connection give up who has not asked within some seconds,
+    byte by byte or not at all; and the one that takes longest, where more come than there can be scrapers."""
+    take, finish = server.process_request, server.shutdown_request
+    asking: dict[Any, float] = {}  # until when, those first that came first
 
     class Impatient(server.RequestHandlerClass):  # type: ignore[misc]
         timeout = PATIENCE_S
+
+        def parse_request(self) -> bool:
+            whole: bool = super().parse_request()
+            asking.pop(self.connection, None)
+            return whole
 
         def handle(self) -> None:
             with contextlib.suppress(TimeoutError, ConnectionError):
                 super().handle()
 
-    def take_if_few(request: Any, address: Any) -> None:
-        if threading.active_count() > MOST:
-            server.shutdown_request(request)
-        else:
-            take(request, address)
+    def give_up(request: Any) -> None:
+        asking.pop(request, None)
+        with contextlib.suppress(OSError):  # its thread has just closed it
+            request.shutdown(socket.SHUT_RDWR)  # and its thread finds an end
 
-    server.RequestHandlerClass, server.process_request = Impatient, take_if_few
+    def give_up_late() -> None:
+        for request, until in [*asking.items()]:
+            if until < time.monotonic():
+                give_up(request)
+
+    def take_one(request: Any, address: Any) -> None:
+        if threading.active_count() > 2 * MOST:  # who has asked is answered, or takes the answer slowly
+            finish(request)
+            return
+        if len(asking) >= MOST:
+            give_up(next(iter([*asking])))
+        asking[request] = time.monotonic() + PATIENCE_S
+        take(request, address)
+
+    def end(request: Any) -> None:
+        asking.pop(request, None)
+        finish(request)
+
+    server.RequestHandlerClass, server.process_request = Impatient, take_one
+    server.shutdown_request, server.service_actions = end, give_up_late
     server.socket.listen(MOST)  # else the sixth of a burst is kept waiting for seconds

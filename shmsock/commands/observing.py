@@ -13,7 +13,7 @@ from shmsock import region as regions
 from shmsock.commands.console import short
 from shmsock.commands.group import Failed, message
 from shmsock.observe.rates import Node, Watcher
-from shmsock.observe.snapshot import BEAT_S, inspect
+from shmsock.observe.snapshot import BEAT_S, MOST, inspect
 from shmsock.region.pci import PciDevice
 from shmsock.region.sizes import human
 
@@ -56,12 +56,12 @@ def errors_told(as_json: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def opened(url: str | None, as_json: bool = False) -> Iterator[Watcher]:
-    """Open a region to be looked at: the one that programs would use if none is named. Raises Failed when
-    there is nothing in it to be seen."""
+def opened(url: str | None, as_json: bool = False, most: int = MOST) -> Iterator[Watcher]:
+    """Open a region to be looked at: the one that programs would use if none is named. `most`: slots. Raises
+    Failed when there is nothing in it to be seen."""
     with errors_told(as_json), regions.open(url, writable=False, probe=_is_formatted) as region:
         try:
-            watcher = Watcher(region)
+            watcher = Watcher(region, most=most)
         except OSError:
             content = inspect(region, 0)
             raise Failed(f"region {region.url} is {content.state}: {content.problem}") from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
 
 import click
 
@@ -21,6 +20,7 @@ from shmsock.commands.observing import (
 from shmsock.commands.tables import Column, print_rows
 from shmsock.observe.connections import Connection, Way
 from shmsock.observe.rates import Node, View
+from shmsock.observe.snapshot import MOST
 from shmsock.region.sizes import human
 
 __all__ = ["ss"]
@@ -34,6 +34,7 @@ COLUMNS = (
     Column("In/s", 1),
     Column("Out/s", 1),
 )
+LIMIT = 5000
 
 
 @click.command()
@@ -47,6 +48,14 @@ COLUMNS = (
     "-i", "--info", is_flag=True, help="Show more: rings, who waits for what, and what peers count."
 )
 @click.option("-s", "--summary", is_flag=True, help="Show only how many there are.")
+@click.option(
+    "--limit",
+    type=click.IntRange(1),
+    default=LIMIT,
+    show_default=True,
+    metavar="N",
+    help="How many are shown at the most.",
+)
 @no_header_option
 @watch_option
 @json_option
@@ -59,6 +68,7 @@ def ss(
     listening: bool,
     info: bool,
     summary: bool,
+    limit: int,
     no_header: bool,
     watch: float,
     as_json: bool,
@@ -69,12 +79,12 @@ def ss(
     for it, Send-Q those that it wrote and its peer has not read yet. Without REGION: the one that programs
     would use.
     """
-    with opened(region, as_json) as watcher:
+    with opened(region, as_json, max(MOST, 4 * limit)) as watcher:
         view = watcher.watch(watch)
     found = _chosen(view, host, port, streams, datagrams)
     if as_json:
         shown = view.as_json()
-        shown["connections"] = [asdict(c) for c in found]
+        shown["connections"] = [c.as_json() for c in found]
         tell(shown)
     elif summary:
         say(_summary(view, found, len(found) == len(view.connections)))
@@ -82,8 +92,10 @@ def ss(
         _print_listening(view, host, port, not no_header)
     else:
         found.sort(key=lambda c: (c.local.name or "", c.local.section, c.local.port or 0, c.remote.title))
-        more = [list(_lines(c)) for c in found] if info else []
-        print_rows(COLUMNS, [_row(c) for c in found], more, heading=not no_header)
+        more = [list(_lines(c)) for c in found[:limit]] if info else []
+        print_rows(COLUMNS, [_row(c) for c in found[:limit]], more, heading=not no_header)
+        if len(found) > limit:
+            click.echo(f"shmsock: {len(found) - limit} more are not shown: --limit", err=True)
         if info:
             for node in view.nodes:
                 if host in (None, node.section.name):

@@ -122,10 +122,24 @@ class Choice:
     metavar="SECONDS",
     help="Between two looks.",
 )
+@click.option(
+    "--limit",
+    type=click.IntRange(1),
+    default=100,
+    show_default=True,
+    metavar="N",
+    help="How many connections are printed at the most. A terminal shows as many as fit.",
+)
 @click.option("-n", "--count", type=click.IntRange(1), help="End after so many looks; each is printed.")
 @click.option("--json", "as_json", is_flag=True, help="For programs: a line for each look.")
 def top(
-    region: str | None, sort: str, reverse: bool, interval: float, count: int | None, as_json: bool
+    region: str | None,
+    sort: str,
+    reverse: bool,
+    interval: float,
+    limit: int,
+    count: int | None,
+    as_json: bool,
 ) -> None:
     """Show peers and connections, live.
 
@@ -137,13 +151,13 @@ def top(
     choice.reverse = reverse
     with opened(region, as_json) as watcher:
         if as_json or count or not (sys.stdin.isatty() and sys.stdout.isatty()):
-            _print(watcher, choice, count, as_json)
+            _print(watcher, choice, count, as_json, limit)
         else:
             with contextlib.suppress(KeyboardInterrupt):
                 _live(watcher, choice)
 
 
-def _print(watcher: Watcher, choice: Choice, count: int | None, as_json: bool) -> None:
+def _print(watcher: Watcher, choice: Choice, count: int | None, as_json: bool, limit: int) -> None:
     looks = 0
     while count is None or looks < count:
         view = watcher.watch(choice.interval)
@@ -155,7 +169,7 @@ def _print(watcher: Watcher, choice: Choice, count: int | None, as_json: bool) -
 
             wide = width() or 200
             console = Console(width=wide, color_system="auto" if sys.stdout.isatty() else None)
-            for line in screen(view, choice, wide, None):
+            for line in screen(view, choice, wide, None, limit):
                 line.rstrip()
                 console.print(line, no_wrap=True, crop=False)
         sys.stdout.flush()
@@ -204,8 +218,9 @@ def _keys() -> Iterator[int]:
 # -- what is shown
 
 
-def screen(view: View, choice: Choice, wide: int, high: int | None) -> list[Text]:
-    """Return the lines, as many as fit: none is wider than `wide`. `high` None: all."""
+def screen(view: View, choice: Choice, wide: int, high: int | None, limit: int = 0) -> list[Text]:
+    """Return the lines, as many as fit: none is wider than `wide`. `high` None: all peers, and `limit`
+    connections."""
     lines = [*_head(view, choice, wide)]
     room = None if high is None else max(high - len(lines) - 1, 0)
     both = choice.peers and choice.connections
@@ -214,7 +229,7 @@ def screen(view: View, choice: Choice, wide: int, high: int | None) -> list[Text
         lines += _table(PEERS, *_peers(view, choice), wide, part)
         room = None if high is None else max(high - len(lines) - 1, 0)
     if choice.connections:
-        lines += _table(CONNECTIONS, *_connections(view, choice, room), wide, room)
+        lines += _table(CONNECTIONS, *_connections(view, choice, limit if room is None else room), wide, room)
     if high is not None:
         from rich.text import Text
 
@@ -306,7 +321,7 @@ def _peer(node: Node, view: View) -> list[str]:
     ]
 
 
-def _connections(view: View, choice: Choice, room: int | None) -> tuple[list[list[str]], int]:
+def _connections(view: View, choice: Choice, room: int) -> tuple[list[list[str]], int]:
     keys: dict[str, Callable[[Connection], Any]] = {
         "rate": lambda c: -c.rate,
         "queued": lambda c: -c.queued,

@@ -29,17 +29,23 @@ from shmsock.region.processes import read_line
 
 __all__ = ["examine"]
 
-# Of the kernel's own processes (PROC_PID_INIT_INO and PROC_IPC_INIT_INO).
-_FIRST_NAMESPACES = {"pid": 0xEFFFFFFC, "ipc": 0xEFFFFFFF}
+# Of the kernel's own processes (PROC_PID_INIT_INO and its likes).
+_FIRST_NAMESPACES = {"pid": 0xEFFFFFFC, "ipc": 0xEFFFFFFF, "uts": 0xEFFFFFFE, "cgroup": 0xEFFFFFFB}
 
 
 def examine(
-    url: str | None, *, attach: bool = True, sysfs: str = SYSFS, dev: str = DEV, proc: str = "/proc"
+    url: str | None,
+    *,
+    attach: bool = True,
+    sysfs: str = SYSFS,
+    dev: str = DEV,
+    proc: str = "/proc",
+    root: str = "",
 ) -> Iterator[Finding]:
     """Examine this machine, and the region `url`; None: those that programs here would use. `attach`: be a
-    peer for some seconds, which measures the memory and asks every other peer. `sysfs`, `dev`, `proc`: for
-    tests."""
-    yield _machine(proc, sysfs)
+    peer for some seconds, which measures the memory and asks every other peer. `sysfs`, `dev`, `proc`,
+    `root`: for tests."""
+    yield _machine(proc, sysfs, root)
     told: set[tuple[str, str]] = set()
     for finding in devices(sysfs, dev):
         if finding.level == "error":
@@ -67,38 +73,54 @@ def examine(
                 yield finding
 
 
-def _machine(proc: str, sysfs: str) -> Finding:
+def _machine(proc: str, sysfs: str, root: str) -> Finding:
     contained = (
         "a container (of the host's /dev/shm it has only what it was given: docker run --ipc=host, or -v)"
     )
-    kind = contained if _container(proc) else "a guest" if _guest(proc) else "a machine of its own"
+    kind = "a guest" if _guest(proc, sysfs) else "a machine of its own"
+    if _container(proc, root):
+        kind = contained
     seen = f"{kind}, Linux {platform.release()}, {platform.machine()}, Python {platform.python_version()}"
     return Finding("machine", "ok", seen)
 
 
-def _container(proc: str) -> bool:
-    """Is this a container: does it have namespaces of its own for processes, or for System V's objects?"""
-    if any(map(os.path.exists, ("/.dockerenv", "/run/.containerenv"))):
+def _container(proc: str, root: str) -> bool:
+    """Is this a container: does it have namespaces of its own for processes, or for System V's objects? Or
+    some other, and a runtime's mark? The mark alone says nothing: an image that was made with docker is a
+    guest's root, too."""
+    if _apart(proc, "pid") or _apart(proc, "ipc"):
         return True
-    for kind, first in _FIRST_NAMESPACES.items():
-        with contextlib.suppress(OSError):
-            if os.readlink(f"{proc}/self/ns/{kind}") != f"{kind}:[{first}]":
-                return True
-    return False
-
-
-def _guest(proc: str) -> bool:
+    marked = any(os.path.exists(root + mark) for mark in ("/.dockerenv", "/run/.containerenv"))
     try:
-        with open(f"{proc}/cpuinfo", encoding="ascii", errors="replace") as file:
-            return any(line.startswith("flags") and " hypervisor" in line for line in file)
+        same = os.readlink(f"{proc}/1/ns/mnt") == os.readlink(f"{proc}/self/ns/mnt")
+    except OSError:  # not for everybody to see
+        same = not _apart(proc, "cgroup") and not _apart(proc, "uts")
+    return marked and not same
+
+
+def _apart(proc: str, kind: str) -> bool:
+    """Is the namespace another one than the kernel's own processes have?"""
+    try:
+        return os.readlink(f"{proc}/self/ns/{kind}") != f"{kind}:[{_FIRST_NAMESPACES[kind]}]"
     except OSError:
         return False
 
 
+def _guest(proc: str, sysfs: str) -> bool:
+    """Does the processor say so, or the firmware (other processors than x86 do not)?"""
+    with contextlib.suppress(OSError), open(f"{proc}/cpuinfo", encoding="ascii", errors="replace") as file:
+        if any(line.startswith("flags") and " hypervisor" in line for line in file):
+            return True
+    return _made_by_qemu(sysfs)
+
+
+def _made_by_qemu(sysfs: str) -> bool:
+    return read_line(f"{sysfs}/class/dmi/id/sys_vendor") in ("QEMU", "Red Hat", "KubeVirt")
+
+
 def _no_device(url: str, sysfs: str) -> Finding:
     """Tell that there is no device: an error where there is nothing else to talk through, either."""
-    maker = read_line(f"{sysfs}/class/dmi/id/sys_vendor")
-    guest = maker in ("QEMU", "Red Hat", "KubeVirt")
+    guest = _made_by_qemu(sysfs)
     missing = regions.is_missing(url) and not old_files(regions.parse_url(url)[1])
     seen = "no ivshmem device (PCI 1af4:1110) is here"
     if not os.path.isdir(f"{sysfs}/bus/pci/devices"):

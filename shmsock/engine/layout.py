@@ -89,6 +89,7 @@ SLOT_TX_WORD: int = lib.SH_SLOT_TX_WORD
 SLOT_RX_WORD: int = lib.SH_SLOT_RX_WORD
 SLOT_BYTES: int = lib.SH_SLOT_SIZE
 SLOTS_AT_ONCE = 4096
+MAX_SLOTS: int = lib.SH_MAX_SLOTS
 MIN_RING: int = lib.SH_MIN_RING
 MAX_RING: int = lib.SH_MAX_RING
 ASKED: int = lib.SH_LINK_ASKED
@@ -225,9 +226,14 @@ class Layout:
         entries = struct.unpack(f"<{used}Q", self.memory.read(at + LISTENER, 8 * used))
         return [(e & 0xFFFF, e >> 16 & 0xFF) for e in entries if e >> 16 & lib.SH_LISTEN_USED]
 
-    def slots_in_use(self, index: int) -> Iterator[SlotWords]:
-        """The slots of a section that are in use. None whose words are of different lives."""
-        used = min(self.memory.load(self.section(index) + SLOTS_USED), self.slots)
+    def slots_used(self, index: int) -> int:
+        """Return how many slots of a section were in use at the most: no other is."""
+        return min(self.memory.load(self.section(index) + SLOTS_USED), self.slots)
+
+    def slots_in_use(self, index: int, most: int = MAX_SLOTS) -> Iterator[SlotWords]:
+        """The slots of a section that are in use, of the first `most`. None whose words are of different
+        lives."""
+        used = min(self.slots_used(index), most)
         for first in range(0, used, SLOTS_AT_ONCE):
             yield from self._slots(index, first, min(SLOTS_AT_ONCE, used - first))
 

@@ -3,23 +3,23 @@ which, and what waits in the rings. Shown, never trusted."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from shmsock.engine import layout as lay
 from shmsock.engine.layout import Layout, SlotWords
-from shmsock.observe.snapshot import Section
+from shmsock.observe.snapshot import Key, Section, Slots
 
-__all__ = ["MOST", "Connection", "End", "Way", "connections", "slots_of"]
+__all__ = ["Connection", "End", "Way", "connections"]
 
-MOST = 100_000
-"""Slots that are looked at in one go: what a hostile peer writes costs no more than that."""
+AGAIN = 100
+"""So many are looked at once more, as their reader went on meanwhile. Nonsense looks like that, too."""
 
-Slots = Mapping[tuple[int, int], SlotWords]
-"""By section and slot."""
+# Nobody changes these. Frozen, they would take three times as long to make, and there are thousands.
 
 
-@dataclass(frozen=True)
+@dataclass
 class End:
     """One end of a connection."""
 
@@ -38,7 +38,7 @@ class End:
         return name if self.port == 0 else f"{name}:{'?' if self.port is None else self.port}"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Way:
     """One direction of a connection."""
 
@@ -58,7 +58,7 @@ class Way:
     """Bytes in a second; None: it was not watched."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Connection:
     """`local` has opened it, as far as that is known."""
 
@@ -84,23 +84,17 @@ class Connection:
         """Return it with that section's end as the local one."""
         if self.local.section == section or self.remote.section != section:
             return self
-        return replace(self, local=self.remote, remote=self.local, sent=self.received, received=self.sent)
+        return Connection(self.state, self.datagrams, self.remote, self.local, self.received, self.sent)
 
-
-def slots_of(layout: Layout, sections: Iterable[int]) -> tuple[dict[tuple[int, int], SlotWords], bool]:
-    """Read the slots that are in use in these sections. Returns them, and whether there are more."""
-    found: dict[tuple[int, int], SlotWords] = {}
-    for section in sections:
-        for words in layout.slots_in_use(section):
-            if len(found) == MOST:
-                return found, True
-            found[section, words.slot] = words
-    return found, False
+    def as_json(self) -> dict[str, Any]:
+        parts = {name: vars(getattr(self, name)) for name in ("local", "remote", "sent", "received")}
+        return {**vars(self), **parts}
 
 
 def connections(layout: Layout, slots: Slots, sections: Mapping[int, Section]) -> Iterator[Connection]:
     """Put the two ends of each connection together. `sections`: by number, those with an owner."""
-    told: dict[tuple[int, int], bytes] = {}
+    told: dict[Key, bytes] = {}
+    again = iter(range(AGAIN))
     answered = {(w.peer, w.peer_slot): key for key, w in slots.items() if w.accepted and not w.asked}
 
     def is_told(writer: int, reader: int, slot: int | None) -> bool:
@@ -121,13 +115,10 @@ def connections(layout: Layout, slots: Slots, sections: Mapping[int, Section]) -
         far = End(
             mine.peer, far_slot, other.generation if other else None, _name(sections, mine.peer), ports[1]
         )
-        sent = _way(layout, own, mine, theirs, other, is_told(own[0], mine.peer, far_slot))
-        received = _way(layout, theirs, other, own, mine, is_told(mine.peer, *own))
+        sent = _way(layout, again, own, mine, theirs, other, is_told(own[0], mine.peer, far_slot))
+        received = _way(layout, again, theirs, other, own, mine, is_told(mine.peer, *own))
         made = Connection(_state(mine, other, sections), 0 in ports, near, far, sent, received)
         yield made.seen_from(mine.peer) if mine.accepted else made
-
-
-Key = tuple[int, int]
 
 
 def _partner(slots: Slots, answered: Mapping[Key, Key], own: Key, mine: SlotWords) -> Key:
@@ -159,19 +150,20 @@ def _state(mine: SlotWords, other: SlotWords | None, sections: Mapping[int, Sect
 
 def _way(
     layout: Layout,
-    from_: tuple[int, int],
+    again: Iterator[int],
+    from_: Key,
     writer: SlotWords | None,
-    to: tuple[int, int],
+    to: Key,
     reader: SlotWords | None,
     told: bool,
 ) -> Way:
     if writer is None:
         return Way(0, 0, False, False, False, False, False)
     queued = _queued(writer, reader)
-    if queued is None and reader is not None:  # the reader was looked at first, and went on: once more
-        again, after = layout.slot_in_use(*from_), layout.slot_in_use(*to)
-        if again and after and (again.generation, after.generation) == (writer.generation, reader.generation):
-            writer, queued = again, _queued(again, after)
+    if queued is None and reader is not None and next(again, None) is not None:
+        now, after = layout.slot_in_use(*from_), layout.slot_in_use(*to)
+        if now and after and (now.generation, after.generation) == (writer.generation, reader.generation):
+            writer, queued = now, _queued(now, after)
     return Way(
         queued=queued,
         ring=writer.ring,

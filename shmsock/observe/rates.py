@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from shmsock.address import boot_id
@@ -14,15 +14,17 @@ from shmsock.engine.attach import Seen, survey
 from shmsock.engine.counters import SHOWN
 from shmsock.engine.layout import Layout, SlotWords, read_layout
 from shmsock.errors import format_error
-from shmsock.observe.connections import Connection, Way, connections, slots_of
+from shmsock.observe.connections import Connection, End, Way, connections
 from shmsock.observe.memory import memory_of
 from shmsock.observe.snapshot import (
     BEAT_S,
+    MOST,
     Content,
     Section,
     content_of,
     is_readable,
     section_of,
+    slots_of,
     with_doorbells,
 )
 from shmsock.region.base import Region
@@ -34,7 +36,7 @@ LOOK_S = 0.1
 SHARE = 10
 """A look takes one of so many parts of the time at most."""
 Counters = dict[str, int]
-Key = tuple[int, int, int]
+Key = tuple[int, int | None, int | None]
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class View:
             "region": content,
             "displaced": self.displaced,
             "peers": [node.as_json() for node in self.nodes],
-            "connections": [asdict(c) for c in self.connections],
+            "connections": [c.as_json() for c in self.connections],
             "more_connections": self.more,
         }
 
@@ -115,9 +117,9 @@ class _Total:
 class Watcher:
     """Looks at a region again and again. Nothing is written. Its memory is let go of by close()."""
 
-    def __init__(self, region: Region, history: int = 120) -> None:
-        """Raises RegionFormatError when it is not formatted."""
-        self._region, self._length = region, history
+    def __init__(self, region: Region, history: int = 120, most: int = MOST) -> None:
+        """`most`: slots. Raises RegionFormatError when it is not formatted."""
+        self._region, self._length, self._most = region, history, most
         self._memory = memory_of(region)
         try:
             self.layout: Layout = read_layout(self._memory, looks=True)
@@ -169,7 +171,7 @@ class Watcher:
         owned = [seen for seen in found if seen.claim and is_readable(seen)]
         if first := len(self._surveys) == 1 and not self._at:
             self._at = now
-        self._slots, self._more = slots_of(self.layout, (seen.section for seen in owned))
+        self._slots, self._more = slots_of(self.layout, [seen.section for seen in owned], self._most)
         for (section, slot), words in self._slots.items():
             key = section, slot, words.generation
             if key not in self._moved:  # positions of what began since the last look began with 0
@@ -213,7 +215,10 @@ class Watcher:
         owned = {number: s for number, s in sections.items() if s.state not in ("free", "left")}
         life = {seen.section: seen.life for seen in found}
         took = now - self._at
-        rated = [self._rated(c, took) for c in connections(self.layout, self._slots, owned)]
+        rated = list(connections(self.layout, self._slots, owned))
+        if took > 0:
+            for c in rated:
+                c.sent.rate, c.received.rate = self._gained(c.local) / took, self._gained(c.remote) / took
         theirs: dict[int, list[Connection]] = {number: [] for number in owned}
         for c in rated:
             for number in {c.local.section, c.remote.section} & owned.keys():
@@ -232,21 +237,11 @@ class Watcher:
             history=self._history,
         )
 
-    def _rated(self, c: Connection, took: float) -> Connection:
-        def rated(way: Way, section: int, slot: int | None, generation: int | None) -> Way:
-            if slot is None or generation is None or took <= 0:
-                return way
-            key = section, slot, generation
-            total = self._moved.get(key)
-            gained = total.gained - self._then[0].get(key, 0) if total else 0
-            return replace(way, rate=gained / took)
-
-        near, far = c.local, c.remote
-        return replace(
-            c,
-            sent=rated(c.sent, near.section, near.slot, near.generation),
-            received=rated(c.received, far.section, far.slot, far.generation),
-        )
+    def _gained(self, end: End) -> int:
+        """Count the bytes that it has written since the last view."""
+        key = end.section, end.slot, end.generation
+        total = self._moved.get(key)
+        return total.gained - self._then[0].get(key, 0) if total else 0
 
     def _node(self, section: Section, life: int, own: list[Connection], took: float) -> Node:
         number = section.number

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 from shmsock.address import boot_id
@@ -36,12 +37,20 @@ __all__ = [
     "section_of",
     "sections",
     "slot_state",
+    "slots_of",
     "with_doorbells",
 ]
 
 BEAT_S = 0.5
 """A beat moves five times a second at least: one that stands still so long is silent (or its machine very
 busy)."""
+MOST = 20_000
+"""Slots that are looked at in one go: what a hostile peer writes costs no more than that."""
+SCANNED = 1 << 20
+"""To find so many, that many are looked through."""
+Key = tuple[int, int]
+"""Section and slot."""
+Slots = Mapping[Key, SlotWords]
 
 
 @dataclass(frozen=True)
@@ -167,11 +176,38 @@ def sections(layout: Layout, region: Region, watch_s: float = BEAT_S) -> list[Se
     before = survey(layout, region, boot)
     if any(seen.claim for seen in before):
         time.sleep(watch_s)
+    after = survey(layout, region, boot)
+    slots, _ = slots_of(layout, [seen.section for seen in after if seen.claim and is_readable(seen)])
+    own: dict[int, list[SlotWords]] = {seen.section: [] for seen in after}
+    for (number, _), words in slots.items():
+        own[number].append(words)
     found = [
-        section_of(layout, first, now, boot, layout.slots_in_use(now.section))
-        for first, now in zip(before, survey(layout, region, boot), strict=True)
+        section_of(layout, first, now, boot, own[now.section])
+        for first, now in zip(before, after, strict=True)
     ]
     return with_doorbells(region, found)
+
+
+def slots_of(layout: Layout, sections: Sequence[int], most: int = MOST) -> tuple[dict[Key, SlotWords], bool]:
+    """Read the slots of these sections that are in use: `most` of them, and of each section as many as of any
+    other, if it has so many. Returns them, and whether there are more."""
+    found: dict[Key, SlotWords] = {}
+    used = sorted((layout.slots_used(section), section) for section in sections)
+    if sum(highest for highest, _ in used) > most:
+        most //= 2
+    more, scanned = False, SCANNED // max(len(used), 1)
+    for done, (highest, section) in enumerate(used):
+        part = (most - len(found)) // (len(used) - done)
+        own = list(islice(layout.slots_in_use(section, scanned), part + 1))
+        more |= highest > scanned or len(own) > part
+        found |= {(section, words.slot): words for words in own[:part]}
+    if more:  # the other half is of their peers: without it a connection would look as if it ended
+        for words in list(found.values()):
+            other = words.peer, words.peer_slot
+            known = other in found or words.peer not in sections or words.peer_slot >= layout.slots
+            if not (known or words.asked) and (theirs := layout.slot_in_use(*other)):
+                found[other] = theirs
+    return found, more
 
 
 def with_doorbells(region: Region, found: list[Section]) -> list[Section]:

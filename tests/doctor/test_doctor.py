@@ -165,6 +165,44 @@ def test_healthy_in_a_container(path: Path, attach: Attach) -> None:  # noqa: F8
 # -- what is broken: a region
 
 
+FIRST = {"pid": 0xEFFFFFFC, "ipc": 0xEFFFFFFF, "uts": 0xEFFFFFFE, "cgroup": 0xEFFFFFFB, "mnt": 0xF0000000}
+
+
+@pytest.mark.parametrize(
+    ("own", "of_first", "marks", "kind"),
+    [
+        ({}, FIRST["mnt"], (), "a machine of its own"),
+        ({}, FIRST["mnt"], ("hypervisor",), "a guest"),
+        ({}, FIRST["mnt"], ("QEMU",), "a guest"),
+        ({}, FIRST["mnt"], ("hypervisor", ".dockerenv"), "a guest"),  # its root was an image of docker's
+        ({}, None, ("hypervisor", ".dockerenv"), "a guest"),  # for who may not see process 1
+        ({"uts": 1}, None, ("hypervisor", ".dockerenv"), "a container"),
+        ({"mnt": 1}, FIRST["mnt"], ("run/.containerenv",), "a container"),  # with the host's processes
+        ({"mnt": 1}, FIRST["mnt"], (), "a machine of its own"),  # a service with a private /tmp
+        ({"pid": 1, "mnt": 1}, 1, ("hypervisor",), "a container"),
+        ({"ipc": 1}, FIRST["mnt"], (), "a container"),
+    ],
+)
+def test_which_kind_of_machine(
+    tmp_path: Path, own: dict[str, int], of_first: int | None, marks: tuple[str, ...], kind: str
+) -> None:
+    """`of_first`: process 1's mount namespace."""
+    for at in ("proc/self/ns", "proc/1/ns", "run", "sys/class/dmi/id"):
+        (tmp_path / at).mkdir(parents=True)
+    for name, first in FIRST.items():
+        (tmp_path / "proc/self/ns" / name).symlink_to(f"{name}:[{own.get(name, first)}]")
+    if of_first is not None:
+        (tmp_path / "proc/1/ns/mnt").symlink_to(f"mnt:[{of_first}]")
+    flags = "fpu hypervisor" if "hypervisor" in marks else "fpu"
+    (tmp_path / "proc/cpuinfo").write_text(f"processor : 0\nflags : {flags} lahf_lm\n")
+    (tmp_path / "sys/class/dmi/id/sys_vendor").write_text("QEMU\n" if "QEMU" in marks else "Dell Inc.\n")
+    for mark in set(marks) - {"hypervisor", "QEMU"}:
+        (tmp_path / mark).touch()
+    root = str(tmp_path)
+    machine = next(examine(None, sysfs=f"{root}/sys", proc=f"{root}/proc", root=root))
+    assert machine.seen.startswith(kind)
+
+
 @ROOT
 def test_no_region_and_no_device() -> None:
     """A user who has not begun: there is no device, and nothing else either."""

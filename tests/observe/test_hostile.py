@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from shmsock.commands import ss
 from shmsock.engine import layout as lay
 from shmsock.engine.layout import Layout, read_layout
 from shmsock.engine.memory import Memory, native_core
-from shmsock.observe import connections
 from shmsock.observe.rates import Watcher
 from shmsock.region import open_file
 from tests.observe.conftest import Process, command, said, seen
@@ -98,12 +98,17 @@ def test_more_slots_than_anybody_has(region: Path, start: Start, monkeypatch: py
         assert len(view["connections"]) == layout.slots
         assert {c["state"] for c in view["connections"]} == {"orphaned"}  # section 200 is nobody's
         assert {c["sent"]["queued"] for c in view["connections"]} == {None}  # and no ring can hold that
-        monkeypatch.setattr(connections, "MOST", 100)
-        done = command("ss", region, "-s")
+        done = command("ss", region, "--limit", "10")
+        assert done.stdout.count("\n") == 11
+        assert done.stderr == f"shmsock: {layout.slots - 10} more are not shown: --limit\n"
+        lines = said("top", region, "-n", "1", "--limit", "10").splitlines()
+        assert lines[-1] == f"... and {layout.slots - 10} more"
+        monkeypatch.setattr(ss, "MOST", 200)
+        done = command("ss", region, "-s", "--limit", "50")
         assert done.exit_code == 0
         assert "connections: 100 (100 orphaned)" in done.stdout
         assert done.stderr == "shmsock: only the first 100 connections were looked at\n"
-        assert seen("ss", region)["more_connections"]
+        assert seen("ss", region, "--limit", "50")["more_connections"]
 
 
 def test_names_and_processes_that_are_none(region: Path, start: Start) -> None:

@@ -143,6 +143,7 @@ def test_a_guest_with_broken_devices(house: _House) -> None:
     (bar,) = (f for f in findings if f["name"] == "bar")
     assert "the region has 16 MiB, and 8 MiB of it are here" in bar["seen"]
     assert "size=16M" in bar["mend"]
+    assert findings[0]["seen"].startswith("a guest, ")  # whatever its root was made with
     (iommu,) = (f for f in findings if f["name"] == "iommu")
     assert "-device intel-iommu,intremap=on" in iommu["mend"]
     assert only(wrong(house.lonely), "qemu-private")  # in that guest everything looks healthy
