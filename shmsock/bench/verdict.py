@@ -17,6 +17,8 @@ __all__ = ["how_sure", "say_verdict", "warnings"]
 COSTS = {column.key for column in COST}
 LOST = 5.0
 """Percent of the time that a process stood still: more is worth a warning."""
+NAMED = 4
+"""Figures whose rounds differ that a warning names."""
 SAID = (
     ("echo", "p50_us", "64 B echo", "faster", "slower"),
     ("bulk", "mb_s", "64 KiB writes", "faster", "slower"),
@@ -102,5 +104,6 @@ def warnings(report: dict[str, Any]) -> list[str]:
         if not seen["agree"] and key not in COSTS
     ]
     if apart:
-        found.append(f"rounds differ by more than {DISAGREE:g} times: {', '.join(apart)}.")
+        rest = f", and {len(apart) - NAMED} more" if len(apart) > NAMED else ""
+        found.append(f"rounds differ by more than {DISAGREE:g} times: {', '.join(apart[:NAMED])}{rest}.")
     return found

@@ -115,6 +115,12 @@ def test_rounds_that_disagree_are_said() -> None:
     )
     (warning,) = report["warnings"]
     assert TCP in warning
+    for name in ("bulk", "connect", "many", "drain", "think-1ms"):
+        report["measures"] |= taken((1, 3), (9, 3), name=name, key=MEASURES[name].columns[0].key)["measures"]
+    verdict(report)
+    (warning,) = report["warnings"]
+    assert "drain" not in warning
+    assert warning.endswith(", and 2 more.")  # a list of all would bury what is above
 
 
 def test_processors_that_others_use_are_said() -> None:
