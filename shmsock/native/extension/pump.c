@@ -165,8 +165,6 @@ static int next_pass(Pump *pump, uint64_t *words, int *n, uint64_t now, int told
         /* they may have written to sockets, and uvloop holds such writes back until the turn ends: wait only if no nap was in vain lately */
         if (alone && (!told || sh_nap_ns(pump->nd, now) == SH_NAP_MAX_NS) && (*n = wait_for_more(pump, words, now)))
             return 1;
-        if (hot > 1 && !alone && pump->queue_visible) /* those in the queue run first, and then it naps: much less to be woken from than sleep */
-            return 0;
         hot = owes || !sh_quiet(pump->nd);
     }
     if (!hot)
