@@ -81,9 +81,12 @@ def test_links_lead_somewhere(document: Path) -> None:
     assert broken_links(document, read(document)) == []
 
 
-def test_every_guide_is_found_from_the_readme() -> None:
+def test_every_guide_is_found_from_the_readme_and_on_the_site() -> None:
     linked = {target.partition("#")[0] for target in LINK.findall(read(ROOT / "README.md"))}
-    assert {name_of(guide) for guide in (ROOT / "docs").glob("*.md")} - linked == set()
+    guides = {name_of(guide) for guide in (ROOT / "docs").glob("*.md")}
+    assert guides - linked == set()
+    contents = read(ROOT / "docs" / "site" / "conf.py").split()
+    assert {guide for guide in guides if guide.removesuffix(".md") not in contents} == set()
 
 
 # -- commands ----------------------------------------------------------------------------------------------

@@ -100,6 +100,7 @@ docs/site/reference/environment
 CHANGELOG
 CONTRIBUTING
 SECURITY
+docs/releasing
 docs/architecture
 shmsock/native/LAYOUT
 tests/models/README
