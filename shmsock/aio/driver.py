@@ -130,9 +130,8 @@ class Driver:
         self._ident, self._pid = threading.get_ident(), os.getpid()
         context = contextvars.Context()
         self.pump: Any = Pump(self, engine, heartbeat, loop, context, self._ident, ready_queue(loop))
-        if extension is not None:
-            engine.datagrams.gate = functools.partial(FastPath, self.pump)
-            engine.datagrams.inbox = functools.partial(extension.DatagramIn, self.pump)
+        engine.datagrams.gate = functools.partial(FastPath, self.pump)
+        engine.datagrams.inbox = functools.partial(extension.DatagramIn, self.pump)
         self._tune(slow)
         context.run(loop.add_reader, heartbeat.fd, self.pump._wake)
         listen = functools.partial(context.run, loop.add_reader)

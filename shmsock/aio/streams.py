@@ -261,7 +261,7 @@ class ShmStreamReaderProtocol(asyncio.StreamReaderProtocol):
         reader = self._stream_reader  # type: ignore[attr-defined]
         if isinstance(transport, ShmTransport):
             self._fast_path = transport.fast_path
-            if extension is not None and isinstance(reader, ShmStreamReader):
+            if isinstance(reader, ShmStreamReader):
                 reader._attach(transport)
             if reader is not None and self._client_connected_cb is None and not self._reject_connection:
                 self._transport = reader._transport = transport  # which is all that asyncio's does then
@@ -333,14 +333,12 @@ if (
 ):  # a later Python's set something that ours know nothing of
     del ShmStreamReader.__init__, ShmStreamReaderProtocol.__init__
 
-if extension is not None:
-    method, reader, writer = extension.method, asyncio.StreamReader, asyncio.StreamWriter
-    for _name in ("read", "readexactly", "readline"):
-        setattr(ShmStreamReader, _name, method(_name, reader, getattr(reader, _name)))
-    ShmStreamWriter.drain = method("drain", writer, writer.drain)  # type: ignore[method-assign]
-    ShmStreamReaderProtocol._drain_helper = method(  # type: ignore[method-assign]
-        "_drain_helper", asyncio.StreamReaderProtocol, ShmStreamReaderProtocol._drain_helper
-    )
+for _name in ("read", "readexactly", "readline"):
+    setattr(ShmStreamReader, _name, extension.method(_name, getattr(asyncio.StreamReader, _name)))
+ShmStreamWriter.drain = extension.method("drain", asyncio.StreamWriter.drain)  # type: ignore[method-assign]
+ShmStreamReaderProtocol._drain_helper = extension.method(  # type: ignore[method-assign]
+    "_drain_helper", ShmStreamReaderProtocol._drain_helper
+)
 
 
 def adopt(protocol: asyncio.BaseProtocol) -> None:

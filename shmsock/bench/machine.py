@@ -12,7 +12,6 @@ from typing import Any
 
 from rich.console import Console
 
-from shmsock.aio.pump import extension
 from shmsock.bench.child import have_uvloop
 from shmsock.bench.ends import probe
 
@@ -23,7 +22,6 @@ def machine() -> dict[str, Any]:
     found: dict[str, Any] = {
         **probe.machine(),
         "shmsock": importlib.metadata.version("shmsock"),
-        "extension": extension is not None,
         "load": round(os.getloadavg()[0], 1),
     }
     if have_uvloop():
@@ -52,7 +50,6 @@ def describe(known: dict[str, Any]) -> str:
     parts = [f"{known['cpu']} ({known['cpus']} CPUs)", f"Linux {known['kernel']}", known["python"]]
     parts += [f"uvloop {known['uvloop']}"] if "uvloop" in known else ["no uvloop"]
     parts += [f"shmsock {known['shmsock']}" + (f" at {known['commit']}" if "commit" in known else "")]
-    parts += [] if known["extension"] else ["no extension"]
     return ", ".join(parts) + f", load {known['load']}"
 
 

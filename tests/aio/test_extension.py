@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import random
 import subprocess
 import sys
@@ -217,34 +218,13 @@ def test_made_by_hand() -> None:
     turn.runs()
 
 
-SUBINTERPRETER = """
-import asyncio
-import shmsock.aio.streams
-import tests.aio.test_extension as here
-try:
-    import _interpreters as interpreters
-except ImportError:
-    import _xxsubinterpreters as interpreters
-try:
-    other = interpreters.create("legacy")
-except TypeError:
-    other = interpreters.create(isolated=False)
-failed = interpreters.run_string(
-    other, "import sys; sys.path[:0] = ['ROOT']; import tests.aio.plain; tests.aio.plain.main('REGION')"
-)
-interpreters.destroy(other)
-assert not failed, failed
-asyncio.run(here.play("REGION", 1))
-"""
-
-
-def test_a_subinterpreter_leaves_it_alone(region: str) -> None:
-    """What ends with it is not called by the main one. It has the plain pump, and all works there."""
-    code = SUBINTERPRETER.replace("REGION", region).replace("ROOT", str(Path(__file__).parents[2]))
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_subinterpreters_come_and_go(region: str) -> None:
+    """Each has what the extension keeps for itself, and leaves nothing behind."""
+    rounds = "20" if os.environ.get("SHMSOCK_LONG") else "3"
+    argv = [sys.executable, "-W", "error", "-m", "tests.aio.interpreters", region, rounds]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=110, check=False, cwd=root)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 # -- bytes

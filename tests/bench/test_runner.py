@@ -284,10 +284,7 @@ def test_a_busy_machine_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert known == {"cpus": 2, "load_after": 4.1}
 
 
-def test_machine_without_extension_and_uvloop(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "no extension" not in machine.describe({**machine.machine(), "extension": True})
-    monkeypatch.setattr(machine, "extension", None)
-    assert "no extension" in machine.describe(machine.machine())
+def test_machine_without_uvloop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "have_uvloop", lambda: False)
     assert "uvloop" not in machine.machine()
     assert "no uvloop" in machine.describe(machine.machine())

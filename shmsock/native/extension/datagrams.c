@@ -5,9 +5,6 @@
 #define RECORDS_PER_PASS 64
 #define BYTES_PER_PASS (256 << 10)
 
-PyTypeObject *sh_datagram_in_type, *sh_datagram_out_type;
-static PyObject *s_paused, *s_sink, *s_datagram_received, *s_raised, *s_send_slowly, *s_handler, *s_data, *s_addr;
-
 /* ---- receiving ---- */
 
 /* One datagram, and where it goes: sink is (protocol, context). */
@@ -28,8 +25,8 @@ static int find_sink(Arrival *a)
         return 0;
     a->endpoint = Py_NewRef(PyTuple_GET_ITEM(flow, 0));
     a->source = Py_NewRef(PyTuple_GET_ITEM(flow, 1));
-    paused = PyObject_GetAttr(a->endpoint, s_paused);
-    a->sink = paused == Py_False ? PyObject_GetAttr(a->endpoint, s_sink) : NULL;
+    paused = PyObject_GetAttr(a->endpoint, a->in->pump->state->names.paused);
+    a->sink = paused == Py_False ? PyObject_GetAttr(a->endpoint, a->in->pump->state->names.sink) : NULL;
     Py_XDECREF(paused);
     return a->sink && PyTuple_Check(a->sink) && PyTuple_GET_SIZE(a->sink) == 2 && PyContext_CheckExact(PyTuple_GET_ITEM(a->sink, 1));
 }
@@ -52,9 +49,9 @@ static int pass_on(DatagramIn *in, int64_t *status)
 
     if (data) {
         PyObject *protocol = PyTuple_GET_ITEM(a.sink, 0);
-        r = sh_hand_over(PyTuple_GET_ITEM(a.sink, 1), protocol, s_datagram_received, data, a.source, &error);
+        r = sh_hand_over(PyTuple_GET_ITEM(a.sink, 1), protocol, in->pump->state->names.datagram_received, data, a.source, &error);
         if (r == 0)
-            r = sh_tell_of(PyObject_GetAttr(a.endpoint, s_handler), s_raised, error, protocol);
+            r = sh_tell_of(PyObject_GetAttr(a.endpoint, in->pump->state->names.handler), in->pump->state->names.raised, error, protocol);
         Py_DECREF(data);
         r = r < 0 ? -1 : 1;
     }
@@ -91,18 +88,19 @@ static PyObject *datagram_in_close(DatagramIn *in, PyObject *unused)
     (void)unused;
     in->open = 0;
     if (in->pump && in->pump->datagram_ins && in->pump->datagram_ins[in->slot] == in)
-        in->pump->datagram_ins[in->slot] = NULL;
+        Py_CLEAR(in->pump->datagram_ins[in->slot]); /* whoever called has it, too */
     Py_RETURN_NONE;
 }
 
 static PyObject *datagram_in_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"pump", "conn", "flows", NULL};
+    State *state = PyType_GetModuleState(type);
     PyObject *pump, *conn, *flows;
     DatagramIn *in;
     long slot;
 
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!OO!", names, sh_pump_type, &pump, &conn, &PyDict_Type, &flows)
+    if (!state || !PyArg_ParseTupleAndKeywords(args, kwargs, "O!OO!", names, state->pump, &pump, &conn, &PyDict_Type, &flows)
         || (slot = sh_slot_of(conn, (Pump *)pump)) < 0 || !(in = (DatagramIn *)type->tp_alloc(type, 0)))
         return NULL;
     in->pump = (Pump *)Py_NewRef(pump);
@@ -110,7 +108,7 @@ static PyObject *datagram_in_new(PyTypeObject *type, PyObject *args, PyObject *k
     in->slot = (uint32_t)slot;
     in->ep = &in->pump->nd->eps[slot];
     in->open = 1;
-    in->pump->datagram_ins[slot] = in;
+    Py_XSETREF(in->pump->datagram_ins[slot], (DatagramIn *)Py_NewRef(in));
     return (PyObject *)in;
 }
 
@@ -163,7 +161,7 @@ static int send_now(DatagramOut *out, PyObject *data, PyObject *address)
     if (!out->can_write || !PyBytes_CheckExact(data) || !(PyTuple_CheckExact(address) || address == Py_None))
         return 0;
     route = PyDict_GetItemWithError(out->routes, address);
-    if (!route || !PyTuple_Check(route) || PyTuple_GET_SIZE(route) != 4 || !Py_IS_TYPE(PyTuple_GET_ITEM(route, 3), sh_fast_path_type)) {
+    if (!route || !PyTuple_Check(route) || PyTuple_GET_SIZE(route) != 4 || !Py_IS_TYPE(PyTuple_GET_ITEM(route, 3), out->pump->state->fast_path)) {
         PyErr_Clear(); /* an address that cannot be looked up: the slow way says so */
         return 0;
     }
@@ -184,9 +182,9 @@ static PyObject *datagram_out_sendto(DatagramOut *out, PyObject *const *args, Py
     int sent;
 
     for (Py_ssize_t i = 0; i < named; i++) {
-        if (PyUnicode_Compare(PyTuple_GET_ITEM(keywords, i), s_data) == 0 && n < 1)
+        if (PyUnicode_Compare(PyTuple_GET_ITEM(keywords, i), out->pump->state->names.data) == 0 && n < 1)
             data = args[n + i];
-        else if (PyUnicode_Compare(PyTuple_GET_ITEM(keywords, i), s_addr) == 0 && n < 2)
+        else if (PyUnicode_Compare(PyTuple_GET_ITEM(keywords, i), out->pump->state->names.addr) == 0 && n < 2)
             address = args[n + i];
         else
             data = NULL;
@@ -199,7 +197,7 @@ static PyObject *datagram_out_sendto(DatagramOut *out, PyObject *const *args, Py
         return sh_schedule_pump(out->pump) < 0 ? NULL : Py_NewRef(Py_None);
     if (!(transport = PyObject_CallNoArgs(out->transport)))
         return NULL;
-    r = transport == Py_None ? Py_NewRef(Py_None) : PyObject_CallMethodObjArgs(transport, s_send_slowly, data, address, NULL);
+    r = transport == Py_None ? Py_NewRef(Py_None) : PyObject_CallMethodObjArgs(transport, out->pump->state->names._send_slowly, data, address, NULL);
     Py_DECREF(transport);
     return r;
 }
@@ -207,11 +205,12 @@ static PyObject *datagram_out_sendto(DatagramOut *out, PyObject *const *args, Py
 static PyObject *datagram_out_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"pump", "port", "routes", "transport", NULL};
+    State *state = PyType_GetModuleState(type);
     PyObject *pump, *routes, *transport;
     unsigned int port;
     DatagramOut *out;
 
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!IO!O", names, sh_pump_type, &pump, &port, &PyDict_Type, &routes, &transport)
+    if (!state || !PyArg_ParseTupleAndKeywords(args, kwargs, "O!IO!O", names, state->pump, &pump, &port, &PyDict_Type, &routes, &transport)
         || !(out = (DatagramOut *)type->tp_alloc(type, 0)))
         return NULL;
     out->pump = (Pump *)Py_NewRef(pump);
@@ -282,22 +281,4 @@ static PyType_Slot datagram_out_slots[] = {
 };
 
 #define SPEC(type, its_slots) {.name = "shmsock.native._extension." #type, .basicsize = sizeof(type), .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, .slots = its_slots}
-static PyType_Spec datagram_in_spec = SPEC(DatagramIn, datagram_in_slots), datagram_out_spec = SPEC(DatagramOut, datagram_out_slots);
-
-int sh_datagrams_ready(PyObject *module)
-{
-    s_paused = PyUnicode_InternFromString("paused");
-    s_sink = PyUnicode_InternFromString("sink");
-    s_datagram_received = PyUnicode_InternFromString("datagram_received");
-    s_raised = PyUnicode_InternFromString("raised");
-    s_send_slowly = PyUnicode_InternFromString("_send_slowly");
-    s_handler = PyUnicode_InternFromString("handler");
-    s_data = PyUnicode_InternFromString("data");
-    s_addr = PyUnicode_InternFromString("addr");
-    if (!s_paused || !s_sink || !s_datagram_received || !s_raised || !s_send_slowly || !s_handler || !s_data || !s_addr)
-        return -1;
-    sh_datagram_in_type = (PyTypeObject *)PyType_FromSpec(&datagram_in_spec);
-    sh_datagram_out_type = (PyTypeObject *)PyType_FromSpec(&datagram_out_spec);
-    return !sh_datagram_in_type || !sh_datagram_out_type || PyModule_AddObjectRef(module, "DatagramIn", (PyObject *)sh_datagram_in_type) < 0
-        ? -1 : PyModule_AddObjectRef(module, "DatagramOut", (PyObject *)sh_datagram_out_type);
-}
+PyType_Spec sh_datagram_in_spec = SPEC(DatagramIn, datagram_in_slots), sh_datagram_out_spec = SPEC(DatagramOut, datagram_out_slots);

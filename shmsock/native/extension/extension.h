@@ -15,6 +15,25 @@
 typedef struct fast_path FastPath;
 typedef struct datagram_in DatagramIn;
 
+/* Names that are asked for. Interned: CPython's cache of lookups goes by the address of a name, and keeps each name that it was asked for. */
+#define SH_NAMES(X) \
+    X(_buffer) X(_eof) X(_fast_path) X(_limit) X(_on_ready) X(_raised) X(_send_slowly) X(_waiter) X(_write_rest) X(accepted) X(addr) X(attend) \
+    X(buffer_updated) X(check) X(close) X(data) X(data_received) X(datagram_received) X(done) X(get_buffer) X(handler) X(heard) X(paused) \
+    X(pump_follows) X(raised) X(set_result) X(sink) X(sink_refused) X(slot) X(throw)
+
+#define SH_SPARE 8
+
+/* All that lasts, of one interpreter: the module's state. What uses it holds a reference to the module: a type that the collector clears has none. */
+typedef struct {
+#define SH_FIELD(name) PyObject *name;
+    struct { SH_NAMES(SH_FIELD) } names;
+#undef SH_FIELD
+    PyObject *with_context; /* ("context",) */
+    PyTypeObject *pump, *fast_path, *datagram_in, *datagram_out, *op, *method;
+    PyObject *spare[SH_SPARE]; /* memory of Ops that are over */
+    int spares;
+} State;
+
 typedef struct {
     PyObject_HEAD
     sh_node *nd;
@@ -24,8 +43,10 @@ typedef struct {
     PyObject *owner;  /* the driver, whose check(), heard(), attend() and pump_follows() are called */
     PyObject *queue;  /* what the loop runs next; or a list with an item for each task that the pump woke */
     PyObject *call_soon, *create_future, *context, *pass;
-    FastPath **fast_paths;    /* by slot: connections with a reader in direct mode, or with a protocol that is given bytes; borrowed */
-    DatagramIn **datagram_ins;  /* by slot: links that bring datagrams; borrowed */
+    PyObject *module; /* holds the state */
+    State *state;
+    FastPath **fast_paths;    /* by slot: connections with a reader in direct mode, or with a protocol that is given bytes */
+    DatagramIn **datagram_ins;  /* by slot: links that bring datagrams */
     uint32_t slots;
     unsigned long ident;
     unsigned long long unlocked;
@@ -73,18 +94,21 @@ PyObject *sh_taken(Taken *taken, int64_t status);
 
 enum sh_op_kind { SH_OP_READ, SH_OP_EXACTLY, SH_OP_LINE, SH_OP_DRAIN, SH_OP_HELPER, SH_OP_KINDS };
 
+/* A method of a class of streams that stands for a coroutine function. */
+typedef struct {
+    PyObject_HEAD
+    vectorcallfunc call;
+    PyObject *module; /* holds the state */
+    State *state;
+    PyObject *function;
+    enum sh_op_kind kind;
+} Method;
+
 extern const char *const sh_op_names[SH_OP_KINDS];
-extern PyObject *sh_slow[SH_OP_KINDS]; /* the coroutine functions */
-extern PyTypeObject *sh_pump_type, *sh_fast_path_type, *sh_op_type;
+extern PyType_Spec sh_pump_spec, sh_fast_path_spec, sh_datagram_in_spec, sh_datagram_out_spec, sh_op_spec, sh_method_spec;
 
-int sh_turn_ready(void);
-int sh_pump_ready(PyObject *module);
-int sh_fast_path_ready(PyObject *module);
-int sh_op_ready(PyObject *module);
-int sh_streams_ready(PyObject *module);
-int sh_datagrams_ready(PyObject *module);
-
-PyObject *sh_op_new(PyObject *stream, enum sh_op_kind kind, Py_ssize_t n, PyObject *arg);
+PyObject *sh_op_new(Method *method, PyObject *stream, Py_ssize_t n, PyObject *arg);
+PyObject *sh_method(PyObject *module, PyObject *args);
 
 int sh_call_soon(Pump *pump, PyObject *callback);
 int sh_begin_turn(Pump *pump);

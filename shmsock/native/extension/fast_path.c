@@ -3,10 +3,6 @@
 
 #include <stdlib.h>
 
-PyTypeObject *sh_fast_path_type;
-/* Interned: CPython's cache of lookups goes by the address of a name, and keeps each name that it was asked for. */
-static PyObject *s_done, *s_set_result, *s_write_rest, *s_slot, *s_limit, *s_buffer, *s_raised, *s_data_received, *s_get_buffer, *s_buffer_updated, *s_sink_refused;
-
 /* Bytes that are given to a protocol at once. So many because freeing such a piece teaches malloc to keep memory: pieces of 64 KiB are given back to
  * the kernel each time, and the next take page faults (measured: a third of the throughput). */
 #define PIECE (1u << 18)
@@ -31,11 +27,11 @@ void sh_keep_memory(Pump *pump)
 /* Wake the reader that waits. */
 int sh_fast_path_wake(FastPath *p)
 {
-    PyObject *waiter = Py_NewRef(p->waiter), *done = PyObject_CallMethodNoArgs(waiter, s_done), *r = NULL;
+    PyObject *waiter = Py_NewRef(p->waiter), *done = PyObject_CallMethodNoArgs(waiter, p->pump->state->names.done), *r = NULL;
     int is_done = done ? PyObject_IsTrue(done) : -1;
 
     if (!is_done) {
-        r = PyObject_CallMethodOneArg(waiter, s_set_result, Py_None);
+        r = PyObject_CallMethodOneArg(waiter, p->pump->state->names.set_result, Py_None);
         if (r && !p->wake_pending) {
             p->wake_pending = 1;
             is_done = sh_will_run(p->pump);
@@ -124,7 +120,7 @@ static int raised(FastPath *p, PyObject *method)
 {
     PyObject *error = caught();
 
-    return !error || sh_tell_of(PyObject_CallNoArgs(p->transport), s_raised, error, method) < 0 ? -1 : 1;
+    return !error || sh_tell_of(PyObject_CallNoArgs(p->transport), p->pump->state->names._raised, error, method) < 0 ? -1 : 1;
 }
 
 /* Call the protocol, with an argument that is stolen. 1: done, or what it raised was told. -1: an exception that ends the program. */
@@ -169,14 +165,14 @@ static int64_t give_buffered(FastPath *p, int *all)
     if (!(hint = PyLong_FromLongLong(there)))
         return SH_SLOW;
     protocol = Py_NewRef(p->protocol);
-    buffer = call_in(p->context, protocol, s_get_buffer, hint, NULL);
+    buffer = call_in(p->context, protocol, p->pump->state->names.get_buffer, hint, NULL);
     Py_DECREF(hint);
     n = !buffer ? 0 : p->protocol == protocol && p->can_write ? fill_buffer(p, buffer) : SH_SLOW;
     Py_XDECREF(buffer);
     *all = n >= there;
     if (n == 0)
-        n = raised(p, s_get_buffer);
-    else if (n > 0 && tell(p, protocol, s_buffer_updated, PyLong_FromLongLong(n)) < 0)
+        n = raised(p, p->pump->state->names.get_buffer);
+    else if (n > 0 && tell(p, protocol, p->pump->state->names.buffer_updated, PyLong_FromLongLong(n)) < 0)
         n = SH_SLOW;
     Py_DECREF(protocol);
     return n;
@@ -191,7 +187,7 @@ static int64_t give_socket(FastPath *p, int *all)
         return there;
     n = sh_read_socket(p->ep, p->sink, DELIVER_MAX);
     if (n == SH_UNREADABLE)
-        return tell(p, p->protocol, s_sink_refused, PyLong_FromLong(errno)) < 0 ? SH_SLOW : SH_YIELD;
+        return tell(p, p->protocol, p->pump->state->names.sink_refused, PyLong_FromLong(errno)) < 0 ? SH_SLOW : SH_YIELD;
     p->poured += n > 0 ? (uint64_t)n : 0;
     *all = n >= there;
     return n;
@@ -207,7 +203,7 @@ static int64_t give_bytes(FastPath *p, int *all)
     *all = n < PIECE;
     if (n >= (int64_t)SH_LARGE)
         sh_keep_memory(p->pump);
-    return data && tell(p, p->protocol, s_data_received, data) < 0 ? SH_SLOW : n;
+    return data && tell(p, p->protocol, p->pump->state->names.data_received, data) < 0 ? SH_SLOW : n;
 }
 
 /* Give what is in the ring to the protocol, in the connection's context. 1: that is done. 0: Python does it, and finds out why. (A protocol that
@@ -285,7 +281,7 @@ static PyObject *write_rest(FastPath *p, PyObject *data, int64_t taken)
     PyObject *number = transport ? PyLong_FromLongLong(taken) : NULL, *r = NULL;
 
     if (number)
-        r = transport == Py_None ? Py_NewRef(Py_None) : PyObject_CallMethodObjArgs(transport, s_write_rest, data, number, NULL);
+        r = transport == Py_None ? Py_NewRef(Py_None) : PyObject_CallMethodObjArgs(transport, p->pump->state->names._write_rest, data, number, NULL);
     Py_XDECREF(transport);
     Py_XDECREF(number);
     return r;
@@ -381,6 +377,9 @@ static PyObject *fast_path_hang_up(FastPath *p, PyObject *unused)
     Py_RETURN_TRUE;
 }
 
+/* The pump tells this one of its slot's news from now on. */
+static void take_place(FastPath *p) { Py_XSETREF(p->pump->fast_paths[p->slot], (FastPath *)Py_NewRef(p)); }
+
 /* attach(reader, is_open): it reads in direct mode, if there is still a ring, and the pump may wake it from C. */
 static PyObject *fast_path_attach(FastPath *p, PyObject *const *args, Py_ssize_t n)
 {
@@ -392,12 +391,12 @@ static PyObject *fast_path_attach(FastPath *p, PyObject *const *args, Py_ssize_t
     if (!p->reader || args[1] != Py_True)
         return p->reader ? Py_NewRef(Py_None) : NULL;
     p->direct = p->can_read = 1;
-    limit = PyObject_GetAttr(reader, s_limit);
-    buffer = PyObject_GetAttr(reader, s_buffer);
+    limit = PyObject_GetAttr(reader, p->pump->state->names._limit);
+    buffer = PyObject_GetAttr(reader, p->pump->state->names._buffer);
     if (limit && buffer && PyByteArray_CheckExact(buffer)) {
         p->limit = PyLong_AsSsize_t(limit);
         Py_XSETREF(p->buffer, Py_NewRef(buffer));
-        p->pump->fast_paths[p->slot] = p;
+        take_place(p);
     }
     Py_XDECREF(limit);
     Py_XDECREF(buffer);
@@ -416,7 +415,7 @@ static PyObject *fast_path_receive(FastPath *p, PyObject *args)
     Py_XSETREF(p->context, Py_NewRef(context));
     Py_XSETREF(p->protocol, protocol == Py_None ? NULL : Py_NewRef(protocol));
     if (p->protocol)
-        p->pump->fast_paths[p->slot] = p;
+        take_place(p);
     Py_RETURN_NONE;
 }
 
@@ -437,7 +436,7 @@ static void let_go(FastPath *p)
 {
     p->can_read = 0;
     if (p->pump && p->pump->fast_paths && p->pump->fast_paths[p->slot] == p)
-        p->pump->fast_paths[p->slot] = NULL;
+        Py_CLEAR(p->pump->fast_paths[p->slot]); /* whoever called has it, too */
 }
 
 static PyObject *fast_path_detach(FastPath *p, PyObject *unused)
@@ -471,7 +470,7 @@ static PyObject *fast_path_forget(FastPath *p, PyObject *unused)
 /* The slot of a connection of that node; -1: an exception. */
 long sh_slot_of(PyObject *conn, Pump *pump)
 {
-    PyObject *number = PyObject_GetAttr(conn, s_slot);
+    PyObject *number = PyObject_GetAttr(conn, pump->state->names.slot);
     long slot = number ? PyLong_AsLong(number) : -1;
 
     Py_XDECREF(number);
@@ -483,10 +482,11 @@ long sh_slot_of(PyObject *conn, Pump *pump)
 static int fill(FastPath *p, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {"pump", "conn", "transport", NULL};
+    State *state = PyType_GetModuleState(Py_TYPE(p));
     PyObject *pump, *conn, *transport;
     long slot;
 
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!OO", names, sh_pump_type, &pump, &conn, &transport)
+    if (!state || !PyArg_ParseTupleAndKeywords(args, kwargs, "O!OO", names, state->pump, &pump, &conn, &transport)
         || (slot = sh_slot_of(conn, (Pump *)pump)) < 0)
         return -1;
     p->pump = (Pump *)Py_NewRef(pump);
@@ -588,27 +588,9 @@ static PyType_Slot slots[] = {
     {0, NULL},
 };
 
-static PyType_Spec spec = {
+PyType_Spec sh_fast_path_spec = {
     .name = "shmsock.native._extension.FastPath",
     .basicsize = sizeof(FastPath),
     .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
     .slots = slots,
 };
-
-int sh_fast_path_ready(PyObject *module)
-{
-    s_done = PyUnicode_InternFromString("done");
-    s_set_result = PyUnicode_InternFromString("set_result");
-    s_write_rest = PyUnicode_InternFromString("_write_rest");
-    s_slot = PyUnicode_InternFromString("slot");
-    s_limit = PyUnicode_InternFromString("_limit");
-    s_buffer = PyUnicode_InternFromString("_buffer");
-    s_raised = PyUnicode_InternFromString("_raised");
-    s_data_received = PyUnicode_InternFromString("data_received");
-    s_get_buffer = PyUnicode_InternFromString("get_buffer");
-    s_buffer_updated = PyUnicode_InternFromString("buffer_updated");
-    s_sink_refused = PyUnicode_InternFromString("sink_refused");
-    sh_fast_path_type = (PyTypeObject *)PyType_FromSpec(&spec);
-    return s_done && s_set_result && s_write_rest && s_slot && s_limit && s_buffer && s_raised && s_data_received && s_get_buffer && s_buffer_updated && s_sink_refused && sh_fast_path_type
-        ? PyModule_AddObjectRef(module, "FastPath", (PyObject *)sh_fast_path_type) : -1;
-}

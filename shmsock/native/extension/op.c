@@ -3,12 +3,11 @@
  * stand for. */
 #include "extension.h"
 
-#define SPARE 8
-
 enum state { START, YIELDED, WAITING, DELEGATED, DONE };
 
 typedef struct {
     PyObject_HEAD
+    Method *method;         /* that was called */
     PyObject *stream, *arg; /* the StreamReader, StreamWriter or its protocol; the argument of the call, or NULL */
     FastPath *fast_path;
     PyObject *inner;        /* the future's iterator that is waited for, or the coroutine that does the work */
@@ -17,11 +16,6 @@ typedef struct {
     enum state state;
     char running;           /* `inner` is being called */
 } Op;
-
-PyTypeObject *sh_op_type;
-static PyObject *s_fast_path, *s_waiter, *s_eof, *s_on_ready, *s_throw, *s_close, *s_check;
-static Op *spare[SPARE];
-static int spares;
 
 /* ---- bytes ---- */
 
@@ -53,14 +47,14 @@ static void stop_waiting(Op *op)
 
     PyErr_Fetch(&type, &value, &trace);
     if (type && p->wake_pending) { /* probably cancelled: tell those who use the buffer of the bytes it was woken for */
-        PyObject *tell = PyObject_GetAttr(op->stream, s_on_ready);
+        PyObject *tell = PyObject_GetAttr(op->stream, op->method->state->names._on_ready);
         if (!tell || sh_call_soon(p->pump, tell) < 0)
             PyErr_Clear();
         Py_XDECREF(tell);
     }
     Py_CLEAR(op->inner);
     Py_CLEAR(p->waiter);
-    if (PyObject_SetAttr(op->stream, s_waiter, Py_None) < 0)
+    if (PyObject_SetAttr(op->stream, op->method->state->names._waiter, Py_None) < 0)
         PyErr_Clear();
     if (p->wake_pending) {
         p->wake_pending = 0;
@@ -79,7 +73,7 @@ static int start_waiting(Op *op)
     if (!waiter)
         return -1;
     op->inner = await_ ? await_(waiter) : PyObject_CallMethod(waiter, "__await__", NULL);
-    if (!op->inner || PyObject_SetAttr(op->stream, s_waiter, waiter) < 0) {
+    if (!op->inner || PyObject_SetAttr(op->stream, op->method->state->names._waiter, waiter) < 0) {
         Py_CLEAR(op->inner);
         Py_DECREF(waiter);
         return -1;
@@ -127,7 +121,7 @@ static PySendResult delegate(Op *op, PyObject **out)
     PyObject *args[] = {op->stream, op->arg};
     PySendResult r;
 
-    op->inner = PyObject_Vectorcall(sh_slow[op->kind], args, op->arg ? 2 : 1, NULL);
+    op->inner = PyObject_Vectorcall(op->method->function, args, op->arg ? 2 : 1, NULL);
     if (!op->inner)
         return finish(op, NULL, out);
     op->state = DELEGATED;
@@ -137,7 +131,7 @@ static PySendResult delegate(Op *op, PyObject **out)
 
 static int is_eof(Op *op)
 {
-    PyObject *eof = PyObject_GetAttr(op->stream, s_eof);
+    PyObject *eof = PyObject_GetAttr(op->stream, op->method->state->names._eof);
     int r = eof ? PyObject_IsTrue(eof) : -1;
 
     Py_XDECREF(eof);
@@ -164,7 +158,7 @@ static PySendResult go_on(Op *op, PyObject **out)
             return PYGEN_NEXT;
         }
         if (status == SH_STALE) {
-            PyObject *r = PyObject_CallMethodNoArgs((PyObject *)p->pump, s_check);
+            PyObject *r = PyObject_CallMethodNoArgs((PyObject *)p->pump, op->method->state->names.check);
             if (!r)
                 return finish(op, NULL, out);
             Py_DECREF(r);
@@ -269,7 +263,7 @@ static PyObject *op_throw(Op *op, PyObject *args)
         int waited = op->state == WAITING;
         PyObject *inner = Py_NewRef(op->inner);
 
-        method = PyObject_GetAttr(inner, s_throw);
+        method = PyObject_GetAttr(inner, op->method->state->names.throw);
         op->running = 1;
         out = method ? PyObject_Call(method, args, NULL) : NULL;
         op->running = 0;
@@ -313,7 +307,7 @@ static PyObject *op_close(Op *op, PyObject *unused)
     op->state = DONE;
     if (inner) {
         op->running = 1;
-        r = PyObject_CallMethodNoArgs(inner, s_close);
+        r = PyObject_CallMethodNoArgs(inner, op->method->state->names.close);
         op->running = 0;
         if (waited)
             stop_waiting(op);
@@ -329,6 +323,7 @@ static PyObject *op_close(Op *op, PyObject *unused)
 static int op_traverse(Op *op, visitproc visit, void *arg)
 {
     Py_VISIT(Py_TYPE(op));
+    Py_VISIT(op->method);
     Py_VISIT(op->stream);
     Py_VISIT(op->arg);
     Py_VISIT(op->fast_path);
@@ -342,7 +337,7 @@ static int op_clear(Op *op)
     Py_CLEAR(op->arg);
     Py_CLEAR(op->fast_path);
     Py_CLEAR(op->inner);
-    return 0;
+    return 0; /* the method stays, for what is called after this */
 }
 
 static void op_finalize(Op *op)
@@ -365,16 +360,19 @@ static void op_finalize(Op *op)
 static void op_dealloc(Op *op)
 {
     PyTypeObject *type = Py_TYPE(op);
+    Method *method = op->method;
 
     if (op->state != DONE && PyObject_CallFinalizerFromDealloc((PyObject *)op) < 0)
         return;
     PyObject_GC_UnTrack(op);
     op_clear(op);
-    if (spares < SPARE && !PyObject_GC_IsFinalized((PyObject *)op)) {
-        spare[spares++] = op;
-        return; /* with its reference to the type */
-    }
-    type->tp_free(op);
+#ifndef Py_GIL_DISABLED /* threads would share them */
+    if (method->state->spares < SH_SPARE && !PyObject_GC_IsFinalized((PyObject *)op))
+        method->state->spare[method->state->spares++] = (PyObject *)op;
+    else
+#endif
+        type->tp_free(op);
+    Py_DECREF(method);
     Py_DECREF(type);
 }
 
@@ -409,7 +407,7 @@ static PyType_Slot slots[] = {
     {0, NULL},
 };
 
-static PyType_Spec spec = {
+PyType_Spec sh_op_spec = {
     .name = "shmsock.native._extension.Op",
     .basicsize = sizeof(Op),
     .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION,
@@ -417,46 +415,32 @@ static PyType_Spec spec = {
 };
 
 /* Make an awaitable. n: how many bytes to read; negative: leave it to the coroutine. */
-PyObject *sh_op_new(PyObject *stream, enum sh_op_kind kind, Py_ssize_t n, PyObject *arg)
+PyObject *sh_op_new(Method *method, PyObject *stream, Py_ssize_t n, PyObject *arg)
 {
-    PyObject *fast_path = PyObject_GetAttr(stream, s_fast_path);
+    State *state = method->state;
+    PyObject *fast_path = PyObject_GetAttr(stream, state->names._fast_path);
     Op *op;
 
     if (!fast_path)
         return NULL;
-    if (spares) {
-        op = spare[--spares];
-        (void)PyObject_INIT((PyObject *)op, sh_op_type);
-        Py_DECREF(sh_op_type); /* it had one */
-    } else if (!(op = PyObject_GC_New(Op, sh_op_type))) {
+    if (state->spares) {
+        op = (Op *)state->spare[--state->spares];
+        (void)PyObject_INIT((PyObject *)op, state->op);
+    } else if (!(op = PyObject_GC_New(Op, state->op))) {
         Py_DECREF(fast_path);
         return NULL;
     }
+    op->method = (Method *)Py_NewRef(method);
     op->stream = Py_NewRef(stream);
     op->arg = Py_XNewRef(arg);
-    op->fast_path = Py_IS_TYPE(fast_path, sh_fast_path_type) ? (FastPath *)fast_path : NULL;
+    op->fast_path = Py_IS_TYPE(fast_path, state->fast_path) ? (FastPath *)fast_path : NULL;
     if (!op->fast_path)
         Py_DECREF(fast_path);
     op->inner = NULL;
     op->n = n;
-    op->kind = kind;
+    op->kind = method->kind;
     op->state = START;
     op->running = 0;
     PyObject_GC_Track(op);
     return (PyObject *)op;
-}
-
-int sh_op_ready(PyObject *module)
-{
-    s_fast_path = PyUnicode_InternFromString("_fast_path");
-    s_waiter = PyUnicode_InternFromString("_waiter");
-    s_eof = PyUnicode_InternFromString("_eof");
-    s_on_ready = PyUnicode_InternFromString("_on_ready");
-    s_throw = PyUnicode_InternFromString("throw");
-    s_close = PyUnicode_InternFromString("close");
-    s_check = PyUnicode_InternFromString("check");
-    sh_op_type = (PyTypeObject *)PyType_FromSpec(&spec);
-    if (!s_fast_path || !s_waiter || !s_eof || !s_on_ready || !s_throw || !s_close || !s_check || !sh_op_type)
-        return -1;
-    return PyModule_AddObjectRef(module, "Op", (PyObject *)sh_op_type);
 }

@@ -8,9 +8,6 @@
 #define SPIN_NS 50000u  /* the longest poll in one go; then the loop serves others */
 #define UNUSUAL (SH_POLL_FIN | SH_POLL_DONE | SH_POLL_RESET | SH_POLL_BAD)
 
-PyTypeObject *sh_pump_type;
-static PyObject *s_check, *s_accepted, *s_heard, *s_attend, *s_pump_follows;
-
 /* owner.method([first[, second]]). */
 static PyObject *ask_owner(Pump *pump, PyObject *method, PyObject *first, PyObject *second)
 {
@@ -50,7 +47,7 @@ static int attend(Pump *pump, const uint64_t *words, int n, uint64_t now)
     int told = -1;
 
     if (clock)
-        r = ask_owner(pump, s_attend, list, clock);
+        r = ask_owner(pump, pump->state->names.attend, list, clock);
     if (r)
         told = PyObject_IsTrue(r);
     Py_XDECREF(list);
@@ -65,7 +62,7 @@ static int accepted(Pump *pump, uint64_t word, uint64_t now)
     PyObject *what = PyLong_FromUnsignedLong(word & 0xffffff), *more = PyLong_FromUnsignedLong((uint32_t)(word >> 32)), *clock = PyLong_FromUnsignedLongLong(now), *r = NULL;
 
     if (what && more && clock && pump->owner)
-        r = PyObject_CallMethodObjArgs(pump->owner, s_accepted, what, more, clock, NULL);
+        r = PyObject_CallMethodObjArgs(pump->owner, pump->state->names.accepted, what, more, clock, NULL);
     Py_XDECREF(what);
     Py_XDECREF(more);
     Py_XDECREF(clock);
@@ -234,8 +231,8 @@ static PyObject *pump_fit(Pump *pump, PyObject *unused)
 }
 
 static PyObject *pump_begin_turn(Pump *pump, PyObject *unused) { (void)unused; return none_unless(sh_begin_turn(pump)); }
-static PyObject *pump_check(Pump *pump, PyObject *unused) { (void)unused; return ask_owner(pump, s_check, NULL, NULL); }
-static PyObject *pump_stir(Pump *pump, PyObject *unused) { (void)unused; return pump->scheduled || pump->closed ? Py_NewRef(Py_None) : ask_owner(pump, s_pump_follows, NULL, NULL); }
+static PyObject *pump_check(Pump *pump, PyObject *unused) { (void)unused; return ask_owner(pump, pump->state->names.check, NULL, NULL); }
+static PyObject *pump_stir(Pump *pump, PyObject *unused) { (void)unused; return pump->scheduled || pump->closed ? Py_NewRef(Py_None) : ask_owner(pump, pump->state->names.pump_follows, NULL, NULL); }
 /* spin_for_answer(section, slot): busy-poll for messages of that peer, if nothing else is to be run. Returns True: it has accepted the connection of that slot,
  * and that is all; what they said otherwise, words for the engine; None: leave them to the next pass. */
 static PyObject *pump_spin_for_answer(Pump *pump, PyObject *const *args, Py_ssize_t count)
@@ -279,7 +276,7 @@ static PyObject *pump_wake(Pump *pump, PyObject *unused)
         Py_RETURN_NONE;
     news = sh_heartbeat_heard(pump->heartbeat);
     if (news || pump->listens || pump->hurry) {
-        PyObject *number = PyLong_FromLong(news), *r = number ? ask_owner(pump, s_heard, number, NULL) : NULL;
+        PyObject *number = PyLong_FromLong(news), *r = number ? ask_owner(pump, pump->state->names.heard, number, NULL) : NULL;
         Py_XDECREF(number);
         if (!r)
             return NULL;
@@ -304,21 +301,29 @@ static int borrow(PyObject *owner, void *to, PyObject *memory, Py_ssize_t i)
 /* Until pump_init() it counts as detached. */
 static PyObject *pump_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    Pump *pump = (Pump *)type->tp_alloc(type, 0);
+    PyObject *module = PyType_GetModule(type);
+    Pump *pump = module ? (Pump *)type->tp_alloc(type, 0) : NULL;
 
     (void)args;
     (void)kwargs;
-    if (pump)
+    if (pump) {
+        pump->module = Py_NewRef(module);
+        pump->state = PyModule_GetState(module);
         pump->closed = 1;
+    }
     return (PyObject *)pump;
 }
 
 /* Release the GIL if this thread holds it: it does in calls of the extension, and not in those of cffi. */
 static void *let_others_run(void)
 {
+#if PY_VERSION_HEX >= 0x030d0000
+    return PyThreadState_GetUnchecked() ? PyEval_SaveThread() : NULL;
+#else
     PyThreadState *mine = PyGILState_GetThisThreadState();
 
     return mine && mine == _PyThreadState_UncheckedGet() ? PyEval_SaveThread() : NULL;
+#endif
 }
 
 static void go_on(void *mine) { PyEval_RestoreThread(mine); }
@@ -359,7 +364,12 @@ static int pump_init(Pump *pump, PyObject *args, PyObject *kwargs)
 static int pump_traverse(Pump *pump, visitproc visit, void *arg)
 {
     Py_VISIT(Py_TYPE(pump));
+    Py_VISIT(pump->module);
     Py_VISIT(pump->memory);
+    for (uint32_t i = 0; pump->fast_paths && pump->datagram_ins && i < pump->slots; i++) {
+        Py_VISIT(pump->fast_paths[i]);
+        Py_VISIT(pump->datagram_ins[i]);
+    }
     Py_VISIT(pump->owner);
     Py_VISIT(pump->owed);
     Py_VISIT(pump->queue);
@@ -373,6 +383,10 @@ static int pump_traverse(Pump *pump, visitproc visit, void *arg)
 static int pump_clear(Pump *pump)
 {
     pump->closed = 1; /* what is called from here on finds nothing to work with */
+    for (uint32_t i = 0; pump->fast_paths && pump->datagram_ins && i < pump->slots; i++) {
+        Py_CLEAR(pump->fast_paths[i]);
+        Py_CLEAR(pump->datagram_ins[i]);
+    }
     Py_CLEAR(pump->owner);
     Py_CLEAR(pump->owed);
     Py_CLEAR(pump->queue);
@@ -392,6 +406,7 @@ static void pump_dealloc(Pump *pump)
     Py_CLEAR(pump->memory); /* not before: fast paths, DatagramIns and awaitables that end with us, or later, still use it */
     PyMem_Free(pump->fast_paths);
     PyMem_Free(pump->datagram_ins);
+    Py_CLEAR(pump->module);
     type->tp_free(pump);
     Py_DECREF(type);
 }
@@ -440,21 +455,9 @@ static PyType_Slot slots[] = {
     {0, NULL},
 };
 
-static PyType_Spec spec = {
+PyType_Spec sh_pump_spec = {
     .name = "shmsock.native._extension.Pump",
     .basicsize = sizeof(Pump),
     .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
     .slots = slots,
 };
-
-int sh_pump_ready(PyObject *module)
-{
-    s_check = PyUnicode_InternFromString("check");
-    s_accepted = PyUnicode_InternFromString("accepted");
-    s_heard = PyUnicode_InternFromString("heard");
-    s_attend = PyUnicode_InternFromString("attend");
-    s_pump_follows = PyUnicode_InternFromString("pump_follows");
-    sh_pump_type = (PyTypeObject *)PyType_FromSpec(&spec);
-    return s_check && s_accepted && s_heard && s_attend && s_pump_follows && sh_pump_type
-        ? PyModule_AddObjectRef(module, "Pump", (PyObject *)sh_pump_type) : -1;
-}

@@ -1,9 +1,6 @@
 /* turn.c - turns of the loop: gives one its budget, schedules the pass that follows, and knows whether anything else is to be run. */
 #include "extension.h"
 
-static PyObject *with_context; /* ("context",) */
-static PyObject *s_check;
-
 /* loop.call_soon(callback), in the pump's context. */
 int sh_call_soon(Pump *pump, PyObject *callback)
 {
@@ -13,7 +10,7 @@ int sh_call_soon(Pump *pump, PyObject *callback)
         PyErr_SetString(PyExc_RuntimeError, "this node was never attached, or has been collected");
         return -1;
     }
-    handle = PyObject_Vectorcall(pump->call_soon, args, 1, with_context);
+    handle = PyObject_Vectorcall(pump->call_soon, args, 1, pump->state->with_context);
     Py_XDECREF(handle);
     return handle ? 0 : -1;
 }
@@ -22,7 +19,7 @@ int sh_call_soon(Pump *pump, PyObject *callback)
 int sh_begin_turn(Pump *pump)
 {
     if (PyThread_get_thread_ident() != pump->ident) {
-        PyObject *r = PyObject_CallMethodNoArgs((PyObject *)pump, s_check); /* raises */
+        PyObject *r = PyObject_CallMethodNoArgs((PyObject *)pump, pump->state->names.check); /* raises */
         Py_XDECREF(r);
         return r ? 0 : -1;
     }
@@ -46,11 +43,4 @@ int sh_runs(Pump *pump)
     Py_ssize_t n = pump->queue_visible || !pump->queue ? 0 : PyList_GET_SIZE(pump->queue);
 
     return n ? PyList_SetSlice(pump->queue, n - 1, n, NULL) : 0;
-}
-
-int sh_turn_ready(void)
-{
-    s_check = PyUnicode_InternFromString("check");
-    with_context = Py_BuildValue("(s)", "context");
-    return s_check && with_context ? 0 : -1;
 }
