@@ -63,7 +63,7 @@ _implicit: weakref.WeakKeyDictionary[Loop, _Mine] = weakref.WeakKeyDictionary()
 _tries: weakref.WeakKeyDictionary[Loop, dict[str | bytes, float]] = weakref.WeakKeyDictionary()
 ATTACH_S, RETRY_S = 2.0, 10.0
 # Loops in several threads share it. A WeakSet cannot be iterated by one thread while another adds to it; a
-# plain set can be copied by list(), during which no other thread runs.
+# plain set can be copied by list(), which holds the GIL, or locks the set.
 _nodes: set[weakref.ref[Node]] = set()
 
 

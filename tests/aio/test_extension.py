@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -218,6 +219,9 @@ def test_made_by_hand() -> None:
     turn.runs()
 
 
+@pytest.mark.skipif(
+    bool(sysconfig.get_config_var("Py_GIL_DISABLED")), reason="cffi: CPython 3.12 and up with a GIL"
+)
 def test_subinterpreters_come_and_go(region: str) -> None:
     """Each has what the extension keeps for itself, and leaves nothing behind."""
     rounds = "20" if os.environ.get("SHMSOCK_LONG") else "3"
