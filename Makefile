@@ -85,6 +85,19 @@ apps: setup ## libraries and servers as they are: the long forms of their tests,
 guests: setup ## the tests in guests at length: pip in one without a network, all of streams over dax, redis-benchmark
 	@SHMSOCK_LONG=1 $(BIN)/python -m pytest -q $(GUESTS)
 
+.PHONY: fuzz
+fuzz: setup ## the core over memory that lies: so many MILLIONS of calls, by random inputs, and SECONDS by libFuzzer's
+	@$(BIN)/python -m tests.native.hostile fuzz $(or $(MILLIONS),100)
+	@$(BIN)/python -m tests.native.hostile libfuzzer $(or $(SECONDS),120)
+
+.PHONY: fuzz-coverage
+fuzz-coverage: setup ## the lines of the core that the fuzzer does not reach
+	@$(BIN)/python -m tests.native.hostile coverage $(or $(MILLIONS),20)
+
+.PHONY: races
+races: setup ## the core as threads under ThreadSanitizer, with pauses between any two steps: SECONDS of each kind
+	@$(BIN)/python -m tests.native.hostile races $(or $(SECONDS),60)
+
 .PHONY: test-quick
 test-quick: setup ## the tests without guests, on one Python
 	@$(BIN)/python -m pytest -q $(QUICK)

@@ -77,6 +77,7 @@ docs/differences-from-tcp
 docs/limits
 docs/trust
 docs/compatibility
+docs/reliability
 docs/benchmarks
 ```
 

@@ -108,7 +108,7 @@ static void count(sh_heartbeat *k, int which) { __atomic_fetch_add(&k->nd->n[whi
 int sh_futex_works(void *base, uint64_t offset)
 {
     uint64_t word = (uint64_t)(uintptr_t)base + offset;
-    struct sh_waiter w = {.val = *(volatile uint32_t *)(uintptr_t)word + 1u, .uaddr = word, .flags = SH_WAIT_32};
+    struct sh_waiter w = {.val = __atomic_load_n((const uint32_t *)(uintptr_t)word, __ATOMIC_RELAXED) + 1u, .uaddr = word, .flags = SH_WAIT_32};
 
     return sh_wait_for_any(&w, 1, sh_clock() + 1) == 0 || errno == EAGAIN || errno == ETIMEDOUT ? 0 : SH_NO_FUTEX;
 }
