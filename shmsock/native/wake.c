@@ -15,6 +15,12 @@
 #define FLOOD 1000           /* times within a second that the doorbell was heard and nothing had moved */
 #define DECIDE_NS 100000000u /* a doorbell that did not come within this is lost */
 
+/* preadv2() by its number: glibc has it from 2.26 on, musl from 1.2.5, and a wheel is for older ones, too. */
+static ssize_t read_now(int fd, struct iovec *v)
+{
+    return syscall(SYS_preadv2, fd, v, 1L, -1L, -1L, RWF_NOWAIT); /* at -1: as read() does */
+}
+
 /* ---- waking others ---- */
 
 /* All who share an eventfd share its flags: one of them may have made it blocking and filled it, and then the write blocks. The heartbeat sees that
@@ -54,7 +60,7 @@ void sh_unstick(sh_node *nd, uint64_t *seen)
         __atomic_store_n(&nd->unsticking, 1, __ATOMIC_SEQ_CST);
         if (__atomic_load_n(&nd->kicking, __ATOMIC_SEQ_CST) == kicking) {
             __atomic_store_n(&l->stuck, 1, __ATOMIC_RELAXED);
-            got = preadv2(l->kick_fd, &v, 1, -1, RWF_NOWAIT);
+            got = read_now(l->kick_fd, &v);
         }
         __atomic_store_n(&nd->unsticking, 0, __ATOMIC_RELEASE);
         if (got < 0)
@@ -297,7 +303,7 @@ uint64_t sh_drain(int fd)
 {
     uint64_t times = 0;
     struct iovec v = {.iov_base = &times, .iov_len = sizeof times};
-    ssize_t got = preadv2(fd, &v, 1, -1, RWF_NOWAIT);
+    ssize_t got = read_now(fd, &v);
 
     if (got < 0 && errno == EOPNOTSUPP && poll(&(struct pollfd){.fd = fd, .events = POLLIN}, 1, 0) == 1) /* before Linux 5.8 */
         got = read(fd, &times, sizeof times);

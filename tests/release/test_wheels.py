@@ -25,7 +25,7 @@ from elftools.elf.elffile import ELFFile
 import shmsock
 from release import wheels
 from release.sbom import NAME
-from release.wheels import ROOT, TARGETS, ReleaseError, check, make_sdist, make_wheel
+from release.wheels import ROOT, TARGETS, ReleaseError, check, make_sdist, make_wheel, unknown_symbols
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -146,3 +146,11 @@ def test_installed_and_used(made: Made, tmp_path: Path) -> None:
     )
     assert used.stdout.startswith(f"smoke: {shmsock.__version__}, ")
     assert str(tmp_path) in used.stdout
+
+
+def test_what_no_library_has_is_found(made: Made) -> None:
+    """A call of what came into glibc later is a name without a version."""
+    _, core = core_of(made.wheels["manylinux_2_17_x86_64"])
+    assert unknown_symbols(core) == []
+    other = core.replace(b"\0PyObject_GetAttr\0", b"\0MyObject_GetAttr\0")
+    assert unknown_symbols(other) == ["MyObject_GetAttr"]
