@@ -40,7 +40,7 @@ WITHOUT = [
     ("ring.c", "SH_LOW(p) - ep->head > ep->rx_bytes || ", ""),
     ("handshake.c", "in.slot >= nd->g.slots || ", ""),
     ("link.c", "if (slots[n] < nd->used)", ""),
-    ("datagram.c", "h.length > left", "h.length > left + 1"),
+    ("datagram.c", "h.length > left", "h.length > left + SH_DATAGRAM_MAX"),
 ]
 
 

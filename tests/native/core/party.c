@@ -341,7 +341,7 @@ static void read_some(struct party *p, uint32_t slot)
 
 static void ask(struct party *p)
 {
-    uint32_t peer = choose(p, p->g.peers), port = choose(p, 4) ? PORT : choose(p, 3) * 500;
+    uint32_t peer = choose(p, p->g.peers), port = choose(p, 3) ? PORT : choose(p, 8) ? 0 : 500;
     int64_t slot = -1;
 
     if (choose(p, 4) && DO(sh_adopted(p->nd, peer)) == 1)
