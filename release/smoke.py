@@ -92,7 +92,8 @@ def main() -> None:
             os._exit(0)
     import shmsock
 
-    libc = "-".join(platform.libc_ver()) or "musl"
+    known, number = platform.libc_ver()
+    libc = f"glibc-{number}" if known == "glibc" else "musl"
     machine = f"{platform.machine()}, {libc}, CPython {platform.python_version()}"
     where = Path(shmsock.__file__).parent
     print(f"smoke: {shmsock.__version__}, {machine}: {ECHOES} echoes, {PIECE * PIECES >> 20} MiB, {where}")

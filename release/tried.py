@@ -17,7 +17,8 @@ from release.wheels import CACHE, PYTHONS, ROOT, TARGETS, ReleaseError, interpre
 DIST = ROOT / "dist"
 PYTHON = "/usr/bin/python3"
 SMOKE = ROOT / "release" / "smoke.py"
-NEEDED = ["cffi>=1.17", "anyio>=4.10", "click>=8.1", "rich>=13", "tomli>=2", "pip"]
+# With what 3.10 needs besides: pip goes by the markers of the Python that it runs in.
+NEEDED = ["cffi>=1.17", "anyio>=4.10", "click>=8.1", "rich>=13", "tomli>=2", "exceptiongroup>=1.2", "pip"]
 # Those of the tests that need no server, guest or other interpreter.
 TESTS = "pytest pytest-asyncio pytest-timeout pytest-xdist hypothesis lxml pyte trio trustme uvloop"
 TESTS += " prometheus-client"

@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import json
 import logging
-import lzma
 import os
 import re
 import shlex
@@ -223,6 +222,8 @@ def build_initramfs(kernel: Kernel, path: Path, agent: Sequence[str], show: Sequ
     for file in modules:
         code = file.read_bytes()
         if file.suffix == ".xz":
+            import lzma  # which not every CPython was built with
+
             code = lzma.decompress(code)
         entries.append((f"modules/{file.name.partition('.ko')[0]}", stat.S_IFREG | 0o644, code))
     path.write_bytes(_cpio(entries))
