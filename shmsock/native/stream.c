@@ -101,9 +101,12 @@ int64_t sh_read_step(sh_ep *ep, sh_taker *to, uint32_t want, uint32_t min, int h
         return SH_RESET;
     now = sh_clock();
     if (SH_UNLIKELY(sh_share_is_used(ep, now) || sh_over_at(nd, now))) {
-        found = how & SH_YIELDED ? poll_bytes(ep, min) : 0;
-        if (found < min)
-            return found < 0 ? found : SH_YIELD;
+        if (!(how & SH_YIELDED))
+            return SH_YIELD;
+        /* once is enough: where others use up every turn, neither the end nor fewer bytes than min would be seen */
+        found = poll_bytes(ep, min);
+        if (found < min && (found < 0 || (found = wait_for(ep, found, min, now, how & ~SH_MAY_SPIN)) < 0))
+            return found;
     } else {
         ep->polled_ns = now;
         found = (how & SH_MAY_SPIN) && sh_one_way(ep, min) ? 0 : poll_bytes(ep, min);

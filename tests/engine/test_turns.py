@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from shmsock.engine.connection import Connection
+from shmsock.engine.connection import EMPTY, EOF, YIELD, Connection
 from tests.engine.world import Node, World
 
 TIMES = 8
@@ -124,3 +124,26 @@ def test_who_only_listens_polls_on(turns: Turns) -> None:
         turns.peer_speaks()
         turns.passes(turns.hears)
     assert turns.hot[-4:] == [True] * 4
+
+
+def test_who_has_yielded_is_answered_though_others_use_up_each_turn(turns: Turns) -> None:
+    """As on a crowded machine. Else it would not see the end, nor that fewer bytes are there than it wants,
+    until a turn is not over when it comes."""
+    world, a = turns.world, turns.a
+
+    def is_told(least: int = 1) -> list[bytes | int]:
+        said = []
+        for how in (world.lib.SH_MAY_SPIN, world.lib.SH_MAY_SPIN | world.lib.SH_YIELDED):
+            a.call(world.lib.sh_turn, a.engine.nd)
+            world.now += 60_000_000
+            world.lib.sh_fake_time(world.now)
+            assert a.call(world.lib.sh_over, a.engine.nd)
+            said.append(a.read_or_arm(turns.ours, 64, least, how))
+        return said
+
+    assert is_told() == [YIELD, EMPTY]
+    turns.peer_speaks()
+    assert is_told(65) == [YIELD, world.lib.SH_SLOW]
+    assert is_told() == [YIELD, b"x" * 64]
+    turns.b.call(turns.theirs.finish)
+    assert is_told() == [YIELD, EOF]

@@ -46,7 +46,7 @@ DATAGRAM = struct.Struct(">QI")
 TICK_S = 0.05
 LOST = 3
 """The exit code of a process whose node ended, as its section was overwritten."""
-LATE_S = 1.0
+LATE_S = 2.0
 """A timer that comes so much later than asked for, beside what the kernel gave to others, hangs."""
 
 
