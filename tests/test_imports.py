@@ -36,7 +36,8 @@ def test_the_public_names() -> None:
     added = modules("import shmsock; shmsock.attach") - modules("import asyncio")
     foreign = {name for name in added if name.partition(".")[0] not in ("shmsock", "_cffi_backend")}
     maths = {"_bisect", "_random", "_sha512", "bisect", "random"}
-    assert foreign <= {*maths, "copy", "dataclasses", "gc", "mmap", "pwd"}
+    later = {"_struct", "_typing", "ipaddress", "struct", "typing"}  # which asyncio imported until 3.13
+    assert foreign <= {*maths, *later, "copy", "dataclasses", "gc", "mmap", "pwd"}
     kinds = {f"shmsock.region.{kind}" for kind in ("bar2", "iommu", "ivshmem", "vfio", "vfio_ioctl")}
     assert not added & {*kinds, "shmsock.anyio", "shmsock.cli", "shmsock.testing"}
 
@@ -72,6 +73,37 @@ def test_what_was_set_before_stays() -> None:
     script = "import shmsock; shmsock.attach = 'mine'; shmsock.Node; print(shmsock.attach)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "mine\n"
+
+
+QUIET = """
+import asyncio, shmsock
+for name in shmsock.__all__:
+    getattr(shmsock, name)
+async def answer(reader, writer):
+    writer.write(await reader.read())
+    writer.close()
+    await writer.wait_closed()
+async def main():
+    asyncio.get_running_loop().slow_callback_duration = 60  # a busy machine is no news
+    node = await shmsock.attach({!r}, name="quiet")
+    server = await shmsock.start_server(answer, None, 7000, node=node)
+    reader, writer = await shmsock.open_connection("quiet", 7000, node=node)
+    writer.write(b"hello")
+    writer.write_eof()
+    assert await reader.read() == b"hello"
+    writer.close()
+    await writer.wait_closed()
+    server.close()
+    await server.wait_closed()
+    await node.aclose()
+asyncio.run(main())
+"""
+
+
+def test_import_use_and_exit_are_quiet(shm_region: Path) -> None:
+    argv = [sys.executable, "-X", "dev", "-W", "error", "-c", QUIET.format(str(shm_region))]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def cpu_time(script: str) -> float:

@@ -140,8 +140,9 @@ class Server(asyncio.AbstractServer):
         self._serving = self._listener.serving = True
 
     async def serve_forever(self) -> None:
-        """Accept connections until this is cancelled, or close() is called; then it closes the server, waits
-        as wait_closed() does, and raises CancelledError. Raises RuntimeError when the server is closed, or is
+        """Accept connections until this is cancelled, or close() is called; then it closes the server (from
+        Python 3.14 on, as asyncio's, its connections as well), waits as wait_closed() does, and raises
+        CancelledError. Raises RuntimeError when the server is closed, or is
         awaited here already."""
         if self._forever is not None:
             raise RuntimeError(f"server {self!r} is already being awaited on serve_forever()")
@@ -154,6 +155,8 @@ class Server(asyncio.AbstractServer):
         except asyncio.CancelledError:
             try:
                 self.close()
+                if sys.version_info >= (3, 14):
+                    self.close_clients()
                 await self.wait_closed()
             finally:
                 raise

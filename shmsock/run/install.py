@@ -63,7 +63,8 @@ def _reach_asyncio(asyncio: Any, rules: Rules | None) -> None:
     if _asked_for(rules) == "uvloop":
         import uvloop
 
-        asyncio.DefaultEventLoopPolicy._loop_factory = uvloop.Loop
+        # The default policy, whose public name warns from 3.14 on.
+        asyncio.unix_events._UnixDefaultEventLoopPolicy._loop_factory = uvloop.Loop
         if hasattr(asyncio, "EventLoop"):  # from 3.13 on
             asyncio.EventLoop = uvloop.Loop
 

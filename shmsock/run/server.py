@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -105,6 +106,8 @@ class JointServer(asyncio.AbstractServer):
         except asyncio.CancelledError:
             try:
                 self.close()
+                if sys.version_info >= (3, 14):
+                    self.close_clients()
                 await self.wait_closed()
             finally:
                 raise

@@ -52,14 +52,20 @@ NOT_THE_READER = {
         test_async_writer_api test_async_writer_api_exception_after_close test_drain_raises
         test_eof_feed_when_closing_writer test_loop_is_closed_resource_warnings
         test_open_connection test_open_connection_error test_open_connection_no_loop_ssl
-        test_start_server test_start_tls test_unclosed_resource_warnings
+        test_start_server test_start_tls test_start_tls_buffered_data test_unclosed_resource_warnings
         test_unclosed_server_resource_warnings test_unhandled_cancel test_unhandled_exception
-        test_unhandled_exceptions test_wait_closed_on_close
+        test_unhandled_exception_sync_callback test_unhandled_exceptions test_wait_closed_on_close
         test_wait_closed_on_close_with_unread_data
     """,
     "tests over Unix sockets": """
         test_open_unix_connection test_open_unix_connection_error
         test_open_unix_connection_no_loop_ssl test_start_unix_server
+    """,
+    "is refused, so there is nothing of ours in it": """
+        test_open_connection_happy_eyeball_refcycles
+    """,
+    "tests of asyncio's StreamWriter alone, on mocks": """
+        test_streamwriter_start_tls_updates_reader_transport
     """,
     "tests of asyncio's StreamReaderProtocol alone": """
         test_multiple_drain test_streamreaderprotocol_constructor_use_global_loop

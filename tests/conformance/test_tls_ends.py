@@ -112,6 +112,8 @@ async def test_the_peer_ends(
 ) -> None:
     if not stock_start_tls(net):
         return
+    if how == "cancelled" and when == "during" and not server_side and sys.version_info >= (3, 15):
+        return  # start_tls() answers at once what its reader has: the client's is done by then
     client, other, server = await two_streams(net)
     (reader, writer), peer = (other, client) if server_side else (client, other)
     context = tls.server if server_side else tls.client
