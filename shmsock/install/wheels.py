@@ -66,10 +66,11 @@ def _normalized(name: str) -> str:
 
 
 def _distribution(name: str) -> metadata.Distribution:
-    try:
-        return metadata.distribution(name)
-    except metadata.PackageNotFoundError:
-        raise BundleError(f"{name} is not installed here: `{sys.executable} -m pip install {name}`") from None
+    found = list(metadata.distributions(name=name))
+    if not found:
+        raise BundleError(f"{name} is not installed here: `{sys.executable} -m pip install {name}`")
+    # In a checkout lies what building it left (an egg-info), which says nothing of how it was installed.
+    return next((each for each in found if each.read_text("RECORD")), found[0])
 
 
 def _direct_url(distribution: metadata.Distribution) -> dict[str, object]:

@@ -31,6 +31,7 @@ KINDS = {
 }
 ENVIRONMENT = {
     "ASAN_OPTIONS": "handle_abort=1",
+    "LLVM_PROFILE_FILE": os.devnull,  # else in the directory that it is started in
     "TSAN_OPTIONS": f"suppressions={HERE / 'tsan.supp'}:halt_on_error=1",
 }
 
